@@ -1,0 +1,122 @@
+# Everything that the configs of Decoupled Proxy Alignment share. A config names its models
+# and its data, and overrides what differs. Any value can be set on the command line, e.g.
+#   xtuner train configs/dpa_internlm2_7b.py --cfg-options align.lr=1e-3
+#
+# Sources: [paper] arXiv 2509.14735; [xtuner] XTuner 0.2.0's LLaVA configs; [ours].
+
+custom_imports = dict(imports=['dpa_xtuner'], allow_failed_imports=False)
+# The runner of that name in this scope goes through the stages proxy, align and tune.
+_scope_ = 'dpa_xtuner'
+runner_type = 'Runner'
+
+#######################################################################
+#                          PART 1  Settings                           #
+#######################################################################
+visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
+
+# Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
+# captions with their images, tune the `instructions`.
+captions = dict(
+    data_path='{{$DPA_DATA:data}}/captions.json',
+    image_folder='{{$DPA_DATA:data}}/images',
+    held_out=256)  # [ours] kept out of training, to measure the floor
+instructions = dict(
+    data_path='{{$DPA_DATA:data}}/instructions.json',
+    image_folder='{{$DPA_DATA:data}}/images')
+
+proxy = dict(
+    lr=4e-5,  # [paper]
+    batch_size=8,  # per device [ours]
+    global_batch_size=256,  # [paper]
+    max_epochs=1,  # [paper]
+    max_steps=None,
+    max_length=8192,  # [paper]
+    pad_image_to_square=True,
+    warmup_ratio=0.03,  # [paper]
+    save_steps=200,  # optimizer steps between checkpoints [ours]
+    loss='cross_entropy',  # [paper]
+    lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
+
+align = dict(
+    lr=2e-3,  # [paper]
+    batch_size=8,
+    global_batch_size=256,  # [paper]
+    max_epochs=1,  # [paper]
+    max_steps=None,
+    max_length=8192,  # [paper]
+    pad_image_to_square=True,
+    warmup_ratio=0.03,  # [paper]
+    save_steps=200,
+    loss='cross_entropy')
+
+tune = dict(
+    start_from='target',  # [paper]; 'proxy' starts from the proxy LLM
+    train_llm='full',  # [paper]; 'lora' trains an adapter
+    lr=4e-5,  # [paper]
+    batch_size=4,
+    global_batch_size=256,  # [paper]
+    max_epochs=1,  # [paper]
+    max_steps=None,
+    max_length=2048,  # [paper]
+    pad_image_to_square=True,  # [paper]
+    warmup_ratio=0.03,  # [paper]
+    save_steps=200,
+    loss='cross_entropy',
+    lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
+
+#######################################################################
+#            PART 2  Model & Tokenizer & Image Processor              #
+#######################################################################
+tokenizer = dict(
+    type='transformers.AutoTokenizer.from_pretrained',
+    trust_remote_code=False,
+    padding_side='right')
+
+image_processor = dict(type='transformers.CLIPImageProcessor.from_pretrained')
+
+model = dict(
+    llm=dict(torch_dtype='torch.bfloat16', trust_remote_code=False),
+    visual_encoder=dict(
+        type='transformers.CLIPVisionModel.from_pretrained', torch_dtype='torch.bfloat16'),
+    visual_select_layer=-2,  # [paper]
+    use_activation_checkpointing=True)  # [paper]
+
+#######################################################################
+#                      PART 3  Dataset & Dataloader                   #
+#######################################################################
+train_dataloader = dict(
+    batch_size=1,  # each stage sets its own
+    num_workers=4,
+    pin_memory=True)
+
+#######################################################################
+#                    PART 4  Scheduler & Optimizer                    #
+#######################################################################
+optim_wrapper = dict(
+    type='Bf16OptimWrapper',
+    optimizer=dict(type='AdamW', lr=0.0, betas=(0.9, 0.999), weight_decay=0.0),  # [paper]
+    clip_grad=dict(max_norm=1.0, error_if_nonfinite=False))  # [xtuner]
+
+#######################################################################
+#                           PART 5  Runtime                           #
+#######################################################################
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', log_metric_by_epoch=False, interval=10),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='CheckpointHook', by_epoch=False, interval=-1, save_last=True, max_keep_ckpts=2),
+    sampler_seed=dict(type='DistSamplerSeedHook'))
+
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))
+
+visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+log_level = 'INFO'
+log_processor = dict(by_epoch=False)
+load_from = None
+resume = False
+# A number, since a stopped run has to draw the same samples again.
+randomness = dict(seed=42, deterministic=False)

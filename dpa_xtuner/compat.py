@@ -1,0 +1,95 @@
+"""What a stock XTuner process lacks, one function per defect.
+
+Each function names the defect and the version it was seen in, looks whether the defect
+is there, and does nothing where it is gone. Nothing else in this package patches
+foreign code.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+
+
+def deepspeed_short_names() -> None:
+    """Let ``--deepspeed zero2`` stand for ``deepspeed_zero2`` (no defect: a convenience)."""
+    from xtuner.configs import cfgs_name_path
+
+    for stage in ("zero1", "zero2", "zero3"):
+        cfgs_name_path.setdefault(stage, cfgs_name_path[f"deepspeed_{stage}"])
+
+
+def triton_without_ops() -> None:
+    """Bitsandbytes 0.45.0 imports ``triton.ops``, which triton 3.x has no more.
+
+    peft imports bitsandbytes for any LoRA, so every LoRA run would fail on import. The
+    two functions that bitsandbytes takes are only used by its int8 Triton kernels.
+    """
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.ops"):
+        return
+    ops = types.ModuleType("triton.ops")
+    model = types.ModuleType("triton.ops.matmul_perf_model")
+    model.early_config_prune = model.estimate_matmul_time = None
+    ops.matmul_perf_model = model
+    sys.modules["triton.ops"] = ops
+    sys.modules["triton.ops.matmul_perf_model"] = model
+
+
+def cpu_bf16_support() -> None:
+    """XTuner 0.2.0 asks ``torch.cpu.is_bf16_supported``, which torch 2.14 does not have."""
+    import torch
+
+    if not hasattr(torch.cpu, "is_bf16_supported"):
+        torch.cpu.is_bf16_supported = lambda: True
+
+
+def cuda_set_device_without_cuda() -> None:
+    """MMEngine 0.10.6 calls ``torch.cuda.set_device`` in every distributed start, GPU or not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        torch.cuda.set_device = lambda device: None
+
+
+def deepspeed_without_mpi() -> None:
+    """DeepSpeed 0.16.2 looks for mpi4py when one process runs without a launcher.
+
+    It does not look where RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
+    set, so a process that no launcher started gets those of a run of one. Port 0 lets the
+    system choose a free one.
+    """
+    launched = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    if importlib.util.find_spec("mpi4py") or any(name in os.environ for name in launched):
+        return
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+        os.environ.setdefault(name, value)
+
+
+def checkpoint_globals() -> None:
+    """Torch >= 2.6 refuses the classes in MMEngine 0.10.6 checkpoints when resuming.
+
+    ``torch.load`` defaults to ``weights_only=True`` since 2.6. The classes that an
+    MMEngine checkpoint holds besides tensors are named as safe; everything else stays
+    refused.
+    """
+    import numpy as np
+    import torch
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    if not hasattr(torch.serialization, "add_safe_globals"):
+        return
+    multiarray = np.core.multiarray
+    dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, bool)}
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
+    )
+
+
+def apply() -> None:
+    """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    triton_without_ops()
+    cpu_bf16_support()
+    cuda_set_device_without_cuda()
+    checkpoint_globals()
+    deepspeed_short_names()

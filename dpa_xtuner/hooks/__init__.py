@@ -1,0 +1,7 @@
+"""Hooks, one a file."""
+
+from dpa_xtuner.hooks.iteration_seed import IterationSeedHook
+from dpa_xtuner.hooks.proxy_llm import ProxyLLMHook
+from dpa_xtuner.hooks.skipped_samples import SkippedSamplesHook
+
+__all__ = ["IterationSeedHook", "ProxyLLMHook", "SkippedSamplesHook"]

@@ -1,0 +1,215 @@
+"""Hands one stage over to the next, and watches what the method is about."""
+
+import time
+from pathlib import Path
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, barrier, get_dist_info, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import DATASETS, HOOKS
+from torch import Tensor, nn
+
+from dpa_xtuner.data import collate
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.parts import count_parameters
+from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part, write_json
+from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
+from dpa_xtuner.stages.table import STAGE_NAMES
+
+
+@HOOKS.register_module()
+class ProxyLLMHook(Hook):
+    """Measures the language prior conflict, guards the frozen LLM, writes what a stage made.
+
+    In ``proxy``: cross entropy per token of held-out captions, text only, under the
+    original LLM and under the proxy. The second is the *floor* that a frozen proxy reaches
+    without looking. In ``align``: the same captions with their pictures beside that floor,
+    and the frozen LLM's bits at the end against those at the start. The first token of a
+    caption is left out of both, since without BOS the text-only view can't predict it.
+
+    The priority is below the checkpoint hook's, so that the last checkpoint is on disk
+    before a stage is called finished.
+
+    Args:
+        stage: its name.
+        loads: part -> folder that the model was built from.
+        writes: part -> folder to write when the stage is done.
+        origin: what the stage is trained from, for the records.
+        held_out: config of the held-out captions, or None.
+    """
+
+    priority = "LOWEST"
+
+    def __init__(self, stage: str, loads: dict, writes: dict, origin: dict, held_out: dict | None):
+        self.stage, self.loads, self.writes = stage, loads, writes
+        self.origin, self.held_out_cfg = origin, held_out
+        self.measured: dict[str, float] = {}
+
+    def before_train(self, runner) -> None:
+        """Check what was loaded, log the stage's table, and measure the start.
+
+        Raises:
+            DPAError: a loaded part was trained on another LLM or encoder.
+        """
+        self.started = time.time()
+        self.folder = Path(runner.work_dir)
+        model = _unwrap(runner.model)
+        for side, value in model.fingerprints.items():
+            self.origin[side]["fingerprint"] = value
+        for folder in self.loads.values():
+            own = {side: self.origin[side] for side in model.fingerprints}
+            refuse_foreign(Path(folder), read_origin(Path(folder)), own, "fingerprint")
+        runner.logger.info(self._table(model))
+        if "projector" in self.loads:
+            start = "the proxy's" if "llm_adapter" in self.loads else "the original LLM's"
+            runner.logger.info(f"Stage {self.stage} begins from {start} weights")
+        if self.stage == "align":
+            self.frozen = fingerprint(model.llm)
+            self.measured = dict(_measured(self.folder.parent / "proxy"))
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / STATE, self._state("running", runner))
+        if self.held_out_cfg is not None:
+            self.held_out = DATASETS.build(self.held_out_cfg)
+            if runner.iter == 0:
+                self._measure(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Measure whenever a checkpoint is due."""
+        interval = runner.cfg.default_hooks.checkpoint.interval
+        last = batch_idx + 1 == runner.max_iters
+        if (
+            self.held_out_cfg is not None
+            and self.every_n_train_iters(runner, interval)
+            and not last
+        ):
+            self._measure(runner)
+
+    def after_train(self, runner) -> None:
+        """Measure the end, check that frozen means frozen, write the parts, call it finished.
+
+        Raises:
+            DPAError: the LLM that ``align`` froze has changed.
+        """
+        model = _unwrap(runner.model)
+        if self.held_out_cfg is not None:
+            self._measure(runner)
+        if self.stage == "align" and (now := fingerprint(model.llm)) != self.frozen:
+            raise DPAError(
+                f"The LLM is frozen in align but its weights changed: {self.frozen[:12]} at the "
+                f"start, {now[:12]} at the end. Nothing was written; please report this."
+            )
+        for part, folder in self.writes.items():
+            save_part(model, part, Path(folder), self.origin | {"step": self._steps(runner)})
+            runner.logger.info(f"Wrote {part} to {folder}")
+        barrier()
+        if is_main_process():
+            write_json(self.folder / STATE, self._state("finished", runner))
+        barrier()
+
+    def _measure(self, runner) -> None:
+        model = _unwrap(runner.model)
+        amp = not hasattr(runner, "strategy")  # DeepSpeed's weights are bfloat16 themselves
+        now = cross_entropy_per_token(model, self.held_out, runner.train_dataloader.batch_size, amp)
+        step = self._steps(runner)
+        if self.stage == "proxy":
+            name = "original" if runner.iter == 0 else "floor"
+            self.measured[name] = now
+            text = ", ".join(f"{key} {value:.3f}" for key, value in self.measured.items())
+            meaning = "text only: under the original LLM, and under the proxy (the floor)"
+        else:
+            name = "align"
+            self.measured[name] = now
+            text = f"align {now:.3f}, floor {self.measured['floor']:.3f}"
+            meaning = "with pictures, and the floor without: below it the picture is used"
+        runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
+        runner.visualizer.add_scalar(f"held_out/{name}", now, step=step)
+        if self.stage == "align":
+            runner.visualizer.add_scalar("held_out/floor", self.measured["floor"], step=step)
+
+    def _steps(self, runner) -> int:
+        counts = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
+        if "strategy" in runner.cfg:
+            counts = runner.cfg.strategy.gradient_accumulation_steps
+        return runner.iter // counts
+
+    def _state(self, status: str, runner) -> dict:
+        state = {
+            "status": status,
+            "origin": self.origin,
+            "run": run_facts(runner.cfg),
+            "measured": self.measured,
+        }
+        if status == "finished":
+            state |= {
+                "writes": self.writes,
+                "steps": self._steps(runner),
+                "seconds": round(time.time() - self.started, 1),
+            }
+        return state
+
+    def _table(self, model: nn.Module) -> str:
+        rows = [f"Stage {self.stage} ({STAGE_NAMES.index(self.stage) + 1} of {len(STAGE_NAMES)})"]
+        rows.append(f"  {'part':<15}{'trainable':>16}{'frozen':>16}  loaded from, written to")
+        for part, (trainable, frozen) in count_parameters(model).items():
+            source = self.loads.get(part) or self.origin.get(part, {}).get("name", "new")
+            target = f" -> {self.writes[part]}" if part in self.writes else ""
+            rows.append(f"  {part:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")
+        return "\n".join(rows)
+
+
+def _measured(folder: Path) -> dict[str, float]:
+    return read_state(folder)["measured"]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while is_model_wrapper(model) or not hasattr(model, "fingerprints"):
+        model = model.module if hasattr(model, "module") else model.model
+    return model
+
+
+@torch.no_grad()
+def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: bool) -> float:
+    """Mean cross entropy of a data set's supervised tokens, each sample's first left out.
+
+    Every rank takes its share, and all take the same number of batches, as ZeRO-3 needs.
+
+    Args:
+        model: :class:`ProxyLLM` or :class:`DPALLaVAModel`, not wrapped.
+        dataset: a :class:`dpa_xtuner.data.DPADataset`.
+        batch_size: samples at a time on a device.
+        amp: bfloat16 autocast.
+
+    Returns:
+        Nats per token over all ranks.
+    """
+    rank, world = get_dist_info()
+    batches = [
+        range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
+    ]
+    total = torch.zeros(2, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    for start in range(0, len(batches), world):
+        mine = start + rank
+        batch = collate([dataset[i] for i in batches[min(mine, len(batches) - 1)]])
+        data = model.data_preprocessor(batch, False)["data"]
+        data = data | {"labels": without_first(data["labels"])}
+        with torch.autocast(get_device(), dtype=torch.bfloat16, enabled=amp):
+            logits, targets = model.logits(data)
+        if mine < len(batches):
+            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            total += torch.tensor([losses.item(), len(targets)], dtype=torch.float64)
+    model.train(training)
+    total = total.to(get_device())
+    all_reduce(total)
+    return (total[0] / total[1].clamp(min=1)).item()
+
+
+def without_first(labels: Tensor) -> Tensor:
+    """Labels (B, T) with the first supervised token of each row ignored; a new tensor."""
+    first = (labels != -100).int().argmax(dim=1, keepdim=True)
+    return labels.scatter(1, first, -100)

@@ -1,0 +1,158 @@
+"""The multimodal model of the stages align and tune."""
+
+from pathlib import Path
+
+import torch
+from mmengine.registry import MODELS
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from xtuner.model import LLaVAModel
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.llm import add_lora, find_loss, load, merge_adapter, supervised_logits
+from dpa_xtuner.model.parts import CANONICAL
+
+
+@MODELS.register_module()
+class DPALLaVAModel(LLaVAModel):
+    """XTuner's LLaVA with a loss by name, a merged adapter and a strictly loaded projector.
+
+    Args:
+        llm: a config dict or a module.
+        visual_encoder: a config dict or a module.
+        loss: name of a loss in :data:`dpa_xtuner.loss.LOSSES`.
+        merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
+        pretrained_projector: a folder written by the projector's ``save_pretrained``.
+        kwargs: of :class:`xtuner.model.LLaVAModel`.
+    """
+
+    def __init__(
+        self,
+        llm: dict | nn.Module,
+        visual_encoder: dict | nn.Module,
+        loss: str = "cross_entropy",
+        merged_adapter: str | None = None,
+        pretrained_projector: str | None = None,
+        **kwargs,
+    ):
+        llm, visual_encoder = load(self, llm), load(self, visual_encoder)
+        fingerprints = {
+            "llm": fingerprint(llm, CANONICAL),
+            "visual_encoder": fingerprint(visual_encoder, CANONICAL),
+        }
+        if merged_adapter is not None:
+            llm = merge_adapter(llm, merged_adapter)
+        super().__init__(llm=llm, visual_encoder=visual_encoder, **kwargs)
+        self.fingerprints = fingerprints
+        # Trained weights are float32 under autocast; DeepSpeed makes its own copies.
+        self.projector.float()
+        if pretrained_projector is not None:
+            load_projector(self.projector, pretrained_projector)
+        self.loss = find_loss(loss)
+
+    def _prepare_llm_for_lora(self, lora_config, use_activation_checkpointing=True) -> None:
+        self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
+
+    def train(self, mode: bool = True) -> "DPALLaVAModel":
+        """Like any module's, but a frozen visual encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.freeze_visual_encoder:
+            self.visual_encoder.eval()
+        return self
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Project the patch features of images.
+
+        Args:
+            pixel_values: (N, 3, H, W).
+
+        Returns:
+            (N, image tokens, H of the LLM).
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_visual_encoder):
+            outputs = self.visual_encoder(
+                pixel_values.to(self.visual_encoder.dtype), output_hidden_states=True
+            )
+        # CLIP's first position is its class token.
+        patches = outputs.hidden_states[self.visual_select_layer][:, 1:]
+        return self.projector(patches.to(self.projector.dtype))
+
+    def splice(self, data: dict) -> dict[str, Tensor]:
+        """Put the images' features into the text's embeddings.
+
+        A batch without an image runs the encoder on one blank picture whose features are
+        not used: every rank then calls the same modules, as ZeRO-3 and DDP need.
+
+        Args:
+            data: a batch of :func:`dpa_xtuner.data.collate`; not changed.
+
+        Returns:
+            The decoder's inputs: ``inputs_embeds`` (B, T, H), ``attention_mask`` and
+            ``position_ids`` (B, T).
+
+        Raises:
+            DPAError: the encoder gives another number of tokens than the data set foresaw.
+        """
+        embeds = self.llm.get_input_embeddings()(data["input_ids"])  # (B, T, H)
+        pixel_values = data.get("pixel_values")
+        if pixel_values is None:
+            size = self.visual_encoder.config.image_size
+            features = self.encode_images(embeds.new_zeros(1, 3, size, size))
+            embeds = embeds + 0 * features.sum().to(embeds.dtype)
+        else:
+            features = self.encode_images(pixel_values).to(embeds.dtype)
+            if self.is_first_iter:  # once, since asking a GPU for the count makes it wait
+                _check_image_tokens(data, features)
+                self.is_first_iter = False
+            embeds = embeds.masked_scatter(data["image_mask"].unsqueeze(-1), features)
+        return {
+            "inputs_embeds": embeds,
+            "attention_mask": data["attention_mask"],
+            "position_ids": data["position_ids"],
+        }
+
+    def logits(self, data: dict) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) and targets (N,) of a batch of :func:`dpa_xtuner.data.collate`."""
+        return supervised_logits(self.llm, self.splice(data), data["labels"])
+
+    def forward(self, data: dict, data_samples=None, mode: str = "loss"):
+        """The loss of a batch (``mode="loss"``), or its logits and targets (``"tensor"``)."""
+        if mode == "loss":
+            return self.compute_loss(data)
+        if mode == "tensor":
+            return self.logits(data)
+        raise ValueError(f"mode={mode!r} is not one of 'loss', 'tensor'")
+
+    def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
+        """The loss of a batch of :func:`dpa_xtuner.data.collate`."""
+        return {"loss": self.loss(*self.logits(data))}
+
+
+def _check_image_tokens(data: dict, features: Tensor) -> None:
+    places, found = int(data["image_mask"].sum()), features.shape[0] * features.shape[1]
+    if places != found:
+        raise DPAError(
+            f"The batch holds {places} image positions for {features.shape[0]} images, but the "
+            f"visual encoder gives {features.shape[1]} tokens for each. The data set's "
+            f"image_tokens must be {features.shape[1]}."
+        )
+
+
+def load_projector(projector: nn.Module, folder: str) -> None:
+    """Load a projector's weights, strictly.
+
+    Raises:
+        DPAError: keys or shapes differ; the message lists them.
+    """
+    path = Path(folder) / "model.safetensors"
+    saved, own = load_file(path), projector.state_dict()
+    wrong = [
+        f"{key}: saved {tuple(saved[key].shape) if key in saved else 'nothing'}, "
+        f"model {tuple(own[key].shape) if key in own else 'nothing'}"
+        for key in sorted(saved.keys() | own.keys())
+        if key not in saved or key not in own or saved[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise DPAError(f"{path} does not fit the projector of this model: {'; '.join(wrong)}.")
+    projector.load_state_dict(saved)

@@ -1,0 +1,72 @@
+"""A fingerprint of weights, to tell models apart and to see that frozen ones stay put."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+_CHUNK = 1 << 24  # elements at a time, so that a large embedding needs 128 MB and not 8 GB
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hash the parameters of ``module``.
+
+    Two sums per parameter (plain, and weighted by position, both modulo 2**64) are formed
+    on the parameter's own device, so that nothing but 16 bytes per parameter leaves it;
+    SHA-256 over names, shapes and sums is the fingerprint. It does not depend on the
+    device. Under DeepSpeed ZeRO-3 every rank must call it, since partitioned parameters
+    are gathered one at a time.
+
+    Args:
+        module: any module; peft's wrapping of names is not looked through.
+        dtype: cast to this first, so that the same published weights have the same
+            fingerprint whether they were loaded in float32 or bfloat16. None compares
+            the bits as they are.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            digest.update(
+                f"{name}{tuple(parameter.shape)}{_sums(parameter.detach(), dtype)}".encode()
+            )
+    return digest.hexdigest()
+
+
+def gathered(parameters: list[nn.Parameter], modify: bool = False):
+    """Whole parameters inside the context, also where DeepSpeed ZeRO-3 has split them.
+
+    Args:
+        parameters: the ones to gather; a collective where they are split.
+        modify: keep what rank 0 writes to them.
+
+    Returns:
+        A context manager.
+    """
+    split = [p for p in parameters if hasattr(p, "ds_id")]
+    if not split:
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None)
+
+
+def _sums(tensor: Tensor, dtype: torch.dtype | None) -> tuple[int, int]:
+    plain = weighted = 0
+    for start, chunk in _chunks(tensor.reshape(-1)):
+        chunk = chunk if dtype is None else chunk.to(dtype)
+        words = chunk.view(_WORDS[chunk.element_size()]).long()
+        place = torch.arange(start, start + len(words), device=words.device)
+        plain += int(words.sum())
+        # An odd multiplier (Knuth) spreads the positions over all 64 bits.
+        weighted += int((words * (place * 2654435761 + 1)).sum())
+    return plain % 2**64, weighted % 2**64
+
+
+def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, flat.numel(), _CHUNK):
+        yield start, flat[start : start + _CHUNK]

@@ -1,0 +1,17 @@
+"""The three stages: what each one is, how one follows the other, and how one is rehearsed."""
+
+from dpa_xtuner.stages.loop import DPATrainLoop
+from dpa_xtuner.stages.optim import Bf16OptimWrapper
+from dpa_xtuner.stages.runner import RUNNERS
+from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
+
+__all__ = [
+    "RUNNERS",
+    "STAGE_NAMES",
+    "Bf16OptimWrapper",
+    "DPATrainLoop",
+    "Settings",
+    "Stage",
+    "stage_table",
+]

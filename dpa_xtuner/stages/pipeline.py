@@ -1,0 +1,247 @@
+"""Which stage comes next, and the change from one to the other."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.logging import print_log
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
+from dpa_xtuner.stages.build import origin_of, stage_config, world_size
+from dpa_xtuner.stages.rehearsal import rehearse
+from dpa_xtuner.stages.settings import Settings, nearest
+from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
+
+STATE = "stage.json"
+"""A stage's record of itself: what it is trained from and whether it is finished."""
+
+
+def next_stage(cfg: Config) -> Config | None:
+    """The config of the first unfinished stage, set to resume where it stopped.
+
+    Reads ``DPA_STAGE`` (that stage alone) and ``DPA_REHEARSE`` from the environment.
+
+    Args:
+        cfg: a DPA config as ``xtuner train`` hands it to the runner.
+
+    Returns:
+        None when everything that was asked for is finished.
+
+    Raises:
+        DPAError: settings that can't be used, a stage that needs another first, or a
+            finished or started stage that the config no longer describes.
+    """
+    settings = Settings.from_config(cfg)
+    if not isinstance(cfg.randomness.get("seed"), int):
+        raise DPAError(
+            f"randomness.seed={cfg.randomness.get('seed')} must be a number: a run that was "
+            f"stopped draws the same samples again. Give --seed."
+        )
+    if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
+        cfg, settings = rehearse(cfg, settings)
+    base = Path(cfg.work_dir)
+    table = stage_table(settings)
+    for stage in _wanted(table):
+        _need_inputs(stage, base)
+        origin = origin_of(cfg, settings, stage) | {"loads": _hashes(stage, base)}
+        for folder in stage.loads.values():
+            own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
+            refuse_foreign(base / folder, read_origin(base / folder), own, "architecture")
+        state = read_state(base / stage.name)
+        if state.get("status") == "finished":
+            _refuse_changed(base / stage.name, state["origin"], origin)
+            print_log(
+                f"Stage {stage.name} is finished: {', '.join(_written(stage, base))}", "current"
+            )
+            continue
+        config = stage_config(cfg, settings, stage, origin)
+        _resume(config, cfg, stage, state, origin, run_facts(config))
+        return config
+    return None
+
+
+def read_state(folder: Path) -> dict:
+    """What a stage's folder says of it; empty where it has not begun."""
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def run_facts(config: Config) -> dict:
+    """What a checkpoint's iteration count and optimizer state depend on."""
+    zero = config.strategy.config["zero_optimization"]["stage"] if "strategy" in config else None
+    return {
+        "processes": world_size(config.launcher),
+        "batch_size": config.train_dataloader.batch_size,
+        "zero": zero,
+    }
+
+
+def run_next(config: Config) -> None:
+    """After a stage: go on with the next in a fresh process image, or say that all is done.
+
+    The process replaces itself, so that nothing of the finished stage stays in memory.
+    Under a launcher all ranks do so together and meet again on another port.
+    """
+    name = Path(config.work_dir).name
+    if "DPA_STAGE" in os.environ or name == STAGE_NAMES[-1]:
+        return
+    for child in multiprocessing.active_children():  # dataloader workers
+        child.terminate()
+        child.join()
+    if dist.is_available() and dist.is_initialized():
+        port = [_free_port()]
+        dist.broadcast_object_list(port)
+        dist.barrier()
+        dist.destroy_process_group()
+        # The launcher's own store still listens on the old port.
+        os.environ.update(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="False")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)
+
+
+def summary(work_dir: str | Path, names: list[str] | None = None) -> str:
+    """The finished stages below a work dir and what they wrote, a line each."""
+    lines = []
+    for name in names or STAGE_NAMES:
+        state = read_state(Path(work_dir) / name)
+        for part, folder in state.get("writes", {}).items():
+            lines.append(f"  {name:<6} {part:<12} {folder}")
+    return "\n".join(lines)
+
+
+def _wanted(table: dict[str, Stage]) -> list[Stage]:
+    only = os.environ.get("DPA_STAGE")
+    if only is None:
+        return list(table.values())
+    if only not in table:
+        raise DPAError(
+            f"DPA_STAGE={only!r} is not a stage{nearest(only, STAGE_NAMES)} "
+            f"Stages: {', '.join(STAGE_NAMES)}."
+        )
+    return [table[only]]
+
+
+def _need_inputs(stage: Stage, base: Path) -> None:
+    for part, folder in stage.loads.items():
+        if not (base / folder).is_dir():
+            writer = folder.split("/")[0]
+            raise DPAError(
+                f"Stage {stage.name} starts from the {part} of stage {writer}, but {base / folder} "
+                f"does not exist. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+            )
+
+
+def _hashes(stage: Stage, base: Path) -> dict[str, str]:
+    hashes = {}
+    for part, folder in stage.loads.items():
+        for file in sorted((base / folder).glob("*.safetensors")):
+            with file.open("rb") as handle:
+                hashes[f"{part}/{file.name}"] = _sha256(handle)
+    return hashes
+
+
+def _sha256(handle) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _written(stage: Stage, base: Path) -> list[str]:
+    return [str(base / folder) for folder in stage.writes.values()]
+
+
+def _refuse_changed(folder: Path, before: dict, now: dict) -> None:
+    changes = [
+        f"  {key}: was {before_value}, is {now_value}"
+        for key, before_value, now_value in _differences(before, now)
+        # Where the config file lies changes no weight, and what was measured is no setting.
+        if key not in ("config",) and not key.endswith(".fingerprint")
+    ]
+    if changes:
+        raise DPAError(
+            f"{folder} was trained with other settings than the config now has:\n"
+            + "\n".join(changes)
+            + "\nUse another --work-dir, or remove that folder to train the stage again."
+        )
+
+
+def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple]:
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((f"{prefix}{key}", old, new))
+    return found
+
+
+def _resume(
+    config: Config, cfg: Config, stage: Stage, state: dict, origin: dict, run: dict
+) -> None:
+    folder = Path(config.work_dir)
+    asked = cfg.get("load_from") if cfg.get("resume") else None
+    if asked is not None and Path(asked).resolve().parent != folder.resolve():
+        raise DPAError(
+            f"--resume {asked} is not a checkpoint of stage {stage.name}, which comes next; "
+            f"its checkpoints are in {folder}."
+        )
+    checkpoint = asked or newest_checkpoint(folder)
+    config.resume, config.load_from = checkpoint is not None, checkpoint
+    if checkpoint is None:
+        return
+    _refuse_changed(folder, state.get("origin", {}), origin)
+    before = state.get("run", {})
+    if before != run:
+        raise DPAError(
+            f"{checkpoint} was written by a run with {before}, this one has {run}: its optimizer "
+            f"state and sample order don't fit. Start it as before, or remove {folder}."
+        )
+    print_log(f"Stage {stage.name} goes on from {checkpoint}", "current")
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage.
+
+    A checkpoint gets its name when all of it is on disk, so any that has it is whole.
+    """
+    found = [(int(m[1]), str(path)) for path in folder.glob("iter_*.pth")
+             if (m := re.fullmatch(r"iter_(\d+)\.pth", path.name))]  # fmt: skip
+    return max(found)[1] if found else None
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed run was writing."""
+    for path in folder.glob(".*.partial"):
+        print_log(f"Removing {path}, which was not written to its end", "current")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def _without_resume(arguments: list[str]) -> list[str]:
+    kept = []
+    it = iter(arguments)
+    for argument in it:
+        if argument == "--resume":
+            next(it)
+        elif not argument.startswith("--resume="):
+            kept.append(argument)
+    return kept

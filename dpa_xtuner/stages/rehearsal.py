@@ -1,0 +1,254 @@
+"""A config rehearsed: tiny random models of the same architectures, a handful of samples.
+
+Everything else is as it is in the real run: hand-over, LoRA, freezing, loss, DeepSpeed,
+saving. What is replaced lies in ``inputs`` below the rehearsal's own folder.
+"""
+
+import copy
+import json
+import os
+import shutil
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from PIL import Image
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+
+from dpa_xtuner.data import Record, read_records
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.stages.artifacts import whole_folder, write_json
+from dpa_xtuner.stages.build import world_size
+from dpa_xtuner.stages.settings import Settings
+
+SAMPLES = 32
+STEPS = 4
+_HELD_OUT = 4
+_IMAGE_SIZE = 28
+_WAIT_SECONDS = 600
+_TINY_LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+_TINY_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": _IMAGE_SIZE,
+    "patch_size": 14,
+}
+_NOTE = """This folder is a rehearsal of {config}: tiny random models, {samples} samples, {steps} steps a
+stage. Nothing in it is worth keeping. It is emptied when the next rehearsal begins.
+"""
+
+
+def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
+    """Replace models and data, and shorten the stages.
+
+    The first stage's process empties the rehearsal's folder and fills its inputs (rank 0;
+    the others wait); the processes of later stages find them.
+
+    Args:
+        cfg: the DPA config; not changed.
+        settings: read from it.
+
+    Returns:
+        The config and settings of the rehearsal, whose ``work_dir`` ends in ``-rehearsal``.
+
+    Raises:
+        DPAError: an architecture is not known without the hub.
+    """
+    base = Path(f"{cfg.work_dir.rstrip('/')}-rehearsal")
+    inputs = base / "inputs"
+    if os.environ.get("DPA_REHEARSAL") != str(base):
+        if _rank(cfg.launcher) == 0:
+            print_log(f"Rehearsing {cfg.filename} in {base}", "current")
+            shutil.rmtree(base, ignore_errors=True)
+            with whole_folder(inputs) as partial:
+                _make_inputs(cfg, settings, partial)
+                write_json(partial / "launch.json", _launch())
+            (base / "REHEARSAL.txt").write_text(
+                _NOTE.format(config=cfg.filename, samples=SAMPLES, steps=STEPS)
+            )
+        else:
+            _wait_for(inputs / "launch.json")
+        os.environ.update(DPA_REHEARSAL=str(base), DPA_CACHE=str(base / "cache"))
+    cfg = _shortened(cfg, settings, inputs)
+    cfg.work_dir = str(base)
+    return cfg, Settings.from_config(cfg)
+
+
+def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
+    cfg = copy.deepcopy(cfg)
+    batch = 2
+    steps = {
+        "batch_size": batch,
+        "global_batch_size": batch * world_size(cfg.launcher) * 2,
+        "max_steps": STEPS,
+        "max_epochs": STEPS,
+        "save_steps": STEPS // 2,
+    }
+    cfg.merge_from_dict(
+        {
+            "llm_name_or_path": str(inputs / "llm"),
+            "visual_encoder_name_or_path": str(inputs / "visual_encoder"),
+            "captions": _data(settings.captions, inputs, "captions") | {"held_out": _HELD_OUT},
+            "instructions": _data(settings.instructions, inputs, "instructions"),
+            "proxy": steps,
+            "align": steps,
+            "tune": steps,
+        }
+    )
+    return cfg
+
+
+def _data(data, inputs: Path, name: str) -> dict:
+    users = Path(data.data_path).is_file()
+    folder = data.image_folder if users else inputs / "images"
+    return {"data_path": str(inputs / f"{name}.json"), "image_folder": str(folder)}
+
+
+def _make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
+    tokenizer = _tokenizer(cfg, settings)
+    tokenizer.save_pretrained(folder / "llm")
+    _tiny_llm(cfg, settings, tokenizer).save_pretrained(folder / "llm")
+    _tiny_encoder(cfg, settings, folder / "visual_encoder")
+    for name in ("captions", "instructions"):
+        data = getattr(settings, name)
+        if Path(data.data_path).is_file():
+            found = (r for r in read_records(data.data_path) if isinstance(r, Record))
+            records = [_as_llava(record) for record in islice(found, SAMPLES)]
+            print_log(f"{name}: the first {len(records)} records of {data.data_path}", "current")
+        else:
+            records = _generated(folder / "images", with_text_only=name == "instructions")
+            print_log(f"{name}: generated, since {data.data_path} is not there", "current")
+        (folder / f"{name}.json").write_text(json.dumps(records))
+
+
+def _tiny_llm(cfg: Config, settings: Settings, tokenizer):
+    template = {**cfg.model.llm, "pretrained_model_name_or_path": settings.llm_name_or_path}
+    config = _published_or_default("llm_name_or_path", template)
+    groups = config.num_attention_heads // (
+        config.num_key_value_heads or config.num_attention_heads
+    )
+    config.update({key: value for key, value in _TINY_LLM.items() if hasattr(config, key)})
+    config.update(
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": max(1, 4 // groups),
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+    owner = model_class(template)
+    torch.manual_seed(0)
+    model = owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
+    return model.to(torch.bfloat16)
+
+
+def _tiny_encoder(cfg: Config, settings: Settings, folder: Path) -> None:
+    template = {
+        **cfg.model.visual_encoder,
+        "pretrained_model_name_or_path": settings.visual_encoder_name_or_path,
+    }
+    config = _published_or_default("visual_encoder_name_or_path", template)
+    config.update(_TINY_ENCODER)
+    torch.manual_seed(0)
+    model_class(template)(config).save_pretrained(folder)
+    processor = model_class(cfg.image_processor)()
+    processor.size = dict.fromkeys(processor.size, _IMAGE_SIZE)
+    if hasattr(processor, "crop_size"):
+        processor.crop_size = dict.fromkeys(processor.crop_size, _IMAGE_SIZE)
+    processor.save_pretrained(folder)
+
+
+def _published_or_default(setting: str, template: dict) -> PretrainedConfig:
+    try:
+        return read_config(setting, template, local_only=True)
+    except DPAError:
+        owner = model_class(template)
+        if owner is AutoModelForCausalLM or not hasattr(owner, "config_class"):
+            raise DPAError(
+                f"{setting}={template['pretrained_model_name_or_path']!r} is not on this machine, and "
+                f"type={template['type']!r} does not say which architecture to rehearse. Name the "
+                f"class, such as 'transformers.Qwen2ForCausalLM.from_pretrained'."
+            ) from None
+        print_log(f"{setting} is not on this machine: rehearsing a {owner.__name__}", "current")
+        return owner.config_class()
+
+
+def _tokenizer(cfg: Config, settings: Settings):
+    reader = model_class(cfg.tokenizer)
+    options = {key: value for key, value in cfg.tokenizer.items() if key != "type"}
+    try:
+        return reader.from_pretrained(
+            settings.llm_name_or_path, local_files_only=True, **options
+        )
+    except (OSError, ValueError):
+        print_log("The tokenizer is not on this machine: rehearsing with one of bytes", "current")
+        return _byte_tokenizer()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate(special + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="</s>",
+    )  # fmt: skip
+
+
+def _as_llava(record: Record) -> dict:
+    turns = [{"from": "system", "value": record.system}] if record.system is not None else []
+    for human, gpt in record.turns:
+        turns += [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]
+    images = {"image": list(record.images)} if record.images else {}
+    return {"id": record.id, **images, "conversations": turns}
+
+
+def _generated(folder: Path, with_text_only: bool) -> list[dict]:
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    records = []
+    for i in range(SAMPLES):
+        colour = random.integers(0, 256, 3)
+        file = f"{i}.png"
+        Image.fromarray(np.full((40, 30, 3), colour, dtype=np.uint8)).save(folder / file)
+        has_image = not (with_text_only and i % 4 == 0)
+        human = "<image>\nDescribe it." if has_image else "Name a colour."
+        record = Record(str(i), (file,) if has_image else (), None, ((human, f"Colour {colour}."),))
+        records.append(_as_llava(record))
+    return records
+
+
+def _rank(launcher: str) -> int:
+    names = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}
+    return int(os.environ[names[launcher]]) if launcher in names else 0
+
+
+def _launch() -> dict:
+    """What tells this launch from the last one, the same for all its ranks."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
+    launch = {name: os.environ.get(name) for name in names}
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one node: one parent for all
+        launch["parent"] = os.getppid()
+    return launch
+
+
+def _wait_for(path: Path) -> None:
+    for _ in range(_WAIT_SECONDS * 2):
+        if path.is_file() and json.loads(path.read_text()) == _launch():
+            return
+        time.sleep(0.5)
+    raise DPAError(f"{path} did not appear within {_WAIT_SECONDS} s; rank 0 must have failed.")

@@ -1,0 +1,97 @@
+"""The runners: MMEngine's, which train the next unfinished stage and then go on."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import DefaultScope, Registry, build_runner_from_cfg
+from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
+from mmengine.runner import Runner as MMEngineRunner
+from safetensors import SafetensorError
+
+from dpa_xtuner import compat
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.artifacts import move_into_place
+from dpa_xtuner.stages.pipeline import next_stage, remove_partial, run_next, summary
+
+RUNNERS = Registry(
+    "runner", build_func=build_runner_from_cfg, parent=MMENGINE_RUNNERS, scope="dpa_xtuner"
+)
+"""Runners under the names that XTuner asks for, found by configs with ``_scope_='dpa_xtuner'``.
+
+``xtuner train`` names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``, whatever
+the config says; a scope is MMEngine's way to give a name another meaning.
+"""
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback."""
+    try:
+        yield
+    except (DPAError, OSError, SafetensorError) as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+class _StageRunner:
+    """What both runners add to MMEngine's."""
+
+    @classmethod
+    def from_cfg(cls, cfg: Config):
+        """Build the runner of the next unfinished stage; exit when there is none."""
+        with told_plainly(), DefaultScope.overwrite_default_scope("mmengine"):
+            stage = next_stage(cfg)
+            if stage is None:
+                print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
+                raise SystemExit(0)
+            if "strategy" in stage:
+                compat.deepspeed_without_mpi()
+            runner = super().from_cfg(stage)
+            if is_main_process():
+                remove_partial(Path(runner.work_dir))
+            return runner
+
+    def train(self):
+        """Train the stage, then go on with the next one in a fresh process."""
+        with told_plainly():
+            model = super().train()
+        run_next(self.cfg)
+        print_log(f"Finished:\n{summary(Path(self.cfg.work_dir).parent)}", "current")
+        return model
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """As MMEngine's, but the checkpoint gets its name when all of it is on disk.
+
+        Raises:
+            DPAError: it can't be written.
+        """
+        partial = Path(out_dir) / f".{filename}.partial"
+        try:
+            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+            raise DPAError(
+                f"The checkpoint {Path(out_dir) / filename} can't be written: {error}. Older ones "
+                f"are whole: make room and run the same command again."
+            ) from error
+        barrier()
+        if is_main_process():
+            move_into_place(partial, Path(out_dir) / filename)
+        barrier()
+
+
+@RUNNERS.register_module()
+class Runner(_StageRunner, MMEngineRunner):
+    """MMEngine's Runner for the stages."""
+
+
+@RUNNERS.register_module()
+class FlexibleRunner(_StageRunner, MMEngineFlexibleRunner):
+    """MMEngine's FlexibleRunner, as ``--deepspeed`` asks for it, for the stages."""
