@@ -141,8 +141,8 @@ class DrawingClip(nn.Module):
             functional.normalize(self.picture_head(output.pooler_output), dim=-1),
         )
 
-    def loss(self, pixels: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """Sum the contrasts over one batch.
+    def losses(self, pixels: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the contrasts over one batch.
 
         Args:
             pixels: As in `forward`.
@@ -150,24 +150,23 @@ class DrawingClip(nn.Module):
                 banks or `IGNORED`; "words" (B, LLM width), the bag of all words for a picture.
 
         Returns:
-            Scalar.
+            A scalar for each bank and one for "picture".
         """
         patches, mean_patch, picture = self(pixels)
         scale = self.log_scale.exp()
-        total = functional.cross_entropy(
-            scale * mean_patch @ self.text("count").T, targets["count"], ignore_index=IGNORED
-        )
-        for bank in ("kind", "colour", "name"):
-            logits = scale * patches.flatten(0, 1) @ self.text(bank).T
-            total = total + functional.cross_entropy(
-                logits, targets[bank].flatten(), ignore_index=IGNORED
-            )
+
+        def against(bank: str, vectors: Tensor) -> Tensor:
+            logits = scale * vectors @ self.text(bank).T
+            return functional.cross_entropy(logits, targets[bank].flatten(), ignore_index=IGNORED)
+
+        losses = {bank: against(bank, patches.flatten(0, 1)) for bank in ("kind", "colour", "name")}
+        losses["count"] = against("count", mean_patch)
         logits = scale * picture @ self.tower(targets["words"]).T
         diagonal = torch.arange(len(logits))
-        both_ways = functional.cross_entropy(logits, diagonal) + functional.cross_entropy(
-            logits.T, diagonal
-        )
-        return total + both_ways / 2
+        losses["picture"] = (
+            functional.cross_entropy(logits, diagonal) + functional.cross_entropy(logits.T, diagonal)
+        ) / 2
+        return losses
 
 
 def _distorted(code: str, size: int, rng: random.Random) -> np.ndarray:
@@ -261,7 +260,7 @@ class Batches:
         return torch.stack(bags).mean(0)
 
     def next(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return pixels and targets of a batch, as `DrawingClip.loss` takes them."""
+        """Return pixels and targets of a batch, as `DrawingClip.losses` takes them."""
         scenes = [self.sampler.scene() for _ in range(size)]
         pixels = to_pixels(np.stack([self._draw(scene) for scene in scenes]))
         grids = [self._patch_targets(scene) for scene in scenes]
@@ -322,7 +321,7 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
     Args:
         model: Changed in place.
         batches: Source of the data.
-        steps: Optimizer steps; the learning rate follows one cosine after 3 % of warm-up.
+        steps: Optimizer steps; the learning rate follows one cosine after 10 % of warm-up.
         batch_size: Pictures a step.
         rate: Highest learning rate.
     """
@@ -330,20 +329,21 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=0.03, cycle_momentum=False
+        optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
     model.train()
     with tqdm(range(steps), desc="vit") as bar:
         for _ in bar:
             pixels, targets = batches.next(batch_size)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model.loss(pixels, targets)
+                losses = model.losses(pixels, targets)
+            loss = sum(losses.values())
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix({name: f"{value.item():.2f}" for name, value in losses.items()})
 
 
 def save(model: DrawingClip, folder: Path) -> None:

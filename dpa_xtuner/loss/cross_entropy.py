@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpa_xtuner.loss.registry import LOSSES
+from dpa_xtuner.registry import LOSSES
 
 
 @LOSSES.register_module()

@@ -21,7 +21,7 @@ class DPALLaVAModel(LLaVAModel):
     Args:
         llm: a config dict or a module.
         visual_encoder: a config dict or a module.
-        loss: name of a loss in :data:`dpa_xtuner.loss.LOSSES`.
+        loss: name of a loss in :data:`dpa_xtuner.registry.LOSSES`.
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
         kwargs: of :class:`xtuner.model.LLaVAModel`.
@@ -53,6 +53,14 @@ class DPALLaVAModel(LLaVAModel):
 
     def _prepare_llm_for_lora(self, lora_config, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
+
+    def activation_checkpointing_enable(self) -> None:
+        """Recompute the LLM's activations in the backward pass, and no other part's.
+
+        A frozen encoder has no backward pass. The stock way also recomputes the projector,
+        reentrantly, which gives it no gradient where its input needs none.
+        """
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Like any module's, but a frozen visual encoder stays in evaluation mode."""

@@ -1,4 +1,4 @@
-"""What both models do with their LLM: load it, give it LoRA, merge an adapter, ask it for logits."""
+"""What both models do with their LLM: load it, adapt it, ask it for logits."""
 
 import torch
 from mmengine.model import BaseModel
@@ -10,8 +10,8 @@ from xtuner.model.modules.dispatch import SUPPORT_FLASH2
 from xtuner.model.utils import LoadWoInit, find_all_linear_names
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.loss import LOSSES
 from dpa_xtuner.model.fingerprint import gathered
+from dpa_xtuner.registry import LOSSES
 
 
 def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ PARTS = ("llm", "llm_adapter", "visual_encoder", "projector")
 """Every part a stage may build, in the order of the log."""
 
 CANONICAL = torch.bfloat16
-"""Dtype in which the LLM's and the encoder's fingerprints are taken, whatever they are loaded in."""
+"""Dtype of the fingerprints that tell models apart, whatever dtype they are loaded in."""
 
 
 def part_of(name: str) -> str:

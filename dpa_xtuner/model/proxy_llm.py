@@ -16,7 +16,7 @@ class ProxyLLM(SupervisedFinetune):
     Args:
         llm: a config dict or a module.
         lora: ``peft.LoraConfig`` or its config dict.
-        loss: name of a loss in :data:`dpa_xtuner.loss.LOSSES`.
+        loss: name of a loss in :data:`dpa_xtuner.registry.LOSSES`.
         kwargs: of :class:`xtuner.model.SupervisedFinetune`.
     """
 
@@ -30,6 +30,10 @@ class ProxyLLM(SupervisedFinetune):
     def build_llm_from_cfg(self, llm_cfg, use_varlen_attn, max_position_embeddings):
         """Take the module as it is: the stock method knows configs only."""
         return llm_cfg
+
+    def activation_checkpointing_enable(self) -> None:
+        """Recompute the LLM's activations in the backward pass."""
+        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self.lora)

@@ -2,15 +2,16 @@
 
 from dpa_xtuner.stages.loop import DPATrainLoop
 from dpa_xtuner.stages.optim import Bf16OptimWrapper
-from dpa_xtuner.stages.runner import RUNNERS
+from dpa_xtuner.stages.runner import FlexibleRunner, Runner
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 __all__ = [
-    "RUNNERS",
     "STAGE_NAMES",
     "Bf16OptimWrapper",
     "DPATrainLoop",
+    "FlexibleRunner",
+    "Runner",
     "Settings",
     "Stage",
     "stage_table",

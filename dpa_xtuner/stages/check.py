@@ -1,0 +1,42 @@
+"""Checks all data of a config, without training."""
+
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+
+from dpa_xtuner.data import check_dataset
+from dpa_xtuner.stages.build import dataset_config
+from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.table import stage_table
+
+
+def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
+    """Look at the data of ``align`` and ``tune`` (``proxy`` reads ``align``'s captions).
+
+    Args:
+        path: a DPA config.
+        options: as of ``--cfg-options``.
+        sample: open the images of so many samples only.
+
+    Returns:
+        Whether all of it can be used.
+
+    Raises:
+        DPAError: settings, models or data files can't be read.
+    """
+    cfg = Config.fromfile(path)
+    cfg.merge_from_dict(options or {})
+    settings = Settings.from_config(cfg)
+    cfg.tokenizer.pretrained_model_name_or_path = settings.llm_name_or_path
+    encoder = settings.visual_encoder_name_or_path
+    cfg.image_processor.pretrained_model_name_or_path = encoder
+    ok = True
+    for name in ("align", "tune"):
+        dataset = dataset_config(cfg, settings, stage_table(settings)[name])
+        with DefaultScope.overwrite_default_scope("mmengine"):
+            built = DATASETS.build(dict(dataset, skip_limit=1.0, held_out=0))
+        report = check_dataset(built, sample=sample)
+        print(f"\nStage {name}: {dataset['data_path']}\n{report}")
+        ok = ok and report.ok
+    return ok

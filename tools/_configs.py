@@ -1,0 +1,31 @@
+"""Finds configs by name, without importing torch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def config_names(pattern: str = "") -> list[str]:
+    """Names of all configs that hold ``pattern``, bases left out."""
+    paths = (p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.py"))
+    return sorted(p.stem for p in paths if "_base_" not in p.parts and pattern in p.stem)
+
+
+def find_config(name: str) -> Path:
+    """The file of a config that is given by path or by name.
+
+    Raises:
+        SystemExit: there is none; the message lists the nearest and the known ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    found = [p for p in CONFIGS.rglob(f"{name.removesuffix('.py')}.py") if "_base_" not in p.parts]
+    if found:
+        return found[0]
+    known = config_names()
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise SystemExit(f"{name!r} is neither a file nor a config.{hint} Known: {', '.join(known)}.")

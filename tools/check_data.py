@@ -1,0 +1,32 @@
+"""Check all data of a config before training: every record, every image.
+
+Exit code 1 if anything can't be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from _configs import find_config
+from mmengine.config import DictAction
+
+
+def main() -> int:
+    """Print a report a data set and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="path or name of a config")
+    parser.add_argument("--sample", type=int, help="open the images of so many samples only")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as of xtuner train")
+    arguments = parser.parse_args()
+    path = find_config(arguments.config)
+
+    from dpa_xtuner.stages.check import check_config
+    from dpa_xtuner.stages.runner import told_plainly
+
+    with told_plainly():
+        return 0 if check_config(path, arguments.cfg_options, arguments.sample) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

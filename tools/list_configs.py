@@ -1,0 +1,16 @@
+"""List the configs whose names hold a pattern, like ``xtuner list-cfg``."""
+
+from __future__ import annotations
+
+import argparse
+
+from _configs import config_names
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pattern", nargs="?", default="", help="part of a name; all without it")
+    pattern = parser.parse_args().pattern
+    names = config_names(pattern)
+    if not names:
+        raise SystemExit(f"No config's name holds {pattern!r}. Known: {', '.join(config_names())}.")
+    print("\n".join(names))

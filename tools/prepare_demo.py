@@ -1,0 +1,13 @@
+"""Prepare the demo: write SmolLM2-135M-Instruct and the OpenMoji data under one folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dpa_xtuner.demo.prepare import prepare
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", nargs="?", type=Path, default=Path("data"), help="default: data")
+    prepare(parser.parse_args().root)

@@ -1,0 +1,72 @@
+"""Train all stages of a config, as ``xtuner train`` does, with a proper exit code and a summary.
+
+Takes all arguments of ``xtuner train``, and its environment: NPROC_PER_NODE, NNODES,
+NODE_RANK, PORT, ADDR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from _configs import find_config
+
+STAGES = ("proxy", "align", "tune")
+
+
+def command(config: Path, arguments: list[str]) -> list[str]:
+    """The command that ``xtuner train`` would run, with this interpreter."""
+    script = str(Path(importlib.util.find_spec("xtuner").origin).parent / "tools" / "train.py")
+    nodes, processes = (int(os.environ.get(name, 1)) for name in ("NNODES", "NPROC_PER_NODE"))
+    if "slurm" in arguments or nodes * processes == 1:
+        return [sys.executable, script, str(config), *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    launcher += [
+        f"--nproc_per_node={processes}",
+        f"--node_rank={os.environ.get('NODE_RANK', 0)}",
+        f"--master_addr={os.environ.get('ADDR', '127.0.0.1')}",
+        f"--master_port={os.environ.get('PORT') or random.randint(20000, 29999)}",
+    ]
+    return [*launcher, script, str(config), *arguments, "--launcher", "pytorch"]
+
+
+def summary(work_dir: Path) -> str:
+    """A line a stage: steps, time, what was measured and written."""
+    lines = [f"{'stage':<7}{'status':<10}{'steps':>6}{'seconds':>9}  measured; written"]
+    for stage in STAGES:
+        path = work_dir / stage / "stage.json"
+        state = json.loads(path.read_text()) if path.is_file() else {"status": "-"}
+        measured = ", ".join(f"{k} {v:.3f}" for k, v in state.get("measured", {}).items())
+        written = ", ".join(state.get("writes", {}).values())
+        lines.append(
+            f"{stage:<7}{state['status']:<10}{state.get('steps', '-'):>6}"
+            f"{state.get('seconds', '-'):>9}  {'; '.join(filter(None, (measured, written)))}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("config", help="path or name of a config")
+    parser.add_argument("--work-dir", help="default: work_dirs/<config's name>")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models, a few steps a stage")
+    known, others = parser.parse_known_args()
+    config = find_config(known.config)
+    if known.rehearse:
+        os.environ["DPA_REHEARSE"] = "1"
+    work_dir = known.work_dir or f"work_dirs/{config.stem}"
+    code = subprocess.run(command(config, ["--work-dir", work_dir, *others])).returncode
+    rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
+    print(f"\n{summary(Path(work_dir + rehearsal))}", flush=True)
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
