@@ -18,8 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 _WORDS = 2000  # different words in the generated captions
 _ITEMS = 500  # samples read one after the other for the items/s column
 _COLUMNS = {
@@ -37,6 +35,7 @@ def write_data(folder: Path, records: int) -> None:
         folder: Where to.
         records: Number of caption records, 20 to 60 words each.
     """
+    import numpy as np
     from PIL import Image
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
@@ -125,15 +124,17 @@ def measure(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
     }
 
 
-def run(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
-    """Runs `measure` in a fresh process."""
-    command = [sys.executable, __file__, "--start", which, "--folder", str(folder)]
+def run(start: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Runs `write_data` or `measure` in a process of its own and returns what it prints.
+
+    This process stays small, since its peak memory would count as the child's.
+    """
+    command = [sys.executable, __file__, "--start", start, "--folder", str(folder)]
+    command += ["--records", str(args.records), "--tokenizer", args.tokenizer or str(folder)]
     environment = {**os.environ, "DPA_CACHE": str(folder / "cache")}
     root = str(Path(__file__).resolve().parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, "--tokenizer", tokenizer], env=environment, stdout=subprocess.PIPE, check=True
-    )
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -143,19 +144,22 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=50_000, help="caption records to generate")
     parser.add_argument("--tokenizer", help="tokenizer folder; a small one is trained by default")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
-    parser.add_argument("--start", choices=["stock", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--start", choices=["data", "stock", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.start == "data":
+        print(json.dumps(write_data(args.folder, args.records)))
+        return
     if args.start:
         print(json.dumps(measure(args.start, args.folder, args.tokenizer)))
         return
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder, args.records)
+        run("data", args, folder)
         for which in ("stock", "ours"):
             for start in ("first start", "second start"):
-                results[f"{which}, {start}"] = run(which, folder, args.tokenizer or name)
+                results[f"{which}, {start}"] = run(which, args, folder)
     print(f"{args.records} caption records, {os.cpu_count()} cores; memory beyond the imports")
     print(" " * 22 + "".join(f"{title:>18}" for title in _COLUMNS.values()))
     for title, result in results.items():

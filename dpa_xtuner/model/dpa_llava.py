@@ -57,10 +57,11 @@ class DPALLaVAModel(LLaVAModel):
     def activation_checkpointing_enable(self) -> None:
         """Recompute the LLM's activations in the backward pass, and no other part's.
 
-        A frozen encoder has no backward pass. The stock way also recomputes the projector,
-        reentrantly, which gives it no gradient where its input needs none.
+        A frozen encoder has no backward pass, and the stock way of recomputing the projector,
+        reentrant, would give it no gradient, since its input needs none. The LLM's input
+        needs one, so the reentrant way, the only one that ZeRO-3 takes, is right there.
         """
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.llm.gradient_checkpointing_enable()
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Like any module's, but a frozen visual encoder stays in evaluation mode."""

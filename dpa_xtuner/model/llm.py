@@ -23,11 +23,19 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     Args:
         model: XTuner's model that the part is for.
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
+
+    Raises:
+        DPAError: it does not take one of the arguments.
     """
     if isinstance(cfg, dict) and SUPPORT_FLASH2 and torch.cuda.is_available():
         cfg.setdefault("attn_implementation", "flash_attention_2")
     with LoadWoInit():
-        return model._build_from_cfg_or_module(cfg)
+        try:
+            return model._build_from_cfg_or_module(cfg)
+        except TypeError as error:
+            raise DPAError(
+                f"model: {error}. Check the keys beside its type in the config."
+            ) from error
 
 
 def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:

@@ -31,10 +31,6 @@ class ProxyLLM(SupervisedFinetune):
         """Take the module as it is: the stock method knows configs only."""
         return llm_cfg
 
-    def activation_checkpointing_enable(self) -> None:
-        """Recompute the LLM's activations in the backward pass."""
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
-
     def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self.lora)
 

