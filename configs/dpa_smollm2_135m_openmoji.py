@@ -1,0 +1,27 @@
+# The demo (make demo): a real 135M language model and drawings, on two CPU cores.
+# tools/prepare_demo.py makes the models and the data. All numbers are [ours], chosen for
+# what the picture is used for after some ten minutes.
+_base_ = ['_base_/dpa.py']
+
+llm_name_or_path = '{{$DPA_DATA:data}}/models/smollm2-135m-instruct'
+visual_encoder_name_or_path = '{{$DPA_DATA:data}}/models/openmoji-vit'
+prompt_template = 'qwen_chat'  # ChatML, as SmolLM2
+
+captions = dict(
+    data_path='{{$DPA_DATA:data}}/openmoji/captions.json',
+    image_folder='{{$DPA_DATA:data}}/openmoji',
+    held_out=64)
+instructions = dict(
+    data_path='{{$DPA_DATA:data}}/openmoji/questions.json',
+    image_folder='{{$DPA_DATA:data}}/openmoji')
+
+proxy = dict(
+    lr=5e-4, batch_size=32, global_batch_size=32, max_length=256, max_steps=60,
+    lora=dict(r=64, lora_alpha=128))
+align = dict(lr=2e-3, batch_size=32, global_batch_size=32, max_length=256, max_steps=100)
+tune = dict(lr=2e-4, batch_size=32, global_batch_size=32, max_length=256, max_steps=200)
+
+model = dict(
+    llm=dict(type='transformers.LlamaForCausalLM.from_pretrained'),
+    use_activation_checkpointing=False)
+train_dataloader = dict(num_workers=1, pin_memory=False)
