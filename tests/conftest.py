@@ -1,5 +1,6 @@
 """One thread, no hub, and the tiny models and data that the tests share."""
 
+import functools
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -29,3 +30,14 @@ def tiny(tmp_path_factory) -> Path:
 
     harness.forked(write, folder / "inputs.log")
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tiny, tmp_path_factory):
+    """Gives a finished pipeline of a layout, run once for all tests."""
+
+    @functools.cache
+    def make(layout: harness.Layout = harness.Layout()) -> harness.Reference:
+        return harness.reference(tmp_path_factory.mktemp("reference") / str(layout), layout)
+
+    return make

@@ -5,24 +5,63 @@ does is what `python -m xtuner.tools.train` does with the same arguments and env
 """
 
 import os
-import random
+import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed  # noqa: F401
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from xtuner.tools import train
 
-import dpa_xtuner  # noqa: F401
+from dpa_xtuner.hooks import ProxyLLMHook
+from dpa_xtuner.hooks.proxy_llm import _unwrap
 
 TINY_CONFIG = Path(__file__).with_name("tiny_config.py")
 STAGES = ("proxy", "align", "tune")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a pipeline is run."""
+
+    ranks: int = 1
+    deepspeed: bool = False
+    dropout: float = 0.0
+    train_llm: str = "full"
+
+    def how(self) -> dict:
+        return {"ranks": self.ranks, "deepspeed": self.deepspeed}
+
+    def options(self) -> list[str]:
+        return [
+            f"proxy.lora.lora_dropout={self.dropout}",
+            f"tune.lora.lora_dropout={self.dropout}",
+            f"tune.train_llm={self.train_llm}",
+        ]
+
+    def __str__(self) -> str:
+        zero = "zero2" if self.deepspeed else "plain"
+        return f"{self.ranks}-{zero}-{self.train_llm}-{self.dropout}"
+
+
+@dataclass
+class Reference:
+    """A pipeline that ran to its end without a stop: where, and the seconds a stage took."""
+
+    work_dir: Path
+    seconds: dict[str, float]
+
+    def watched(self, stage: str) -> dict:
+        """What :func:`watch` saw."""
+        return torch.load(self.work_dir / f"watched-{stage}.pt")
 
 
 class Processes:
@@ -167,6 +206,50 @@ def _new_log(work_dir: Path) -> Path:
     return folder / f"{len(list(folder.iterdir()))}.log"
 
 
+def reference(work_dir: Path, layout: Layout) -> Reference:
+    """Run all stages, each in processes of its own."""
+    seconds = {}
+    for stage in STAGES:
+        began = time.time()
+        prepare = watch(work_dir / f"watched-{stage}.pt")
+        finish(stage, work_dir, *layout.options(), prepare=prepare, **layout.how())
+        seconds[stage] = time.time() - began
+    return Reference(work_dir, seconds)
+
+
+def watch(file: Path) -> Callable[[], None]:
+    """For `prepare`: save a stage's tensors before and after, and which are trainable."""
+
+    def prepare() -> None:
+        before, after = ProxyLLMHook.before_train, ProxyLLMHook.after_train
+        seen = {}
+
+        def look(runner) -> dict:
+            model = _unwrap(runner.model)
+            return {k: v.detach().clone() for k, v in nn.Module.state_dict(model).items()}
+
+        def before_train(self, runner):
+            model = _unwrap(runner.model)
+            seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
+            seen["before"] = look(runner)
+            before(self, runner)
+
+        def after_train(self, runner):
+            seen["after"] = look(runner)
+            if runner.rank == 0:
+                torch.save(seen, file)
+            after(self, runner)
+
+        ProxyLLMHook.before_train, ProxyLLMHook.after_train = before_train, after_train
+
+    return prepare
+
+
+def copy_stage(source: Path, target: Path, stage: str) -> None:
+    """Give another work dir a finished stage."""
+    shutil.copytree(source / stage, target / stage)
+
+
 def weights(work_dir: Path) -> dict[str, torch.Tensor]:
     """All weights that the stages have written, by file and name."""
     files = sorted(work_dir.glob("*/*/*.safetensors"))
@@ -230,17 +313,3 @@ def note_changes(folder: Path, notes: Path) -> Callable[[], None]:
         at_each_change(folder, lambda event, path: os.write(out, f"{event} {path}\n".encode()))
 
     return prepare
-
-
-def kill_at_random(processes: Processes, delay: float) -> bool:
-    """SIGKILL after `delay` seconds: whether it was still running."""
-    time.sleep(delay)
-    if not processes.alive():
-        assert not any(processes.codes.values()), processes.log.read_text()[-4000:]
-        return False
-    processes.kill()
-    return True
-
-
-def delays(seed: int, longest: float, count: int) -> list[float]:
-    return [random.Random(seed + i).uniform(0, longest) for i in range(count)]

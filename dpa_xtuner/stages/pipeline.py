@@ -16,7 +16,7 @@ from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
-from dpa_xtuner.stages.build import origin_of, stage_config, world_size
+from dpa_xtuner.stages.build import global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.rehearsal import rehearse
 from dpa_xtuner.stages.settings import Settings, nearest
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
@@ -59,9 +59,8 @@ def next_stage(cfg: Config) -> Config | None:
         state = read_state(base / stage.name)
         if state.get("status") == "finished":
             _refuse_changed(base / stage.name, state["origin"], origin)
-            print_log(
-                f"Stage {stage.name} is finished: {', '.join(_written(stage, base))}", "current"
-            )
+            if global_rank(cfg.launcher) == 0:
+                print_log(f"Stage {stage.name} is finished", "current")
             continue
         config = stage_config(cfg, settings, stage, origin)
         _resume(config, cfg, stage, state, origin, run_facts(config))
@@ -157,10 +156,6 @@ def _sha256(handle) -> str:
     while block := handle.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
-
-
-def _written(stage: Stage, base: Path) -> list[str]:
-    return [str(base / folder) for folder in stage.writes.values()]
 
 
 def _refuse_changed(folder: Path, before: dict, now: dict) -> None:

@@ -1,0 +1,113 @@
+"""A pipeline that is killed gives the weights of one that never was."""
+
+import random
+import time
+from itertools import count
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from harness import STAGES, Layout
+
+LAYOUTS = [
+    Layout(ranks, deepspeed, dropout, "lora" if dropout else "full")
+    for ranks in (1, 2)
+    for deepspeed in (False, True)
+    for dropout in (0.0, 0.05)
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_killed_at_random_it_ends_with_the_same_bits(layout, reference, tmp_path):
+    whole = reference(layout)
+    dice = random.Random(str(layout))
+    work_dir = tmp_path / "killed"
+    killed, outputs = 0, []
+    for stage in STAGES:
+        at_a_time = dice.uniform(0.3, 1.0) * whole.seconds[stage]
+        killed += _kill_at_time(stage, work_dir, layout, at_a_time)
+        killed += _kill_at_change(stage, work_dir, layout, dice)
+        outputs.append(harness.finish(stage, work_dir, *layout.options(), **layout.how()))
+
+    assert killed >= len(STAGES)
+    assert any("goes on from" in output for output in outputs)
+    assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []
+
+
+def _kill_at_time(stage: str, work_dir: Path, layout: Layout, delay: float) -> bool:
+    processes = harness.start(stage, work_dir, *layout.options(), **layout.how())
+    time.sleep(delay)
+    running = processes.alive()
+    processes.kill()
+    assert running or processes.wait() == 0, processes.log.read_text()[-4000:]
+    return running
+
+
+def _kill_at_change(stage: str, work_dir: Path, layout: Layout, dice: random.Random) -> bool:
+    prepare = harness.die_at_change(work_dir, dice.randint(15, 60))
+    code, output = harness.run(
+        stage, work_dir, *layout.options(), prepare=prepare, **layout.how()
+    )
+    assert code in (0, -9), output[-4000:]
+    return code == -9
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_before_each_change_of_its_folder_in_turn(stage, reference, tmp_path):
+    whole = reference(Layout(dropout=0.05, train_llm="lora"))
+    work_dir = tmp_path / "killed"
+    _copy_stages(whole.work_dir, work_dir, STAGES[: STAGES.index(stage)])
+    options = Layout(dropout=0.05, train_llm="lora").options()
+    for number in count(1, 2 if stage == "proxy" else 5):
+        prepare = harness.die_at_change(work_dir, number)
+        code, output = harness.run(stage, work_dir, *options, prepare=prepare)
+        assert code in (0, -9), output[-4000:]
+        if code == 0:
+            break
+
+    assert number > 20
+    own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith(stage)}
+    again = {k: v for k, v in harness.weights(work_dir).items() if k.startswith(stage)}
+    assert harness.differing(own, again) == []
+
+
+def _copy_stages(source: Path, target: Path, stages: tuple[str, ...]) -> None:
+    for stage in stages:
+        harness.copy_stage(source, target, stage)
+
+
+def test_a_half_written_checkpoint_is_never_resumed_from(reference, tmp_path):
+    whole = reference(Layout())
+    work_dir = tmp_path / "killed"
+
+    def die_half_way() -> None:
+        save, calls = torch.save, count(1)
+
+        def half(content, file, *args, **kwargs):
+            save(content, file, *args, **kwargs)
+            if next(calls) == 2:
+                file.seek(0) if hasattr(file, "seek") else None
+                path = Path(getattr(file, "name", file))
+                path.write_bytes(path.read_bytes()[:2000])
+                harness.die()
+
+        torch.save = half
+
+    code, output = harness.run("proxy", work_dir, prepare=die_half_way)
+    assert code == -9, output
+    torn = [path for path in (work_dir / "proxy").rglob("*") if path.name.startswith(".iter_8")]
+    assert [path.stat().st_size for path in torn] == [2000]
+
+    output = harness.finish("proxy", work_dir)
+    assert f"goes on from {work_dir / 'proxy/iter_4.pth'}" in output
+    assert not torn[0].exists()
+    own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith("proxy")}
+    assert harness.differing(own, harness.weights(work_dir)) == []
+
+
+def test_another_seed_gives_other_weights(reference, tmp_path):
+    whole = harness.weights(reference(Layout()).work_dir)
+    harness.finish("proxy", tmp_path / "run", arguments=("--seed", "7"))
+    other = harness.weights(tmp_path / "run")
+    assert harness.differing(other, {k: whole[k] for k in other}) == sorted(other)
