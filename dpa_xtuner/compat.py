@@ -71,7 +71,8 @@ def checkpoint_globals() -> None:
 
     ``torch.load`` defaults to ``weights_only=True`` since 2.6. The classes that an
     MMEngine checkpoint holds besides tensors are named as safe; everything else stays
-    refused.
+    refused. MMEngine's log buffers also pickle references to their own methods, as calls
+    of ``getattr``, which can't be called safe; those that it needs it sets again by itself.
     """
     import numpy as np
     import torch
@@ -84,6 +85,11 @@ def checkpoint_globals() -> None:
     torch.serialization.add_safe_globals(
         [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]
     )
+    HistoryBuffer.__getstate__ = _without_methods
+
+
+def _without_methods(buffer) -> dict:
+    return {key: value for key, value in vars(buffer).items() if key != "statistics_methods"}
 
 
 def apply() -> None:

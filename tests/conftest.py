@@ -37,7 +37,7 @@ def reference(tiny, tmp_path_factory):
     """Gives a finished pipeline of a layout, run once for all tests."""
 
     @functools.cache
-    def make(layout: harness.Layout = harness.Layout()) -> harness.Reference:
+    def make(layout: harness.Layout) -> harness.Reference:
         return harness.reference(tmp_path_factory.mktemp("reference") / str(layout), layout)
 
     return make

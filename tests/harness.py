@@ -4,6 +4,7 @@ Importing XTuner takes seconds, so the tests' process imports it once and forks.
 does is what `python -m xtuner.tools.train` does with the same arguments and environment.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -15,9 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed  # noqa: F401
+import deepspeed as _deepspeed  # noqa: F401, takes seconds as well
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from xtuner.tools import train
 
@@ -114,7 +116,6 @@ def _fork(body: Callable[[], None], log: Path) -> int:
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        sys.stdin = open(os.devnull)
         body()
         code = 0
     except SystemExit as end:
@@ -137,6 +138,7 @@ def start(
     arguments: tuple[str, ...] = (),
     env: dict[str, str] | None = None,
     prepare: Callable[[], None] = lambda: None,
+    log_folder: Path | None = None,
 ) -> Processes:
     """Start one stage (all of them where it is None).
 
@@ -150,12 +152,14 @@ def start(
         arguments: other arguments of `xtuner train`.
         env: other environment variables.
         prepare: called in each child before it begins.
+        log_folder: where to log; a folder beside the work dir where it is None.
     """
     argv = ["train.py", str(config), "--work-dir", str(work_dir), *arguments]
     if deepspeed:
         argv += ["--deepspeed", "zero2"]
     if options:
         argv += ["--cfg-options", *options]
+    beside = work_dir.parent / f"{work_dir.name}-logs"
     environment = {**(env or {}), **({"DPA_STAGE": stage} if stage else {})}
     if ranks > 1:
         argv += ["--launcher", "pytorch"]
@@ -173,7 +177,7 @@ def start(
 
         return run
 
-    return Processes([body(rank) for rank in range(ranks)], _new_log(work_dir))
+    return Processes([body(rank) for rank in range(ranks)], _new_log(log_folder or beside))
 
 
 def run(stage: str | None, work_dir: Path, *options: str, **how) -> tuple[int, str]:
@@ -200,8 +204,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _new_log(work_dir: Path) -> Path:
-    folder = work_dir.parent / f"{work_dir.name}-logs"
+def _new_log(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{len(list(folder.iterdir()))}.log"
 
@@ -248,6 +251,24 @@ def watch(file: Path) -> Callable[[], None]:
 def copy_stage(source: Path, target: Path, stage: str) -> None:
     """Give another work dir a finished stage."""
     shutil.copytree(source / stage, target / stage)
+
+
+def copy_with_one_weight_changed(source: Path, target: Path) -> None:
+    """Copy a model whose folder holds a model.safetensors, one of its weights another."""
+    shutil.copytree(source, target)
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+
+
+def held_out_split(tiny: Path) -> tuple[list[str], list[str]]:
+    """Ids of the captions that are held out, and of those that are trained on."""
+    ids = [record["id"] for record in json.loads((tiny / "captions.json").read_text())]
+    order = np.random.default_rng(0).permutation(len(ids))
+    held_out = {ids[i] for i in order[:4]}
+    return [i for i in ids if i in held_out], [i for i in ids if i not in held_out]
 
 
 def weights(work_dir: Path) -> dict[str, torch.Tensor]:

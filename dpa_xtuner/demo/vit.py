@@ -1,9 +1,9 @@
 """A small CLIP-type vision transformer, trained on OpenMoji drawings and their names.
 
 The registry has no pretrained vision transformer, so this one was made here
-(`tools/train_openmoji_vit.py`) and its weights are shipped beside this file. Two contrasts train it:
-the picture against the words for its content, as in CLIP, and every patch against the words for the
-drawing it lies on, since the projector reads patches and not the class token.
+(`tools/train_openmoji_vit.py`) and its weights are shipped beside this file. Two contrasts train
+it: the picture against the words for its content, as in CLIP, and every patch against the words
+for the drawing it lies on, since the projector reads patches and not the class token.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -34,8 +35,8 @@ GRID = PICTURE_SIZE // PATCH_SIZE
 EMBEDDING = 128
 NOTHING = "nothing"
 IGNORED = -100
-# Distortions of one drawing: without them the model learns a thousand drawings by heart and says nothing
-# of the ones it has not seen.
+# Distortions of one drawing: without them the model learns a thousand drawings by heart and says
+# nothing of the ones it has not seen.
 SMALL_VARIANTS = 16
 LARGE_VARIANTS = 6
 
@@ -68,8 +69,8 @@ def new_processor() -> CLIPImageProcessor:
 class NameTower(nn.Module):
     """The text side: the mean of a language model's token embeddings, projected.
 
-    Names are too few to learn a text model from; a language model's embeddings already put a dolphin near
-    a whale.
+    Names are too few to learn a text model from; a language model's embeddings already put a
+    dolphin near a whale.
 
     Args:
         llm: Any language model; its input embeddings are copied and stay frozen.
@@ -106,8 +107,12 @@ class DrawingClip(nn.Module):
         self.vit = new_vit()
         self.tower = tower
         width = self.vit.config.hidden_size
-        self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EMBEDDING, bias=False))
-        self.count_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, EMBEDDING, bias=False))
+        self.patch_head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, EMBEDDING, bias=False)
+        )
+        self.count_head = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, EMBEDDING, bias=False)
+        )
         self.picture_head = nn.Linear(width, EMBEDDING, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))
         self.banks = {
@@ -146,8 +151,9 @@ class DrawingClip(nn.Module):
 
         Args:
             pixels: As in `forward`.
-            targets: From `Batches`: "kind", "colour", "name" (B, 36) and "count" (B,), indices into the
-                banks or `IGNORED`; "words" (B, LLM width), the bag of all words for a picture.
+            targets: From `Batches`: "kind", "colour", "name" (B, 36) and "count" (B,), indices
+                into the banks or `IGNORED`; "words" (B, LLM width), the bag of all words for a
+                picture.
 
         Returns:
             A scalar for each bank and one for "picture".
@@ -164,7 +170,8 @@ class DrawingClip(nn.Module):
         logits = scale * picture @ self.tower(targets["words"]).T
         diagonal = torch.arange(len(logits))
         losses["picture"] = (
-            functional.cross_entropy(logits, diagonal) + functional.cross_entropy(logits.T, diagonal)
+            functional.cross_entropy(logits, diagonal)
+            + functional.cross_entropy(logits.T, diagonal)
         ) / 2
         return losses
 
@@ -180,7 +187,9 @@ def _distorted(code: str, size: int, rng: random.Random) -> np.ndarray:
         rng.uniform(-20, 20), Image.Resampling.BILINEAR, translate=shift, fillcolor="white"
     )
     edge = round(size * scale)
-    image = image.resize((edge, edge), Image.Resampling.BOX if edge < 48 else Image.Resampling.BILINEAR)
+    image = image.resize(
+        (edge, edge), Image.Resampling.BOX if edge < 48 else Image.Resampling.BILINEAR
+    )
     sheet = Image.new("RGB", (size, size), "white")
     sheet.paste(image, ((size - edge) // 2, (size - edge) // 2))
     return np.asarray(sheet)
@@ -212,9 +221,7 @@ class Batches:
             for bank, texts in model.banks.items()
         }
         codes = [drawing.code for drawing in catalogue() if not drawing.held_out]
-        self.small = {
-            code: _variants(code, CELL_SIZE, SMALL_VARIANTS, self.rng) for code in codes
-        }
+        self.small = {code: _variants(code, CELL_SIZE, SMALL_VARIANTS, self.rng) for code in codes}
         self.large = {
             code: _variants(code, PICTURE_SIZE, LARGE_VARIANTS, self.rng) for code in codes
         }
@@ -253,7 +260,11 @@ class Batches:
     def _words(self, scene: Scene) -> Tensor:
         bags = []
         for drawing in set(scene.drawings):
-            for bank, text in (("kind", drawing.kind), ("name", drawing.name), ("colour", drawing.colour)):
+            for bank, text in (
+                ("kind", drawing.kind),
+                ("name", drawing.name),
+                ("colour", drawing.colour),
+            ):
                 if text is not None:
                     bags.append(getattr(self.model, f"{bank}_bags")[self.index[bank][text]])
         bags.append(self.model.count_bags[len(scene.cells) - 1])
@@ -264,7 +275,9 @@ class Batches:
         scenes = [self.sampler.scene() for _ in range(size)]
         pixels = to_pixels(np.stack([self._draw(scene) for scene in scenes]))
         grids = [self._patch_targets(scene) for scene in scenes]
-        targets = {bank: torch.from_numpy(np.stack([grid[bank] for grid in grids])) for bank in grids[0]}
+        targets = {
+            bank: torch.from_numpy(np.stack([grid[bank] for grid in grids])) for bank in grids[0]
+        }
         counts = [IGNORED if scene.cells == (None,) else len(scene.cells) - 1 for scene in scenes]
         targets["count"] = torch.tensor(counts)
         targets["words"] = torch.stack([self._words(scene) for scene in scenes])
@@ -279,15 +292,17 @@ def held_out_retrieval(model: DrawingClip) -> dict[str, float]:
         model: A trained model.
 
     Returns:
-        Share of single drawings, large and small, whose best word is the right one: "kind" among 23,
-        "colour" among 10, and "name in first five" among the names of all held-out drawings.
+        Share of single drawings, large and small, whose best word is the right one: "kind" among
+        23, "colour" among 10, and "name in first five" among the names of all held-out drawings.
     """
     model.eval()
     drawings = [drawing for drawing in catalogue() if drawing.held_out and "-" not in drawing.code]
     pictures = []
     for drawing in drawings:
         small = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
-        small[CELL_SIZE : 2 * CELL_SIZE, CELL_SIZE : 2 * CELL_SIZE] = render(drawing.code, CELL_SIZE)
+        small[CELL_SIZE : 2 * CELL_SIZE, CELL_SIZE : 2 * CELL_SIZE] = render(
+            drawing.code, CELL_SIZE
+        )
         pictures += [render(drawing.code, PICTURE_SIZE), small]
     patches, _, _ = model(to_pixels(np.stack(pictures)))
     # Second row and column of cells hold the small drawing, and a part of the large one.
@@ -325,8 +340,6 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
         batch_size: Pictures a step.
         rate: Highest learning rate.
     """
-    from tqdm import tqdm
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=0.1, cycle_momentum=False

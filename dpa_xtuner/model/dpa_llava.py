@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from xtuner.model import LLaVAModel
+from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.fingerprint import fingerprint
@@ -14,6 +15,7 @@ from dpa_xtuner.model.llm import add_lora, find_loss, load, merge_adapter, super
 from dpa_xtuner.model.parts import CANONICAL
 
 
+@BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class DPALLaVAModel(LLaVAModel):
     """XTuner's LLaVA with a loss by name, a merged adapter and a strictly loaded projector.

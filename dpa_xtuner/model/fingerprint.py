@@ -26,8 +26,11 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
             the bits as they are.
 
     Returns:
-        64 hexadecimal digits.
+        64 hexadecimal digits; nothing for a model without memory (the meta device, on
+        which ``xtuner convert`` builds).
     """
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return ""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         with gathered([parameter]):

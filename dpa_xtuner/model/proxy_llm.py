@@ -3,12 +3,14 @@
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from xtuner.model import SupervisedFinetune
+from xtuner.registry import BUILDER
 
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, find_loss, load, supervised_logits
 from dpa_xtuner.model.parts import CANONICAL
 
 
+@BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class ProxyLLM(SupervisedFinetune):
     """XTuner's text fine-tuning with the loss of this package at its seam.

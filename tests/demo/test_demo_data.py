@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,14 +80,13 @@ def test_no_held_out_drawing_in_training_pictures(
     assert drawn["heldout"] | drawn["heldout-caption"] <= held_out
 
 
-def test_vision_encoder_is_trained_on_training_drawings_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vision_encoder_is_trained_on_training_drawings_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     vit = pytest.importorskip("dpa_xtuner.demo.vit")
     monkeypatch.setattr(vit, "_variants", lambda code, *_: code)
 
-    class Model:
-        banks = {"name": ()}
-
-    batches = vit.Batches(Model(), seed=0)
+    batches = vit.Batches(SimpleNamespace(banks={"name": ()}), seed=0)
     held_out = {drawing.code for drawing in drawings.catalogue() if drawing.held_out}
     assert not (set(batches.small) | set(batches.large)) & held_out
     sampled = {drawing.code for kind in batches.sampler.by_kind.values() for drawing in kind}

@@ -1,0 +1,118 @@
+"""Looks a data set over before training: every image, every record."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from dpa_xtuner.data.dataset import DPADataset
+from dpa_xtuner.data.images import ImageProblem, load_image
+from dpa_xtuner.data.records import Problem
+from dpa_xtuner.data.store import list_problems
+
+_BLOCK = 4096  # samples handed to the threads at a time
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found; as a string, a short table.
+
+    Attributes:
+        records: Records in the data file.
+        samples: Usable samples in the data set.
+        checked: Samples whose images were opened.
+        truncated: Samples whose end is cut off.
+        lengths: Shortest, median and longest sample in tokens, images expanded.
+        record_problems: Records that were left out when the data were tokenised.
+        image_problems: Checked samples with a missing or broken image.
+    """
+
+    records: int
+    samples: int
+    checked: int
+    truncated: int
+    lengths: tuple[int, int, int]
+    record_problems: list[Problem]
+    image_problems: list[Problem]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All problems; truncation is none."""
+        return self.record_problems + self.image_problems
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem at all."""
+        return not self.problems
+
+    @property
+    def share(self) -> float:
+        """Estimated share of unusable records, to be held against a `skip_limit`: 0 to 1."""
+        left_out = len(self.record_problems) / self.records
+        return left_out + (1 - left_out) * len(self.image_problems) / max(self.checked, 1)
+
+    def __str__(self) -> str:
+        """Returns the table."""
+        shortest, median, longest = self.lengths
+        return "\n".join(
+            [
+                f"{self.records:>8}  records",
+                f"{self.samples:>8}  samples, {shortest} to {longest} tokens, median {median}",
+                f"{self.truncated:>8}  truncated at their end",
+                f"{self.checked:>8}  samples with all images opened",
+                f"{len(self.problems):>8}  problems" + (":" if self.problems else ""),
+                *([list_problems(self.problems)] if self.problems else []),
+            ]
+        )
+
+
+def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0) -> Report:
+    """Opens a data set's images and gathers all problems, those of the tokenising included.
+
+    Args:
+        dataset: The data set; built with `skip_limit=1`, it reports on data beyond any limit too.
+        sample: Check so many samples, drawn at random; None for all.
+        seed: Seed of that draw.
+
+    Returns:
+        The report.
+    """
+    n = len(dataset)
+    chosen = np.arange(n)
+    if sample is not None and sample < n:
+        chosen = np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+    lengths = np.array(dataset.length)
+    return Report(
+        records=dataset.store.records,
+        samples=n,
+        checked=len(chosen),
+        truncated=dataset.truncated,
+        lengths=(int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
+        record_problems=dataset.problems,
+        image_problems=_check_images(dataset, chosen),
+    )
+
+
+def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
+    def check(index: int) -> Problem | None:
+        try:
+            for path in dataset.image_paths(index):
+                load_image(path, dataset.pad_image_to_square)
+        except ImageProblem as problem:
+            return Problem(dataset.record_id(index), str(problem))
+        return None
+
+    problems = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(chosen), desc="Opening images", unit=" samples") as progress,
+    ):
+        for start in range(0, len(chosen), _BLOCK):
+            block = chosen[start : start + _BLOCK].tolist()
+            problems += filter(None, pool.map(check, block))
+            progress.update(len(block))
+    return problems

@@ -1,0 +1,148 @@
+"""Turns a record into pieces of text, each supervised or not, for one of three views of the data.
+
+| view           | stage | pieces (supervised ones in brackets)                                    |
+|----------------|-------|-------------------------------------------------------------------------|
+| `caption_text` | proxy | [caption, newline]                                                      |
+| `caption`      | align | image, [caption, newline]                                               |
+| `chat`         | tune  | system and instruction, [answer and its end], separator; and so on      |
+
+The chat view follows XTuner's `llava_map_fn`, `template_map_fn` and `encode_fn`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+from xtuner.utils import DEFAULT_IMAGE_TOKEN, PROMPT_TEMPLATE
+
+from dpa_xtuner.data.records import Problem, Record
+from dpa_xtuner.errors import DPAError
+
+VIEWS = ("caption_text", "caption", "chat")
+_TEMPLATE_KEYS = ("SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS")
+
+
+class Special(Enum):
+    """What is a single token rather than text."""
+
+    IMAGE = "image"
+    EOS = "eos"
+
+
+class Piece(NamedTuple):
+    """A stretch that is tokenised on its own.
+
+    Attributes:
+        content: Text, or a special token.
+        supervised: Whether its tokens are trained on.
+    """
+
+    content: str | Special
+    supervised: bool
+
+
+def check_view(view: str) -> str:
+    """Returns `view` if it is one of `VIEWS`.
+
+    Raises:
+        DPAError: It is not; the message names the nearest one.
+    """
+    if view not in VIEWS:
+        raise DPAError(_unknown("view", view, VIEWS))
+    return view
+
+
+def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Finds a prompt template of the chat view.
+
+    Args:
+        template: A name in `xtuner.utils.PROMPT_TEMPLATE`, or a mapping with "INSTRUCTION" and, as
+            needed, "SYSTEM", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS".
+
+    Returns:
+        The template as a plain dict.
+
+    Raises:
+        DPAError: The name or a key is unknown, or "INSTRUCTION" is missing.
+    """
+    if isinstance(template, str):
+        if template not in PROMPT_TEMPLATE:
+            raise DPAError(_unknown("prompt_template", template, PROMPT_TEMPLATE))
+        return dict(PROMPT_TEMPLATE[template])
+    if not isinstance(template, Mapping) or "{input}" not in template.get("INSTRUCTION", ""):
+        raise DPAError(
+            f"prompt_template is {template!r}; the chat view needs a name from "
+            "xtuner.utils.PROMPT_TEMPLATE or a dict with INSTRUCTION='... {input} ...'."
+        )
+    for key in template:
+        if key not in _TEMPLATE_KEYS:
+            raise DPAError(_unknown("prompt_template key", key, _TEMPLATE_KEYS))
+    return dict(template)
+
+
+def to_pieces(record: Record, view: str, template: Mapping[str, Any]) -> list[Piece] | Problem:
+    """Lays a record out for a view.
+
+    Args:
+        record: A well-formed record.
+        view: One of `VIEWS`.
+        template: From `resolve_template`; read by the chat view only.
+
+    Returns:
+        Its pieces, or the `Problem` that keeps it out of this view.
+    """
+    if view == "chat":
+        return _chat(record, template)
+    if len(record.turns) > 1:
+        return Problem(
+            record.id,
+            f"several answers: caption record has {len(record.turns)} answers, expected 1",
+        )
+    caption = record.turns[0][1]
+    if not caption.strip():
+        return Problem(record.id, "empty caption")
+    if view == "caption_text":
+        return [Piece(caption + "\n", True)]
+    if not record.images:
+        return Problem(record.id, "caption without an image")
+    return [Piece(Special.IMAGE, False)] * len(record.images) + [Piece(caption + "\n", True)]
+
+
+def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
+    if record.system and not template.get("SYSTEM"):
+        return Problem(record.id, "system turn: the prompt template has no SYSTEM")
+    suffix, separator = template.get("SUFFIX") or "", template.get("SEP", "")
+    pieces = []
+    for number, (human, gpt) in enumerate(record.turns, 1):
+        prompt = template["INSTRUCTION"].format(input=_image_first(human), round=number)
+        if number == 1 and record.system:
+            prompt = template["SYSTEM"].format(system=record.system) + prompt
+        for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+            if i > 0:
+                pieces.append(Piece(Special.IMAGE, False))
+            pieces.append(Piece(chunk, False))
+        pieces.append(Piece(gpt + suffix, True))
+        if not template.get("SUFFIX_AS_EOS", False):
+            pieces.append(Piece(Special.EOS, True))
+        pieces.append(Piece(separator, False))
+    return [piece for piece in pieces if piece.content]
+
+
+def _image_first(human: str) -> str:
+    """Moves a turn's only image to its front, as stock XTuner and LLaVA do.
+
+    Several images stay where they are written: the text around them may refer to their places.
+    """
+    if human.count(DEFAULT_IMAGE_TOKEN) != 1:
+        return human
+    text = human.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+    return f"{DEFAULT_IMAGE_TOKEN}\n{text}".strip()
+
+
+def _unknown(what: str, name: object, known: Iterable[str]) -> str:
+    known = sorted(known)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+    return f"unknown {what} {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}."

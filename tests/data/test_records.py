@@ -1,0 +1,133 @@
+"""Reading LLaVA-format files."""
+
+import json
+
+import pytest
+
+from dpa_xtuner.data import Problem, Record, read_records, records
+from dpa_xtuner.errors import DPAError
+
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+
+
+def test_json_and_jsonl_give_the_same_records(write, caption, chat):
+    data = [
+        caption("a", 'Zwölf Boxkämpfer 🥊 " \\ ] }'),
+        chat("b", "Hi", "Hello", "<image>", "Yes", image=["x.png"], system="Be kind."),
+    ]
+    expected = [
+        Record("a", ("wide.png",), None, (("<image>\nDescribe.", 'Zwölf Boxkämpfer 🥊 " \\ ] }'),)),
+        Record("b", ("x.png",), "Be kind.", (("Hi", "Hello"), ("<image>", "Yes"))),
+    ]
+    assert list(read_records(write(data))) == expected
+    assert list(read_records(write(data, "data.jsonl"))) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_window_edges_do_not_matter(tmp_path, monkeypatch, chunk, indent):
+    values = [1234567, -1.5e3, True, None, 'a]b,c\\"é🥊', {"k": [1, {"l": "}"}]}, [], "", 98765]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(values, indent=indent))
+    monkeypatch.setattr(records, "_CHUNK", chunk)
+    assert list(records._read_items(path)) == values
+
+
+def test_memory_is_bounded_by_the_longest_record(write, caption, monkeypatch):
+    path = write([caption(str(i), "word " * 20) for i in range(200)])
+    monkeypatch.setattr(records, "_CHUNK", 1000)
+    widest = 0
+
+    class Watched(records._Window):
+        def _widen(self):
+            nonlocal widest
+            done = super()._widen()
+            widest = max(widest, len(self._text))
+            return done
+
+    monkeypatch.setattr(records, "_Window", Watched)
+    assert len(list(read_records(path))) == 200
+    assert path.stat().st_size > 40_000 and widest < 4_000
+
+
+def test_a_record_without_id_gets_its_index(write, caption):
+    data = [caption("a"), caption("b"), caption("c")]
+    del data[1]["id"]
+    data[2]["id"] = 17
+    assert [record.id for record in read_records(write(data))] == ["a", "1", "17"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"conversations": None}, "no conversations"),
+        ({"conversations": []}, "no conversations"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": 3}]}, "malformed turn"),
+        ({"conversations": [HUMAN, "Hello"]}, "malformed turn"),
+        ({"conversations": [GPT]}, "roles not alternating"),
+        ({"conversations": [HUMAN]}, "roles not alternating"),
+        ({"conversations": [HUMAN, GPT, GPT]}, "roles not alternating"),
+        ({"conversations": [{"from": "system", "value": ""}]}, "roles not alternating"),
+        ({"conversations": [HUMAN, {"from": "bot", "value": ""}]}, "roles not alternating"),
+        ({"image": "x.png"}, "wrong number of <image>"),
+        ({"image": 3}, "malformed image"),
+        ({"image": ["x.png", ""]}, "malformed image"),
+        (
+            {"conversations": [{**HUMAN, "value": "<image> <image>"}, GPT], "image": "x"},
+            "wrong num",
+        ),
+        (
+            {"conversations": [HUMAN, {**GPT, "value": "<image>"}], "image": "x"},
+            "misplaced <image>",
+        ),
+        ({"id": {}}, "malformed id"),
+        ({"conversations": [HUMAN, {**GPT, "value": "\ud83d"}]}, "malformed text"),
+    ],
+)
+def test_a_malformed_record_is_a_problem_and_the_next_is_read(write, chat, change, reason):
+    good = chat("good", "Hi", "Hello")
+    bad, after = read_records(write([{**good, "id": "bad", **change}, good]))
+    assert isinstance(bad, Problem) and bad.reason.startswith(reason)
+    assert bad.record_id == ("0" if "id" in change else "bad")
+    assert after.id == "good"
+
+
+def test_what_is_no_object_is_a_problem(write, caption):
+    kinds = [item.kind for item in list(read_records(write([5, "x", [], caption("a")])))[:3]]
+    assert kinds == ["not a record"] * 3
+
+
+def test_a_broken_line_is_a_problem_of_its_own(write, caption):
+    path = write([caption("a"), caption("b")], "data.jsonl")
+    path.write_text(path.read_text().replace("\n", '\n{"id": \n\n', 1))
+    first, broken, last = read_records(path)
+    assert (first.id, last.id) == ("a", "b")
+    assert broken.record_id == "line 2" and broken.kind == "not JSON"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"  \n", "is empty"),
+        (b"id,caption\n", "begins with 'i' at character 0"),
+        (b'{"id": 1\n}', "line 1, column 9"),
+        (b'[{"a": 1}, {"a" 2}]', "character 16, after 1 records: Expecting ':'"),
+        (b'[{"a": 1} {"a": 2}]', "character 10, after 1 records: expected ',' or ']'"),
+        (b'[{"a": 1}, ]', "character 11, after 1 records: a comma before"),
+        (b'[{"a": 1}', "after 1 records: expected ',' or ']', got 'its end'"),
+        (b'[{"a": 1}]\n{"a": 1}', "text after the closing"),
+        (b'["\xff"]', "not UTF-8"),
+    ],
+)
+def test_what_is_no_json_names_file_and_position(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(DPAError) as error:
+        list(read_records(path))
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DPAError, match=r"nowhere\.json does not exist"):
+        list(read_records(tmp_path / "nowhere.json"))

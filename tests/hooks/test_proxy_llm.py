@@ -1,0 +1,176 @@
+"""What the hook measures and guards, against plain transformers."""
+
+import json
+
+import harness
+import pytest
+import torch
+from harness import Layout
+from PIL import Image
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+)
+from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
+
+from dpa_xtuner.hooks import IterationSeedHook, ProxyLLMHook
+from dpa_xtuner.hooks.proxy_llm import _unwrap, without_first
+
+FULL = Layout(dropout=0.0, train_llm="full")
+
+
+def measured(work_dir, stage: str) -> dict[str, float]:
+    return json.loads((work_dir / stage / "stage.json").read_text())["measured"]
+
+
+@pytest.fixture
+def held_out(tiny) -> list[tuple[str, str]]:
+    """Text and picture of the captions that are not trained on."""
+    ids, _ = harness.held_out_split(tiny)
+    records = {r["id"]: r for r in json.loads((tiny / "captions.json").read_text())}
+    return [
+        (records[i]["conversations"][1]["value"] + "\n", tiny / "images" / records[i]["image"][0])
+        for i in ids
+    ]
+
+
+def llm_with(tiny, work_dir) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """The original LLM, and the one with the proxy's adapter; plain peft and transformers."""
+    original, base = (
+        LlamaForCausalLM.from_pretrained(tiny / "llm", torch_dtype=torch.float32) for _ in "ab"
+    )
+    from peft import PeftModel
+
+    adapter = PeftModel.from_pretrained(base, str(work_dir / "proxy/llm_adapter"))
+    return original, adapter.merge_and_unload()
+
+
+@torch.no_grad()
+def nats_per_token(llm, tokenizer, captions, picture=None) -> float:
+    """Mean of -log p over each caption's tokens but its first, one token at a time."""
+    nats = []
+    for text, file in captions:
+        ids = tokenizer(text).input_ids
+        embeds = llm.get_input_embeddings()(torch.tensor([ids]))
+        before = 0
+        if picture is not None:
+            embeds = torch.cat([picture(file), embeds], dim=1)
+            before = embeds.shape[1] - len(ids)
+        log_p = llm(inputs_embeds=embeds).logits[0].log_softmax(-1)
+        for i in range(1, len(ids)):
+            nats.append(-log_p[before + i - 1, ids[i]].item())
+    return sum(nats) / len(nats)
+
+
+def test_the_floor_is_that_of_a_plain_computation(reference, tiny, held_out):
+    work_dir = reference(FULL).work_dir
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "llm")
+    original, proxy = llm_with(tiny, work_dir)
+    found = measured(work_dir, "proxy")
+    # Measured in bfloat16, recomputed in float32.
+    assert found["original"] == pytest.approx(
+        nats_per_token(original, tokenizer, held_out), abs=5e-3
+    )
+    assert found["floor"] == pytest.approx(nats_per_token(proxy, tokenizer, held_out), abs=5e-3)
+    assert found["floor"] < found["original"] - 0.1
+
+
+def test_align_is_measured_on_the_same_captions_with_their_pictures(reference, tiny, held_out):
+    work_dir = reference(FULL).work_dir
+    _, proxy = llm_with(tiny, work_dir)
+    vit = CLIPVisionModel.from_pretrained(tiny / "visual_encoder").float()
+    projector = AutoModel.from_pretrained(work_dir / "align/projector", trust_remote_code=True)
+    processor = CLIPImageProcessor.from_pretrained(tiny / "visual_encoder")
+    mean = tuple(int(255 * m) for m in processor.image_mean)
+
+    def picture(file) -> torch.Tensor:
+        image = Image.open(file).convert("RGB")  # 30 x 40
+        square = Image.new("RGB", (40, 40), mean)
+        square.paste(image, ((40 - image.width) // 2, (40 - image.height) // 2))
+        pixels = processor(square, return_tensors="pt").pixel_values
+        return projector(vit(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "llm")
+    expected = nats_per_token(proxy, tokenizer, held_out, picture)
+    found = measured(work_dir, "align")
+    assert found["align"] == pytest.approx(expected, abs=5e-3)
+    assert found["floor"] == measured(work_dir, "proxy")["floor"]
+
+
+def test_the_measurement_survives_a_stop(reference, tmp_path):
+    for stage, changes in (("proxy", 45), ("align", 45)):
+        harness.run(stage, tmp_path / "run", prepare=harness.die_at_change(tmp_path / "run", 30))
+        output = harness.finish(stage, tmp_path / "run")
+        assert "goes on from" in output, changes
+        assert measured(tmp_path / "run", stage) == measured(reference(FULL).work_dir, stage)
+
+
+def test_without_first_ignores_the_first_supervised_token_of_each_row():
+    labels = torch.tensor([[-100, -100, 5, 6, 7], [3, 4, -100, -100, -100], [-100] * 5])
+    kept = labels.clone()
+    assert without_first(labels).tolist() == [
+        [-100, -100, -100, 6, 7],
+        [-100, 4, -100, -100, -100],
+        [-100] * 5,
+    ]
+    assert torch.equal(labels, kept)
+
+
+def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_path):
+    work_dir = tmp_path / "run"
+    harness.copy_stage(reference(FULL).work_dir, work_dir, "proxy")
+
+    def change_one_bit() -> None:
+        stock = ProxyLLMHook.after_train_iter
+
+        def changed(self, runner, batch_idx, data_batch=None, outputs=None):
+            stock(self, runner, batch_idx, data_batch, outputs)
+            if batch_idx == 5:
+                weight = _unwrap(runner.model).llm.lm_head.weight
+                weight.data.view(torch.int16)[3, 4] ^= 1
+
+        ProxyLLMHook.after_train_iter = changed
+
+    code, output = harness.run("align", work_dir, prepare=change_one_bit)
+    assert code == 1 and "Traceback" not in output
+    assert "The LLM is frozen in align but its weights changed" in output
+    assert not (work_dir / "align/projector").exists()
+    assert json.loads((work_dir / "align/stage.json").read_text())["status"] == "running"
+
+
+def test_the_log_has_a_row_for_each_part(reference, tmp_path):
+    work_dir = tmp_path / "run"
+    for stage in ("proxy", "align"):
+        harness.copy_stage(reference(FULL).work_dir, work_dir, stage)
+    output = harness.finish("tune", work_dir)
+    assert "Stage tune (3 of 3)" in output
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line[:2] == "  "}
+    # 64 x 128 x 3 + 64 x (64 + 16 + 16 + 64) or the like; counted from the files instead.
+    written = harness.weights(work_dir)
+    for part in ("llm", "projector"):
+        count = sum(v.numel() for k, v in written.items() if k.startswith(f"tune/{part}/"))
+        assert rows[part][1:3] == [f"{count:,}", "0"]
+    assert rows["visual_encoder"][1] == "0"
+    assert "Stage tune begins from the original LLM's weights" in output
+
+
+def test_each_iteration_and_rank_has_its_own_seed(monkeypatch):
+    from types import SimpleNamespace
+
+    from dpa_xtuner.hooks import iteration_seed
+
+    monkeypatch.setattr(iteration_seed, "get_world_size", lambda: 2)
+
+    def draw(seed: int, iteration: int, rank: int) -> float:
+        monkeypatch.setattr(iteration_seed, "get_rank", lambda: rank)
+        IterationSeedHook().before_train_iter(SimpleNamespace(seed=seed), iteration)
+        return torch.rand(1).item()
+
+    places = [(seed, i, rank) for seed in (1, 2) for i in range(5) for rank in (0, 1)]
+    drawn = [draw(*place) for place in places]
+    assert len(set(drawn)) == len(places)
+    torch.rand(7)
+    assert [draw(*place) for place in places] == drawn

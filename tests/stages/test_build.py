@@ -1,0 +1,47 @@
+"""The schedule of a stage, worked by hand."""
+
+import pytest
+
+from dpa_xtuner import DPAError
+from dpa_xtuner.stages.build import Schedule, schedule
+from dpa_xtuner.stages.settings import StageSettings
+
+
+def settings(**changes) -> StageSettings:
+    usual = dict(
+        lr=1e-3, batch_size=8, global_batch_size=256, max_epochs=1, max_length=64,
+        pad_image_to_square=True, warmup_ratio=0.03, save_steps=200, loss="cross_entropy",
+    )  # fmt: skip
+    return StageSettings(**usual | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "world", "expected"),
+    [
+        # 558,128 / 256 = 2180.2 -> 2181 steps of 4 on 8 GPUs; 3 % are 65.43 -> 65 steps.
+        ({}, 558_128, 8, Schedule(4, 8724, 260, 800)),
+        # The same steps on one GPU, 32 micro-batches each.
+        ({}, 558_128, 1, Schedule(32, 69792, 2080, 6400)),
+        # 100 steps: 3 of warm-up.
+        ({}, 25_600, 32, Schedule(1, 100, 3, 200)),
+        # 50 steps: 1.5 is rounded to 2; 49: 1.47 to 1, which counts as none.
+        ({"max_steps": 50}, 25_600, 16, Schedule(2, 100, 4, 400)),
+        ({"max_steps": 49}, 25_600, 16, Schedule(2, 98, 0, 400)),
+        ({"warmup_ratio": 0.0}, 25_600, 32, Schedule(1, 100, 0, 200)),
+        # Each epoch is rounded up to whole steps: 3 x 2.
+        ({"max_epochs": 3}, 257, 32, Schedule(1, 6, 0, 200)),
+        # max_steps ends a stage early and never prolongs it.
+        ({"max_steps": 1000}, 25_600, 32, Schedule(1, 100, 3, 200)),
+    ],
+)
+def test_iterations(changes, samples, world, expected):
+    assert schedule(settings(**changes), samples, world, "align") == expected
+
+
+def test_a_global_batch_that_cannot_be_cut_is_refused():
+    message = (
+        r"align\.global_batch_size=256 is not a multiple of align\.batch_size=8 x 3 processes.*"
+        r"divides 85\.3333"
+    )
+    with pytest.raises(DPAError, match=message):
+        schedule(settings(), 1000, 3, "align")

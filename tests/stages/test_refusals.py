@@ -1,0 +1,204 @@
+"""A mistake ends the command with exit code 1 and one message, without a traceback."""
+
+import json
+import resource
+from pathlib import Path
+
+import harness
+import pytest
+from harness import Layout
+from mmengine.runner import IterBasedTrainLoop
+
+from dpa_xtuner.hooks import ProxyLLMHook
+
+FULL = Layout(dropout=0.0, train_llm="full")
+
+
+def refusal(stage: str | None, work_dir: Path, *options: str, **how) -> str:
+    """The message of a run that has to be refused."""
+    code, output = harness.run(stage, work_dir, *options, **how)
+    assert code == 1, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    assert output.count("\ndpa_xtuner: ") == 1, output[-3000:]
+    return output.split("\ndpa_xtuner: ")[1]
+
+
+@pytest.fixture
+def work_dir(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def copied(reference, work_dir):
+    """A work dir with finished stages of a reference run."""
+
+    def copy(*stages: str) -> Path:
+        for stage in stages:
+            harness.copy_stage(reference(FULL).work_dir, work_dir, stage)
+        return work_dir
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        ("proxy", ["promt_template=x"], "did you mean 'prompt_template'"),
+        ("proxy", ["align.lrr=1", "tune.lr=-1"], "did you mean 'lr'"),
+        ("algn", [], "DPA_STAGE='algn' is not a stage; did you mean 'align'"),
+        ("align", [], "Run DPA_STAGE=proxy first"),
+        ("proxy", ["randomness.seed=None"], "Give --seed"),
+        ("proxy", ["proxy.loss=crossentropy"], "loss='crossentropy' is not known"),
+        ("proxy", ["proxy.batch_size=3"], "not a multiple of proxy.batch_size=3 x 1"),
+        ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
+        ("proxy", ["captions.held_out=32"], "held_out=32"),
+        ("proxy", ["llm_name_or_path=nowhere"], "--cfg-options llm_name_or_path=FOLDER"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else value[:12],
+)
+def test_a_wrong_setting_is_told_in_one_message(stage, options, message, tiny, work_dir):
+    assert message in refusal(stage, work_dir, *options)
+
+
+def test_a_stage_does_not_start_from_an_unfinished_one(copied):
+    folder = copied("proxy")
+    state = json.loads((folder / "proxy/stage.json").read_text())
+    (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
+    assert "DPA_STAGE=proxy" in refusal("align", folder)
+
+
+def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for file in (tiny / "images").iterdir():
+        (images / file.name).write_bytes(file.read_bytes())
+    trained_on = harness.held_out_split(tiny)[1]
+    (images / f"{trained_on[0]}.png").write_bytes(b"")
+    (images / f"{trained_on[1]}.png").unlink()
+    folder = copied("proxy")
+    message = refusal("align", folder, f"captions.image_folder={images}")
+    assert "had to be skipped" in message
+    assert f"  {trained_on[0]}: " in message or f"  {trained_on[1]}: " in message
+    assert not (folder / "align/projector").exists()
+
+
+def test_a_finished_stage_with_other_settings_is_refused_with_the_differences(copied):
+    folder = copied("proxy", "align")
+    message = refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2")
+    assert f"{folder / 'proxy'} was trained with other settings" in message
+    assert "settings.lr: was 0.01, is 0.005" in message
+    assert "settings.lora.r: was 4, is 2" in message
+
+
+def test_a_started_stage_with_other_settings_is_refused_with_the_differences(copied):
+    folder = copied("proxy")
+    state = json.loads((folder / "proxy/stage.json").read_text())
+    (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
+    assert "settings.lr: was 0.01, is 0.005" in refusal("proxy", folder, "proxy.lr=5e-3")
+
+
+def test_a_retrained_proxy_makes_a_finished_align_stale(copied):
+    folder = copied("proxy", "align")
+    (adapter,) = (folder / "proxy/llm_adapter").glob("*.safetensors")
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    assert "loads.llm_adapter/adapter_model.safetensors: was" in refusal("align", folder)
+
+
+def test_a_finished_stage_is_left_alone(copied):
+    folder = copied("proxy")
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    output = harness.finish("proxy", folder, "proxy.batch_size=1", "proxy.save_steps=5")
+    assert "Stage proxy is finished" in output
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_from_another_stages_checkpoint_is_refused(copied):
+    folder = copied("proxy")
+    checkpoint = folder / "proxy/iter_12.pth"
+    message = refusal("align", folder, arguments=("--resume", str(checkpoint)))
+    assert f"{checkpoint} is not a checkpoint of stage align" in message
+
+
+def test_resuming_with_another_number_of_processes_is_refused(copied):
+    folder = copied("proxy")
+    state = json.loads((folder / "proxy/stage.json").read_text())
+    (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
+    message = refusal("proxy", folder, ranks=2)
+    assert "'processes': 1" in message and "'processes': 2" in message
+
+
+@pytest.mark.parametrize("stage", ["align", "tune"])
+def test_parts_of_another_model_are_refused_naming_both(stage, copied, tiny, tmp_path):
+    folder = copied("proxy") if stage == "align" else copied("proxy", "align")
+    side = {"align": "llm", "tune": "visual_encoder"}[stage]
+    other = tmp_path / "other"
+    harness.copy_with_one_weight_changed(tiny / side, other)
+    message = refusal(stage, folder, f"{side}_name_or_path={other}")
+    assert f"belongs to another {side}" in message
+    assert str(tiny / side) in message and str(other) in message and "fingerprint" in message
+    assert not list((folder / stage).glob("iter_*"))
+
+
+def test_parts_of_another_architecture_are_refused_before_anything_is_built(copied, tiny, tmp_path):
+    folder, other = copied("proxy"), tmp_path / "other"
+    harness.copy_with_one_weight_changed(tiny / "llm", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    message = refusal("align", folder, f"llm_name_or_path={other}")
+    assert '"hidden_size": 64' in message and '"hidden_size": 32' in message
+    assert not (folder / "align").exists()
+
+
+def test_a_work_dir_that_cannot_be_written_is_told(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal("proxy", tmp_path / "file/run", log_folder=tmp_path / "logs")
+
+
+def test_a_cache_that_cannot_be_written_is_told(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refusal("proxy", tmp_path / "run", env={"DPA_CACHE": str(tmp_path / "file/cache")})
+    assert "set DPA_CACHE" in message
+
+
+def limit_file_size() -> None:
+    """Let the system refuse larger files, as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def before(owner: type, method: str):
+    """For `prepare`: the limit holds from the first call of this method on."""
+
+    def prepare() -> None:
+        stock = getattr(owner, method)
+
+        def limited(self, *args, **kwargs):
+            limit_file_size()
+            return stock(self, *args, **kwargs)
+
+        setattr(owner, method, limited)
+
+    return prepare
+
+
+DISK_FULL_AT = {
+    "checkpoint": before(IterBasedTrainLoop, "run"),
+    "written part": before(ProxyLLMHook, "after_train"),
+}
+
+
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["plain", "zero2"])
+@pytest.mark.parametrize("moment", ["checkpoint", "written part"])
+def test_a_full_disk_is_told_and_leaves_nothing_to_trust(moment, deepspeed, reference, work_dir):
+    whole = reference(Layout(deepspeed=deepspeed, dropout=0.0, train_llm="full"))
+    how = {"deepspeed": deepspeed}
+    message = refusal("proxy", work_dir, prepare=DISK_FULL_AT[moment], **how)
+    assert str(work_dir) in message or "File too large" in message
+    assert not (work_dir / "proxy/llm_adapter").exists()
+    found = {path.name for path in (work_dir / "proxy").glob("iter_*")}
+    assert found == (set() if moment == "checkpoint" else {"iter_8.pth", "iter_12.pth"})
+
+    harness.finish("proxy", work_dir, **how)
+    own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith("proxy")}
+    assert harness.differing(own, harness.weights(work_dir)) == []
