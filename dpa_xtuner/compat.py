@@ -25,7 +25,9 @@ def triton_without_ops() -> None:
     peft imports bitsandbytes for any LoRA, so every LoRA run would fail on import. The
     two functions that bitsandbytes takes are only used by its int8 Triton kernels.
     """
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.ops"):
+    if importlib.util.find_spec("triton") is None or "triton.ops" in sys.modules:
+        return
+    if importlib.util.find_spec("triton.ops"):
         return
     ops = types.ModuleType("triton.ops")
     model = types.ModuleType("triton.ops.matmul_perf_model")

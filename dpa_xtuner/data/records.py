@@ -29,12 +29,14 @@ class Record:
         images: Paths as written in the file, in the order of the `<image>` marks.
         system: Text of a leading "system" turn, or None.
         turns: (human text with its `<image>` marks, gpt text) per turn, at least one.
+        position: Its place among the file's records, from 0.
     """
 
     id: str
     images: tuple[str, ...]
     system: str | None
     turns: tuple[tuple[str, str], ...]
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ def parse_record(item: Any, index: int) -> Record | Problem:
         return Problem(name, "malformed text: half of a surrogate pair, which is no Unicode text")
     except _Malformed as error:
         return Problem(record_id, str(error))
-    return Record(record_id, images, system, turns)
+    return Record(record_id, images, system, turns, index)
 
 
 class _Malformed(Exception):

@@ -219,7 +219,7 @@ def _write(data_path: Path, encoder: Encoder, part: Path) -> None:
         )
         for batch in _batches(read_records(data_path)):
             encoded = encoder(batch)
-            for name, values in _columns(batch, encoded, progress.n).items():
+            for name, values in _columns(encoded).items():
                 if name in ends:
                     values = ends[name] + np.cumsum(values)
                     ends[name] = int(values[-1]) if len(values) else ends[name]
@@ -239,12 +239,8 @@ def _write(data_path: Path, encoder: Encoder, part: Path) -> None:
     _sync_folder(part)
 
 
-def _columns(batch: list[Record | Problem], encoded: Encoded, first: int) -> dict[str, np.ndarray]:
-    """Returns what a batch adds to each array; to the offsets, the sizes that are to be summed.
-
-    `first` is the place of the batch's first record in the data file.
-    """
-    place = {id(item): first + i for i, item in enumerate(batch)}
+def _columns(encoded: Encoded) -> dict[str, np.ndarray]:
+    """Returns what a batch adds to each array; to the offsets, the sizes that are to be summed."""
     names = [
         json.dumps([record.id, *record.images], ensure_ascii=False).encode()
         for record in encoded.records
@@ -254,7 +250,7 @@ def _columns(batch: list[Record | Problem], encoded: Encoded, first: int) -> dic
         "tokens": encoded.tokens,
         "supervised": encoded.supervised,
         "offsets": encoded.counts,
-        "positions": np.array([place[id(record)] for record in encoded.records], np.int32),
+        "positions": np.array([record.position for record in encoded.records], np.int32),
         "lengths": np.where(has_image, encoded.lengths, -encoded.lengths),
         "truncated": encoded.truncated,
         "names": np.frombuffer(b"".join(names), np.uint8),

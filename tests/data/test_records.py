@@ -17,7 +17,7 @@ def test_json_and_jsonl_give_the_same_records(write, caption, chat):
     ]
     expected = [
         Record("a", ("wide.png",), None, (("<image>\nDescribe.", 'Zwölf Boxkämpfer 🥊 " \\ ] }'),)),
-        Record("b", ("x.png",), "Be kind.", (("Hi", "Hello"), ("<image>", "Yes"))),
+        Record("b", ("x.png",), "Be kind.", (("Hi", "Hello"), ("<image>", "Yes")), 1),
     ]
     assert list(read_records(write(data))) == expected
     assert list(read_records(write(data, "data.jsonl"))) == expected
