@@ -60,8 +60,7 @@ def deepspeed_without_mpi() -> None:
     set, so a process that no launcher started gets those of a run of one. Port 0 lets the
     system choose a free one.
     """
-    launched = ("RANK", "WORLD_SIZE", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    if importlib.util.find_spec("mpi4py") or any(name in os.environ for name in launched):
+    if importlib.util.find_spec("mpi4py"):
         return
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():

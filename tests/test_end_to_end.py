@@ -25,12 +25,11 @@ def test_killed_at_random_it_ends_with_the_same_bits(layout, reference, tmp_path
     work_dir = tmp_path / "killed"
     killed, outputs = 0, []
     for stage in STAGES:
-        at_a_time = dice.uniform(0.3, 1.0) * whole.seconds[stage]
-        killed += _kill_at_time(stage, work_dir, layout, at_a_time)
-        killed += _kill_at_change(stage, work_dir, layout, dice)
+        killed += _kill_at_change(stage, work_dir, layout, dice.randint(20, 40))
+        killed += _kill_at_time(stage, work_dir, layout, whole.seconds[stage] * dice.random())
         outputs.append(harness.finish(stage, work_dir, *layout.options(), **layout.how()))
 
-    assert killed >= len(STAGES)
+    assert killed >= len(STAGES)  # those at a time may come too late
     assert any("goes on from" in output for output in outputs)
     assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []
 
@@ -44,11 +43,11 @@ def _kill_at_time(stage: str, work_dir: Path, layout: Layout, delay: float) -> b
     return running
 
 
-def _kill_at_change(stage: str, work_dir: Path, layout: Layout, dice: random.Random) -> bool:
-    prepare = harness.die_at_change(work_dir, dice.randint(15, 60))
+def _kill_at_change(stage: str, work_dir: Path, layout: Layout, number: int) -> bool:
+    prepare = harness.die_at_change(work_dir, number)
     code, output = harness.run(stage, work_dir, *layout.options(), prepare=prepare, **layout.how())
-    assert code in (0, -9), output[-4000:]
-    return code == -9
+    assert code == -9, output[-4000:]
+    return True
 
 
 @pytest.mark.parametrize("stage", STAGES)

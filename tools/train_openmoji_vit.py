@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpa_xtuner.demo import vit
 from dpa_xtuner.demo.drawings import catalogue
-from dpa_xtuner.demo.prepare import LLM_FOLDER
+from dpa_xtuner.demo.prepare import LLM_FOLDER, SHIPPED_VIT
 
 SEED = 0
 STEPS = 1000
@@ -42,6 +42,6 @@ def main(llm_folder: Path, out: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--llm", type=Path, default=Path("data") / LLM_FOLDER)
-    parser.add_argument("--out", type=Path, default=vit.VIT_FOLDER)
+    parser.add_argument("--out", type=Path, default=SHIPPED_VIT)
     arguments = parser.parse_args()
     main(arguments.llm, arguments.out)

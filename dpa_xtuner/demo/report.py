@@ -177,11 +177,16 @@ def answer_cross_entropy(
             # Padding on the right is never attended to by what comes before it.
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             hidden = parts.llm.base_model(inputs_embeds=inputs).last_hidden_state
-            for row, prompt, answer in zip(hidden, prompts, answers, strict=True):
-                start = len(prompt) - 1
-                logits = parts.llm.get_output_embeddings()(row[start : start + len(answer)])
-                total = functional.cross_entropy(logits.float(), answer, reduction="sum")
-                scores.append((total.item(), len(answer)))
+            # The head is run once a batch, over the answers alone.
+            chosen = [
+                row[len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+                for row, prompt, answer in zip(hidden, prompts, answers, strict=True)
+            ]
+            logits = parts.llm.get_output_embeddings()(torch.cat(chosen))
+        losses = functional.cross_entropy(logits.float(), torch.cat(answers), reduction="none")
+        lengths = [len(answer) for answer in answers]
+        for row, length in zip(losses.split(lengths), lengths, strict=True):
+            scores.append((row.sum().item(), length))
     return scores
 
 

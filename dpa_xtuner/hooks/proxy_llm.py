@@ -57,25 +57,34 @@ class ProxyLLMHook(Hook):
         self.started = time.time()
         self.folder = Path(runner.work_dir)
         model = _unwrap(runner.model)
+        before = read_state(self.folder).get("origin", {}) if runner.iter else {}
         for side, value in model.fingerprints.items():
             self.origin[side]["fingerprint"] = value
+        own = {side: self.origin[side] for side in model.fingerprints}
+        refuse_foreign(self.folder, before, own, "fingerprint")
         for folder in self.loads.values():
-            own = {side: self.origin[side] for side in model.fingerprints}
             refuse_foreign(Path(folder), read_origin(Path(folder)), own, "fingerprint")
         runner.logger.info(self._table(model))
         if "projector" in self.loads:
             start = "the proxy's" if "llm_adapter" in self.loads else "the original LLM's"
-            runner.logger.info(f"Stage {self.stage} begins from {start} weights")
+            llm = self.origin["llm"]
+            runner.logger.info(
+                f"Stage {self.stage} begins from {start} weights: {llm['name']}, fingerprint "
+                f"{llm['fingerprint'][:12]} as in align"
+            )
         if self.stage == "align":
             self.frozen = fingerprint(model.llm)
             self.measured = dict(_measured(self.folder.parent / "proxy"))
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / STATE, self._state("running", runner))
+        if runner.iter > 0:  # resumed: the start was measured before
+            self.measured |= _measured(self.folder)
         if self.held_out_cfg is not None:
             self.held_out = DATASETS.build(self.held_out_cfg)
             if runner.iter == 0:
                 self._measure(runner)
+        barrier()
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / STATE, self._state("running", runner))
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Measure whenever a checkpoint is due."""
@@ -155,7 +164,11 @@ class ProxyLLMHook(Hook):
         rows = [f"Stage {self.stage} ({STAGE_NAMES.index(self.stage) + 1} of {len(STAGE_NAMES)})"]
         rows.append(f"  {'part':<15}{'trainable':>16}{'frozen':>16}  loaded from, written to")
         for part, (trainable, frozen) in count_parameters(model).items():
-            source = self.loads.get(part) or self.origin.get(part, {}).get("name", "new")
+            source = self.origin[part]["name"] if part in self.origin else self.loads.get(part)
+            if part == "llm" and "llm_adapter" in self.loads:
+                source += f" + {self.loads['llm_adapter']}"
+            if part == "llm_adapter" or source is None:
+                source = "new"
             target = f" -> {self.writes[part]}" if part in self.writes else ""
             rows.append(f"  {part:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")
         return "\n".join(rows)

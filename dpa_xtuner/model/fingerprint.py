@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-_CHUNK = 1 << 24  # elements at a time, so that a large embedding needs 128 MB and not 8 GB
+_CHUNK = 1 << 22  # elements at a time: some 130 MB of 64-bit words, however large the tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from xtuner.model.modules.dispatch import SUPPORT_FLASH2
 from xtuner.model.utils import LoadWoInit, find_all_linear_names
 
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.registry import LOSSES
 
@@ -110,6 +110,7 @@ def find_loss(name: str):
     """
     loss = LOSSES.get(name)
     if loss is None:
-        known = ", ".join(sorted(LOSSES.module_dict))
-        raise DPAError(f"loss={name!r} is not known. Known losses: {known}.")
+        known = sorted(LOSSES.module_dict)
+        near = nearest(name, known) or "."
+        raise DPAError(f"loss={name!r} is not known{near} Known losses: {', '.join(known)}.")
     return loss

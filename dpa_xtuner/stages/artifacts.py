@@ -18,11 +18,16 @@ ORIGIN = "dpa.json"
 """The record's file name inside a written folder."""
 
 
+def write_text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(content, encoding="utf-8")
+    move_into_place(partial, path)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    move_into_place(partial, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager
@@ -41,9 +46,12 @@ def move_into_place(partial: Path, final: Path) -> None:
     for file in files:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if final.is_dir():
-        shutil.rmtree(final)
+    old = final.with_name(f".{final.name}.old.partial")
+    if final.is_dir():  # never half a folder under a name that is trusted
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -118,7 +126,7 @@ def _short(fact) -> str:
 
 def _state_dict(module: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
     state = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in module.named_parameters():
         if trainable_only and not parameter.requires_grad:
             continue
         with gathered([parameter]):

@@ -11,14 +11,16 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from mmengine.config import Config
+from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
-from dpa_xtuner.stages.build import global_rank, origin_of, stage_config, world_size
+from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.rehearsal import rehearse
-from dpa_xtuner.stages.settings import Settings, nearest
+from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 STATE = "stage.json"
@@ -49,8 +51,9 @@ def next_stage(cfg: Config) -> Config | None:
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
     base = Path(cfg.work_dir)
-    table = stage_table(settings)
-    for stage in _wanted(table):
+    stages = _wanted(stage_table(settings))
+    check_ahead(cfg, settings, stages)
+    for stage in stages:
         _need_inputs(stage, base)
         origin = origin_of(cfg, settings, stage) | {"loads": _hashes(stage, base)}
         for folder in stage.loads.values():
@@ -84,6 +87,41 @@ def run_facts(config: Config) -> dict:
         "batch_size": config.train_dataloader.batch_size,
         "zero": zero,
     }
+
+
+def hold(config: Config) -> FileLock:
+    """Take a stage's folder for this run.
+
+    The lock goes with the process, however that ends, and a stage that replaces its
+    process takes the next one's.
+
+    Raises:
+        DPAError: another run trains in it, such as one whose parent alone was killed.
+    """
+    folder = Path(config.work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DPAError(
+            f"Another run is training in {folder}. Wait for it, stop it, or use another --work-dir."
+        ) from None
+    return lock
+
+
+def agree(config: Config) -> None:
+    """See that all ranks are about to do the same.
+
+    Raises:
+        DPAError: they read other files, since the work dir is not shared by all nodes.
+    """
+    plans = all_gather_object((config.work_dir, config.load_from))
+    if any(plan != plans[0] for plan in plans):
+        raise DPAError(
+            f"The processes don't see the same work dir: they would start {sorted(set(plans))}. "
+            f"It must be on storage that all nodes share."
+        )
 
 
 def run_next(config: Config) -> None:
@@ -134,11 +172,13 @@ def _wanted(table: dict[str, Stage]) -> list[Stage]:
 
 def _need_inputs(stage: Stage, base: Path) -> None:
     for part, folder in stage.loads.items():
-        if not (base / folder).is_dir():
-            writer = folder.split("/")[0]
+        writer = folder.split("/")[0]
+        finished = read_state(base / writer).get("status") == "finished"
+        if not finished or not (base / folder).is_dir():
+            what = "does not exist" if finished else "is not finished"
             raise DPAError(
                 f"Stage {stage.name} starts from the {part} of stage {writer}, but {base / folder} "
-                f"does not exist. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+                f"{what}. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
             )
 
 

@@ -1,5 +1,6 @@
 """The runners: MMEngine's, which train the next unfinished stage and then go on."""
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -18,16 +19,33 @@ from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.artifacts import move_into_place
-from dpa_xtuner.stages.pipeline import next_stage, remove_partial, run_next, summary
+from dpa_xtuner.stages.build import global_rank
+from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
+
+
+# What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.
+_MENDABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    None,  # transformers: a model or a file of it is missing
+}  # fmt: skip
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback."""
+def told_plainly(every_rank: bool = False) -> Iterator[None]:
+    """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
+
+    Args:
+        every_rank: any rank may be the only one in trouble, so each speaks for itself.
+            Without it all are in the same trouble and the first of each node speaks.
+    """
     try:
         yield
     except (DPAError, OSError, SafetensorError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        if every_rank or local_rank == "0":
             print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
 
@@ -43,16 +61,19 @@ class _StageRunner:
             if stage is None:
                 print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
                 raise SystemExit(0)
-            if "strategy" in stage:
+            if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
+            lock = hold(stage) if global_rank(stage.launcher) == 0 else None
             runner = super().from_cfg(stage)
+            runner.lock = lock  # held as long as the runner lives
+            agree(stage)
             if is_main_process():
                 remove_partial(Path(runner.work_dir))
             return runner
 
     def train(self):
         """Train the stage, then go on with the next one in a fresh process."""
-        with told_plainly():
+        with told_plainly(every_rank=True):
             model = super().train()
         run_next(self.cfg)
         print_log(f"Finished:\n{summary(Path(self.cfg.work_dir).parent)}", "current")
@@ -67,7 +88,10 @@ class _StageRunner:
         partial = Path(out_dir) / f".{filename}.partial"
         try:
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a full disk
+        except (OSError, RuntimeError) as error:
+            # torch.save says RuntimeError for a full disk, and names its writer.
+            if isinstance(error, RuntimeError) and "Writer" not in str(error):
+                raise
             raise DPAError(
                 f"The checkpoint {Path(out_dir) / filename} can't be written: {error}. Older ones "
                 f"are whole: make room and run the same command again."

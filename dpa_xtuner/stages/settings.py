@@ -1,15 +1,15 @@
 """The method's part of a config, checked before anything is loaded."""
 
-import difflib
-from collections.abc import Iterable
 from inspect import signature
 from typing import Literal
 
 from mmengine.config import Config
 from mmengine.runner import Runner
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.data.templates import resolve_template
+from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.model.llm import find_loss
 
 
 class _Strict(BaseModel):
@@ -17,10 +17,14 @@ class _Strict(BaseModel):
 
 
 class DataSettings(_Strict):
-    """A LLaVA-format data set: its JSON or JSONL file and the folder its images are in."""
+    """A LLaVA-format data set: its JSON or JSONL file and the folder its images are in.
+
+    ``skip_limit`` is the share of it that may be unusable.
+    """
 
     data_path: str
     image_folder: str
+    skip_limit: float = Field(default=0.01, ge=0, le=1)
 
 
 class CaptionSettings(DataSettings):
@@ -56,6 +60,12 @@ class StageSettings(_Strict):
     save_steps: int = Field(gt=0)
     loss: str
 
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        find_loss(name)
+        return name
+
 
 class ProxySettings(StageSettings):
     """Stage proxy always trains LoRA."""
@@ -82,6 +92,12 @@ class Settings(_Strict):
     proxy: ProxySettings
     align: StageSettings
     tune: TuneSettings
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _known_template(cls, name: str) -> str:
+        resolve_template(name)
+        return name
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Settings":
@@ -115,12 +131,6 @@ def known_keys() -> set[str]:
     """All top-level keys that a DPA config may have."""
     runner = set(signature(Runner.__init__).parameters) - {"self", "cfg"}
     return set(Settings.model_fields) | runner | _OTHER_KEYS
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where nothing is near."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _refuse_unknown_keys(cfg: Config) -> None:

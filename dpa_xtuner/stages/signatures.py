@@ -17,8 +17,7 @@ from mmengine.registry import (
 )
 from mmengine.utils import get_object_from_string
 
-from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages.settings import nearest
+from dpa_xtuner.errors import DPAError, nearest
 
 _REGISTRIES = (
     MODELS,

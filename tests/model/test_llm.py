@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
-from transformers import Gemma2Config, LlamaConfig, Qwen2Config
-from transformers import Gemma2ForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
 
 from dpa_xtuner import DPAError

@@ -77,8 +77,9 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
     (images / f"{trained_on[1]}.png").unlink()
     folder = copied("proxy")
     message = refusal("align", folder, f"captions.image_folder={images}")
-    assert "had to be skipped" in message
-    assert f"  {trained_on[0]}: " in message or f"  {trained_on[1]}: " in message
+    assert "2 of 28 records cannot be used" in message
+    assert f"broken image: {trained_on[0]}" in message
+    assert f"missing image: {trained_on[1]}" in message
     assert not (folder / "align/projector").exists()
 
 
@@ -182,23 +183,34 @@ def before(owner: type, method: str):
     return prepare
 
 
-DISK_FULL_AT = {
-    "checkpoint": before(IterBasedTrainLoop, "run"),
-    "written part": before(ProxyLLMHook, "after_train"),
-}
+def refused_for_lack_of_room(stage: str, work_dir: Path, prepare, deepspeed: bool) -> set[str]:
+    """The names of the checkpoints that are there afterwards."""
+    message = refusal(stage, work_dir, prepare=prepare, deepspeed=deepspeed)
+    assert str(work_dir) in message or "File too large" in message
+    assert not (work_dir / stage / "llm").exists()
+    assert not (work_dir / stage / "llm_adapter").exists()
+    state = json.loads((work_dir / stage / "stage.json").read_text())
+    assert state["status"] == "running"
+    return {path.name for path in (work_dir / stage).glob("iter_*")}
 
 
 @pytest.mark.parametrize("deepspeed", [False, True], ids=["plain", "zero2"])
-@pytest.mark.parametrize("moment", ["checkpoint", "written part"])
-def test_a_full_disk_is_told_and_leaves_nothing_to_trust(moment, deepspeed, reference, work_dir):
+def test_a_disk_too_full_for_a_checkpoint_is_told(deepspeed, reference, work_dir):
     whole = reference(Layout(deepspeed=deepspeed, dropout=0.0, train_llm="full"))
-    how = {"deepspeed": deepspeed}
-    message = refusal("proxy", work_dir, prepare=DISK_FULL_AT[moment], **how)
-    assert str(work_dir) in message or "File too large" in message
-    assert not (work_dir / "proxy/llm_adapter").exists()
-    found = {path.name for path in (work_dir / "proxy").glob("iter_*")}
-    assert found == (set() if moment == "checkpoint" else {"iter_8.pth", "iter_12.pth"})
-
-    harness.finish("proxy", work_dir, **how)
+    full = before(IterBasedTrainLoop, "run_iter")
+    assert refused_for_lack_of_room("proxy", work_dir, full, deepspeed) == set()
+    harness.finish("proxy", work_dir, deepspeed=deepspeed)
     own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith("proxy")}
     assert harness.differing(own, harness.weights(work_dir)) == []
+
+
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["plain", "zero2"])
+def test_a_disk_too_full_for_the_written_llm_is_told(deepspeed, reference, work_dir):
+    whole = reference(Layout(deepspeed=deepspeed, dropout=0.0, train_llm="full"))
+    for stage in ("proxy", "align"):
+        harness.copy_stage(whole.work_dir, work_dir, stage)
+    full = before(ProxyLLMHook, "after_train")
+    kept = refused_for_lack_of_room("tune", work_dir, full, deepspeed)
+    assert kept == {"iter_8.pth", "iter_12.pth"}
+    harness.finish("tune", work_dir, deepspeed=deepspeed)
+    assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []

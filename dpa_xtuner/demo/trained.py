@@ -1,0 +1,71 @@
+"""The demo's model before training and after, in the parts that the report asks."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
+from xtuner.model.modules import ProjectorConfig, ProjectorModel
+
+from dpa_xtuner.demo.prepare import LLM_FOLDER, VIT_FOLDER
+from dpa_xtuner.demo.report import Parts
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.pipeline import read_state
+
+
+def before_training(root: Path) -> Parts:
+    """The original LLM with a projector as it is initialised.
+
+    Args:
+        root: where ``tools/prepare_demo.py`` put the models.
+    """
+    llm, vit = _llm(root / LLM_FOLDER), CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
+    torch.manual_seed(0)
+    projector = ProjectorModel(
+        ProjectorConfig(
+            visual_hidden_size=vit.config.hidden_size, llm_hidden_size=llm.config.hidden_size
+        )
+    )
+    return _parts(root, llm, vit, projector)
+
+
+def after_training(root: Path, work_dir: Path) -> Parts:
+    """What stage tune wrote.
+
+    Raises:
+        DPAError: the stage is not finished.
+    """
+    written = read_state(work_dir / "tune").get("writes")
+    if written is None:
+        raise DPAError(
+            f"{work_dir / 'tune'} is not finished: see the log in it, then run the training again."
+        )
+    if "llm" in written:
+        llm = _llm(Path(written["llm"]))
+    else:
+        llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written["llm_adapter"])
+        llm = llm.merge_and_unload()
+    vit = CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
+    return _parts(root, llm, vit, ProjectorModel.from_pretrained(written["projector"]))
+
+
+def _llm(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+def _parts(
+    root: Path, llm: PreTrainedModel, vit: CLIPVisionModel, projector: ProjectorModel
+) -> Parts:
+    return Parts(
+        llm=llm,
+        vit=vit,
+        projector=projector,
+        tokenizer=AutoTokenizer.from_pretrained(root / LLM_FOLDER),
+        processor=CLIPImageProcessor.from_pretrained(root / VIT_FOLDER),
+    )
