@@ -10,18 +10,22 @@ prompt_template = 'qwen_chat'  # ChatML, as SmolLM2
 captions = dict(
     data_path='{{$DPA_DATA:data}}/openmoji/captions.json',
     image_folder='{{$DPA_DATA:data}}/openmoji',
-    held_out=64)
+    held_out=32)
 instructions = dict(
     data_path='{{$DPA_DATA:data}}/openmoji/questions.json',
     image_folder='{{$DPA_DATA:data}}/openmoji')
 
 proxy = dict(
-    lr=5e-4, batch_size=32, global_batch_size=32, max_length=256, max_steps=60,
+    lr=5e-4, batch_size=16, global_batch_size=16, max_length=256, max_steps=30,
     lora=dict(r=64, lora_alpha=128))
-align = dict(lr=2e-3, batch_size=32, global_batch_size=32, max_length=256, max_steps=100)
-tune = dict(lr=2e-4, batch_size=32, global_batch_size=32, max_length=256, max_steps=200)
+align = dict(lr=2e-3, batch_size=16, global_batch_size=16, max_length=256, max_steps=30)
+tune = dict(
+    lr=1e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=200, save_steps=50,
+    train_llm='lora', lora=dict(r=64, lora_alpha=128))
 
+# On CPUs without a GPU the eager attention is the faster one, and memory is no concern.
 model = dict(
-    llm=dict(type='transformers.LlamaForCausalLM.from_pretrained'),
+    llm=dict(
+        type='transformers.LlamaForCausalLM.from_pretrained', attn_implementation='eager'),
     use_activation_checkpointing=False)
 train_dataloader = dict(num_workers=1, pin_memory=False)

@@ -61,7 +61,11 @@ def main() -> int:
     config = find_config(known.config)
     if known.rehearse:
         os.environ["DPA_REHEARSE"] = "1"
-    work_dir = known.work_dir or f"work_dirs/{config.stem}"
+    if any(o.startswith("--deepspeed") for o in others) and not importlib.util.find_spec(
+        "deepspeed"
+    ):
+        raise SystemExit("--deepspeed needs DeepSpeed: pip install 'dpa_xtuner[deepspeed]'")
+    work_dir = (known.work_dir or f"work_dirs/{config.stem}").rstrip("/")
     code = subprocess.run(command(config, ["--work-dir", work_dir, *others])).returncode
     rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
     print(f"\n{summary(Path(work_dir + rehearsal))}", flush=True)

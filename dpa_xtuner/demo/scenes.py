@@ -73,11 +73,11 @@ class Recipe:
 
     captions: int = 4000
     questions: int = 4000
-    held_out: int = 240
+    held_out: int = 180
     turns: int = 6
     text_only: int = 40
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class Sampler:
         return self.rng.choices(drawings, weights)[0]
 
     def scene(self) -> Scene:
-        """Pick a scene: a large single, several of one drawing, or two or three different kinds."""
-        form = self.rng.choice(("single", "several", "mixed"))
+        """Pick a scene: a large single, one or several small ones, or two or three kinds."""
+        form = self.rng.choices(("single", "alone", "several", "mixed"), (2, 3, 2, 3))[0]
         kinds = self.rng.sample(sorted(self.by_kind), self.rng.randint(2, 3))
         if form == "single":
             return Scene((self.drawing(kinds[0]),), (None,))
-        if form == "several":
-            count = self.rng.randint(1, len(COUNTS))
+        if form != "mixed":
+            count = 1 if form == "alone" else self.rng.randint(2, len(COUNTS))
             cells = self.rng.sample(range(len(CELLS)), count)
             return Scene((self.drawing(kinds[0]),) * count, tuple(sorted(cells)))
         cells = self.rng.sample(range(len(CELLS)), len(kinds))

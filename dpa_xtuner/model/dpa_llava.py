@@ -10,6 +10,7 @@ from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.configs import image_tokens
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, find_loss, load, merge_adapter, supervised_logits
 from dpa_xtuner.model.parts import CANONICAL
@@ -46,6 +47,7 @@ class DPALLaVAModel(LLaVAModel):
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)
         super().__init__(llm=llm, visual_encoder=visual_encoder, **kwargs)
+        _undo_dispatch(self.llm)
         self.fingerprints = fingerprints
         # Trained weights are float32 under autocast; DeepSpeed makes its own copies.
         self.projector.float()
@@ -85,8 +87,9 @@ class DPALLaVAModel(LLaVAModel):
             outputs = self.visual_encoder(
                 pixel_values.to(self.visual_encoder.dtype), output_hidden_states=True
             )
-        # CLIP's first position is its class token.
-        patches = outputs.hidden_states[self.visual_select_layer][:, 1:]
+        hidden = outputs.hidden_states[self.visual_select_layer]
+        # What comes before the patches is CLIP's class token; SigLIP has none.
+        patches = hidden[:, hidden.shape[1] - image_tokens(self.visual_encoder.config) :]
         return self.projector(patches.to(self.projector.dtype))
 
     def splice(self, data: dict) -> dict[str, Tensor]:
@@ -138,6 +141,18 @@ class DPALLaVAModel(LLaVAModel):
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
         """The loss of a batch of :func:`dpa_xtuner.data.collate`."""
         return {"loss": self.loss(*self.logits(data))}
+
+
+def _undo_dispatch(llm: nn.Module) -> None:
+    """Take XTuner's own forward passes off the LLM's layers.
+
+    They are for packed sequences and sequence parallelism. XTuner 0.2.0 puts them in
+    wherever FlashAttention-2 is installed, and without a process group they fail.
+    """
+    for module in llm.modules():
+        forward = getattr(module.__dict__.get("forward"), "__func__", None)
+        if forward is not None and forward.__module__.startswith("xtuner."):
+            del module.forward
 
 
 def _check_image_tokens(data: dict, features: Tensor) -> None:

@@ -10,6 +10,7 @@ from xtuner.model.modules.dispatch import SUPPORT_FLASH2
 from xtuner.model.utils import LoadWoInit, find_all_linear_names
 
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.registry import LOSSES
 
@@ -17,25 +18,35 @@ from dpa_xtuner.registry import LOSSES
 def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     """Build an LLM or encoder from its config with XTuner's builder; a module is returned as it is.
 
-    FlashAttention-2 is chosen where it is installed, there is a GPU and the config does
-    not say otherwise.
+    FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
+    the config does not say otherwise.
 
     Args:
         model: XTuner's model that the part is for.
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
 
     Raises:
-        DPAError: it does not take one of the arguments.
+        DPAError: it does not take one of the arguments, or weights are missing.
     """
-    if isinstance(cfg, dict) and SUPPORT_FLASH2 and torch.cuda.is_available():
+    if isinstance(cfg, nn.Module):
+        return cfg
+    knows_flash = getattr(model_class(cfg), "_supports_flash_attn_2", False)
+    if SUPPORT_FLASH2 and knows_flash and torch.cuda.is_available():
         cfg.setdefault("attn_implementation", "flash_attention_2")
     with LoadWoInit():
         try:
-            return model._build_from_cfg_or_module(cfg)
+            built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
         except TypeError as error:
             raise DPAError(
                 f"model: {error}. Check the keys beside its type in the config."
             ) from error
+    if info["missing_keys"]:  # transformers only warns, and without initialisation they are noise
+        missing = sorted(info["missing_keys"])
+        raise DPAError(
+            f"{cfg['pretrained_model_name_or_path']} lacks {len(missing)} weights of a "
+            f"{type(built).__name__}: {', '.join(missing[:5])}. Is it another model's folder?"
+        )
+    return built
 
 
 def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:

@@ -1,5 +1,7 @@
 """What a stage writes for the next: whole folders, each with a record of where it came from."""
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -55,6 +57,16 @@ def move_into_place(partial: Path, final: Path) -> None:
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+@functools.cache
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's content, read once in a process."""
+    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_part(model: nn.Module, part: str, folder: Path, origin: dict) -> None:

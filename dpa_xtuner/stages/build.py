@@ -1,5 +1,6 @@
 """From a DPA config to the ordinary XTuner config of one of its stages."""
 
+import json
 import logging
 import math
 import os
@@ -12,9 +13,10 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from dpa_xtuner.data import DPADataset, check_dataset
-from dpa_xtuner.data.store import enforce_skip_limit
+from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import architecture, image_tokens, read_config
+from dpa_xtuner.stages.artifacts import file_sha256
 from dpa_xtuner.stages.settings import Settings, StageSettings
 from dpa_xtuner.stages.signatures import refuse_unknown_arguments
 from dpa_xtuner.stages.table import Stage
@@ -42,14 +44,39 @@ class Schedule:
 
 def world_size(launcher: str) -> int:
     """Processes of this run, known before they have met."""
-    names = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS", "mpi": "OMPI_COMM_WORLD_SIZE"}
-    return int(os.environ[names[launcher]]) if launcher in names else 1
+    return _from_launcher(launcher, "WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", alone=1)
 
 
 def global_rank(launcher: str) -> int:
     """This process's rank, known before the processes have met."""
-    names = {"pytorch": "RANK", "slurm": "SLURM_PROCID", "mpi": "OMPI_COMM_WORLD_RANK"}
-    return int(os.environ[names[launcher]]) if launcher in names else 0
+    return _from_launcher(launcher, "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", alone=0)
+
+
+def _from_launcher(launcher: str, pytorch: str, slurm: str, mpi: str, alone: int) -> int:
+    if launcher == "none":
+        return alone
+    name = {"pytorch": pytorch, "slurm": slurm, "mpi": mpi}[launcher]
+    if name not in os.environ:
+        raise DPAError(
+            f"--launcher {launcher} needs {name}, which is not set: use its own command."
+        )
+    return int(os.environ[name])
+
+
+def accumulative_counts(settings: StageSettings, world: int, stage: str) -> int:
+    """Micro-batches that make an optimizer step.
+
+    Raises:
+        DPAError: the global batch can't be cut into whole micro-batches.
+    """
+    at_once = settings.batch_size * world
+    if settings.global_batch_size % at_once:
+        raise DPAError(
+            f"{stage}.global_batch_size={settings.global_batch_size} is not a multiple of "
+            f"{stage}.batch_size={settings.batch_size} x {world} processes. Choose a batch_size "
+            f"that divides {settings.global_batch_size / world:g}."
+        )
+    return settings.global_batch_size // at_once
 
 
 def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> Schedule:
@@ -64,14 +91,7 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
     Raises:
         DPAError: the global batch can't be cut into whole micro-batches.
     """
-    at_once = settings.batch_size * world
-    if settings.global_batch_size % at_once:
-        raise DPAError(
-            f"{stage}.global_batch_size={settings.global_batch_size} is not a multiple of "
-            f"{stage}.batch_size={settings.batch_size} x {world} processes. Choose a batch_size "
-            f"that divides {settings.global_batch_size / world:g}."
-        )
-    accumulate = settings.global_batch_size // at_once
+    accumulate = accumulative_counts(settings, world, stage)
     steps = math.ceil(samples / settings.global_batch_size) * settings.max_epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
@@ -84,6 +104,65 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
         warmup_iters=warmup * accumulate if warmup >= 2 else 0,
         save_iters=settings.save_steps * accumulate,
     )
+
+
+def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
+    """Find now what would stop a later stage after days of an earlier one.
+
+    Raises:
+        DPAError: keys that the stages set themselves, batches that can't be cut, missing
+            data, models that can't be found.
+    """
+    _refuse_owned_keys(cfg)
+    world = world_size(cfg.launcher)
+    for stage in stages:
+        accumulative_counts(getattr(settings, stage.name), world, stage.name)
+        key = "instructions" if stage.view == "chat" else "captions"
+        names = (
+            ("data_path", "image_folder") if "visual_encoder" in stage.builds else ("data_path",)
+        )
+        for name in names:
+            path = getattr(getattr(settings, key), name)
+            if not Path(path).exists():
+                raise DPAError(
+                    f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
+                    f"Set it, or DPA_DATA to the folder that holds the data."
+                )
+        origin_of(cfg, settings, stage)
+
+
+# What a stage sets from its own settings: path, what the base config holds, what to set instead.
+_OWNED = (
+    ("train_cfg", None, "<stage>.max_epochs or <stage>.max_steps"),
+    ("param_scheduler", None, "<stage>.warmup_ratio"),
+    ("train_dataloader.batch_size", 1, "<stage>.batch_size"),
+    ("train_dataloader.dataset", None, "captions and instructions"),
+    ("train_dataloader.sampler", None, "<stage>.global_batch_size"),
+    ("train_dataloader.collate_fn", None, "nothing"),
+    ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
+    ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
+    ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
+)
+
+
+def _refuse_owned_keys(cfg: Config) -> None:
+    lines = []
+    for path, base, instead in _OWNED:
+        node = cfg
+        for key in path.split("."):
+            node = node.get(key) if node is not None else None
+        if node is not None and node != base:
+            lines.append(f"  {path}: each stage sets it; set {instead} instead")
+    if cfg.get("load_from") and not cfg.get("resume"):
+        lines.append("  load_from: the stages hand over by themselves")
+    if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
+        lines.append(
+            "  default_hooks.checkpoint.max_keep_ckpts: at least 2, since MMEngine removes the "
+            "oldest before the newest is on disk"
+        )
+    if lines:
+        listed = "\n".join(lines)
+        raise DPAError(f"{cfg.filename} (or --cfg-options) sets what it should not:\n{listed}")
 
 
 def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) -> Config:
@@ -111,10 +190,9 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config.update(tokenizer=tokenizer, image_processor=image_processor)
 
     dataset = dataset_config(config, settings, stage)
-    held_out = dict(dataset, part="held_out") if "held_out" in dataset else None
+    held_out = dict(dataset, part="held_out") if dataset.get("held_out") else None
     built = DATASETS.build(dataset)
-    if global_rank(cfg.launcher) == 0:
-        _check_sample(built)
+    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
     numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
     deepspeed = "strategy" in config
 
@@ -148,7 +226,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config.custom_hooks = config.get("custom_hooks", []) + [
         dict(type="IterationSeedHook"),
         dict(type="ProgressBarHook"),
-        dict(type="SkippedSamplesHook"),
+        dict(type="SkippedSamplesHook", limit=dataset["skip_limit"]),
         dict(type="ProxyLLMHook", stage=stage.name, held_out=held_out, origin=origin,
              loads={part: str(base / folder) for part, folder in stage.loads.items()},
              writes={part: str(base / folder) for part, folder in stage.writes.items()}),
@@ -171,10 +249,11 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
     origin = {
         "stage": stage.name,
         "config": str(cfg.filename),
-        "data": data.model_dump(),
+        "data": data.model_dump(exclude={"skip_limit"}) | {"sha256": file_sha256(data.data_path)},
         "prompt_template": settings.prompt_template if stage.view == "chat" else "plain",
         "seed": cfg.randomness.seed,
         "settings": own.model_dump(exclude={"batch_size", "save_steps"}),
+        "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "llm": _facts("llm_name_or_path", settings.llm_name_or_path, cfg.model.llm),
     }
     if "visual_encoder" in stage.builds:
@@ -183,15 +262,22 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
             settings.visual_encoder_name_or_path,
             cfg.model.visual_encoder,
         )
-    return origin
+        origin["visual_select_layer"] = cfg.model.visual_select_layer
+    return json.loads(json.dumps(origin))  # as it is read back: no tuples
 
 
-def _check_sample(dataset: DPADataset) -> None:
+def _check_sample(dataset: DPADataset, speak: bool) -> None:
+    # On all ranks: they draw the same samples, and stop together.
     report = check_dataset(dataset, sample=CHECKED_AT_START)
-    if not report.ok:
+    if speak and not report.ok:
         print_log(f"Of the data, these can't be used:\n{report}", "current", logging.WARNING)
     # So few samples say little about a share of 1 %, but much about one several times that.
-    enforce_skip_limit(report.image_problems, report.checked, 5 * dataset.skip_limit)
+    if len(report.image_problems) > 5 * dataset.skip_limit * report.checked:
+        raise DPAError(
+            f"{len(report.image_problems)} of {report.checked} samples drawn from the data have no "
+            f"usable image, several times skip_limit={dataset.skip_limit:g}; see all of them with "
+            f"tools/check_data.py:\n{list_problems(report.image_problems)}"
+        )
 
 
 def _facts(setting: str, name: str, template: dict) -> dict:
@@ -237,23 +323,24 @@ def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspe
         # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
         # its own float32 copies.
         llm["torch_dtype"] = "torch.float32"
-    model = dict(
-        llm=llm, loss=own.loss, use_activation_checkpointing=template.use_activation_checkpointing
-    )
+    # Whatever else the config says of the model goes to its class, which knows its arguments.
+    rest = {key: value for key, value in template.items() if key not in ("llm", "visual_encoder")}
+    model = dict(rest, llm=llm, loss=own.loss)
     lora = None
     if "llm_adapter" in stage.trains:
         lora = dict(
             type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.lora.model_dump()
         )
     if "visual_encoder" not in stage.builds:
-        return dict(type="ProxyLLM", lora=lora, **model)
+        for key in ("visual_select_layer", "projector_depth"):
+            model.pop(key, None)
+        return dict(model, type="ProxyLLM", lora=lora)
     encoder = template.visual_encoder | {
         "pretrained_model_name_or_path": settings.visual_encoder_name_or_path
     }
     model.update(
         type="DPALLaVAModel",
         visual_encoder=encoder,
-        visual_select_layer=template.visual_select_layer,
         freeze_llm="llm" not in stage.trains,
         freeze_visual_encoder=True,
         llm_lora=lora,

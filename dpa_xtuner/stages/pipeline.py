@@ -1,6 +1,5 @@
 """Which stage comes next, and the change from one to the other."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
+from dpa_xtuner.stages.artifacts import file_sha256, read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.rehearsal import rehearse
 from dpa_xtuner.stages.settings import Settings
@@ -186,16 +185,8 @@ def _hashes(stage: Stage, base: Path) -> dict[str, str]:
     hashes = {}
     for part, folder in stage.loads.items():
         for file in sorted((base / folder).glob("*.safetensors")):
-            with file.open("rb") as handle:
-                hashes[f"{part}/{file.name}"] = _sha256(handle)
+            hashes[f"{part}/{file.name}"] = file_sha256(file)
     return hashes
-
-
-def _sha256(handle) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _refuse_changed(folder: Path, before: dict, now: dict) -> None:

@@ -24,7 +24,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.settings import DataSettings, Settings
 
 SAMPLES = 32
 STEPS = 4
@@ -40,8 +40,8 @@ _TINY_ENCODER = {
     "image_size": _IMAGE_SIZE,
     "patch_size": 14,
 }
-_NOTE = """This folder is a rehearsal of {config}: tiny random models, {samples} samples,
-{steps} steps a stage. Nothing in it is worth keeping. The next rehearsal empties it first.
+NOTE = f"""This folder is a rehearsal: tiny random models, {SAMPLES} samples, {STEPS} steps a
+stage. Nothing in it is worth keeping. The next rehearsal empties it first.
 """
 
 
@@ -66,19 +66,26 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
     if os.environ.get("DPA_REHEARSAL") != str(base):
         if global_rank(cfg.launcher) == 0:
             print_log(f"Rehearsing {cfg.filename} in {base}", "current")
-            shutil.rmtree(base, ignore_errors=True)
+            _empty(base)
             with whole_folder(inputs) as partial:
                 _make_inputs(cfg, settings, partial)
                 write_json(partial / "launch.json", _launch())
-            (base / "REHEARSAL.txt").write_text(
-                _NOTE.format(config=cfg.filename, samples=SAMPLES, steps=STEPS)
-            )
         else:
             _wait_for(inputs / "launch.json")
         os.environ.update(DPA_REHEARSAL=str(base), DPA_CACHE=str(base / "cache"))
     cfg = _shortened(cfg, settings, inputs)
     cfg.work_dir = str(base)
     return cfg, Settings.from_config(cfg)
+
+
+def _empty(base: Path) -> None:
+    if "DPA_STAGE" in os.environ:
+        raise DPAError("A rehearsal goes through all stages: unset DPA_STAGE, or DPA_REHEARSE.")
+    if base.exists() and not (base / "REHEARSAL.txt").is_file():
+        raise DPAError(f"{base} is where the rehearsal goes, but something else is there. Move it.")
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
+    (base / "REHEARSAL.txt").write_text(NOTE)
 
 
 def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
@@ -105,10 +112,17 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
     return cfg
 
 
-def _data(data, inputs: Path, name: str) -> dict:
-    users = Path(data.data_path).is_file()
-    folder = data.image_folder if users else inputs / "images"
-    return {"data_path": str(inputs / f"{name}.json"), "image_folder": str(folder)}
+def _is_here(data: DataSettings) -> bool:
+    return Path(data.data_path).is_file() and Path(data.image_folder).is_dir()
+
+
+def _data(data: DataSettings, inputs: Path, name: str) -> dict:
+    folder = data.image_folder if _is_here(data) else inputs / "images"
+    return {
+        "data_path": str(inputs / f"{name}.json"),
+        "image_folder": str(folder),
+        "skip_limit": 1.0,  # one unusable sample among so few says nothing of the whole
+    }
 
 
 def _make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
@@ -118,13 +132,15 @@ def _make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     _tiny_encoder(cfg, settings, folder / "visual_encoder")
     for name in ("captions", "instructions"):
         data = getattr(settings, name)
-        if Path(data.data_path).is_file():
+        if _is_here(data):
             found = (r for r in read_records(data.data_path) if isinstance(r, Record))
             records = [_as_llava(record) for record in islice(found, SAMPLES)]
             print_log(f"{name}: the first {len(records)} records of {data.data_path}", "current")
         else:
             records = _generated(folder / "images", with_text_only=name == "instructions")
-            print_log(f"{name}: generated, since {data.data_path} is not there", "current")
+            print_log(
+                f"{name}: generated, since {data.data_path} or its images are not there", "current"
+            )
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
@@ -174,9 +190,9 @@ def _published_or_default(setting: str, template: dict) -> PretrainedConfig:
         owner = model_class(template)
         if owner is AutoModelForCausalLM or not hasattr(owner, "config_class"):
             raise DPAError(
-                f"{setting}={template['pretrained_model_name_or_path']!r} is not on this machine, and "
-                f"type={template['type']!r} does not say which architecture to rehearse. Name the "
-                f"class, such as 'transformers.Qwen2ForCausalLM.from_pretrained'."
+                f"{setting}={template['pretrained_model_name_or_path']!r} is not on this machine, "
+                f"and type={template['type']!r} does not say which architecture to rehearse. Name "
+                f"the class, such as 'transformers.Qwen2ForCausalLM.from_pretrained'."
             ) from None
         print_log(f"{setting} is not on this machine: rehearsing a {owner.__name__}", "current")
         return owner.config_class()

@@ -22,7 +22,6 @@ from dpa_xtuner.stages.artifacts import move_into_place
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
 
-
 # What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.
 _MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
