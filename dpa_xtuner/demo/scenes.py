@@ -39,6 +39,9 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "place": CELLS,
 }
 
+# Held-out questions take turns: as in training, kind and colour are asked about most.
+ASKED = ("kind", "colour", "count", "kind", "colour", "place")
+
 CAPTIONS = "captions.json"
 QUESTIONS = "questions.json"
 HELD_OUT_CAPTIONS = "heldout_captions.json"
@@ -77,7 +80,7 @@ class Recipe:
     turns: int = 6
     text_only: int = 40
     seed: int = 0
-    version: int = 2
+    version: int = 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Sampler:
 
     def scene(self) -> Scene:
         """Pick a scene: a large single, one or several small ones, or two or three kinds."""
-        form = self.rng.choices(("single", "alone", "several", "mixed"), (2, 3, 2, 3))[0]
+        form = self.rng.choices(("single", "alone", "several", "mixed"), (5, 1, 2, 2))[0]
         kinds = self.rng.sample(sorted(self.by_kind), self.rng.randint(2, 3))
         if form == "single":
             return Scene((self.drawing(kinds[0]),), (None,))
@@ -288,12 +291,13 @@ def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
 def _held_out_question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
     """One question a picture; kinds and, within a kind, answers take turns.
 
-    Every kind and every answer weighs the same, so that no habit of answering beats chance.
+    Every answer to a kind of question weighs the same, so that no habit of answering beats
+    chance.
     """
     rng = random.Random(f"{recipe.seed}-heldout")
     sampler = Sampler(True, rng)
     records = []
-    kinds = list(ANSWERS)
+    kinds = ASKED
     for number in range(recipe.held_out):
         kind = kinds[number % len(kinds)]
         answer = ANSWERS[kind][number // len(kinds) % len(ANSWERS[kind])]

@@ -206,9 +206,9 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
             type="GroupedSampler",
             length_property="modality_length",
             per_device_batch_size=own.batch_size * numbers.accumulative_counts,
-            # Within one global batch order means nothing but less padding; visual
-            # instructions are grouped over many, as LLaVA does.
-            mega_batch_mult=None if stage.view == "chat" else 1,
+            # As LLaVA: sorted within one global batch, where order means less padding and
+            # nothing else. Stock sorts fifty at a time, so that lengths come in waves.
+            mega_batch_mult=1,
         ),
         collate_fn=dict(type="dpa_collate"),
     )

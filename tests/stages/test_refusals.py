@@ -6,6 +6,7 @@ from pathlib import Path
 
 import harness
 import pytest
+from filelock import FileLock
 from harness import Layout
 from mmengine.runner import IterBasedTrainLoop
 
@@ -49,6 +50,15 @@ def copied(reference, work_dir):
         ("align", [], "Run DPA_STAGE=proxy first"),
         ("proxy", ["randomness.seed=None"], "Give --seed"),
         ("proxy", ["proxy.loss=crossentropy"], "loss='crossentropy' is not known"),
+        ("proxy", ["tune.loss=cros_entropy"], "known; did you mean 'cross_entropy'"),
+        ("proxy", ["prompt_template=internlm2_chatt"], "internlm2_chat"),
+        ("proxy", ["train_cfg.max_iters=3"], "set <stage>.max_epochs or <stage>.max_steps instead"),
+        ("proxy", ["optim_wrapper.optimizer.lr=1"], "set <stage>.lr instead"),
+        ("proxy", ["optim_wrapper.optimizer.beta=1"], "did you mean 'betas'"),
+        ("proxy", ["model.use_activation_checkpoint=1"], "'use_activation_checkpointing'"),
+        ("proxy", ["model.llm.torch_dtyp=1"], "torch_dtyp"),
+        ("proxy", ["default_hooks.checkpoint.max_keep_ckpts=1"], "at least 2"),
+        (None, ["instructions.data_path=nowhere.json"], "which stage tune reads"),
         ("proxy", ["proxy.batch_size=3"], "not a multiple of proxy.batch_size=3 x 1"),
         ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
         ("proxy", ["captions.held_out=32"], "held_out=32"),
@@ -214,3 +224,17 @@ def test_a_disk_too_full_for_the_written_llm_is_told(deepspeed, reference, work_
     assert kept == {"iter_8.pth", "iter_12.pth"}
     harness.finish("tune", work_dir, deepspeed=deepspeed)
     assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []
+
+
+def test_a_folder_that_another_run_trains_in_is_left_alone(tiny, work_dir):
+    (work_dir / "proxy").mkdir(parents=True)
+    with FileLock(work_dir / "proxy" / ".lock"):
+        assert "Another run is training in" in refusal("proxy", work_dir)
+
+
+def test_data_without_images_stop_the_start(tiny, work_dir, copied):
+    copied("proxy")
+    empty = work_dir / "images"
+    empty.mkdir()
+    message = refusal("align", work_dir, f"captions.image_folder={empty}")
+    assert "28 of 28 samples" in message and "tools/check_data.py" in message

@@ -1,0 +1,56 @@
+"""What the tools print, and their exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def run(tool: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(TOOLS / tool), *map(str, arguments)],
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_configs_are_listed_by_name_and_pattern():
+    assert "dpa_internlm2_7b\ndpa_llama3_1_8b\n" in run("list_configs.py").stdout
+    assert run("list_configs.py", "qwen").stdout == "dpa_qwen2_5_7b\n"
+    nothing = run("list_configs.py", "gpt")
+    assert nothing.returncode == 1 and "Known: dpa_internlm2_7b" in nothing.stdout
+
+
+@pytest.mark.parametrize("tool", ["train.py", "check_data.py"])
+def test_an_unknown_config_is_answered_with_the_nearest(tool):
+    result = run(tool, "dpa_internlm_7b")
+    assert result.returncode == 1 and "Did you mean dpa_internlm2_7b?" in result.stdout
+
+
+def test_training_that_fails_says_so_by_its_exit_code(tiny, tmp_path):
+    arguments = ("--work-dir", tmp_path / "run", "--cfg-options", "proxy.lr=-1")
+    result = run("train.py", harness.TINY_CONFIG, *arguments)
+    assert result.returncode == 1
+    assert "proxy.lr: Input should be greater than 0" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_broken_and_missing_images_are_found_with_their_records(tiny, tmp_path):
+    data = shutil.copytree(tiny, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    good = run("check_data.py", harness.TINY_CONFIG, DPA_TINY=str(data))
+    assert good.returncode == 0 and good.stdout.count("0  problems") == 2, good.stdout
+    records = json.loads((data / "captions.json").read_text())
+    (data / "images" / records[3]["image"][0]).write_bytes(b"no picture")
+    (data / "images" / records[7]["image"][0]).unlink()
+    bad = run("check_data.py", harness.TINY_CONFIG, DPA_TINY=str(data))
+    assert bad.returncode == 1
+    assert f": {records[3]['id']}\n" in bad.stdout and f": {records[7]['id']}\n" in bad.stdout
