@@ -26,7 +26,7 @@ def tiny(tmp_path_factory) -> Path:
 
     def write() -> None:
         cfg = Config.fromfile(harness.TINY_CONFIG)
-        rehearsal._make_inputs(cfg, Settings.from_config(cfg), folder)
+        rehearsal.make_inputs(cfg, Settings.from_config(cfg), folder)
 
     harness.forked(write, folder / "inputs.log")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -274,14 +275,15 @@ def draw_answers(questions: Sequence[HeldOut], answers: Sequence[str], path: Pat
     """Draw some pictures with question, answer given and answer expected.
 
     Args:
-        questions: What was asked; `SHOWN` of them, evenly spread, are drawn.
+        questions: What was asked; `SHOWN` of them are drawn.
         answers: What was answered.
         path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chosen = [i * len(questions) // SHOWN for i in range(min(SHOWN, len(questions)))]
+    # At random, since the kinds of questions take turns; always the same ones.
+    chosen = random.Random(0).sample(range(len(questions)), min(SHOWN, len(questions)))
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, i in zip(figure.subplots(3, 4).flat, chosen, strict=False):

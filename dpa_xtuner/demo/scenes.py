@@ -77,10 +77,10 @@ class Recipe:
     captions: int = 4000
     questions: int = 4000
     held_out: int = 180
-    turns: int = 6
+    turns: int = 4
     text_only: int = 40
     seed: int = 0
-    version: int = 3
+    version: int = 4
 
 
 @dataclass(frozen=True)

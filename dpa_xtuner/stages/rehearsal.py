@@ -68,7 +68,7 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
             print_log(f"Rehearsing {cfg.filename} in {base}", "current")
             _empty(base)
             with whole_folder(inputs) as partial:
-                _make_inputs(cfg, settings, partial)
+                make_inputs(cfg, settings, partial)
                 write_json(partial / "launch.json", _launch())
         else:
             _wait_for(inputs / "launch.json")
@@ -125,7 +125,15 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
     }
 
 
-def _make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
+def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
+    """Write a tiny LLM, a tiny encoder and a handful of samples.
+
+    Args:
+        cfg: names the classes of the models.
+        settings: names the user's data, whose first records are taken where it is there.
+        folder: where to; ``llm``, ``visual_encoder``, ``captions.json``,
+            ``instructions.json`` and, where the data is generated, ``images``.
+    """
     tokenizer = _tokenizer(cfg, settings)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg, settings, tokenizer).save_pretrained(folder / "llm")
