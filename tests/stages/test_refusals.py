@@ -58,7 +58,7 @@ def copied(reference, work_dir):
         ("proxy", ["model.use_activation_checkpoint=1"], "'use_activation_checkpointing'"),
         ("proxy", ["model.llm.torch_dtyp=1"], "torch_dtyp"),
         ("proxy", ["default_hooks.checkpoint.max_keep_ckpts=1"], "at least 2"),
-        (None, ["instructions.data_path=nowhere.json"], "which stage tune reads"),
+        ("", ["instructions.data_path=nowhere.json"], "which stage tune reads"),
         ("proxy", ["proxy.batch_size=3"], "not a multiple of proxy.batch_size=3 x 1"),
         ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
         ("proxy", ["captions.held_out=32"], "held_out=32"),
