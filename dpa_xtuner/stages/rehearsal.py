@@ -25,6 +25,7 @@ from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.settings import DataSettings, Settings
+from dpa_xtuner.stages.table import STAGE_NAMES
 
 SAMPLES = 32
 STEPS = 4
@@ -79,8 +80,8 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
 
 
 def _empty(base: Path) -> None:
-    if "DPA_STAGE" in os.environ:
-        raise DPAError("A rehearsal goes through all stages: unset DPA_STAGE, or DPA_REHEARSE.")
+    if os.environ.get("DPA_STAGE", STAGE_NAMES[0]) != STAGE_NAMES[0]:
+        raise DPAError("A rehearsal starts from nothing, with the first stage: unset DPA_STAGE.")
     if base.exists() and not (base / "REHEARSAL.txt").is_file():
         raise DPAError(f"{base} is where the rehearsal goes, but something else is there. Move it.")
     shutil.rmtree(base, ignore_errors=True)

@@ -88,8 +88,8 @@ class _StageRunner:
         try:
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
         except (OSError, RuntimeError) as error:
-            # torch.save says RuntimeError for a full disk, and names its writer.
-            if isinstance(error, RuntimeError) and "Writer" not in str(error):
+            # torch.save says RuntimeError for a full disk, and names its archive's source file.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise DPAError(
                 f"The checkpoint {Path(out_dir) / filename} can't be written: {error}. Older ones "

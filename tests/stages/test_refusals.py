@@ -87,7 +87,7 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
     (images / f"{trained_on[1]}.png").unlink()
     folder = copied("proxy")
     message = refusal("align", folder, f"captions.image_folder={images}")
-    assert "2 of 28 records cannot be used" in message
+    assert "2 of 28 samples drawn" in message
     assert f"broken image: {trained_on[0]}" in message
     assert f"missing image: {trained_on[1]}" in message
     assert not (folder / "align/projector").exists()
