@@ -71,11 +71,20 @@ def next_stage(cfg: Config) -> Config | None:
 
 
 def read_state(folder: Path) -> dict:
-    """What a stage's folder says of it; empty where it has not begun."""
+    """What a stage's folder says of it; empty where it has not begun.
+
+    Raises:
+        DPAError: the record is broken.
+    """
     try:
         return json.loads((folder / STATE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except json.JSONDecodeError as error:
+        raise DPAError(
+            f"{folder / STATE} is broken ({error}). Restore it, or remove {folder} to train the "
+            f"stage again."
+        ) from None
 
 
 def run_facts(config: Config) -> dict:
@@ -124,7 +133,7 @@ def agree(config: Config) -> None:
 
 
 def run_next(config: Config) -> None:
-    """After a stage: go on with the next in a fresh process image, or say that all is done.
+    """After a stage: go on with the next in a fresh process image, if there is one.
 
     The process replaces itself, so that nothing of the finished stage stays in memory.
     Under a launcher all ranks do so together and meet again on another port.
@@ -147,10 +156,10 @@ def run_next(config: Config) -> None:
     os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)
 
 
-def summary(work_dir: str | Path, names: list[str] | None = None) -> str:
+def summary(work_dir: str | Path) -> str:
     """The finished stages below a work dir and what they wrote, a line each."""
     lines = []
-    for name in names or STAGE_NAMES:
+    for name in STAGE_NAMES:
         state = read_state(Path(work_dir) / name)
         for part, folder in state.get("writes", {}).items():
             lines.append(f"  {name:<6} {part:<12} {folder}")
@@ -163,7 +172,7 @@ def _wanted(table: dict[str, Stage]) -> list[Stage]:
         return list(table.values())
     if only not in table:
         raise DPAError(
-            f"DPA_STAGE={only!r} is not a stage{nearest(only, STAGE_NAMES)} "
+            f"DPA_STAGE={only!r} is not a stage{nearest(only, STAGE_NAMES) or '.'} "
             f"Stages: {', '.join(STAGE_NAMES)}."
         )
     return [table[only]]
