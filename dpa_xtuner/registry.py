@@ -3,8 +3,8 @@
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
-LOSSES = Registry("loss", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
-"""Functions ``(logits (N, V), targets (N,)) -> scalar`` over the supervised tokens of a batch."""
+SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
+"""Weighting schemes: classes like those in :mod:`dpa_xtuner.loss.weighting`."""
 
 RUNNERS = Registry(
     "runner",

@@ -34,7 +34,7 @@ proxy = dict(
     pad_image_to_square=True,
     warmup_ratio=0.03,  # [paper]
     save_steps=200,  # optimizer steps between checkpoints [ours]
-    loss='cross_entropy',  # [paper]
+    normalize='micro_batch',  # as the authors; 'global': over the whole optimizer step
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
 
 align = dict(
@@ -47,7 +47,8 @@ align = dict(
     pad_image_to_square=True,
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
-    loss='cross_entropy')
+    normalize='micro_batch',
+    loss=dict(type='cmo'))  # [paper]; with d_min, d_max, window, boundary, or 'uniform', 'cal'
 
 tune = dict(
     start_from='target',  # [paper]; 'proxy' starts from the proxy LLM
@@ -61,7 +62,8 @@ tune = dict(
     pad_image_to_square=True,  # [paper]
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
-    loss='cross_entropy',
+    normalize='micro_batch',
+    loss=dict(type='cmo'),  # [paper]
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
 
 #######################################################################

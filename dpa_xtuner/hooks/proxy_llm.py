@@ -7,12 +7,12 @@ import torch
 from mmengine.device import get_device
 from mmengine.dist import all_reduce, barrier, get_dist_info, is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor, nn
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part, write_json
@@ -56,7 +56,7 @@ class ProxyLLMHook(Hook):
         """
         self.started = time.time()
         self.folder = Path(runner.work_dir)
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         before = read_state(self.folder).get("origin", {}) if runner.iter else {}
         for side, value in model.fingerprints.items():
             self.origin[side]["fingerprint"] = value
@@ -103,7 +103,7 @@ class ProxyLLMHook(Hook):
         Raises:
             DPAError: the LLM that ``align`` froze has changed.
         """
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         if self.held_out_cfg is not None:
             self._measure(runner)
         if self.stage == "align" and (now := fingerprint(model.llm)) != self.frozen:
@@ -120,7 +120,7 @@ class ProxyLLMHook(Hook):
         barrier()
 
     def _measure(self, runner) -> None:
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         amp = not hasattr(runner, "strategy")  # DeepSpeed's weights are bfloat16 themselves
         now = cross_entropy_per_token(model, self.held_out, runner.train_dataloader.batch_size, amp)
         step = self._steps(runner)
@@ -178,12 +178,6 @@ def _measured(folder: Path) -> dict[str, float]:
     return read_state(folder)["measured"]
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model) or not hasattr(model, "fingerprints"):
-        model = model.module if hasattr(model, "module") else model.model
-    return model
-
-
 @torch.no_grad()
 def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: bool) -> float:
     """Mean cross entropy of a data set's supervised tokens, each sample's first left out.
@@ -212,10 +206,9 @@ def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: boo
         data = model.data_preprocessor(batch, False)["data"]
         data = data | {"labels": without_first(data["labels"])}
         with torch.autocast(get_device(), dtype=torch.bfloat16, enabled=amp):
-            logits, targets = model.logits(data)
+            losses = model.scores(data).cross_entropy
         if mine < len(batches):
-            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-            total += torch.tensor([losses.item(), len(targets)], dtype=torch.float64)
+            total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
     model.train(training)
     total = total.to(get_device())
     all_reduce(total)

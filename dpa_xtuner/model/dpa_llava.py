@@ -10,21 +10,31 @@ from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.configs import image_tokens
+from dpa_xtuner.model.contrast import contrast_scores
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm import add_lora, find_loss, load, merge_adapter, supervised_logits
+from dpa_xtuner.model.llm import (
+    add_lora,
+    load,
+    merge_adapter,
+    supervised_scores,
+)
+from dpa_xtuner.model.objective import Objective
 from dpa_xtuner.model.parts import CANONICAL
 
 
 @BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class DPALLaVAModel(LLaVAModel):
-    """XTuner's LLaVA with a loss by name, a merged adapter and a strictly loaded projector.
+    """XTuner's LLaVA with a weighted loss, a merged adapter and a strictly loaded projector.
 
     Args:
         llm: a config dict or a module.
         visual_encoder: a config dict or a module.
-        loss: name of a loss in :data:`dpa_xtuner.registry.LOSSES`.
+        loss: a weighting scheme, by name or as a dict of its name and arguments
+            (:func:`dpa_xtuner.loss.build_scheme`).
+        normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
         kwargs: of :class:`xtuner.model.LLaVAModel`.
@@ -34,7 +44,8 @@ class DPALLaVAModel(LLaVAModel):
         self,
         llm: dict | nn.Module,
         visual_encoder: dict | nn.Module,
-        loss: str = "cross_entropy",
+        loss: str | dict = "uniform",
+        normalize: str = "micro_batch",
         merged_adapter: str | None = None,
         pretrained_projector: str | None = None,
         **kwargs,
@@ -53,7 +64,7 @@ class DPALLaVAModel(LLaVAModel):
         self.projector.float()
         if pretrained_projector is not None:
             load_projector(self.projector, pretrained_projector)
-        self.loss = find_loss(loss)
+        self.objective = Objective(loss, normalize)
 
     def _prepare_llm_for_lora(self, lora_config, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
@@ -126,21 +137,22 @@ class DPALLaVAModel(LLaVAModel):
             "position_ids": data["position_ids"],
         }
 
-    def logits(self, data: dict) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) and targets (N,) of a batch of :func:`dpa_xtuner.data.collate`."""
-        return supervised_logits(self.llm, self.splice(data), data["labels"])
+    def scores(self, data: dict) -> TokenScores:
+        """Scores of the N supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
+        return supervised_scores(self.llm, self.splice(data), data)
 
     def forward(self, data: dict, data_samples=None, mode: str = "loss"):
-        """The loss of a batch (``mode="loss"``), or its logits and targets (``"tensor"``)."""
+        """The loss of a batch (``mode="loss"``), or its scores (``"tensor"``)."""
         if mode == "loss":
             return self.compute_loss(data)
         if mode == "tensor":
-            return self.logits(data)
+            return self.scores(data)
         raise ValueError(f"mode={mode!r} is not one of 'loss', 'tensor'")
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """The loss of a batch of :func:`dpa_xtuner.data.collate`."""
-        return {"loss": self.loss(*self.logits(data))}
+        """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        without = contrast_scores(self.llm, data) if self.objective.scheme.contrast else None
+        return self.objective(self.scores(data), without, data)
 
 
 def _undo_dispatch(llm: nn.Module) -> None:

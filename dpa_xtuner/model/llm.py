@@ -1,18 +1,23 @@
-"""What both models do with their LLM: load it, adapt it, ask it for logits."""
+"""What both models do with their LLM: load it, adapt it, ask it for scores."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from mmengine.model import BaseModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from xtuner.model.modules.dispatch import SUPPORT_FLASH2
 from xtuner.model.utils import LoadWoInit, find_all_linear_names
+from xtuner.utils import IGNORE_INDEX
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.loss import TokenScores, token_scores
 from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.fingerprint import gathered
-from dpa_xtuner.registry import LOSSES
 
 
 def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
@@ -86,42 +91,119 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel:
     return wrapped.unload()
 
 
-def supervised_logits(
-    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Next-token logits at the supervised positions alone.
+def token_scores_of(
+    llm: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor
+) -> TokenScores:
+    """Ask the LLM's head about the tokens that follow ``hidden``.
+
+    The head is called as a module, with the chunked computation in place of its own forward
+    pass, so that DeepSpeed ZeRO-3 gathers its parameters once for all chunks and reduces
+    their gradients.
+
+    Args:
+        llm: the LLM, wrapped by peft or not.
+        hidden: (N, H), the decoder's last hidden states.
+        targets: (N,) int64, the token that comes next.
+
+    Raises:
+        DPAError: as :func:`output_head`.
+    """
+    head = output_head(llm)
+    softcap = getattr(base_model(llm).config, "final_logit_softcapping", None)  # Gemma-2
+
+    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(token_scores(hidden, targets, head.weight, head.bias, softcap))
+
+    with _forward_replaced(head, forward):
+        return TokenScores(*head(hidden))
+
+
+def output_head(llm: PreTrainedModel | PeftModel) -> nn.Linear:
+    """The LLM's head: its last linear layer.
+
+    Raises:
+        DPAError: it is not a plain linear layer.
+    """
+    base = base_model(llm)
+    head = base.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):  # peft's copy of a head that it trains
+        head = head.modules_to_save[head.active_adapter]
+    if type(head) is not nn.Linear:
+        raise DPAError(
+            f"The head of {type(base).__name__} is a {type(head).__name__}, and only nn.Linear "
+            f"is supported: leave the head out of LoRA's target_modules and of quantisation."
+        )
+    return head
+
+
+def base_model(llm: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The LLM without peft's wrapping, its adapter layers still in it."""
+    return llm.get_base_model() if isinstance(llm, PeftModel) else llm
+
+
+def decode(llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Last hidden states (B, T, H) of the LLM's decoder for what it takes."""
+    return base_model(llm).get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def supervised_places(labels: Tensor) -> Tensor:
+    """(B, T - 1) bool, true where ``labels`` (B, T) supervise the token *after* a position."""
+    return labels[:, 1:] != IGNORE_INDEX
+
+
+def supervised_scores(
+    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], data: dict
+) -> TokenScores:
+    """Scores of a batch's N supervised tokens.
 
     The head is most of a small model's step, and most positions (images, prompts, padding)
-    need no logits, so the head sees the N supervised positions and no others.
+    need no logits, so the head sees the supervised positions and no others.
 
     Args:
         llm: the LLM, wrapped by peft or not.
         inputs: what its decoder takes: ``attention_mask`` and ``position_ids`` (B, T) and
             ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, H).
-        labels: (B, T) int64, -100 where a token is not supervised.
-
-    Returns:
-        Logits (N, V) in the LLM's dtype and targets (N,) int64.
-    """
-    base = llm.get_base_model() if isinstance(llm, PeftModel) else llm
-    hidden = base.get_decoder()(**inputs).last_hidden_state  # (B, T, H)
-    supervised = labels[:, 1:] != -100
-    logits = base.get_output_embeddings()(hidden[:, :-1][supervised])  # (N, V)
-    cap = getattr(base.config, "final_logit_softcapping", None)  # Gemma-2
-    if cap is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits, labels[:, 1:][supervised]
-
-
-def find_loss(name: str):
-    """The loss of that name.
+        data: its ``labels`` (B, T) int64, :data:`IGNORE_INDEX` where a token is not supervised,
+            and ``ids``, the records' names.
 
     Raises:
-        DPAError: there is none.
+        DPAError: a hidden state is not finite; the message names the samples.
     """
-    loss = LOSSES.get(name)
-    if loss is None:
-        known = sorted(LOSSES.module_dict)
-        near = nearest(name, known) or "."
-        raise DPAError(f"loss={name!r} is not known{near} Known losses: {', '.join(known)}.")
-    return loss
+    supervised = supervised_places(data["labels"])
+    hidden = decode(llm, inputs)[:, :-1][supervised]  # (N, H)
+    check_finite(hidden, supervised, data["ids"], "")
+    return token_scores_of(llm, hidden, data["labels"][:, 1:][supervised])
+
+
+def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str) -> None:
+    """Refuse hidden states that would make the loss, and then every weight, NaN.
+
+    Args:
+        hidden: (N, H).
+        supervised: (B, T) bool with N true places.
+        ids: of the B samples.
+        where: of which pass, for the message.
+
+    Raises:
+        DPAError: the message names the samples.
+    """
+    finite = torch.isfinite(hidden).all(-1)
+    if finite.all():
+        return
+    rows = supervised.nonzero()[:, 0][~finite].unique().tolist()
+    names = ", ".join(repr(ids[row]) for row in rows)
+    raise DPAError(
+        f"The LLM's hidden states{where} are not finite (NaN or infinite) for the samples {names}. "
+        f"Where all samples are named, the weights themselves are spoilt: lower the learning "
+        f"rate, resume from the last checkpoint, or train in bfloat16 rather than float16. Where "
+        f"some are, look at these samples."
+    )
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

@@ -5,29 +5,31 @@ from torch import Tensor, nn
 from xtuner.model import SupervisedFinetune
 from xtuner.registry import BUILDER
 
+from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm import add_lora, find_loss, load, supervised_logits
+from dpa_xtuner.model.llm import add_lora, load, supervised_scores
+from dpa_xtuner.model.objective import Objective
 from dpa_xtuner.model.parts import CANONICAL
 
 
 @BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class ProxyLLM(SupervisedFinetune):
-    """XTuner's text fine-tuning with the loss of this package at its seam.
+    """XTuner's text fine-tuning with the plain loss of this package at its seam.
 
     Args:
         llm: a config dict or a module.
         lora: ``peft.LoraConfig`` or its config dict.
-        loss: name of a loss in :data:`dpa_xtuner.registry.LOSSES`.
+        normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         kwargs: of :class:`xtuner.model.SupervisedFinetune`.
     """
 
-    def __init__(self, llm: dict | nn.Module, lora, loss: str = "cross_entropy", **kwargs):
+    def __init__(self, llm: dict | nn.Module, lora, normalize: str = "micro_batch", **kwargs):
         llm = load(self, llm)
         of_llm = fingerprint(llm, CANONICAL)
         super().__init__(llm=llm, lora=lora, **kwargs)
         self.fingerprints = {"llm": of_llm}
-        self.loss = find_loss(loss)
+        self.objective = Objective("uniform", normalize)
 
     def build_llm_from_cfg(self, llm_cfg, use_varlen_attn, max_position_embeddings):
         """Take the module as it is: the stock method knows configs only."""
@@ -36,11 +38,11 @@ class ProxyLLM(SupervisedFinetune):
     def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self.lora)
 
-    def logits(self, data: dict) -> tuple[Tensor, Tensor]:
-        """Logits (N, V) and targets (N,) of a batch of :func:`dpa_xtuner.data.collate`."""
+    def scores(self, data: dict) -> TokenScores:
+        """Scores of the N supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
         inputs = {key: data[key] for key in ("input_ids", "attention_mask", "position_ids")}
-        return supervised_logits(self.llm, inputs, data["labels"])
+        return supervised_scores(self.llm, inputs, data)
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """The loss of a batch of :func:`dpa_xtuner.data.collate`."""
-        return {"loss": self.loss(*self.logits(data))}
+        """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        return self.objective(self.scores(data), None, data)

@@ -226,6 +226,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config.custom_hooks = config.get("custom_hooks", []) + [
         dict(type="IterationSeedHook"),
         dict(type="ProgressBarHook"),
+        *([dict(type="GlobalNormalizationHook")] if own.normalize == "global" else []),
         dict(type="SkippedSamplesHook", limit=dataset["skip_limit"]),
         dict(type="ProxyLLMHook", stage=stage.name, held_out=held_out, origin=origin,
              loads={part: str(base / folder) for part, folder in stage.loads.items()},
@@ -325,7 +326,7 @@ def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspe
         llm["torch_dtype"] = "torch.float32"
     # Whatever else the config says of the model goes to its class, which knows its arguments.
     rest = {key: value for key, value in template.items() if key not in ("llm", "visual_encoder")}
-    model = dict(rest, llm=llm, loss=own.loss)
+    model = dict(rest, llm=llm, normalize=own.normalize)
     lora = None
     if "llm_adapter" in stage.trains:
         lora = dict(
@@ -340,6 +341,7 @@ def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspe
     }
     model.update(
         type="DPALLaVAModel",
+        loss=own.loss,
         visual_encoder=encoder,
         freeze_llm="llm" not in stage.trains,
         freeze_visual_encoder=True,

@@ -1,7 +1,7 @@
 """The method's part of a config, checked before anything is loaded."""
 
 from inspect import signature
-from typing import Literal
+from typing import Any, Literal
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.model.llm import find_loss
+from dpa_xtuner.loss import build_scheme
 
 
 class _Strict(BaseModel):
@@ -46,7 +46,8 @@ class StageSettings(_Strict):
 
     ``global_batch_size`` samples make an optimizer step on any number of GPUs;
     ``batch_size`` of them pass through a device at a time. ``max_steps`` ends a stage
-    before its ``max_epochs`` do.
+    before its ``max_epochs`` do. ``normalize`` is that of
+    :func:`dpa_xtuner.loss.relevance_loss`.
     """
 
     lr: float = Field(gt=0)
@@ -58,22 +59,28 @@ class StageSettings(_Strict):
     pad_image_to_square: bool
     warmup_ratio: float = Field(ge=0, lt=1)
     save_steps: int = Field(gt=0)
-    loss: str
-
-    @field_validator("loss")
-    @classmethod
-    def _known_loss(cls, name: str) -> str:
-        find_loss(name)
-        return name
+    normalize: Literal["micro_batch", "global"]
 
 
 class ProxySettings(StageSettings):
-    """Stage proxy always trains LoRA."""
+    """Stage proxy always trains LoRA, with plain cross entropy."""
 
     lora: LoRASettings
 
 
-class TuneSettings(StageSettings):
+class PictureSettings(StageSettings):
+    """A stage with pictures; ``loss`` is its weighting scheme, a name or a dict with ``type``."""
+
+    loss: str | dict[str, Any]
+
+    @field_validator("loss")
+    @classmethod
+    def _known_scheme(cls, loss: str | dict[str, Any]) -> str | dict[str, Any]:
+        build_scheme(loss)
+        return loss
+
+
+class TuneSettings(PictureSettings):
     """Stage tune: which LLM it starts from, and whether all of it is trained or a LoRA on it."""
 
     start_from: Literal["target", "proxy"]
@@ -90,7 +97,7 @@ class Settings(_Strict):
     captions: CaptionSettings
     instructions: DataSettings
     proxy: ProxySettings
-    align: StageSettings
+    align: PictureSettings
     tune: TuneSettings
 
     @field_validator("prompt_template")

@@ -1,0 +1,170 @@
+"""What the head says of each supervised token, without ever holding all its logits."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_AT_ONCE = 1 << 24
+"""Logits that are held at a time by default: 64 MB of float32, some hundred rows of a large head.
+
+Rows fewer than that would leave a GPU waiting, and many more would save no time."""
+
+
+class TokenScores(NamedTuple):
+    """What a pass says of the N supervised tokens of a batch.
+
+    Attributes:
+        cross_entropy: (N,) float32 (float64 from float64), -log of the token's probability.
+        logit: (N,) of the same dtype, the token's own logit; carries no gradient.
+    """
+
+    cross_entropy: Tensor
+    logit: Tensor
+
+    @property
+    def probability(self) -> Tensor:
+        """(N,), in the dtype of the cross entropy."""
+        return torch.exp(-self.cross_entropy)
+
+    def detach(self) -> "TokenScores":
+        """The same numbers without a graph."""
+        return TokenScores(self.cross_entropy.detach(), self.logit.detach())
+
+    def where(self, mask: Tensor, other: "TokenScores") -> "TokenScores":
+        """These scores where ``mask`` (N,) is true, and those of ``other`` elsewhere."""
+        return TokenScores(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
+
+
+def scores_of_logits(logits: Tensor, targets: Tensor) -> TokenScores:
+    """Scores from logits that are there already.
+
+    Args:
+        logits: (N, V), any floating dtype; soft-capped where the model does so.
+        targets: (N,) int64.
+    """
+    logits = logits.to(_accurate(logits))
+    logit = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return TokenScores(logits.logsumexp(-1) - logit, logit.detach())
+
+
+def token_scores(
+    hidden: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> TokenScores:
+    """Head and cross entropy in one, a chunk of rows at a time.
+
+    At most ``chunk_size`` x V logits exist at once, forwards and backwards. Where the head is
+    frozen, the gradient of each row is formed in the forward pass, while its logits are
+    there: a row's cross entropy depends on that row's hidden state alone, so whatever weight
+    it gets later only scales it. A trained head's gradient mixes the rows, so there the
+    logits are computed again in the backward pass. ``tools/benchmark_step.py --head``
+    compares the two ways.
+
+    Under autocast the product is formed in autocast's dtype, otherwise in the weight's; the
+    softmax and its sum always in float32 (float64 for float64). No argument is changed.
+
+    Args:
+        hidden: (N, H), the decoder's last hidden states where a supervised token comes next.
+        targets: (N,) int64, these tokens.
+        weight: (V, H), the head's.
+        bias: (V,), where the head has one.
+        softcap: Gemma-2's bound on the logits: ``cap * tanh(logits / cap)``.
+        chunk_size: rows at a time; by default as many as :data:`LOGITS_AT_ONCE` allows.
+
+    Returns:
+        Scores of N tokens; the cross entropy is differentiable once in ``hidden``, ``weight``
+        and ``bias``.
+    """
+    rows = chunk_size or max(1, LOGITS_AT_ONCE // len(weight))
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if dtype != torch.float64 and weight.dtype == torch.float64:
+        dtype = weight.dtype  # as autocast does
+    return TokenScores(*_ChunkedHead.apply(hidden, weight, bias, targets, softcap, rows, dtype))
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, softcap, rows, dtype):
+        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.formed = ctx.needs_input_grad[0] and not head_trains
+        ctx.softcap, ctx.rows, ctx.dtype = softcap, rows, dtype
+        cross_entropy = hidden.new_empty(len(hidden), dtype=_accurate(hidden))
+        logit = torch.empty_like(cross_entropy)
+        row_gradients = torch.empty_like(hidden) if ctx.formed else None
+        cast = _cast(weight, bias, dtype)
+        for part in _parts(len(hidden), rows):
+            logits = _logits(hidden[part], *cast, softcap)
+            total = logits.logsumexp(-1)
+            logit[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            cross_entropy[part] = total - logit[part]
+            if ctx.formed:
+                slope = _slope(logits, total, targets[part], softcap)
+                row_gradients[part] = (slope.to(dtype) @ cast[0]).to(hidden.dtype)
+        if ctx.formed:
+            ctx.save_for_backward(row_gradients)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, cross_entropy + logit)
+        ctx.mark_non_differentiable(logit)
+        return cross_entropy, logit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer, _):
+        if ctx.formed:
+            (row_gradients,) = ctx.saved_tensors
+            of_hidden = outer.unsqueeze(-1) * row_gradients
+            return of_hidden.to(row_gradients.dtype), None, None, None, None, None, None
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if needs_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=_accurate(weight)) if needs_weight else None
+        of_bias = torch.zeros_like(bias, dtype=_accurate(bias)) if needs_bias else None
+        cast = _cast(weight, bias, ctx.dtype)
+        for part in _parts(len(hidden), ctx.rows):
+            logits = _logits(hidden[part], *cast, ctx.softcap)
+            slope = _slope(logits, total[part], targets[part], ctx.softcap)
+            slope *= outer[part].unsqueeze(-1)
+            if needs_bias:
+                of_bias += slope.sum(0)
+            slope = slope.to(ctx.dtype)
+            if needs_hidden:
+                of_hidden[part] = (slope @ cast[0]).to(hidden.dtype)
+            if needs_weight:
+                of_weight += slope.T @ hidden[part].to(ctx.dtype)
+        of_weight = of_weight.to(weight.dtype) if needs_weight else None
+        of_bias = of_bias.to(bias.dtype) if needs_bias else None
+        return of_hidden, of_weight, of_bias, None, None, None, None
+
+
+def _accurate(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _cast(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _parts(length: int, rows: int) -> list[slice]:
+    return [slice(start, start + rows) for start in range(0, length, rows)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    logits = F.linear(hidden.to(weight.dtype), weight, bias)
+    logits = logits.to(_accurate(logits))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _slope(logits: Tensor, total: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    # Of each row's cross entropy in its uncapped logits; written over the logits.
+    bend = None if softcap is None else 1 - (logits / softcap).square_()
+    slope = logits.sub_(total.unsqueeze(-1)).exp_()
+    slope.scatter_add_(-1, targets.unsqueeze(-1), -torch.ones_like(total).unsqueeze(-1))
+    return slope if bend is None else slope.mul_(bend)
