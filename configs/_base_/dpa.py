@@ -48,7 +48,9 @@ align = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='micro_batch',
-    loss=dict(type='cmo'))  # [paper]; with d_min, d_max, window, boundary, or 'uniform', 'cal'
+    # [paper]; with d_min, d_max, window, boundary; or 'uniform' (plain cross entropy), 'cal'
+    loss=dict(type='cmo'),
+    contrast_cache=None)  # a folder, where several epochs or runs share the same proxy
 
 tune = dict(
     start_from='target',  # [paper]; 'proxy' starts from the proxy LLM

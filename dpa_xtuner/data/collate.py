@@ -21,15 +21,15 @@ def collate(instances: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     that this rank still takes part in the step.
 
     Args:
-        instances: Items of a `DPADataset`; left unchanged.
+        instances: Items of a `DPADataset`, or what its `text` gives; left unchanged.
 
     Returns:
         {"data": ..., "data_samples": None}, where data holds, for B rows of T tokens with N images:
         "input_ids" (B, T) int64, 0 at image positions and in the padding; "labels" (B, T) int64,
         `IGNORE_INDEX` where nothing is supervised; "attention_mask" (B, T) bool; "position_ids"
         (B, T) int64; "image_mask" (B, T) bool; "pixel_values" (N, 3, H, W) float32 in the order of
-        the images in the rows, absent where N is 0; "ids", the record ids of the rows; "skipped", a
-        list of (record id, reason).
+        the images in the rows, absent where N is 0; "ids", the record ids of the rows, and
+        "indices", their places in the data set; "skipped", a list of (record id, reason).
     """
     samples = [item for item in instances if not isinstance(item, Skipped)]
     skipped = [(item.id, item.reason) for item in instances if isinstance(item, Skipped)]
@@ -47,9 +47,10 @@ def collate(instances: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
         "image_mask": image_mask,
         "ids": [sample["id"] for sample in samples],
+        "indices": [sample["index"] for sample in samples],
         "skipped": skipped,
     }
-    images = [image for sample in samples for image in sample["pixel_values"]]
+    images = [image for sample in samples for image in sample.get("pixel_values", [])]
     if images:
         data["pixel_values"] = torch.stack(images)
     return {"data": data, "data_samples": None}

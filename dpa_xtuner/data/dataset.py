@@ -57,6 +57,7 @@ class DPADataset(Dataset):
 
     Attributes:
         store: The tokenised store.
+        encoding: What its tokens were made by; see `Encoder.facts`.
         image_folder: As given.
         skip_limit: As given.
 
@@ -83,6 +84,7 @@ class DPADataset(Dataset):
         if not 0 <= skip_limit <= 1:
             raise DPAError(f"skip_limit is {skip_limit}; expected a share from 0 to 1.")
         encoder = Encoder(_build(tokenizer), view, image_tokens, prompt_template, max_length)
+        self.encoding = encoder.facts()
         self.store = open_store(data_path, encoder)
         self.image_folder = image_folder
         self.image_tokens = image_tokens
@@ -113,10 +115,8 @@ class DPADataset(Dataset):
             index: From 0 to `len(self) - 1`.
 
         Returns:
-            "id" (str), "input_ids" and "labels" ((T,) int64; each image is `image_tokens` times
-            `IMAGE_TOKEN_INDEX`, what is not supervised is `IGNORE_INDEX` in the labels), and
-            "pixel_values", a list of (3, H, W) float32 tensors, one per image; or a `Skipped` where
-            an image is missing or broken.
+            What `text` gives, and "pixel_values", a list of (3, H, W) float32 tensors, one per
+            image; or a `Skipped` where an image is missing or broken.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -127,14 +127,26 @@ class DPADataset(Dataset):
             ]
         except ImageProblem as problem:
             return Skipped(self.record_id(index), str(problem))
+        return self.text(index) | {"pixel_values": pixels}
+
+    def text(self, index: int) -> dict[str, Any]:
+        """Loads a sample without its images.
+
+        Args:
+            index: From 0 to `len(self) - 1`.
+
+        Returns:
+            "index", "id" (str), "input_ids" and "labels" ((T,) int64; each image is `image_tokens`
+            times `IMAGE_TOKEN_INDEX`, what is not supervised is `IGNORE_INDEX` in the labels).
+        """
         tokens, supervised = self.store.tokens(self._rows[index])
         repeats = np.where(tokens == IMAGE_TOKEN_INDEX, self.image_tokens, 1)
         labels = np.where(supervised, tokens, IGNORE_INDEX)
         return {
+            "index": index,
             "id": self.record_id(index),
             "input_ids": np.repeat(tokens, repeats).astype(np.int64),
             "labels": np.repeat(labels, repeats).astype(np.int64),
-            "pixel_values": pixels,
         }
 
     def record_id(self, index: int) -> str:
@@ -160,6 +172,11 @@ class DPADataset(Dataset):
     def length(self) -> list[int]:
         """Tokens per sample with images expanded."""
         return np.abs(self._lengths).tolist()
+
+    @property
+    def text_length(self) -> list[int]:
+        """Tokens per sample, an image counted as one."""
+        return np.diff(self.store.arrays["offsets"])[self._rows].tolist()
 
     @property
     def truncated(self) -> int:

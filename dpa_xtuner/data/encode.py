@@ -88,18 +88,22 @@ class Encoder:
                 "an image takes (576 for CLIP ViT-L/14-336)."
             )
 
-    def fingerprint(self) -> str:
-        """Hashes all that decides the tokens, other than the data: a hexadecimal string."""
-        settings = {
+    def facts(self) -> dict[str, Any]:
+        """All that decides the tokens, other than the data; the tokenizer by its hash."""
+        content = json.dumps(_tokenizer_content(self.tokenizer), sort_keys=True)
+        return {
             "view": self.view,
-            "template": self.template,
+            "prompt_template": self.template,
             "image_tokens": self.image_tokens,
             "max_length": self.max_length,
             "bos": self.bos,
             "eos": self.tokenizer.eos_token_id,
-            "tokenizer": _tokenizer_content(self.tokenizer),
+            "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
         }
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Hashes the facts: a hexadecimal string."""
+        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
 
     def __call__(self, items: Sequence[Record | Problem]) -> Encoded:
         """Tokenises a batch.

@@ -38,6 +38,10 @@ class DPALLaVAModel(LLaVAModel):
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
         kwargs: of :class:`xtuner.model.LLaVAModel`.
+
+    Attributes:
+        contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that is read in
+            place of the contrast pass, or None.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class DPALLaVAModel(LLaVAModel):
         if pretrained_projector is not None:
             load_projector(self.projector, pretrained_projector)
         self.objective = Objective(loss, normalize)
+        self.contrast_cache = None
 
     def _prepare_llm_for_lora(self, lora_config, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
@@ -151,7 +156,11 @@ class DPALLaVAModel(LLaVAModel):
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
         """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
-        without = contrast_scores(self.llm, data) if self.objective.scheme.contrast else None
+        without = None
+        if self.objective.scheme.contrast and self.contrast_cache is not None:
+            without = self.contrast_cache.read(data["indices"], data["labels"].device)
+        elif self.objective.scheme.contrast:
+            without = contrast_scores(self.llm, data)
         return self.objective(self.scores(data), without, data)
 
 

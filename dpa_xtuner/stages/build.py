@@ -227,6 +227,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
         dict(type="IterationSeedHook"),
         dict(type="ProgressBarHook"),
         *([dict(type="GlobalNormalizationHook")] if own.normalize == "global" else []),
+        *_contrast_cache(own, stage, base, origin),
         dict(type="SkippedSamplesHook", limit=dataset["skip_limit"]),
         dict(type="ProxyLLMHook", stage=stage.name, held_out=held_out, origin=origin,
              loads={part: str(base / folder) for part, folder in stage.loads.items()},
@@ -237,6 +238,15 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
     refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
     return config
+
+
+def _contrast_cache(own: StageSettings, stage: Stage, base: Path, origin: dict) -> list[dict]:
+    folder = getattr(own, "contrast_cache", None)
+    if folder is None:
+        return []
+    adapter = str(base / stage.loads["llm_adapter"])
+    sha256 = origin["data"]["sha256"]
+    return [dict(type="ContrastCacheHook", folder=folder, data_sha256=sha256, adapter=adapter)]
 
 
 def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
@@ -253,7 +263,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         "data": data.model_dump(exclude={"skip_limit"}) | {"sha256": file_sha256(data.data_path)},
         "prompt_template": settings.prompt_template if stage.view == "chat" else "plain",
         "seed": cfg.randomness.seed,
-        "settings": own.model_dump(exclude={"batch_size", "save_steps"}),
+        "settings": own.model_dump(exclude={"batch_size", "save_steps", "contrast_cache"}),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "llm": _facts("llm_name_or_path", settings.llm_name_or_path, cfg.model.llm),
     }

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from mmengine.config import Config
 from mmengine.runner import Runner
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
@@ -80,6 +80,18 @@ class PictureSettings(StageSettings):
         return loss
 
 
+class AlignSettings(PictureSettings):
+    """Stage align, whose LLM is frozen; ``contrast_cache`` is a folder to keep p_wo in."""
+
+    contrast_cache: str | None = None
+
+    @model_validator(mode="after")
+    def _contrast_to_cache(self) -> "AlignSettings":
+        if self.contrast_cache is not None and not build_scheme(self.loss).contrast:
+            raise ValueError(f"contrast_cache is set, but loss={self.loss!r} runs no contrast pass")
+        return self
+
+
 class TuneSettings(PictureSettings):
     """Stage tune: which LLM it starts from, and whether all of it is trained or a LoRA on it."""
 
@@ -97,7 +109,7 @@ class Settings(_Strict):
     captions: CaptionSettings
     instructions: DataSettings
     proxy: ProxySettings
-    align: PictureSettings
+    align: AlignSettings
     tune: TuneSettings
 
     @field_validator("prompt_template")
