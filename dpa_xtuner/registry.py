@@ -6,6 +6,15 @@ from mmengine.registry import Registry, build_runner_from_cfg
 SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
 """Weighting schemes: classes like those in :mod:`dpa_xtuner.loss.weighting`."""
 
+FAMILIES = Registry("family", scope="dpa_xtuner", locations=["dpa_xtuner.families"])
+"""LLM families: classes like those in :mod:`dpa_xtuner.families`."""
+
+ENCODERS = Registry("encoder", scope="dpa_xtuner", locations=["dpa_xtuner.model.encoders"])
+"""Kinds of visual encoders: classes like those in :mod:`dpa_xtuner.model.encoders`."""
+
+PROJECTORS = Registry("projector", scope="dpa_xtuner", locations=["dpa_xtuner.model.projectors"])
+"""Projectors: modules like those in :mod:`dpa_xtuner.model.projectors`."""
+
 RUNNERS = Registry(
     "runner",
     build_func=build_runner_from_cfg,
