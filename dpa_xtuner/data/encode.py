@@ -45,8 +45,9 @@ class Encoded:
 class Encoder:
     """Turns records into tokens for one view.
 
-    BOS stands once, at the start, where the tokenizer itself puts one. (Stock `encode_fn` puts one
-    before every turn that follows an EOS, for any tokenizer that names a BOS.)
+    BOS stands once, at the start, where the tokenizer itself puts one and the template does not.
+    (Stock `encode_fn` puts one before every turn that follows an EOS, for any tokenizer that names
+    a BOS.)
 
     Args:
         tokenizer: A Hugging Face tokenizer, fast or slow.
@@ -74,6 +75,7 @@ class Encoder:
         self.max_length = max_length
         first = tokenizer("a").input_ids[:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []
+        self._in_context = self.template.get("AS_ONE_TEXT", False) and self._adds_prefix_space()
         needs_eos = view == "chat" and not self.template.get("SUFFIX_AS_EOS", False)
         if needs_eos and tokenizer.eos_token_id is None:
             raise DPAError(
@@ -142,13 +144,8 @@ class Encoder:
         special = {Special.IMAGE: [IMAGE_TOKEN_INDEX], Special.EOS: [self.tokenizer.eos_token_id]}
         pieces = list(chain.from_iterable(layouts))
         texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
-        encoded = iter(
-            self.tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            ).input_ids
-            if texts
-            else []
-        )
+        alone = self._ids(texts)
+        encoded = iter(self._ids_in_context(layouts, alone) if self._in_context else alone)
         rows = [special.get(piece.content) or next(encoded) for piece in pieces]
         flags = [piece.supervised for piece in pieces]
         samples = np.repeat(np.arange(len(layouts)), [len(layout) for layout in layouts])
@@ -157,10 +154,51 @@ class Encoder:
         supervised, samples = np.repeat(flags, sizes), np.repeat(samples, sizes)
         if self.bos:
             starts = np.searchsorted(samples, np.arange(len(layouts)))
-            tokens = np.insert(tokens, starts, self.bos[0])
-            supervised = np.insert(supervised, starts, False)
-            samples = np.insert(samples, starts, np.arange(len(layouts)))
+            without = np.flatnonzero(tokens[starts] != self.bos[0])
+            tokens = np.insert(tokens, starts[without], self.bos[0])
+            supervised = np.insert(supervised, starts[without], False)
+            samples = np.insert(samples, starts[without], without)
         return tokens, supervised, samples
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+
+    def _adds_prefix_space(self) -> bool:
+        """Whether a text that stands alone is tokenised as if a space stood before it."""
+        alone, later = self._ids(["a", "\na"])
+        return later[-len(alone) :] != alone
+
+    def _ids_in_context(self, layouts: list[list[Piece]], alone: list[list[int]]) -> list:
+        """The tokens of each text piece as they are behind what precedes it in its sample.
+
+        Args:
+            layouts: the pieces of each sample.
+            alone: the tokens of each text piece where it stands alone.
+        """
+        specials = tuple(map(str, self.tokenizer.all_special_tokens))
+        start = self.tokenizer.bos_token if self.bos else ""
+        special = {Special.IMAGE: "", Special.EOS: self.tokenizer.eos_token}
+        contexts, texts = [], []
+        for layout in layouts:
+            before = start
+            for content, _ in layout:
+                if isinstance(content, str):
+                    contexts.append(before)
+                    texts.append(before + content)
+                    ends = [token for token in specials if content.endswith(token)]
+                    before = max(ends, key=len, default="\n")
+                else:
+                    before = special[content]
+        ahead = {context: self._ids([context])[0] if context else [] for context in set(contexts)}
+        rows = []
+        for context, row, other in zip(contexts, self._ids(texts), alone, strict=True):
+            size = len(ahead[context])
+            rows.append(row[size:] if row[:size] == ahead[context] else other)
+        return rows
 
     def _cut(
         self,
