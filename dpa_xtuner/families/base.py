@@ -47,15 +47,18 @@ def find_family(name: str) -> type[Family]:
     """The family of a name.
 
     Raises:
-        DPAError: unknown; the message has the nearest and the known ones.
+        DPAError: unknown, and the message has the nearest and the known ones; or one that does
+            not say what a family must.
     """
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        known = sorted(FAMILIES.module_dict)
+    families = dict(_families())
+    if name not in families:
         raise DPAError(
-            f"family={name!r} is not a known family{nearest(str(name), known)}. Known: "
-            f"{', '.join(known)}. A family of your own needs its file in custom_imports."
+            f"family={name!r} is not a known family{nearest(str(name), families)}. Known: "
+            f"{', '.join(families)}. A family of your own needs its file in custom_imports."
         )
+    family = families[name]
+    if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
+        raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
     return family
 
 
