@@ -16,6 +16,7 @@ from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.data.templates import Piece, Special, check_view, resolve_template, to_pieces
+from dpa_xtuner.data.tiles import count_tiles
 from dpa_xtuner.errors import DPAError
 
 
@@ -52,9 +53,12 @@ class Encoder:
     Args:
         tokenizer: A Hugging Face tokenizer, fast or slow.
         view: One of `templates.VIEWS`.
-        image_tokens: Tokens that an image takes in the sequence.
+        image_tokens: Tokens that an image, or each of its tiles, takes in the sequence.
         prompt_template: Template name or mapping; the chat view needs one, the others read none.
         max_length: Tokens that a sample may have, its images expanded.
+        max_tiles: Tiles that an image may be cut into; see `tiles`. Above 1, the records must tell
+            the sizes of their images.
+        tile_size: Side of a tile in pixels; read where `max_tiles` is above 1.
 
     Raises:
         DPAError: A setting is unknown or impossible.
@@ -67,12 +71,16 @@ class Encoder:
         image_tokens: int,
         prompt_template: str | Mapping[str, Any] | None,
         max_length: int,
+        max_tiles: int = 1,
+        tile_size: int = 336,
     ) -> None:
         self.tokenizer = tokenizer
         self.view = check_view(view)
         self.template = resolve_template(prompt_template) if view == "chat" else {}
         self.image_tokens = image_tokens
         self.max_length = max_length
+        self.max_tiles = 1 if view == "caption_text" else max_tiles
+        self.tile_size = tile_size
         first = tokenizer("a").input_ids[:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []
         self._in_context = self.template.get("AS_ONE_TEXT", False) and self._adds_prefix_space()
@@ -89,6 +97,29 @@ class Encoder:
                 f"image_tokens is {image_tokens}; the caption view needs the number of tokens that "
                 "an image takes (576 for CLIP ViT-L/14-336)."
             )
+        if max_tiles < 1:
+            raise DPAError(f"max_tiles is {max_tiles}; expected 1 for no tiles, or more.")
+        if tile_size < 1:
+            raise DPAError(f"tile_size is {tile_size}; expected the side of a tile in pixels.")
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether images are cut into tiles, so that their sizes decide how many tokens they take.
+
+        Never in the text view, which leaves the images out.
+        """
+        return self.max_tiles > 1
+
+    def tiles(self, images: Sequence[str], sizes: Sequence[Sequence[int]]) -> list[int]:
+        """Counts the pictures that each image of a sample becomes, its thumbnail included.
+
+        Args:
+            images: The sample's images.
+            sizes: (width, height) of each; read where there are tiles.
+        """
+        if not self.has_tiles:
+            return [1] * len(images)
+        return [count_tiles(tuple(size), self.max_tiles, self.tile_size) for size in sizes]
 
     def facts(self) -> dict[str, Any]:
         """All that decides the tokens, other than the data; the tokenizer by its hash."""
@@ -98,6 +129,8 @@ class Encoder:
             "prompt_template": self.template,
             "image_tokens": self.image_tokens,
             "max_length": self.max_length,
+            "max_tiles": self.max_tiles,
+            "tile_size": self.tile_size if self.has_tiles else None,
             "bos": self.bos,
             "eos": self.tokenizer.eos_token_id,
             "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
@@ -211,7 +244,9 @@ class Encoder:
         """Truncates to `max_length` and sorts out the samples that lost what they need."""
         n = len(records)
         images = tokens == IMAGE_TOKEN_INDEX
-        cost = np.where(images, self.image_tokens, 1)
+        cost = np.ones(len(tokens), np.int64)
+        tiles = [self.tiles(record.images, record.sizes) for record in records]
+        cost[images] = self.image_tokens * np.fromiter(chain.from_iterable(tiles), np.int64)
         full = _sum_by(samples, cost, n)
         end = np.cumsum(cost) - (np.cumsum(full) - full)[samples]  # position after each token
         fits = end <= self.max_length
@@ -220,7 +255,7 @@ class Encoder:
         no_answer = _sum_by(samples, trained, n) == 0
         for i in np.flatnonzero(image_lost | no_answer):
             record = records[i]
-            lost = self._image_reason(record) if image_lost[i] else self._answer_reason(full[i])
+            lost = self._image_reason(tiles[i]) if image_lost[i] else self._answer_reason(full[i])
             problems.append(Problem(record.id, lost))
         good = ~(image_lost | no_answer)
         kept = fits & good[samples]
@@ -234,9 +269,10 @@ class Encoder:
             problems=problems,
         )
 
-    def _image_reason(self, record: Record) -> str:
+    def _image_reason(self, tiles: list[int]) -> str:
+        cut = f" in {sum(tiles)} tiles" if self.has_tiles else ""
         return (
-            f"image cut off: {len(record.images)} image(s) of {self.image_tokens} tokens and the "
+            f"image cut off: {len(tiles)} image(s){cut} of {self.image_tokens} tokens and the "
             f"text before them exceed max_length {self.max_length}"
         )
 

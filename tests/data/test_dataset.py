@@ -182,7 +182,7 @@ def test_from_config_in_workers(write, images, tokenizer, processor, caption, tm
 def test_pickles_small(make, caption):
     dataset = make([caption(str(i), "cats " * 50) for i in range(2000)])
     dataset[0], dataset.problems, dataset.modality_length
-    written = sum(path.stat().st_size for path in dataset.store.folder.iterdir())
+    written = sum(path.stat().st_size for path in dataset.stores[0].folder.iterdir())
     assert len(pickle.dumps(dataset)) < 40_000 < written / 10
     assert pickle.loads(pickle.dumps(dataset))[7]["input_ids"].tolist()
 
