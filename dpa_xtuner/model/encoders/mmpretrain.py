@@ -1,6 +1,7 @@
 """Any backbone of MMPretrain, by the name of its config; an optional dependency."""
 
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,11 @@ class MMPretrainConfig(PretrainedConfig):
         info = get_model_info(name)
         model, colours = info.config.model, info.config.data_preprocessor
         if "backbone" not in model or not colours.get("to_rgb", False):
+            what = (
+                "takes BGR images" if "backbone" in model else f"is a {model.type}, no classifier"
+            )
             raise DPAError(
-                f"{SETTING}={name!r} is a {model.type} without a backbone for RGB images. Take "
-                f"the config of a classifier."
+                f"{SETTING}={name!r} {what}. Take the config of a classifier of RGB images."
             )
         backbone = model.backbone.to_dict()
         return cls(
@@ -249,21 +252,20 @@ def _build(backbone: dict) -> nn.Module:
     _mmpretrain()
     from mmpretrain.registry import MODELS
 
-    backbone = dict(backbone)
-    owner = MODELS.get(backbone["type"])
-    # Feature maps, where a classifier asks for a class token or a mean.
-    if hasattr(owner, "OUT_TYPES"):
-        backbone["out_type"] = "featmap"
-    if backbone["type"] == "ConvNeXt":
-        backbone["gap_before_final_norm"] = False
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return MODELS.build(backbone)
+        owner = MODELS.get(backbone["type"])
+        arguments = {name for c in owner.__mro__ for name in signature(c.__init__).parameters}
+        # Feature maps, where a classifier asks for a class token or a mean.
+        maps = {"out_type": "featmap", "gap_before_final_norm": False}
+        return MODELS.build(backbone | {k: v for k, v in maps.items() if k in arguments})
 
 
 def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
     """Channels, height and width of the last output, found without memory for weights."""
-    with init_empty_weights(include_buffers=True):
-        module = _build(backbone).eval()
+    with init_empty_weights():
+        module = _build(backbone)
+    module.eval()  # which does not return it
+    module.to("meta")  # buffers
     outputs = module(torch.empty(1, 3, image_size, image_size, device="meta"))
     shape = outputs[-1].shape if isinstance(outputs, (tuple, list)) else ()
     if len(shape) != 4:
