@@ -113,11 +113,13 @@ class MMPretrainModel(PreTrainedModel):
         return self.backbone(pixel_values)[-1].flatten(2).transpose(1, 2)
 
     @classmethod
-    def from_pretrained(cls, name: str, *args, checkpoint: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, checkpoint: str | None = None, **kwargs
+    ):
         """Load a folder that ``save_pretrained`` wrote, or a named config's published weights.
 
         Args:
-            name: a folder or the name of a config.
+            pretrained_model_name_or_path: a folder or the name of a config.
             args: of transformers' own; for folders.
             checkpoint: file or address of a named config's weights; where MMPretrain publishes
                 them if it is None.
@@ -127,13 +129,12 @@ class MMPretrainModel(PreTrainedModel):
         Raises:
             DPAError: the weights can't be had, or are another model's.
         """
-        if Path(name).is_dir():
-            return super().from_pretrained(name, *args, **kwargs)
-        config = MMPretrainConfig.from_pretrained(name)
+        if Path(pretrained_model_name_or_path).is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = MMPretrainConfig.from_pretrained(pretrained_model_name_or_path)
         model = cls(config)
-        missing = model.load_backbone(checkpoint or config.checkpoint)
+        info = {"missing_keys": model.load_backbone(checkpoint or config.checkpoint)}
         model.to(_dtype(kwargs.get("torch_dtype"))).eval()
-        info = {"missing_keys": missing}
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def load_backbone(self, checkpoint: str | None) -> list[str]:
