@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ class MMPretrainModel(nn.Module):
     def _load_backbone(self, checkpoint: str | None) -> list[str]:
         try:
             state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
-        except (OSError, TypeError, AttributeError) as error:
+        except (OSError, TypeError, AttributeError, UnpicklingError) as error:
             raise DPAError(
                 f"The weights {checkpoint!r} can't be read ({error}). Download them and give the "
                 f"file: encoder=dict(type='mmpretrain', checkpoint=FILE)."
