@@ -62,7 +62,7 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
         if key not in names:
             takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
             raise DPAError(
-                f"{registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
+                f"The {registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
             )
     return found, keywords
 

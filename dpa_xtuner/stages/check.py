@@ -35,8 +35,8 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     for name in ("align", "tune"):
         dataset = dataset_config(cfg, settings, stage_table(settings)[name])
         with DefaultScope.overwrite_default_scope("mmengine"):
-            whole = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
-            built = DATASETS.build(dataset | whole)
+            everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
+            built = DATASETS.build(dataset | everything)
         report = check_dataset(built, sample=sample)
         print(f"\nStage {name}: {dataset['data_path']}\n{report}")
         ok = ok and report.ok
