@@ -111,6 +111,14 @@ def test_recomputing_activations_changes_no_gradient(recompute):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+def test_activations_are_recomputed_until_it_is_switched_off():
+    assert not build(use_activation_checkpointing=False).llm.is_gradient_checkpointing
+    model = build()
+    assert model.llm.is_gradient_checkpointing
+    model.activation_checkpointing_disable()
+    assert not model.llm.is_gradient_checkpointing
+
+
 @pytest.mark.parametrize("items", [[MIXED[1]], [Skipped("0", "missing image")]])
 def test_a_batch_without_a_picture_gives_the_projector_zero_gradients(items, model):
     model.train()

@@ -154,9 +154,13 @@ def test_names_that_will_not_do_are_refused(name, message):
         KIND.config(name)
 
 
-def test_weights_that_are_not_there_are_told():
-    kind = build_encoder(dict(type="mmpretrain", checkpoint="no/where.pth"))
-    with pytest.raises(DPAError, match="'no/where.pth' can't be read.*checkpoint=FILE"):
+@pytest.mark.parametrize("content", [None, b"no checkpoint"])
+def test_weights_that_are_not_there_are_told(content, tmp_path):
+    file = tmp_path / "where.pth"
+    if content:
+        file.write_bytes(content)
+    kind = build_encoder(dict(type="mmpretrain", checkpoint=str(file)))
+    with pytest.raises(DPAError, match=r"where.pth' can't be read[\s\S]*checkpoint=FILE"):
         BUILDER.build(kind.loader("convnext-tiny_32xb128_in1k"))
 
 
@@ -171,5 +175,5 @@ def test_a_chosen_layer_is_refused(tmp_path):
     _tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
     kind, module = load("mmpretrain", str(tmp_path))
     kind.layer = -2
-    with pytest.raises(DPAError, match="leave model.visual_select_layer out"):
+    with pytest.raises(DPAError, match=r"leave model\.visual_select_layer out"):
         kind.features(module, pixels(224))
