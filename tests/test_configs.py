@@ -15,6 +15,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 
 from dpa_xtuner.loss import CMO, build_scheme
 from dpa_xtuner.stages import Settings
+from dpa_xtuner.stages.models import complete
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOUND = sorted(p.stem for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
@@ -44,6 +45,7 @@ def test_settings_are_valid_and_names_known(name):
 @pytest.mark.parametrize("name", FOUND)
 def test_every_type_is_that_of_something(name):
     cfg = load(name)
+    cfg = complete(cfg, Settings.from_config(cfg))
     types = [cfg.tokenizer.type, cfg.image_processor.type, cfg.model.llm.type]
     types.append(cfg.model.visual_encoder.type)
     for path in types:

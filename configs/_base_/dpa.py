@@ -12,10 +12,30 @@ runner_type = 'Runner'
 #######################################################################
 #                          PART 1  Settings                           #
 #######################################################################
+# What is trained, and by which loss [paper]:
+#   vanilla  align, tune         plain cross entropy
+#   pmo      proxy, align, tune  plain cross entropy
+#   cmo      align, tune         weighted by p(with picture) - p(without)
+#   dpa      proxy, align, tune  as cmo
+#   cal      align, tune         weighted by the difference of the logits
+method = 'dpa'
+
+# The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA's layers.
+# prompt_template, a name of XTuner's or a dict of its keys, is for another chat template.
+#   llm_name_or_path = 'Qwen/Qwen2.5-7B-Instruct'
+#   family = 'qwen2_5'
+
 visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
+# clip, siglip, siglip2, dinov2, internvit, mmpretrain, or pair (with first= and second=)
+encoder = dict(type='clip')  # [paper]
+# mlp (depth), pixel_shuffle (factor), avg_pool (factor), resampler (queries)
+projector = dict(type='mlp')  # [paper]
+# Above 1, an image is cut into at most so many tiles of the encoder's size, and a thumbnail.
+max_tiles = 1
 
 # Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
-# captions with their images, tune the `instructions`.
+# captions with their images, tune the `instructions`. share=0.25 takes a part of it. A list
+# of files, with a list of image folders, is a mixture; weights=[2, 1] sets their parts.
 captions = dict(
     data_path='{{$DPA_DATA:data}}/captions.json',
     image_folder='{{$DPA_DATA:data}}/images',
@@ -35,6 +55,7 @@ proxy = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,  # optimizer steps between checkpoints [ours]
     normalize='micro_batch',  # as the authors; 'global': over the whole optimizer step
+    train_llm='lora',  # [paper]; 'full' trains a whole LLM as proxy
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
 
 align = dict(
@@ -48,8 +69,9 @@ align = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='micro_batch',
-    # [paper]; with d_min, d_max, window, boundary; or 'uniform' (plain cross entropy), 'cal'
-    loss=dict(type='cmo'),
+    # Empty: the method's. align.loss=uniform (or cmo, cal) is for this stage alone,
+    # align.loss.d_min=0 (d_max, window, boundary) changes a bound of it.
+    loss=dict(),
     contrast_cache=None)  # a folder, where several epochs or runs share the same proxy
 
 tune = dict(
@@ -65,24 +87,20 @@ tune = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='micro_batch',
-    loss=dict(type='cmo'),  # [paper]
+    loss=dict(),  # as in align
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
 
 #######################################################################
 #            PART 2  Model & Tokenizer & Image Processor              #
 #######################################################################
-tokenizer = dict(
-    type='transformers.AutoTokenizer.from_pretrained',
-    trust_remote_code=False,
-    padding_side='right')
+# How they are loaded is known from family and encoder; type= overrides it.
+tokenizer = dict(trust_remote_code=False, padding_side='right')
 
-image_processor = dict(type='transformers.CLIPImageProcessor.from_pretrained')
+image_processor = dict()
 
 model = dict(
     llm=dict(torch_dtype='torch.bfloat16', trust_remote_code=False),
-    visual_encoder=dict(
-        type='transformers.CLIPVisionModel.from_pretrained', torch_dtype='torch.bfloat16'),
-    visual_select_layer=-2,  # [paper]
+    visual_encoder=dict(torch_dtype='torch.bfloat16'),
     use_activation_checkpointing=True)  # [paper]
 
 #######################################################################

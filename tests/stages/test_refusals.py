@@ -46,7 +46,7 @@ def copied(reference, work_dir):
     [
         ("proxy", ["promt_template=x"], "did you mean 'prompt_template'"),
         ("proxy", ["align.lrr=1", "tune.lr=-1"], "did you mean 'lr'"),
-        ("algn", [], "DPA_STAGE='algn' is not a stage; did you mean 'align'"),
+        ("algn", [], "DPA_STAGE='algn' is not a stage of method='dpa'; did you mean 'align'"),
         ("align", [], "Run DPA_STAGE=proxy first"),
         ("proxy", ["randomness.seed=None"], "Give --seed"),
         ("proxy", ["proxy.loss=cmo"], "proxy.loss: not a setting"),
@@ -62,7 +62,7 @@ def copied(reference, work_dir):
         ("", ["instructions.data_path=nowhere.json"], "which stage tune reads"),
         ("proxy", ["proxy.batch_size=3"], "not a multiple of proxy.batch_size=3 x 1"),
         ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
-        ("proxy", ["captions.held_out=32"], "held_out=32"),
+        ("proxy", ["captions.held_out=32"], "'held_out': 32"),
         ("proxy", ["llm_name_or_path=nowhere"], "--cfg-options llm_name_or_path=FOLDER"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:12],

@@ -71,7 +71,7 @@ def test_all_problems_are_told_at_once():
 
 def test_what_is_missing_is_named():
     cfg = Config.fromfile(harness.TINY_CONFIG)
-    cfg.pop("prompt_template")
+    cfg.pop("llm_name_or_path")
     cfg.align.pop("lr")
-    with pytest.raises(DPAError, match=r"prompt_template: Field required\n +align.lr: Field requ"):
+    with pytest.raises(DPAError, match=r"llm_name_or_path: Field required\n +align.lr: Field re"):
         Settings.from_config(cfg)
