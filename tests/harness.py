@@ -28,7 +28,7 @@ from torch import nn
 from xtuner.tools import train
 
 from dpa_xtuner.hooks import ProxyLLMHook
-from dpa_xtuner.hooks.proxy_llm import _unwrap
+from dpa_xtuner.hooks.unwrap import unwrap
 
 # A third of a tiny run goes into laying out the dumped config, and into collecting garbage
 # among the parent's objects.
@@ -241,11 +241,11 @@ def watch(file: Path) -> Callable[[], None]:
         seen = {}
 
         def look(runner) -> dict:
-            model = _unwrap(runner.model)
+            model = unwrap(runner.model)
             return {k: v.detach().clone() for k, v in nn.Module.state_dict(model).items()}
 
         def before_train(self, runner):
-            model = _unwrap(runner.model)
+            model = unwrap(runner.model)
             seen["trainable"] = {n for n, p in model.named_parameters() if p.requires_grad}
             seen["before"] = look(runner)
             before(self, runner)

@@ -13,7 +13,7 @@ from mmengine.utils import get_object_from_string
 from safetensors.torch import load_file
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.registry import LOSSES
+from dpa_xtuner.loss import CMO, build_scheme
 from dpa_xtuner.stages import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,8 +37,8 @@ def test_settings_are_valid_and_names_known(name):
     cfg = load(name)
     settings = Settings.from_config(cfg)
     assert settings.prompt_template in PROMPT_TEMPLATE
-    for stage in (settings.proxy, settings.align, settings.tune):
-        assert stage.loss in LOSSES
+    for stage in (settings.align, settings.tune):
+        assert build_scheme(stage.loss) == CMO(d_min=0.05, d_max=0.5, window=3, boundary="sample")
 
 
 @pytest.mark.parametrize("name", FOUND)

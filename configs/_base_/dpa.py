@@ -119,7 +119,9 @@ env_cfg = dict(
 
 visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 log_level = 'INFO'
-log_processor = dict(by_epoch=False)
+log_processor = dict(  # these are averaged over the logging interval, others are the last value
+    by_epoch=False,
+    mean_pattern=r'.*(loss|time|data_time|grad_norm|cross_entropy|mean_|share_|tokens).*')
 load_from = None
 resume = False
 # A number, since a stopped run has to draw the same samples again.

@@ -66,10 +66,11 @@ class Contrast:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        if not 0 <= self.d_min <= self.d_max < float("inf") or self.d_max == 0:
+        numbers = all(isinstance(bound, (int, float)) for bound in (self.d_min, self.d_max))
+        if not numbers or not 0 <= self.d_min <= self.d_max < float("inf") or self.d_max == 0:
             raise DPAError(
-                f"d_min={self.d_min}, d_max={self.d_max}: expected 0 <= d_min <= d_max and "
-                f"d_max above 0. Swap or change them."
+                f"d_min={self.d_min!r}, d_max={self.d_max!r}: expected numbers, 0 <= d_min <= "
+                f"d_max and d_max above 0. Swap or change them."
             )
         if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
             raise DPAError(

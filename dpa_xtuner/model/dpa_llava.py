@@ -156,12 +156,14 @@ class DPALLaVAModel(LLaVAModel):
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
         """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        # First, so that autocast keeps casts of the weights that carry a graph.
+        scores = self.scores(data)
         without = None
         if self.objective.scheme.contrast and self.contrast_cache is not None:
             without = self.contrast_cache.read(data["indices"], data["labels"].device)
         elif self.objective.scheme.contrast:
             without = contrast_scores(self.llm, data)
-        return self.objective(self.scores(data), without, data)
+        return self.objective(scores, without, data)
 
 
 def _undo_dispatch(llm: nn.Module) -> None:

@@ -19,7 +19,8 @@ from transformers import (
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
 
 from dpa_xtuner.hooks import IterationSeedHook, ProxyLLMHook, iteration_seed
-from dpa_xtuner.hooks.proxy_llm import _unwrap, without_first
+from dpa_xtuner.hooks.proxy_llm import without_first
+from dpa_xtuner.hooks.unwrap import unwrap
 
 FULL = Layout(dropout=0.0, train_llm="full")
 
@@ -132,7 +133,7 @@ def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_
         def changed(self, runner, batch_idx, data_batch=None, outputs=None):
             stock(self, runner, batch_idx, data_batch, outputs)
             if batch_idx == 5:
-                weight = _unwrap(runner.model).llm.lm_head.weight
+                weight = unwrap(runner.model).llm.lm_head.weight
                 weight.data.view(torch.int16)[3, 4] ^= 1
 
         ProxyLLMHook.after_train_iter = changed

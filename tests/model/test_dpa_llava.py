@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -52,6 +53,7 @@ def sample(*pieces: int | str, name: str = "0") -> dict:
     labels = torch.where(tokens >= 20, tokens, IGNORE_INDEX)
     return {
         "id": name,
+        "index": 0,
         "input_ids": tokens.numpy(),
         "labels": labels.numpy(),
         "pixel_values": pixels,
@@ -110,13 +112,16 @@ def _one_mark(item: dict) -> list[int]:
     return [t for i, t in enumerate(tokens) if t != IMAGE_TOKEN_INDEX or tokens[i - 1] != t]
 
 
-def test_the_logits_are_those_of_the_whole_model(model):
+def test_the_scores_are_those_of_the_whole_model(model):
     data = collate(MIXED)["data"]
-    logits, targets = model({**data}, mode="tensor")
+    scores = model(data, mode="tensor")
     full = model.llm(**model.splice(data)).logits
     places = (data["labels"][:, 1:] != IGNORE_INDEX).nonzero().tolist()
-    assert torch.allclose(logits, torch.stack([full[b, t] for b, t in places]), atol=1e-6)
-    assert targets.tolist() == [int(data["labels"][b, t + 1]) for b, t in places]
+    targets = [int(data["labels"][b, t + 1]) for b, t in places]
+    logits = torch.stack([full[b, t] for b, t in places])
+    expected = F.cross_entropy(logits, torch.tensor(targets), reduction="none")
+    assert torch.allclose(scores.cross_entropy, expected, atol=1e-6)
+    assert torch.allclose(scores.logit, logits[range(len(targets)), targets], atol=1e-6)
 
 
 def test_a_batch_is_never_changed(model):

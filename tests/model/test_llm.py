@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -15,7 +15,7 @@ from transformers import (
 from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.model.llm import add_lora, find_loss, merge_adapter, supervised_logits
+from dpa_xtuner.model.llm import add_lora, merge_adapter, supervised_scores
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -56,33 +56,59 @@ def batch() -> tuple[dict, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
 
 
+def scores_of(llm, batch):
+    inputs, labels = batch
+    return supervised_scores(llm, inputs, {"labels": labels, "ids": ["one", "two"]})
+
+
 @pytest.mark.parametrize("with_peft", [False, True])
-def test_supervised_logits_are_those_of_the_full_model(llm, batch, with_peft):
+def test_supervised_scores_are_those_of_the_full_model(llm, batch, with_peft):
     if with_peft:
         llm = add_lora(llm, LoraConfig(r=2, init_lora_weights=False))
     inputs, labels = batch
-    logits, targets = supervised_logits(llm, inputs, labels)
+    scores = scores_of(llm, batch)
     full = llm(**inputs).logits
     rows = [(b, t) for b in range(2) for t in range(1, 9) if labels[b, t] != -100]
-    assert targets.tolist() == [labels[b, t].item() for b, t in rows]
-    expected = torch.stack([full[b, t - 1] for b, t in rows])
-    assert torch.allclose(logits, expected, atol=1e-6)
+    logits = torch.stack([full[b, t - 1] for b, t in rows])
+    targets = torch.tensor([labels[b, t].item() for b, t in rows])
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(scores.cross_entropy, expected, atol=1e-6)
+    assert torch.allclose(scores.logit, logits[range(len(rows)), targets], atol=1e-6)
 
 
 def test_soft_capping_bounds_gemmas_logits(batch):
     llm = MODELS["gemma2"]()
-    logits, _ = supervised_logits(llm, *batch)
+    capped = scores_of(llm, batch).logit
     llm.config.final_logit_softcapping = None
-    uncapped, _ = supervised_logits(llm, *batch)
-    assert logits.abs().max() < 0.05 < uncapped.abs().max()
+    assert capped.abs().max() < 0.05 < scores_of(llm, batch).logit.abs().max()
 
 
-def test_no_supervised_token_gives_no_logits_but_a_graph(llm, batch):
+def test_no_supervised_token_gives_no_scores_but_a_graph(llm, batch):
     inputs, labels = batch
-    logits, targets = supervised_logits(llm, inputs, torch.full_like(labels, -100))
-    assert logits.shape == (0, 61) and targets.shape == (0,)
-    find_loss("cross_entropy")(logits, targets).backward()
+    scores = scores_of(llm, (inputs, torch.full_like(labels, -100)))
+    assert scores.cross_entropy.shape == scores.logit.shape == (0,)
+    scores.cross_entropy.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in llm.parameters())
+
+
+def test_a_head_that_peft_trains_is_the_one_that_is_asked(batch):
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    llm = get_peft_model(MODELS["llama"](), lora)
+    copy = llm.get_base_model().lm_head.modules_to_save["default"]
+    copy.weight.data.normal_()
+    full = llm(**batch[0]).logits
+    rows = (batch[1][:, 1:] != -100).nonzero().tolist()
+    expected = [full[b, t, batch[1][b, t + 1]] for b, t in rows]
+    scores = scores_of(llm, batch)
+    assert torch.allclose(scores.logit, torch.stack(expected), atol=1e-6)
+    scores.cross_entropy.sum().backward()
+    assert copy.weight.grad.abs().sum() > 0
+
+
+def test_a_head_with_lora_is_refused(batch):
+    llm = get_peft_model(MODELS["llama"](), LoraConfig(r=2, target_modules=["lm_head"]))
+    with pytest.raises(DPAError, match=r"head of LlamaForCausalLM .* leave the head out of LoRA"):
+        scores_of(llm, batch)
 
 
 def test_lora_goes_to_every_linear_layer_but_the_head(llm, family):
@@ -114,20 +140,3 @@ def test_merging_equals_pefts_own(family, llm, dtype, tmp_path):
 def _base(adapter: PeftModel) -> dict[str, torch.Tensor]:
     state = adapter.get_base_model().state_dict()
     return {k.replace(".base_layer", ""): v for k, v in state.items() if ".lora_" not in k}
-
-
-def test_the_loss_is_the_mean_over_supervised_tokens():
-    torch.manual_seed(0)
-    logits = torch.randn(7, 11, dtype=torch.bfloat16, requires_grad=True)
-    targets = torch.randint(0, 11, (7,))
-    loss = find_loss("cross_entropy")(logits, targets)
-    assert loss.dtype is torch.float32
-    assert torch.allclose(loss, F.cross_entropy(logits.float(), targets))
-    (ours,) = torch.autograd.grad(loss, logits)
-    (theirs,) = torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits)
-    assert torch.equal(ours, theirs)
-
-
-def test_an_unknown_loss_is_answered_with_the_known_ones():
-    with pytest.raises(DPAError, match=r"loss='ce' is not known.*cross_entropy"):
-        find_loss("ce")

@@ -10,7 +10,8 @@ from dpa_xtuner.stages.settings import StageSettings
 def settings(**changes) -> StageSettings:
     usual = dict(
         lr=1e-3, batch_size=8, global_batch_size=256, max_epochs=1, max_length=64,
-        pad_image_to_square=True, warmup_ratio=0.03, save_steps=200, loss="cross_entropy",
+        pad_image_to_square=True, warmup_ratio=0.03, save_steps=200,
+        normalize="micro_batch",
     )  # fmt: skip
     return StageSettings(**usual | changes)
 

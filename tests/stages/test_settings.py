@@ -43,6 +43,14 @@ def test_the_values_are_those_of_the_config():
         ({"tune__train_llm": "qlora"}, r"tune.train_llm: .*'full' or 'lora' \(got 'qlora'\)"),
         ({"align__batch_size": "many"}, r"align.batch_size: .* \(got 'many'\)"),
         ({"align__lora": {"r": 3}}, "align.lora: not a setting"),
+        ({"proxy__loss": "cmo"}, "proxy.loss: not a setting"),
+        (
+            {"align__loss__type": "cmoo"},
+            "align.loss: .*'cmoo' is not .*; did you mean 'cmo'",
+        ),
+        ({"tune__loss__window": 4}, "tune.loss: .*window=4 is not an odd whole number"),
+        ({"tune__loss__d_min": 0.7}, r"tune.loss: .*d_min=0.7, d_max=0.5: expected 0 <= d_min"),
+        ({"tune__normalize": "globl"}, r"tune.normalize: .*'global' \(got 'globl'\)"),
     ],
 )
 def test_what_cannot_be_used_is_named(changes, message):
