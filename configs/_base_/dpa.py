@@ -12,6 +12,14 @@ runner_type = 'Runner'
 #######################################################################
 #                          PART 1  Settings                           #
 #######################################################################
+# What is trained, and by which loss [paper]:
+#   vanilla  align, tune         plain cross entropy
+#   pmo      proxy, align, tune  plain cross entropy
+#   cmo      align, tune         weighted by p(with picture) - p(without)
+#   dpa      proxy, align, tune  as cmo
+#   cal      align, tune         weighted by the difference of the logits
+method = 'dpa'
+
 visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
 
 # Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
@@ -35,6 +43,7 @@ proxy = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,  # optimizer steps between checkpoints [ours]
     normalize='micro_batch',  # as the authors; 'global': over the whole optimizer step
+    train_llm='lora',  # [paper]; 'full' trains a whole LLM as proxy
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
 
 align = dict(
@@ -48,8 +57,9 @@ align = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='micro_batch',
-    # [paper]; with d_min, d_max, window, boundary; or 'uniform' (plain cross entropy), 'cal'
-    loss=dict(type='cmo'),
+    # Empty: the method's. align.loss=uniform (or cmo, cal) is for this stage alone,
+    # align.loss.d_min=0 (d_max, window, boundary) changes a bound of it.
+    loss=dict(),
     contrast_cache=None)  # a folder, where several epochs or runs share the same proxy
 
 tune = dict(
@@ -65,7 +75,7 @@ tune = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='micro_batch',
-    loss=dict(type='cmo'),  # [paper]
+    loss=dict(),  # as in align
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
 
 #######################################################################

@@ -18,7 +18,7 @@ from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.contrast import contrast_scores
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
-from dpa_xtuner.stages.artifacts import file_sha256, whole_folder
+from dpa_xtuner.stages.artifacts import whole_folder
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in
@@ -36,12 +36,11 @@ class ContrastCacheHook(Hook):
 
     Args:
         folder: the cache's.
-        data_sha256: of the data file.
-        adapter: folder of the proxy's adapter.
+        files: SHA-256 of the data files and of the proxy's files, for the cache's record.
     """
 
-    def __init__(self, folder: str, data_sha256: str, adapter: str):
-        self.folder, self.data_sha256, self.adapter = Path(folder), data_sha256, Path(adapter)
+    def __init__(self, folder: str, files: dict):
+        self.folder, self.files = Path(folder), dict(files)
 
     def before_train(self, runner) -> None:
         """Read the cache, or compute it first.
@@ -53,11 +52,10 @@ class ContrastCacheHook(Hook):
         dataset: DPADataset = runner.train_dataloader.dataset
         amp = not hasattr(runner, "strategy")  # DeepSpeed's weights are bfloat16 themselves
         facts = {
-            "data": self.data_sha256,
+            **self.files,
             "samples": len(dataset),
             **dataset.encoding,
             "llm": model.fingerprints["llm"],
-            "llm_adapter": file_sha256(self.adapter / "adapter_model.safetensors"),
             "dtype": f"{next(model.llm.parameters()).dtype}, autocast {amp}",
         }
         if not self.folder.exists():

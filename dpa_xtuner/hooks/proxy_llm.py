@@ -17,7 +17,6 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part, write_json
 from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
-from dpa_xtuner.stages.table import STAGE_NAMES
 
 
 @HOOKS.register_module()
@@ -27,14 +26,16 @@ class ProxyLLMHook(Hook):
     In ``proxy``: cross entropy per token of held-out captions, text only, under the
     original LLM and under the proxy. The second is the *floor* that a frozen proxy reaches
     without looking. In ``align``: the same captions with their pictures beside that floor,
-    and the frozen LLM's bits at the end against those at the start. The first token of a
-    caption is left out of both, since without BOS the text-only view can't predict it.
+    if the method has one, and the frozen LLM's bits at the end against those at the start.
+    The first token of a caption is left out of both, since without BOS the text-only view
+    can't predict it.
 
     The priority is below the checkpoint hook's, so that the last checkpoint is on disk
     before a stage is called finished.
 
     Args:
         stage: its name.
+        stages: names of all stages of the method.
         loads: part -> folder that the model was built from.
         writes: part -> folder to write when the stage is done.
         origin: what the stage is trained from, for the records.
@@ -43,8 +44,16 @@ class ProxyLLMHook(Hook):
 
     priority = "LOWEST"
 
-    def __init__(self, stage: str, loads: dict, writes: dict, origin: dict, held_out: dict | None):
-        self.stage, self.loads, self.writes = stage, loads, writes
+    def __init__(
+        self,
+        stage: str,
+        stages: list[str],
+        loads: dict,
+        writes: dict,
+        origin: dict,
+        held_out: dict | None,
+    ):
+        self.stage, self.stages, self.loads, self.writes = stage, stages, loads, writes
         self.origin, self.held_out_cfg = origin, held_out
         self.measured: dict[str, float] = {}
 
@@ -60,13 +69,17 @@ class ProxyLLMHook(Hook):
         before = read_state(self.folder).get("origin", {}) if runner.iter else {}
         for side, value in model.fingerprints.items():
             self.origin[side]["fingerprint"] = value
+        if "llm" in self.loads:  # the proxy in full: what it was trained from is in its record
+            trained_from = read_origin(Path(self.loads["llm"]))["llm"]
+            self.origin["llm"]["fingerprint"] = trained_from["fingerprint"]
         own = {side: self.origin[side] for side in model.fingerprints}
         refuse_foreign(self.folder, before, own, "fingerprint")
         for folder in self.loads.values():
             refuse_foreign(Path(folder), read_origin(Path(folder)), own, "fingerprint")
         runner.logger.info(self._table(model))
         if "projector" in self.loads:
-            start = "the proxy's" if "llm_adapter" in self.loads else "the original LLM's"
+            from_proxy = self.loads.keys() & {"llm", "llm_adapter"}
+            start = "the proxy's" if from_proxy else "the original LLM's"
             llm = self.origin["llm"]
             runner.logger.info(
                 f"Stage {self.stage} begins from {start} weights: {llm['name']}, fingerprint "
@@ -74,7 +87,8 @@ class ProxyLLMHook(Hook):
             )
         if self.stage == "align":
             self.frozen = fingerprint(model.llm)
-            self.measured = dict(_measured(self.folder.parent / "proxy"))
+            if "proxy" in self.stages:
+                self.measured = dict(_measured(self.folder.parent / "proxy"))
         if runner.iter > 0:  # resumed: the start was measured before
             self.measured |= _measured(self.folder)
         if self.held_out_cfg is not None:
@@ -132,11 +146,13 @@ class ProxyLLMHook(Hook):
         else:
             name = "align"
             self.measured[name] = now
-            text = f"align {now:.3f}, floor {self.measured['floor']:.3f}"
-            meaning = "with pictures, and the floor without: below it the picture is used"
+            text, meaning = f"align {now:.3f}", "with pictures"
+            if "floor" in self.measured:
+                text += f", floor {self.measured['floor']:.3f}"
+                meaning += ", and the floor without: below it the picture is used"
         runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
         runner.visualizer.add_scalar(f"held_out/{name}", now, step=step)
-        if self.stage == "align":
+        if self.stage == "align" and "floor" in self.measured:
             runner.visualizer.add_scalar("held_out/floor", self.measured["floor"], step=step)
 
     def _steps(self, runner) -> int:
@@ -161,10 +177,11 @@ class ProxyLLMHook(Hook):
         return state
 
     def _table(self, model: nn.Module) -> str:
-        rows = [f"Stage {self.stage} ({STAGE_NAMES.index(self.stage) + 1} of {len(STAGE_NAMES)})"]
+        number = self.stages.index(self.stage) + 1
+        rows = [f"Stage {self.stage} ({number} of {len(self.stages)})"]
         rows.append(f"  {'part':<15}{'trainable':>16}{'frozen':>16}  loaded from, written to")
         for part, (trainable, frozen) in count_parameters(model).items():
-            source = self.origin[part]["name"] if part in self.origin else self.loads.get(part)
+            source = self.loads.get(part) or self.origin.get(part, {}).get("name")
             if part == "llm" and "llm_adapter" in self.loads:
                 source += f" + {self.loads['llm_adapter']}"
             if part == "llm_adapter" or source is None:

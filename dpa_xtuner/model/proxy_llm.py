@@ -1,4 +1,4 @@
-"""The proxy LLM: a language model with LoRA that learns the captions' way of writing."""
+"""The proxy LLM: a language model that learns the captions' way of writing."""
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ class ProxyLLM(SupervisedFinetune):
 
     Args:
         llm: a config dict or a module.
-        lora: ``peft.LoraConfig`` or its config dict.
+        lora: ``peft.LoraConfig`` or its config dict; None trains the whole LLM.
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         kwargs: of :class:`xtuner.model.SupervisedFinetune`.
     """
 
-    def __init__(self, llm: dict | nn.Module, lora, normalize: str = "micro_batch", **kwargs):
+    def __init__(self, llm: dict | nn.Module, lora=None, normalize: str = "micro_batch", **kwargs):
         llm = load(self, llm)
         of_llm = fingerprint(llm, CANONICAL)
         super().__init__(llm=llm, lora=lora, **kwargs)

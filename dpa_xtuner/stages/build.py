@@ -17,9 +17,9 @@ from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import architecture, image_tokens, read_config
 from dpa_xtuner.stages.artifacts import file_sha256
-from dpa_xtuner.stages.settings import Settings, StageSettings
+from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
 from dpa_xtuner.stages.signatures import refuse_unknown_arguments
-from dpa_xtuner.stages.table import Stage
+from dpa_xtuner.stages.table import Stage, stage_table
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -122,12 +122,13 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
             ("data_path", "image_folder") if "visual_encoder" in stage.builds else ("data_path",)
         )
         for name in names:
-            path = getattr(getattr(settings, key), name)
-            if not Path(path).exists():
-                raise DPAError(
-                    f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
-                    f"Set it, or DPA_DATA to the folder that holds the data."
-                )
+            given = getattr(getattr(settings, key), name)
+            for path in [given] if isinstance(given, str) else given:
+                if not Path(path).exists():
+                    raise DPAError(
+                        f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
+                        f"Set it, or DPA_DATA to the folder that holds the data."
+                    )
         origin_of(cfg, settings, stage)
 
 
@@ -177,31 +178,41 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     Returns:
         A new config with no key but MMEngine's own, which explains itself when dumped.
     """
-    ours = {*Settings.model_fields, "_scope_", "runner_type"}
-    kept = {key: value for key, value in cfg.items() if key not in ours}
-    config = Config(kept, filename=cfg.filename).copy()
     own: StageSettings = getattr(settings, stage.name)
-    tokenizer = config.pop("tokenizer") | {
-        "pretrained_model_name_or_path": settings.llm_name_or_path
-    }
-    image_processor = config.pop("image_processor") | {
-        "pretrained_model_name_or_path": settings.visual_encoder_name_or_path
-    }
-    config.update(tokenizer=tokenizer, image_processor=image_processor)
-
+    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
+    config = _without_settings(cfg)
+    config.work_dir = str(base / stage.name)
+    config.tokenizer.pretrained_model_name_or_path = settings.llm_name_or_path
+    encoder = settings.visual_encoder_name_or_path
+    config.image_processor.pretrained_model_name_or_path = encoder
     dataset = dataset_config(config, settings, stage)
-    held_out = dict(dataset, part="held_out") if dataset.get("held_out") else None
+    config.model = _model(config, settings, stage, base, deepspeed)
     built = DATASETS.build(dataset)
     _check_sample(built, speak=global_rank(cfg.launcher) == 0)
-    numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
-    deepspeed = "strategy" in config
+    config.train_dataloader.update(dataset=dataset)
+    _set_schedule(
+        config, own, schedule(own, len(built), world_size(cfg.launcher), stage.name), deepspeed
+    )
+    config.custom_hooks = config.get("custom_hooks", []) + _hooks(
+        settings, stage, dataset, origin, base
+    )
+    if not torch.cuda.is_available():
+        config.env_cfg.dist_cfg.backend = "gloo"
+        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+    refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
+    return config
 
-    base = Path(cfg.work_dir)
-    config.work_dir = str(base / stage.name)
-    config.model = _model(config, settings, stage, base, deepspeed)
+
+def _without_settings(cfg: Config) -> Config:
+    ours = {*Settings.model_fields, "_scope_", "runner_type"}
+    kept = {key: value for key, value in cfg.items() if key not in ours}
+    return Config(kept, filename=cfg.filename).copy()
+
+
+def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspeed: bool) -> None:
+    """Batches, learning rate, accumulation, warm-up, length and checkpoints of a stage."""
     config.train_dataloader.update(
         batch_size=own.batch_size,
-        dataset=dataset,
         sampler=dict(
             type="GroupedSampler",
             length_property="modality_length",
@@ -223,30 +234,29 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config.param_scheduler = _param_scheduler(numbers)
     config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.iters)
     config.default_hooks.checkpoint.interval = numbers.save_iters
-    config.custom_hooks = config.get("custom_hooks", []) + [
-        dict(type="IterationSeedHook"),
-        dict(type="ProgressBarHook"),
-        *([dict(type="GlobalNormalizationHook")] if own.normalize == "global" else []),
-        *_contrast_cache(own, stage, base, origin),
-        dict(type="SkippedSamplesHook", limit=dataset["skip_limit"]),
-        dict(type="ProxyLLMHook", stage=stage.name, held_out=held_out, origin=origin,
-             loads={part: str(base / folder) for part, folder in stage.loads.items()},
-             writes={part: str(base / folder) for part, folder in stage.writes.items()}),
-    ]  # fmt: skip
-    if not torch.cuda.is_available():
-        config.env_cfg.dist_cfg.backend = "gloo"
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
-    refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
-    return config
 
 
-def _contrast_cache(own: StageSettings, stage: Stage, base: Path, origin: dict) -> list[dict]:
-    folder = getattr(own, "contrast_cache", None)
-    if folder is None:
-        return []
-    adapter = str(base / stage.loads["llm_adapter"])
-    sha256 = origin["data"]["sha256"]
-    return [dict(type="ContrastCacheHook", folder=folder, data_sha256=sha256, adapter=adapter)]
+def _hooks(settings: Settings, stage: Stage, dataset: dict, origin: dict, base: Path) -> list[dict]:
+    own: StageSettings = getattr(settings, stage.name)
+    hooks = [dict(type="IterationSeedHook"), dict(type="ProgressBarHook")]
+    if own.normalize == "global":
+        hooks.append(dict(type="GlobalNormalizationHook"))
+    if getattr(own, "contrast_cache", None) is not None:
+        files = {"data": origin["data"]["sha256"], "loads": origin["loads"]}
+        hooks.append(dict(type="ContrastCacheHook", folder=own.contrast_cache, files=files))
+    return [
+        *hooks,
+        dict(type="SkippedSamplesHook", limit=_data(settings, stage).skip_limit),
+        dict(
+            type="ProxyLLMHook",
+            stage=stage.name,
+            stages=list(stage_table(settings)),
+            loads={part: str(base / folder) for part, folder in stage.loads.items()},
+            writes={part: str(base / folder) for part, folder in stage.writes.items()},
+            origin=origin,
+            held_out=dict(dataset, part="held_out") if dataset.get("held_out") else None,
+        ),
+    ]
 
 
 def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
@@ -256,14 +266,18 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         DPAError: the LLM or the encoder can't be found.
     """
     own = getattr(settings, stage.name)
-    data = settings.instructions if stage.view == "chat" else settings.captions
+    data = _data(settings, stage)
+    unread = {"batch_size", "save_steps", "contrast_cache"}  # they change no weight
+    if "llm_adapter" not in stage.trains:
+        unread.add("lora")
     origin = {
         "stage": stage.name,
         "config": str(cfg.filename),
-        "data": data.model_dump(exclude={"skip_limit"}) | {"sha256": file_sha256(data.data_path)},
+        "data": data.model_dump(exclude_defaults=True, exclude={"skip_limit"})
+        | {"sha256": [file_sha256(path) for path in data.files]},
         "prompt_template": settings.prompt_template if stage.view == "chat" else "plain",
         "seed": cfg.randomness.seed,
-        "settings": own.model_dump(exclude={"batch_size", "save_steps", "contrast_cache"}),
+        "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "llm": _facts("llm_name_or_path", settings.llm_name_or_path, cfg.model.llm),
     }
@@ -275,6 +289,10 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         )
         origin["visual_select_layer"] = cfg.model.visual_select_layer
     return json.loads(json.dumps(origin))  # as it is read back: no tuples
+
+
+def _data(settings: Settings, stage: Stage) -> DataSettings:
+    return settings.instructions if stage.view == "chat" else settings.captions
 
 
 def _check_sample(dataset: DPADataset, speak: bool) -> None:
@@ -305,10 +323,10 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         stage: the row of the stage table.
     """
     own: StageSettings = getattr(settings, stage.name)
-    data = settings.instructions if stage.view == "chat" else settings.captions
+    data = _data(settings, stage)
     dataset = dict(
         type="DPADataset",
-        **data.model_dump(),
+        **data.model_dump(exclude_defaults=True),
         tokenizer=config.tokenizer,
         image_processor=config.image_processor,
         view=stage.view,
@@ -330,6 +348,8 @@ def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspe
     own: StageSettings = getattr(settings, stage.name)
     template = config.model
     llm = template.llm | {"pretrained_model_name_or_path": settings.llm_name_or_path}
+    if "llm" in stage.loads:
+        llm["pretrained_model_name_or_path"] = str(base / stage.loads["llm"])
     if "llm" in stage.trains and not deepspeed:
         # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
         # its own float32 copies.

@@ -19,7 +19,7 @@ from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.stages.artifacts import file_sha256, read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.rehearsal import rehearse
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.settings import Settings, differences
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 STATE = "stage.json"
@@ -50,7 +50,7 @@ def next_stage(cfg: Config) -> Config | None:
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
     base = Path(cfg.work_dir)
-    stages = _wanted(stage_table(settings))
+    stages = _wanted(settings)
     check_ahead(cfg, settings, stages)
     for stage in stages:
         _need_inputs(stage, base)
@@ -166,14 +166,15 @@ def summary(work_dir: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _wanted(table: dict[str, Stage]) -> list[Stage]:
+def _wanted(settings: Settings) -> list[Stage]:
+    table = stage_table(settings)
     only = os.environ.get("DPA_STAGE")
     if only is None:
         return list(table.values())
     if only not in table:
         raise DPAError(
-            f"DPA_STAGE={only!r} is not a stage{nearest(only, STAGE_NAMES) or '.'} "
-            f"Stages: {', '.join(STAGE_NAMES)}."
+            f"DPA_STAGE={only!r} is not a stage of method={settings.method!r}"
+            f"{nearest(only, table) or '.'} Stages: {', '.join(table)}."
         )
     return [table[only]]
 
@@ -201,7 +202,7 @@ def _hashes(stage: Stage, base: Path) -> dict[str, str]:
 def _refuse_changed(folder: Path, before: dict, now: dict) -> None:
     changes = [
         f"  {key}: was {before_value}, is {now_value}"
-        for key, before_value, now_value in _differences(before, now)
+        for key, before_value, now_value in differences(before, now)
         # Where the config file lies changes no weight, and what was measured is no setting.
         if key not in ("config",) and not key.endswith(".fingerprint")
     ]
@@ -211,17 +212,6 @@ def _refuse_changed(folder: Path, before: dict, now: dict) -> None:
             + "\n".join(changes)
             + "\nUse another --work-dir, or remove that folder to train the stage again."
         )
-
-
-def _differences(before: dict, now: dict, prefix: str = "") -> list[tuple]:
-    found = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append((f"{prefix}{key}", old, new))
-    return found
 
 
 def _resume(

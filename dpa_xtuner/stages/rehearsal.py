@@ -25,7 +25,7 @@ from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.settings import DataSettings, Settings
-from dpa_xtuner.stages.table import STAGE_NAMES
+from dpa_xtuner.stages.table import stage_table
 
 SAMPLES = 32
 STEPS = 4
@@ -67,7 +67,7 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
     if os.environ.get("DPA_REHEARSAL") != str(base):
         if global_rank(cfg.launcher) == 0:
             print_log(f"Rehearsing {cfg.filename} in {base}", "current")
-            _empty(base)
+            _empty(base, next(iter(stage_table(settings))))
             with whole_folder(inputs) as partial:
                 make_inputs(cfg, settings, partial)
                 write_json(partial / "launch.json", _launch())
@@ -79,9 +79,9 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
     return cfg, Settings.from_config(cfg)
 
 
-def _empty(base: Path) -> None:
-    if os.environ.get("DPA_STAGE", STAGE_NAMES[0]) != STAGE_NAMES[0]:
-        raise DPAError("A rehearsal starts from nothing, with the first stage: unset DPA_STAGE.")
+def _empty(base: Path, first: str) -> None:
+    if os.environ.get("DPA_STAGE", first) != first:
+        raise DPAError(f"A rehearsal starts from nothing, with stage {first}: unset DPA_STAGE.")
     if base.exists() and not (base / "REHEARSAL.txt").is_file():
         raise DPAError(f"{base} is where the rehearsal goes, but something else is there. Move it.")
     shutil.rmtree(base, ignore_errors=True)
@@ -105,9 +105,7 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
             "visual_encoder_name_or_path": str(inputs / "visual_encoder"),
             "captions": _data(settings.captions, inputs, "captions") | {"held_out": _HELD_OUT},
             "instructions": _data(settings.instructions, inputs, "instructions"),
-            "proxy": steps,
-            "align": steps,
-            "tune": steps,
+            **dict.fromkeys(stage_table(settings), steps),
         }
     )
     return cfg

@@ -1,7 +1,7 @@
 """The method's part of a config, checked before anything is loaded."""
 
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.loss import build_scheme
+from dpa_xtuner.stages.methods import METHODS, Method, find_method
 
 
 class _Strict(BaseModel):
@@ -17,14 +18,46 @@ class _Strict(BaseModel):
 
 
 class DataSettings(_Strict):
-    """A LLaVA-format data set: its JSON or JSONL file and the folder its images are in.
+    """LLaVA-format data: a JSON or JSONL file and the folder its images are in, or lists of both.
 
-    ``skip_limit`` is the share of it that may be unusable.
+    ``weights`` say how much of an epoch each file of a list gives, ``share`` is the part of the
+    data that is used, and ``skip_limit`` the part that may be unusable; see
+    :class:`dpa_xtuner.data.DPADataset`.
     """
 
-    data_path: str
-    image_folder: str
+    data_path: str | list[str]
+    image_folder: str | list[str]
+    weights: list[float] | None = None
+    share: float = Field(default=1.0, gt=0, le=1)
     skip_limit: float = Field(default=0.01, ge=0, le=1)
+
+    @property
+    def files(self) -> list[str]:
+        """The data files, one or more."""
+        return [self.data_path] if isinstance(self.data_path, str) else self.data_path
+
+    @property
+    def folders(self) -> list[str]:
+        """The image folder of each data file."""
+        if isinstance(self.image_folder, str):
+            return [self.image_folder] * len(self.files)
+        return self.image_folder
+
+    @model_validator(mode="after")
+    def _lists_agree(self) -> "DataSettings":
+        if not self.files or len(self.folders) != len(self.files):
+            raise ValueError(
+                f"data_path names {len(self.files)} files and image_folder {len(self.folders)} "
+                f"folders: give one folder for all, or one for each file"
+            )
+        if self.weights is not None and (
+            len(self.weights) != len(self.files) or min(self.weights) <= 0
+        ):
+            raise ValueError(
+                f"weights={self.weights}: expected a number above 0 for each of the "
+                f"{len(self.files)} files of data_path"
+            )
+        return self
 
 
 class CaptionSettings(DataSettings):
@@ -62,20 +95,25 @@ class StageSettings(_Strict):
     normalize: Literal["micro_batch", "global"]
 
 
-class ProxySettings(StageSettings):
-    """Stage proxy always trains LoRA, with plain cross entropy."""
+class LLMSettings(StageSettings):
+    """A stage that trains its LLM: all of it, or a LoRA on it."""
 
+    train_llm: Literal["full", "lora"]
     lora: LoRASettings
 
 
-class PictureSettings(StageSettings):
-    """A stage with pictures; ``loss`` is its weighting scheme, a name or a dict with ``type``."""
+class ProxySettings(LLMSettings):
+    """Stage proxy, whose loss is plain cross entropy."""
 
-    loss: str | dict[str, Any]
+
+class PictureSettings(StageSettings):
+    """A stage with pictures; ``loss`` is its weighting scheme, a dict with ``type``."""
+
+    loss: dict[str, Any]
 
     @field_validator("loss")
     @classmethod
-    def _known_scheme(cls, loss: str | dict[str, Any]) -> str | dict[str, Any]:
+    def _known_scheme(cls, loss: dict[str, Any]) -> dict[str, Any]:
         build_scheme(loss)
         return loss
 
@@ -92,31 +130,72 @@ class AlignSettings(PictureSettings):
         return self
 
 
-class TuneSettings(PictureSettings):
-    """Stage tune: which LLM it starts from, and whether all of it is trained or a LoRA on it."""
+class TuneSettings(PictureSettings, LLMSettings):
+    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy."""
 
     start_from: Literal["target", "proxy"]
-    train_llm: Literal["full", "lora"]
-    lora: LoRASettings
 
 
 class Settings(_Strict):
-    """All settings of the method; every other key of a config is MMEngine's."""
+    """All settings of the method; every other key of a config is MMEngine's.
 
+    ``align.loss`` and ``tune.loss`` are complete here: in a config, None or an empty dict
+    means the scheme of the method, a dict without ``type`` that scheme with other arguments,
+    and a name the scheme of that name.
+    """
+
+    method: str
     llm_name_or_path: str
     visual_encoder_name_or_path: str
     prompt_template: str
     captions: CaptionSettings
     instructions: DataSettings
-    proxy: ProxySettings
+    proxy: ProxySettings | None
     align: AlignSettings
     tune: TuneSettings
+
+    @property
+    def recipe(self) -> Method:
+        """The stages and the loss of the method."""
+        return find_method(self.method)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_losses(cls, given: dict) -> dict:
+        known = METHODS.get(given.get("method"))  # an unknown one is told of by its own field
+        scheme = known.loss if known else "uniform"
+        completed = {
+            name: {**given[name], "loss": _complete_loss(given[name].get("loss"), scheme)}
+            for name in ("align", "tune")
+            if isinstance(given.get(name), dict)
+        }
+        return given | completed
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        find_method(name)
+        return name
 
     @field_validator("prompt_template")
     @classmethod
     def _known_template(cls, name: str) -> str:
         resolve_template(name)
         return name
+
+    @model_validator(mode="after")
+    def _proxy_is_trained(self) -> "Settings":
+        if self.recipe.proxy and self.proxy is None:
+            raise ValueError(
+                f"method={self.method!r} needs its stage proxy, but proxy=None: give its settings, "
+                f"or choose a method without it: {_methods(proxy=False)}"
+            )
+        if self.tune.start_from == "proxy" and not self.recipe.proxy:
+            raise ValueError(
+                f"tune.start_from='proxy' needs a stage proxy, which method={self.method!r} has "
+                f"not: set it to 'target', or choose one of {_methods(proxy=True)}"
+            )
+        return self
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Settings":
@@ -129,10 +208,34 @@ class Settings(_Strict):
         _refuse_unknown_keys(cfg)
         given = {name: cfg[name] for name in cls.model_fields if name in cfg}
         try:
-            return cls.model_validate(_plain(given))
+            settings = cls.model_validate(_plain(given))
         except ValidationError as error:
             lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
             raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
+        _refuse_idle_options(cfg, settings)
+        return settings
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Settings that this method or scheme does not read, by prefix, and why."""
+        if not self.recipe.proxy:
+            return {"proxy.": f"method={self.method!r} has no stage proxy"}
+        if self.proxy.train_llm == "full":
+            return {"proxy.lora.": "proxy.train_llm='full' trains no LoRA"}
+        return {}
+
+
+def _complete_loss(loss: str | dict | None, scheme: str) -> Any:
+    loss = _by_type({} if loss is None else loss)
+    return {"type": scheme, **loss} if isinstance(loss, dict) else loss
+
+
+def _by_type(name: Any) -> Any:
+    return {"type": name} if isinstance(name, str) else name
+
+
+def _methods(proxy: bool) -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.proxy == proxy)
 
 
 # Keys of a DPA config beside the settings and MMEngine's own.
@@ -160,6 +263,34 @@ def _refuse_unknown_keys(cfg: Config) -> None:
         raise DPAError(f"{cfg.filename} (or --cfg-options) sets keys that nothing reads:\n{lines}")
 
 
+def _refuse_idle_options(cfg: Config, settings: Settings) -> None:
+    """Refuse ``--cfg-options`` that change nothing; a file may set what its method leaves out."""
+    if not settings.idle or cfg.filename is None:
+        return
+    file = _plain(Config.fromfile(cfg.filename)._cfg_dict)
+    changed = [path for path, *_ in differences(file, _plain(cfg._cfg_dict))]
+    lines = [
+        f"  {path}: {reason}, so nothing reads it; leave it out"
+        for path in changed
+        for prefix, reason in settings.idle.items()
+        if path.startswith(prefix)
+    ]
+    if lines:
+        raise DPAError("--cfg-options sets what has no effect:\n" + "\n".join(lines))
+
+
+def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """What differs in nested dicts: path, value before (None where there was none), value now."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((f"{prefix}{key}", old, new))
+    return found
+
+
 def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in dict.items(value)}
@@ -171,7 +302,11 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "extra_forbidden":
         model = Settings
         for part in problem["loc"][:-1]:
-            model = model.model_fields[part].annotation
+            annotation = model.model_fields[part].annotation
+            either = (annotation, *get_args(annotation))  # Settings or None
+            model = next(a for a in either if hasattr(a, "model_fields"))
         return f"{where}: not a setting{nearest(problem['loc'][-1], model.model_fields)}"
+    if problem["type"] == "value_error":  # our own, which name the value themselves
+        return f"{where}: {problem['ctx']['error']}".removeprefix(": ")
     given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
     return f"{where}: {problem['msg']}{given}"

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.settings import LLMSettings, Settings
 
 STAGE_NAMES = ("proxy", "align", "tune")
+"""All stages in their order; a method without a proxy has the last two."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +30,41 @@ class Stage:
 
 
 def stage_table(settings: Settings) -> dict[str, Stage]:
-    """The three rows, which depend on how ``tune`` trains its LLM and where it starts."""
-    proxy = Stage(
-        name="proxy",
-        view="caption_text",
-        builds=("llm", "llm_adapter"),
-        loads={},
-        trains=("llm_adapter",),
-        writes={"llm_adapter": "proxy/llm_adapter"},
-    )
+    """The rows of a method's stages, which depend on what trains its LLM in full or by LoRA."""
+    stages = []
+    proxy_writes: dict[str, str] = {}
+    if settings.recipe.proxy:
+        trained = _trained(settings.proxy)
+        proxy_writes = {trained: f"proxy/{trained}"}
+        stages.append(
+            Stage(
+                name="proxy",
+                view="caption_text",
+                builds=tuple(dict.fromkeys(("llm", trained))),
+                loads={},
+                trains=(trained,),
+                writes=proxy_writes,
+            )
+        )
     align = Stage(
         name="align",
         view="caption",
         builds=("llm", "visual_encoder", "projector"),
-        loads=proxy.writes,
+        loads=proxy_writes,
         trains=("projector",),
         writes={"projector": "align/projector"},
     )
-    trained = "llm" if settings.tune.train_llm == "full" else "llm_adapter"
+    trained = _trained(settings.tune)
     tune = Stage(
         name="tune",
         view="chat",
         builds=tuple(dict.fromkeys(("llm", trained, "visual_encoder", "projector"))),
-        loads=align.writes | (proxy.writes if settings.tune.start_from == "proxy" else {}),
+        loads=align.writes | (proxy_writes if settings.tune.start_from == "proxy" else {}),
         trains=(trained, "projector"),
         writes={trained: f"tune/{trained}", "projector": "tune/projector"},
     )
-    return {stage.name: stage for stage in (proxy, align, tune)}
+    return {stage.name: stage for stage in (*stages, align, tune)}
+
+
+def _trained(settings: LLMSettings) -> str:
+    return "llm" if settings.train_llm == "full" else "llm_adapter"
