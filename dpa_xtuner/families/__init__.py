@@ -1,0 +1,1 @@
+"""LLM families: a loader, a chat template, a tokenizer, LoRA targets."""
