@@ -21,9 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "stock", help="a LLaVA config of XTuner, by name or path"
-    )
+    parser.add_argument("stock", help="a LLaVA config of XTuner, by name or path")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the config to write")
     arguments = parser.parse_args()
 

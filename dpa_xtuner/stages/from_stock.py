@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from xtuner.configs import cfgs_name_path
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.data.records import Record
+from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.data.templates import resolve_template, to_pieces
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.registry import FAMILIES
@@ -319,7 +319,10 @@ def _renders_otherwise(template: str | dict, own: dict) -> bool:
 def _rendered(record: Record, template: dict) -> list[tuple]:
     """The pieces, with neighbours that are supervised alike put together."""
     rendered: list[tuple] = []
-    for content, supervised in to_pieces(record, "chat", template):
+    pieces = to_pieces(record, "chat", template)
+    if isinstance(pieces, Problem):  # it has no place for a system turn
+        return [pieces]
+    for content, supervised in pieces:
         if rendered and isinstance(content, str) and rendered[-1][1] is supervised:
             content = rendered.pop()[0] + content
         rendered.append((content, supervised))
