@@ -1,7 +1,11 @@
 """The registries of this package; whatever else it registers goes into MMEngine's own."""
 
+from inspect import signature
+
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
+
+from dpa_xtuner.errors import DPAError, nearest
 
 SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
 """Weighting schemes: classes like those in :mod:`dpa_xtuner.loss.weighting`."""
@@ -27,3 +31,33 @@ RUNNERS = Registry(
 ``xtuner train`` names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``, whatever
 the config says; a scope is MMEngine's way to give a name another meaning.
 """
+
+
+def build_named(registry: Registry, cfg: str | dict, *args):
+    """Build what a name, or ``dict(type=name, ...)``, stands for in one of our registries.
+
+    Args:
+        registry: where the name is registered.
+        cfg: a name, or a dict of one and the keyword arguments.
+        args: positional arguments, which the user does not give.
+
+    Raises:
+        DPAError: unknown name or argument.
+    """
+    keywords = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    name = keywords.pop("type", None)
+    found = registry.get(name) if isinstance(name, str) else None
+    if found is None:
+        known = sorted(registry.module_dict)
+        raise DPAError(
+            f"{name!r} is not a known {registry.name}{nearest(str(name), known)}. Known: "
+            f"{', '.join(known)}. One of your own needs its file in custom_imports."
+        )
+    names = list(signature(found).parameters)[len(args) :]
+    for key in keywords:
+        if key not in names:
+            takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
+            raise DPAError(
+                f"{registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
+            )
+    return found(*args, **keywords)

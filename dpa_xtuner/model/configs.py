@@ -18,6 +18,10 @@ _SHAPE_KEYS = (
 )
 
 
+class NotFound(DPAError):
+    """A model that is neither in a folder nor at the hub."""
+
+
 def model_class(cfg: dict) -> type:
     """The class that a model config's ``type``, a ``...from_pretrained``, belongs to."""
     build = cfg["type"]
@@ -38,7 +42,7 @@ def read_config(setting: str, cfg: dict, local_only: bool = False) -> Pretrained
         local_only: look in folders and the hub's cache, and not at the hub.
 
     Raises:
-        DPAError: neither a folder nor a hub has it.
+        NotFound: neither a folder nor a hub has it.
     """
     name = cfg["pretrained_model_name_or_path"]
     reader = getattr(model_class(cfg), "config_class", None) or AutoConfig
@@ -50,7 +54,7 @@ def read_config(setting: str, cfg: dict, local_only: bool = False) -> Pretrained
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise DPAError(
+        raise NotFound(
             f"{setting}={name!r} is neither a folder with a config.json nor a model that the hub "
             f"gives here ({reason}). Give a local folder with --cfg-options {setting}=FOLDER, or "
             f"connect to the hub."
@@ -62,6 +66,20 @@ def architecture(config: PretrainedConfig) -> dict:
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}
 
 
-def image_tokens(config: PretrainedConfig) -> int:
-    """Tokens that a fixed-resolution ViT gives for an image, its class token left out."""
-    return (config.image_size // config.patch_size) ** 2
+def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedConfig) -> int:
+    """Tokens that an image (or tile) takes in the LLM's sequence.
+
+    Args:
+        encoder: a kind of encoder, by name or as a dict of its name and arguments.
+        projector: a projector, likewise.
+        config: the encoder's published configuration.
+
+    Raises:
+        DPAError: an unknown name, or a projector that does not take the encoder's tokens.
+    """
+    # They import this module.
+    from dpa_xtuner.model.encoders import build_encoder
+    from dpa_xtuner.model.projectors import projected_tokens
+
+    kind = build_encoder(encoder)
+    return projected_tokens(projector, kind.hidden_size(config), kind.tokens(config))

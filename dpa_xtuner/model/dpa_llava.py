@@ -1,18 +1,15 @@
 """The multimodal model of the stages align and tune."""
 
-from pathlib import Path
-
 import torch
 from mmengine.registry import MODELS
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenScores
-from dpa_xtuner.model.configs import image_tokens
 from dpa_xtuner.model.contrast import contrast_scores
+from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import (
     add_lora,
@@ -22,24 +19,32 @@ from dpa_xtuner.model.llm import (
 )
 from dpa_xtuner.model.objective import Objective
 from dpa_xtuner.model.parts import CANONICAL
+from dpa_xtuner.model.projectors import build_projector, load_projector
 
 
 @BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class DPALLaVAModel(LLaVAModel):
-    """XTuner's LLaVA with a weighted loss, a merged adapter and a strictly loaded projector.
+    """XTuner's LLaVA with a weighted loss, a merged adapter and encoders and projectors by name.
 
     Args:
         llm: a config dict or a module.
-        visual_encoder: a config dict or a module.
+        visual_encoder: a config dict or a module, of the kind that ``encoder`` says.
+        encoder: the kind of visual encoder, by name or as a dict of its name and arguments
+            (:func:`dpa_xtuner.model.encoders.build_encoder`).
+        projector: by name or as a dict of its name and arguments
+            (:func:`dpa_xtuner.model.projectors.build_projector`).
+        visual_select_layer: the encoder's layer in place of the kind's own.
         loss: a weighting scheme, by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.loss.build_scheme`).
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
+        use_activation_checkpointing: see :meth:`activation_checkpointing_enable`.
         kwargs: of :class:`xtuner.model.LLaVAModel`.
 
     Attributes:
+        encoder: what is known of the visual encoder's kind.
         contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that is read in
             place of the contrast pass, or None.
     """
@@ -48,12 +53,21 @@ class DPALLaVAModel(LLaVAModel):
         self,
         llm: dict | nn.Module,
         visual_encoder: dict | nn.Module,
+        encoder: str | dict = "clip",
+        projector: str | dict = "mlp",
+        visual_select_layer: int | None = None,
         loss: str | dict = "uniform",
         normalize: str = "micro_batch",
         merged_adapter: str | None = None,
         pretrained_projector: str | None = None,
+        use_activation_checkpointing: bool = True,
         **kwargs,
     ):
+        if "projector_depth" in kwargs:
+            raise DPAError(
+                f"model.projector_depth={kwargs['projector_depth']} is not read: set "
+                f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
+            )
         llm, visual_encoder = load(self, llm), load(self, visual_encoder)
         fingerprints = {
             "llm": fingerprint(llm, CANONICAL),
@@ -61,7 +75,25 @@ class DPALLaVAModel(LLaVAModel):
         }
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)
-        super().__init__(llm=llm, visual_encoder=visual_encoder, **kwargs)
+        kind = build_encoder(encoder)
+        if visual_select_layer is not None:
+            kind.layer = visual_select_layer
+        # XTuner makes its own projector, which is replaced: its random numbers are drawn again.
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(
+                llm=llm,
+                visual_encoder=visual_encoder,
+                visual_select_layer=kind.layer,
+                use_activation_checkpointing=False,
+                **kwargs,
+            )
+        self.encoder = kind
+        self.projector = build_projector(
+            projector, kind.hidden_size(self.visual_encoder.config), self.llm.config.hidden_size
+        )
+        if use_activation_checkpointing:
+            self.llm.enable_input_require_grads()
+            self.activation_checkpointing_enable()
         _undo_dispatch(self.llm)
         self.fingerprints = fingerprints
         # Trained weights are float32 under autocast; DeepSpeed makes its own copies.
@@ -83,6 +115,10 @@ class DPALLaVAModel(LLaVAModel):
         """
         self.llm.gradient_checkpointing_enable()
 
+    def activation_checkpointing_disable(self) -> None:
+        """Keep the LLM's activations again."""
+        self.llm.gradient_checkpointing_disable()
+
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Like any module's, but a frozen visual encoder stays in evaluation mode."""
         super().train(mode)
@@ -94,18 +130,25 @@ class DPALLaVAModel(LLaVAModel):
         """Project the patch features of images.
 
         Args:
-            pixel_values: (N, 3, H, W).
+            pixel_values: (N, 3, H, W), images or tiles.
 
         Returns:
             (N, image tokens, H of the LLM).
+
+        Raises:
+            DPAError: the images are of another size than the encoder's.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_visual_encoder):
-            outputs = self.visual_encoder(
-                pixel_values.to(self.visual_encoder.dtype), output_hidden_states=True
+        size = self.encoder.image_size(self.visual_encoder.config)
+        if pixel_values.shape[-2:] != (size, size):
+            height, width = pixel_values.shape[-2:]
+            raise DPAError(
+                f"The images are {height} x {width}, and the visual encoder takes {size} x {size}. "
+                f"Give the data set the encoder's own image_processor."
             )
-        hidden = outputs.hidden_states[self.visual_select_layer]
-        # What comes before the patches is CLIP's class token; SigLIP has none.
-        patches = hidden[:, hidden.shape[1] - image_tokens(self.visual_encoder.config) :]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_visual_encoder):
+            patches = self.encoder.features(
+                self.visual_encoder, pixel_values.to(self.visual_encoder.dtype)
+            )
         return self.projector(patches.to(self.projector.dtype))
 
     def splice(self, data: dict) -> dict[str, Tensor]:
@@ -127,7 +170,7 @@ class DPALLaVAModel(LLaVAModel):
         embeds = self.llm.get_input_embeddings()(data["input_ids"])  # (B, T, H)
         pixel_values = data.get("pixel_values")
         if pixel_values is None:
-            size = self.visual_encoder.config.image_size
+            size = self.encoder.image_size(self.visual_encoder.config)
             features = self.encode_images(embeds.new_zeros(1, 3, size, size))
             embeds = embeds + 0 * features.sum().to(embeds.dtype)
         else:
@@ -183,25 +226,6 @@ def _check_image_tokens(data: dict, features: Tensor) -> None:
     if places != found:
         raise DPAError(
             f"The batch holds {places} image positions for {features.shape[0]} images, but the "
-            f"visual encoder gives {features.shape[1]} tokens for each. The data set's "
+            f"projector gives {features.shape[1]} tokens for each. The data set's "
             f"image_tokens must be {features.shape[1]}."
         )
-
-
-def load_projector(projector: nn.Module, folder: str) -> None:
-    """Load a projector's weights, strictly.
-
-    Raises:
-        DPAError: keys or shapes differ; the message lists them.
-    """
-    path = Path(folder) / "model.safetensors"
-    saved, own = load_file(path), projector.state_dict()
-    wrong = [
-        f"{key}: saved {tuple(saved[key].shape) if key in saved else 'nothing'}, "
-        f"model {tuple(own[key].shape) if key in own else 'nothing'}"
-        for key in sorted(saved.keys() | own.keys())
-        if key not in saved or key not in own or saved[key].shape != own[key].shape
-    ]
-    if wrong:
-        raise DPAError(f"{path} does not fit the projector of this model: {'; '.join(wrong)}.")
-    projector.load_state_dict(saved)

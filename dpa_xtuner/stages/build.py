@@ -340,7 +340,8 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
             **config.model.visual_encoder,
             "pretrained_model_name_or_path": settings.visual_encoder_name_or_path,
         }
-        dataset["image_tokens"] = image_tokens(read_config("visual_encoder_name_or_path", encoder))
+        published = read_config("visual_encoder_name_or_path", encoder)
+        dataset["image_tokens"] = image_tokens("clip", "mlp", published)
     return dataset
 
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from dpa_xtuner.data import Record, read_records
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.model.configs import NotFound, model_class, read_config
+from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.settings import DataSettings, Settings
@@ -30,17 +31,8 @@ from dpa_xtuner.stages.table import stage_table
 SAMPLES = 32
 STEPS = 4
 _HELD_OUT = 4
-_IMAGE_SIZE = 28
 _WAIT_SECONDS = 600
 _TINY_LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
-_TINY_ENCODER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": _IMAGE_SIZE,
-    "patch_size": 14,
-}
 NOTE = f"""This folder is a rehearsal: tiny random models, {SAMPLES} samples, {STEPS} steps a
 stage. Nothing in it is worth keeping. The next rehearsal empties it first.
 """
@@ -136,7 +128,7 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     tokenizer = _tokenizer(cfg, settings)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg, settings, tokenizer).save_pretrained(folder / "llm")
-    _tiny_encoder(cfg, settings, folder / "visual_encoder")
+    _tiny_encoder("clip", settings.visual_encoder_name_or_path, folder / "visual_encoder")
     for name in ("captions", "instructions"):
         data = getattr(settings, name)
         if _is_here(data):
@@ -174,20 +166,14 @@ def _tiny_llm(cfg: Config, settings: Settings, tokenizer):
     return model.to(torch.bfloat16)
 
 
-def _tiny_encoder(cfg: Config, settings: Settings, folder: Path) -> None:
-    template = {
-        **cfg.model.visual_encoder,
-        "pretrained_model_name_or_path": settings.visual_encoder_name_or_path,
-    }
-    config = _published_or_default("visual_encoder_name_or_path", template)
-    config.update(_TINY_ENCODER)
-    torch.manual_seed(0)
-    model_class(template)(config).save_pretrained(folder)
-    processor = model_class(cfg.image_processor)()
-    processor.size = dict.fromkeys(processor.size, _IMAGE_SIZE)
-    if hasattr(processor, "crop_size"):
-        processor.crop_size = dict.fromkeys(processor.crop_size, _IMAGE_SIZE)
-    processor.save_pretrained(folder)
+def _tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
+    kind = build_encoder(encoder)
+    try:
+        config = kind.config(name, local_only=True)
+    except NotFound:
+        config = kind.default_config()
+        print_log(f"{name} is not on this machine: rehearsing a {type(config).__name__}", "current")
+    kind.write_tiny(config, folder)
 
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:

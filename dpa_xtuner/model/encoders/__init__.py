@@ -1,0 +1,17 @@
+"""Kinds of visual encoders, by name, and what each knows about itself."""
+
+from dpa_xtuner.model.encoders.base import Encoder, build_encoder
+from dpa_xtuner.model.encoders.mmpretrain import MMPretrain
+from dpa_xtuner.model.encoders.pair import Pair
+from dpa_xtuner.model.encoders.vits import CLIP, DINOv2, InternViT, SigLIP
+
+__all__ = [
+    "CLIP",
+    "DINOv2",
+    "Encoder",
+    "InternViT",
+    "MMPretrain",
+    "Pair",
+    "SigLIP",
+    "build_encoder",
+]

@@ -1,0 +1,174 @@
+"""What is to be known of a kind of visual encoder, with the answers of an ordinary ViT."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.utils import get_object_from_string
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.registry import ENCODERS, build_named
+
+SETTING = "visual_encoder_name_or_path"
+
+
+class Encoder:
+    """A kind of visual encoder: how it is loaded, and which of its outputs are the patches.
+
+    A kind of one's own derives from it, names its classes, and overrides what differs from
+    a ViT of transformers, whose patch tokens come last in its sequence.
+
+    Args:
+        layer: index into the module's ``hidden_states`` (0 is the embeddings, -1 the last
+            layer); the kind's own where it is None.
+
+    Attributes:
+        model: the ``from_pretrained`` of the module, as a config's ``type``.
+        image_processor: that of its image processor.
+        layer: the layer whose output are the features; None for ``last_hidden_state``,
+            which follows the final norm where the model has one.
+        model_types: values of ``model_type`` in the published configurations that it loads;
+            any where it is empty.
+        tiny_config: changes to a configuration that make it tiny, for rehearsals; those keys
+            that the configuration has.
+    """
+
+    model: str
+    image_processor: str
+    layer: int | None = -2
+    model_types: tuple[str, ...] = ()
+    tiny_config: dict[str, Any] = {  # noqa: RUF012, overridden as a whole
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+
+    def __init__(self, layer: int | None = None):
+        if layer is not None:
+            self.layer = layer
+
+    def loader(self, name: str) -> dict:
+        """The config that builds the module with its published weights."""
+        return {"type": self.model, "pretrained_model_name_or_path": name}
+
+    def processor(self, name: str) -> dict:
+        """The config that builds its image processor: one image size, its own normalisation."""
+        return {"type": self.image_processor, "pretrained_model_name_or_path": name}
+
+    def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
+        """The published configuration.
+
+        Args:
+            name: a local folder or a hub name.
+            local_only: look in folders and the hub's cache, and not at the hub.
+
+        Raises:
+            DPAError: it can't be had, or is another kind's.
+        """
+        config = read_config(SETTING, self.loader(name), local_only)
+        if self.model_types:
+            published, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_only)
+            found = published.get("model_type")
+            if found not in self.model_types:
+                raise DPAError(
+                    f"{SETTING}={name!r} is a model of type {found!r}, and the encoder "
+                    f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
+                    f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
+                )
+        return config
+
+    def default_config(self) -> PretrainedConfig:
+        """A configuration for rehearsals where the published one is not on this machine.
+
+        Raises:
+            DPAError: the kind has none.
+        """
+        owner = model_class({"type": self.model})
+        if getattr(owner, "config_class", None) is None:
+            raise DPAError(
+                f"{SETTING} is not on this machine, and {self.model} does not say what to "
+                f"rehearse in its place. Give a local folder."
+            )
+        return owner.config_class()
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        """The module of a configuration, with random weights."""
+        return model_class({"type": self.model})(config)
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """Height and width of the images (or tiles) that it takes."""
+        return config.image_size
+
+    def tokens(self, config: PretrainedConfig) -> int:
+        """Patch tokens of one image (or tile), before the projector."""
+        return (self.image_size(config) // config.patch_size) ** 2
+
+    def hidden_size(self, config: PretrainedConfig) -> int:
+        """Channels of a token."""
+        return config.hidden_size
+
+    def features(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
+        """Patch features, without class and register tokens.
+
+        Args:
+            module: the loaded module.
+            pixel_values: (N, 3, H, W), of the module's dtype.
+
+        Returns:
+            (N, tokens, hidden size), the patches row by row.
+        """
+        hidden = self.hidden(module, pixel_values)
+        return hidden[:, hidden.shape[1] - self.tokens(module.config) :]
+
+    def hidden(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
+        """All tokens (N, T, C) of the features' layer.
+
+        Raises:
+            DPAError: the module has no such layer.
+        """
+        if self.layer is None:
+            return module(pixel_values).last_hidden_state
+        states = module(pixel_values, output_hidden_states=True).hidden_states
+        if not -len(states) <= self.layer < len(states):
+            raise DPAError(
+                f"The feature layer {self.layer} is not one of the {len(states)} hidden states of "
+                f"{type(module).__name__}; give a layer from {-len(states)} to {len(states) - 1}."
+            )
+        return states[self.layer]
+
+    def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
+        """Write a tiny module of random weights, and its image processor, for a rehearsal.
+
+        Args:
+            config: of the architecture; not changed.
+            folder: where to; made where it is missing.
+        """
+        config = copy.deepcopy(config)
+        config.update({k: v for k, v in self.tiny_config.items() if hasattr(config, k)})
+        torch.manual_seed(0)
+        self.build(config).save_pretrained(folder)
+        size = self.image_size(config)
+        processor = get_object_from_string(self.image_processor).__self__()
+        processor.size = dict.fromkeys(processor.size, size)
+        if hasattr(processor, "crop_size"):
+            processor.crop_size = dict.fromkeys(processor.crop_size, size)
+        processor.save_pretrained(folder)
+
+
+def build_encoder(cfg: str | dict) -> Encoder:
+    """The kind of encoder of a name or of ``dict(type=name, ...)``.
+
+    Args:
+        cfg: a name in :data:`dpa_xtuner.registry.ENCODERS`, or a dict of one and its arguments.
+
+    Raises:
+        DPAError: unknown name or argument, or a value out of range.
+    """
+    return build_named(ENCODERS, cfg)

@@ -1,0 +1,292 @@
+"""Any backbone of MMPretrain, by the name of its config; an optional dependency."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, PretrainedConfig, PreTrainedModel
+
+from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.model.encoders.base import SETTING, Encoder
+from dpa_xtuner.registry import ENCODERS
+
+# Sizes for rehearsals, by backbone; others are rehearsed at their own size.
+_VIT = {"embed_dims": 32, "num_layers": 2, "num_heads": 2, "feedforward_channels": 64}
+_TINY = {
+    "VisionTransformer": _VIT,
+    "ViTEVA02": _VIT,
+    "SwinTransformer": {"embed_dims": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    "ConvNeXt": {"depths": [1, 1, 1, 1], "channels": [8, 16, 24, 32]},
+}
+
+
+class MMPretrainConfig(PretrainedConfig):
+    """What is known of a backbone without its weights.
+
+    Args:
+        backbone: MMPretrain's config of it.
+        image_size: height and width of the images.
+        image_mean: of the colours red, green, blue, from 0 to 1.
+        image_std: of the same.
+        checkpoint: where MMPretrain publishes its weights.
+        kwargs: of :class:`transformers.PretrainedConfig`.
+
+    Attributes:
+        hidden_size: channels of the last feature map.
+        grid: its height and width.
+    """
+
+    model_type = "mmpretrain"
+
+    def __init__(
+        self,
+        backbone: dict | None = None,
+        image_size: int = 224,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        checkpoint: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.backbone = backbone
+        self.image_size = image_size
+        self.image_mean = image_mean
+        self.image_std = image_std
+        self.checkpoint = checkpoint
+        if backbone is not None:  # transformers makes an empty one to compare with
+            self.hidden_size, *self.grid = _feature_map(backbone, image_size)
+
+    @classmethod
+    def from_pretrained(cls, name: str, **kwargs) -> "MMPretrainConfig":
+        """Read it from a folder, or from the config that MMPretrain ships under a name.
+
+        Raises:
+            DPAError: MMPretrain is not installed or has no such config, or its backbone gives
+                no feature map.
+        """
+        if Path(name).is_dir():
+            return super().from_pretrained(name, **kwargs)
+        get_model_info, known = _mmpretrain()
+        if name.lower() not in known:
+            raise DPAError(
+                f"{SETTING}={name!r} is neither a folder nor the name of an MMPretrain config"
+                f"{nearest(name, known)}. mmpretrain.list_models() lists all {len(known)}."
+            )
+        info = get_model_info(name)
+        model, colours = info.config.model, info.config.data_preprocessor
+        if "backbone" not in model or not colours.get("to_rgb", False):
+            raise DPAError(
+                f"{SETTING}={name!r} is a {model.type} without a backbone for RGB images. Take "
+                f"the config of a classifier."
+            )
+        backbone = model.backbone.to_dict()
+        return cls(
+            backbone={key: value for key, value in backbone.items() if key != "init_cfg"},
+            image_size=_image_size(info.config),
+            image_mean=[value / 255 for value in colours.mean],
+            image_std=[value / 255 for value in colours.std],
+            checkpoint=info.weights,
+        )
+
+
+class MMPretrainModel(PreTrainedModel):
+    """A backbone whose last feature map is a sequence of tokens."""
+
+    config_class = MMPretrainConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: MMPretrainConfig):
+        super().__init__(config)
+        self.backbone = _build(config.backbone)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, tokens, hidden size), the places of the map row by row."""
+        return self.backbone(pixel_values)[-1].flatten(2).transpose(1, 2)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *args, checkpoint: str | None = None, **kwargs):
+        """Load a folder that ``save_pretrained`` wrote, or a named config's published weights.
+
+        Args:
+            name: a folder or the name of a config.
+            args: of transformers' own; for folders.
+            checkpoint: file or address of a named config's weights; where MMPretrain publishes
+                them if it is None.
+            kwargs: of transformers' own; of a named config ``torch_dtype`` and
+                ``output_loading_info``.
+
+        Raises:
+            DPAError: the weights can't be had, or are another model's.
+        """
+        if Path(name).is_dir():
+            return super().from_pretrained(name, *args, **kwargs)
+        config = MMPretrainConfig.from_pretrained(name)
+        model = cls(config)
+        missing = model.load_backbone(checkpoint or config.checkpoint)
+        model.to(_dtype(kwargs.get("torch_dtype"))).eval()
+        info = {"missing_keys": missing}
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    def load_backbone(self, checkpoint: str | None) -> list[str]:
+        """Load the backbone's part of a checkpoint of MMPretrain.
+
+        Returns:
+            Names of weights that it lacks.
+
+        Raises:
+            DPAError: it can't be read.
+        """
+        try:
+            state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
+        except (OSError, TypeError, AttributeError) as error:
+            raise DPAError(
+                f"The weights {checkpoint!r} can't be read ({error}). Download them and give the "
+                f"file: encoder=dict(type='mmpretrain', checkpoint=FILE)."
+            ) from None
+        state = state.get("state_dict", state)
+        prefix = "backbone."
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        return list(self.backbone.load_state_dict(own or state, strict=False).missing_keys)
+
+
+@ENCODERS.register_module("mmpretrain")
+class MMPretrain(Encoder):
+    """A backbone of MMPretrain (EVA-02, ViT, Swin, ConvNeXt, ...): its last feature map.
+
+    ``visual_encoder_name_or_path`` is the name of a config of MMPretrain's, or a folder that
+    ``MMPretrainModel.save_pretrained`` wrote.
+
+    Args:
+        checkpoint: file of a named config's weights, where they are not to be downloaded.
+    """
+
+    model = "dpa_xtuner.model.encoders.mmpretrain.MMPretrainModel.from_pretrained"
+    image_processor = "transformers.CLIPImageProcessor.from_pretrained"
+    layer = None
+
+    def __init__(self, checkpoint: str | None = None):
+        super().__init__()
+        self.checkpoint = checkpoint
+
+    def loader(self, name: str) -> dict:
+        """With the checkpoint's file."""
+        return super().loader(name) | ({"checkpoint": self.checkpoint} if self.checkpoint else {})
+
+    def processor(self, name: str) -> dict:
+        """A named config's size and normalisation; scaled whole, without cutting borders off."""
+        if Path(name).is_dir():
+            return super().processor(name)
+        config = self.config(name)
+        size = config.image_size
+        return {
+            "type": "transformers.CLIPImageProcessor",
+            "size": {"shortest_edge": size},
+            "crop_size": {"height": size, "width": size},
+            "image_mean": config.image_mean,
+            "image_std": config.image_std,
+        }
+
+    def default_config(self) -> PretrainedConfig:
+        """There is none: MMPretrain ships the configs, a folder brings its own.
+
+        Raises:
+            DPAError: always.
+        """
+        raise DPAError(f"{SETTING} is neither a folder nor the name of an MMPretrain config.")
+
+    def tokens(self, config: MMPretrainConfig) -> int:
+        """Places of the feature map."""
+        return config.grid[0] * config.grid[1]
+
+    def hidden(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
+        """The feature map as tokens.
+
+        Raises:
+            DPAError: a layer was chosen.
+        """
+        if self.layer is not None:
+            raise DPAError(
+                f"The encoder 'mmpretrain' gives its last feature map, not the layer {self.layer}: "
+                f"leave model.visual_select_layer out."
+            )
+        return module(pixel_values)
+
+    def write_tiny(self, config: MMPretrainConfig, folder: Path) -> None:
+        """A backbone of the same class, tiny where its class is known here."""
+        arch = _TINY.get(config.backbone["type"])
+        backbone = config.backbone | ({"arch": arch} if arch else {})
+        torch.manual_seed(0)
+        tiny = MMPretrainConfig(backbone, config.image_size, config.image_mean, config.image_std)
+        self.build(tiny).save_pretrained(folder)
+        size = config.image_size
+        CLIPImageProcessor(
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+        ).save_pretrained(folder)
+
+
+def _mmpretrain():
+    try:
+        from mmpretrain import list_models
+        from mmpretrain.apis import ModelHub
+    except ImportError as error:
+        raise DPAError(
+            f"The encoder 'mmpretrain' needs the package mmpretrain ({error}). Install the extra: "
+            f"pip install -c constraints.txt 'dpa_xtuner[mmpretrain]'."
+        ) from None
+    return ModelHub.get, list_models()
+
+
+def _build(backbone: dict) -> nn.Module:
+    _mmpretrain()
+    from mmpretrain.registry import MODELS
+
+    backbone = dict(backbone)
+    owner = MODELS.get(backbone["type"])
+    # Feature maps, where a classifier asks for a class token or a mean.
+    if hasattr(owner, "OUT_TYPES"):
+        backbone["out_type"] = "featmap"
+    if backbone["type"] == "ConvNeXt":
+        backbone["gap_before_final_norm"] = False
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return MODELS.build(backbone)
+
+
+def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
+    """Channels, height and width of the last output, found without memory for weights."""
+    with init_empty_weights(include_buffers=True):
+        module = _build(backbone).eval()
+    outputs = module(torch.empty(1, 3, image_size, image_size, device="meta"))
+    shape = outputs[-1].shape if isinstance(outputs, (tuple, list)) else ()
+    if len(shape) != 4:
+        raise DPAError(
+            f"The backbone {backbone['type']} gives no feature map (N, C, H, W), but "
+            f"{tuple(shape) or type(outputs).__name__}. Take another config."
+        )
+    return tuple(shape[1:])
+
+
+def _image_size(config: Config) -> int:
+    sizes = [config.model.backbone.get("img_size"), *_test_sizes(config)]
+    size = next((size for size in sizes if size is not None), 224)
+    return size if isinstance(size, int) else size[0]
+
+
+def _test_sizes(config: Config) -> Iterator[Any]:
+    loader = config.get("test_dataloader")
+    for step in reversed(loader.dataset.pipeline if loader else []):
+        yield step.get("crop_size") or step.get("scale")
+
+
+def _dtype(value: str | torch.dtype | None) -> torch.dtype:
+    if isinstance(value, str):
+        value = getattr(torch, value.removeprefix("torch."))
+    return value or torch.float32

@@ -1,0 +1,121 @@
+"""Vision transformers that transformers loads."""
+
+import shutil
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoModel, Dinov2Config, PretrainedConfig
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.encoders.base import Encoder
+from dpa_xtuner.registry import ENCODERS
+
+
+@ENCODERS.register_module("clip")
+class CLIP(Encoder):
+    """CLIP's vision transformer; features of its second-last layer, as LLaVA 1.5 takes them."""
+
+    model = "transformers.CLIPVisionModel.from_pretrained"
+    image_processor = "transformers.CLIPImageProcessor.from_pretrained"
+    model_types = ("clip", "clip_vision_model")
+
+
+@ENCODERS.register_module(["siglip", "siglip2"])
+class SigLIP(Encoder):
+    """SigLIP, and SigLIP 2 at a fixed resolution, which is published as a SigLIP.
+
+    It has no class token. Features of the second-last layer, as LLaVA-OneVision takes them.
+    """
+
+    model = "transformers.SiglipVisionModel.from_pretrained"
+    image_processor = "transformers.SiglipImageProcessor.from_pretrained"
+    model_types = ("siglip", "siglip_vision_model")
+
+
+@ENCODERS.register_module("dinov2")
+class DINOv2(Encoder):
+    """DINOv2, with or without register tokens; its last layer after the final norm.
+
+    Args:
+        image_size: the images' height and width, a multiple of the patch size. The published
+            image processors cut out 224 (of an image scaled to 256; ours scales to the size
+            itself, so that nothing is cut off a padded square); the model interpolates its
+            position embeddings to other sizes.
+        layer: see :class:`Encoder`.
+    """
+
+    model = "transformers.AutoModel.from_pretrained"  # two classes, told apart by the config
+    image_processor = "transformers.BitImageProcessor.from_pretrained"
+    layer = None
+    model_types = ("dinov2", "dinov2_with_registers")
+
+    def __init__(self, image_size: int = 224, layer: int | None = None):
+        super().__init__(layer)
+        self.size = image_size
+
+    def processor(self, name: str) -> dict:
+        """Scaled to the encoder's size, whatever the published processor does."""
+        sizes = {"shortest_edge": self.size}, {"height": self.size, "width": self.size}
+        return super().processor(name) | dict(zip(("size", "crop_size"), sizes, strict=True))
+
+    def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
+        """See :meth:`Encoder.config`; the image size is held against the patch size."""
+        config = super().config(name, local_only)
+        if self.size < 1 or self.size % config.patch_size:
+            raise DPAError(
+                f"encoder.image_size={self.size} is not a multiple of the patch size "
+                f"{config.patch_size} of {name}. Take one, such as {16 * config.patch_size}."
+            )
+        return config
+
+    def default_config(self) -> PretrainedConfig:
+        """That of DINOv2 base."""
+        return Dinov2Config(image_size=518, patch_size=14)
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        """The module of either class, with random weights."""
+        return AutoModel.from_config(config)
+
+    def image_size(self, config: PretrainedConfig) -> int:
+        """The size asked for: a published configuration tells the position embeddings' only."""
+        return self.size
+
+
+@ENCODERS.register_module("internvit")
+class InternViT(Encoder):
+    """InternViT, whose code lies beside its weights; its last layer, as InternVL 1.5 on.
+
+    Args:
+        trust_remote_code: has to be True: loading it runs code of its repository.
+        layer: see :class:`Encoder`; InternViT-6B-448px-V1-2 takes -4.
+
+    Raises:
+        DPAError: ``trust_remote_code`` is not True.
+    """
+
+    model = "transformers.AutoModel.from_pretrained"
+    image_processor = "transformers.CLIPImageProcessor.from_pretrained"
+    layer = -1
+    model_types = ("intern_vit_6b",)
+
+    def __init__(self, trust_remote_code: bool = False, layer: int | None = None):
+        if trust_remote_code is not True:
+            raise DPAError(
+                "The encoder 'internvit' runs code from its repository, which has to be chosen: "
+                "encoder=dict(type='internvit', trust_remote_code=True)."
+            )
+        super().__init__(layer)
+
+    def loader(self, name: str) -> dict:
+        """With the remote code that was chosen."""
+        return super().loader(name) | {"trust_remote_code": True}
+
+    def build(self, config: PretrainedConfig) -> nn.Module:
+        """The remote class's module, with random weights."""
+        return AutoModel.from_config(config, trust_remote_code=True)
+
+    def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
+        """See :meth:`Encoder.write_tiny`; a local folder's code goes along."""
+        super().write_tiny(config, folder)
+        for code in Path(config.name_or_path).glob("*.py"):
+            shutil.copy(code, folder)

@@ -1,0 +1,315 @@
+"""From the encoder's patch features to the LLM's embeddings: projectors, by name."""
+
+import json
+import math
+from inspect import signature
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from xtuner.model.modules import ProjectorConfig, ProjectorModel
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.registry import PROJECTORS, build_named
+
+
+class Projector(nn.Module):
+    """A projector that is saved with its type and arguments; one of one's own derives from it.
+
+    The constructor takes ``visual_hidden_size`` and ``llm_hidden_size`` first, then whatever a
+    config may set; ``forward`` takes (N, n, ``visual_hidden_size``), the patches row by row,
+    and returns (N, ``tokens(n)``, ``llm_hidden_size``).
+
+    Attributes:
+        settings: ``type`` and all arguments, as :func:`build_projector` was given them.
+    """
+
+    settings: dict
+
+    def tokens(self, n: int) -> int:
+        """Tokens that come out for an image (or tile) of ``n`` patches."""
+        return n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+        return next(self.parameters()).dtype
+
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None, **_
+    ) -> None:
+        """Write ``config.json``, the settings, and ``model.safetensors``.
+
+        Args:
+            folder: where to; made where it is missing.
+            state_dict: weights to write in place of its own, such as gathered ones.
+            _: what else transformers' models take; not used.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@PROJECTORS.register_module("mlp")
+def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> ProjectorModel:
+    """XTuner's projector, patch by patch: linear layers with a GELU between.
+
+    Args:
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+        depth: linear layers.
+    """
+    return ProjectorModel(
+        ProjectorConfig(
+            visual_hidden_size=visual_hidden_size, llm_hidden_size=llm_hidden_size, depth=depth
+        )
+    )
+
+
+def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
+
+
+class _Blocks(Projector):
+    """A projector that makes one token of each block of ``factor`` x ``factor`` patches."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        if type(factor) is not int or factor < 1:
+            raise DPAError(f"projector.factor={factor!r} is not a whole number from 1 on.")
+        self.factor = factor
+
+    def tokens(self, n: int) -> int:
+        """One for each block.
+
+        Raises:
+            DPAError: ``n`` patches can't be cut into blocks.
+        """
+        side = math.isqrt(n)
+        if side**2 != n:
+            raise DPAError(
+                f"{type(self).__name__} needs a square of patches, and the encoder gives {n}. "
+                f"Take the projector mlp or resampler."
+            )
+        if side % self.factor:
+            fits = [str(f) for f in range(2, side + 1) if side % f == 0]
+            raise DPAError(
+                f"projector.factor={self.factor} does not divide the encoder's {side} x {side} "
+                f"patches. Take a factor of {', '.join(fits) or 1}, or another image size."
+            )
+        return (side // self.factor) ** 2
+
+    def blocks(self, patches: Tensor) -> Tensor:
+        """(N, n, C) to (N, tokens, factor², C): blocks row by row, and rows within a block."""
+        (count, n, channels), factor = patches.shape, self.factor
+        side = math.isqrt(self.tokens(n))
+        grid = patches.view(count, side, factor, side, factor, channels)
+        return grid.transpose(2, 3).reshape(count, side * side, factor * factor, channels)
+
+
+@PROJECTORS.register_module("pixel_shuffle")
+class PixelShuffle(_Blocks):
+    """Neighbouring patches side by side in one token, then a norm and an MLP, as InternVL 1.5.
+
+    Args:
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+        factor: patches of a block's side; tokens become fewer by its square.
+
+    Raises:
+        DPAError: the factor is no whole number above 0.
+    """
+
+    def __init__(self, visual_hidden_size: int, llm_hidden_size: int, factor: int = 2):
+        super().__init__(factor)
+        channels = visual_hidden_size * factor**2
+        self.norm = nn.LayerNorm(channels)
+        self.model = _two_layers(channels, llm_hidden_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, n, C) to (N, n / factor², H)."""
+        return self.model(self.norm(self.blocks(patches).flatten(2)))
+
+
+@PROJECTORS.register_module("avg_pool")
+class AveragePool(_Blocks):
+    """The mean of neighbouring patches, then an MLP.
+
+    Args:
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+        factor: patches of a block's side; tokens become fewer by its square.
+
+    Raises:
+        DPAError: the factor is no whole number above 0.
+    """
+
+    def __init__(self, visual_hidden_size: int, llm_hidden_size: int, factor: int = 2):
+        super().__init__(factor)
+        self.model = _two_layers(visual_hidden_size, llm_hidden_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, n, C) to (N, n / factor², H)."""
+        return self.model(self.blocks(patches).mean(2))
+
+
+@PROJECTORS.register_module("resampler")
+class Resampler(Projector):
+    """A fixed number of learned queries that look at all patches, as Qwen-VL's, then an MLP.
+
+    Where a patch lies is known from its features alone, which an encoder's position
+    embeddings have gone into; so any number and form of patches will do.
+
+    Args:
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+        queries: tokens that come out.
+        heads: attention heads; one for each 128 channels of an embedding where it is None.
+
+    Raises:
+        DPAError: no queries, or heads that can't share the channels.
+    """
+
+    def __init__(
+        self,
+        visual_hidden_size: int,
+        llm_hidden_size: int,
+        queries: int = 64,
+        heads: int | None = None,
+    ):
+        super().__init__()
+        heads = max(1, llm_hidden_size // 128) if heads is None else heads
+        if type(queries) is not int or queries < 1:
+            raise DPAError(f"projector.queries={queries!r} is not a whole number from 1 on.")
+        if type(heads) is not int or heads < 1 or llm_hidden_size % heads:
+            raise DPAError(
+                f"projector.heads={heads!r} does not divide the LLM's {llm_hidden_size} channels."
+            )
+        self.heads = heads
+        self.queries = nn.Parameter(torch.randn(queries, llm_hidden_size) * 0.02)
+        self.norm_patches = nn.LayerNorm(visual_hidden_size)
+        self.norm_queries = nn.LayerNorm(llm_hidden_size)
+        # Layers of their own: nn.MultiheadAttention reads its output layer's weight without
+        # calling the layer, and ZeRO-3 would not have gathered it.
+        self.query = nn.Linear(llm_hidden_size, llm_hidden_size)
+        self.key = nn.Linear(visual_hidden_size, llm_hidden_size)
+        self.value = nn.Linear(visual_hidden_size, llm_hidden_size)
+        self.output = nn.Linear(llm_hidden_size, llm_hidden_size)
+        self.norm_output = nn.LayerNorm(llm_hidden_size)
+        self.model = _two_layers(llm_hidden_size, llm_hidden_size)
+
+    def tokens(self, n: int) -> int:
+        """The number of queries."""
+        return len(self.queries)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N, n, C) to (N, queries, H)."""
+        patches = self.norm_patches(patches)
+        queries = self.query(self.norm_queries(self.queries)).expand(len(patches), -1, -1)
+        seen = functional.scaled_dot_product_attention(
+            self._split(queries), self._split(self.key(patches)), self._split(self.value(patches))
+        )  # (N, heads, queries, H / heads)
+        seen = self.queries + self.output(seen.transpose(1, 2).flatten(2))
+        return seen + self.model(self.norm_output(seen))
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, T, H / heads)
+
+
+def build_projector(
+    cfg: str | dict, visual_hidden_size: int, llm_hidden_size: int
+) -> Projector | ProjectorModel:
+    """The projector of a name or of ``dict(type=name, ...)``, with random weights.
+
+    Args:
+        cfg: a name in :data:`dpa_xtuner.registry.PROJECTORS`, or a dict of one and its arguments.
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+
+    Raises:
+        DPAError: unknown name or argument, a value out of range, or a class that can't be saved.
+    """
+    cfg = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    projector = build_named(PROJECTORS, cfg, visual_hidden_size, llm_hidden_size)
+    if isinstance(projector, ProjectorModel):  # it has a configuration of its own
+        return projector
+    name = cfg.pop("type")
+    if not isinstance(projector, Projector):
+        raise DPAError(
+            f"The projector {name!r} is a {type(projector).__name__}, which can't be saved. Derive "
+            f"its class from dpa_xtuner.model.projectors.Projector."
+        )
+    unsaved = projector.state_dict().keys() ^ dict(projector.named_parameters()).keys()
+    if unsaved:
+        raise DPAError(
+            f"The projector {name!r} has state besides parameters of its own "
+            f"({', '.join(sorted(unsaved))}), and parameters alone are saved. Register buffers "
+            f"with persistent=False, and share no weights."
+        )
+    given = signature(type(projector)).bind(visual_hidden_size, llm_hidden_size, **cfg)
+    given.apply_defaults()
+    projector.settings = {"type": name, **given.arguments}
+    return projector
+
+
+def projected_tokens(cfg: str | dict, visual_hidden_size: int, n: int) -> int:
+    """Tokens that a projector makes of ``n`` patches, known without its weights.
+
+    Raises:
+        DPAError: as :func:`build_projector`, or it does not take so many patches.
+    """
+    with torch.device("meta"):  # the LLM's size does not matter for the count
+        projector = build_projector(cfg, visual_hidden_size, visual_hidden_size)
+    return projector.tokens(n) if isinstance(projector, Projector) else n
+
+
+def load_projector(projector: Projector | ProjectorModel, folder: str) -> None:
+    """Load a projector's weights, strictly.
+
+    Args:
+        projector: the one to fill.
+        folder: where ``save_pretrained`` of such a projector wrote to.
+
+    Raises:
+        DPAError: the saved one is of another type or has other arguments, or keys or shapes
+            differ; the message says what.
+    """
+    _refuse_other(projector, Path(folder) / "config.json")
+    path = Path(folder) / "model.safetensors"
+    saved, own = load_file(path), projector.state_dict()
+    wrong = [
+        f"{key}: saved {tuple(saved[key].shape) if key in saved else 'nothing'}, "
+        f"model {tuple(own[key].shape) if key in own else 'nothing'}"
+        for key in sorted(saved.keys() | own.keys())
+        if key not in saved or key not in own or saved[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise DPAError(f"{path} does not fit the projector of this model: {'; '.join(wrong)}.")
+    projector.load_state_dict(saved)
+
+
+def _refuse_other(projector: Projector | ProjectorModel, path: Path) -> None:
+    # avg_pool's weights have the names and shapes of mlp's: they alone do not tell.
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    own = (
+        projector.config.to_dict() if isinstance(projector, ProjectorModel) else projector.settings
+    )
+    saved, own = _without_sizes(saved), _without_sizes(own)
+    if saved != own:
+        raise DPAError(
+            f"{path} describes the projector {saved}, and this model's is {own}. Set projector to "
+            f"the one that was trained, or train this one in a --work-dir of its own."
+        )
+
+
+def _without_sizes(settings: dict) -> dict:
+    """Type and own arguments; sizes that differ are told better by the shapes of the weights."""
+    if settings.get("model_type") == ProjectorConfig.model_type:
+        settings = {"type": "mlp", "depth": settings["depth"]}
+    sizes = ("visual_hidden_size", "llm_hidden_size")
+    return {key: value for key, value in settings.items() if key not in sizes}
