@@ -10,7 +10,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dpa_xtuner.data.dataset import DPADataset
-from dpa_xtuner.data.images import ImageProblem, load_image
 from dpa_xtuner.data.records import Problem
 from dpa_xtuner.data.store import list_problems
 
@@ -23,7 +22,7 @@ class Report:
 
     Attributes:
         records: Records in the data file.
-        samples: Usable samples in the data set.
+        samples: Usable samples in the data set, each counted once.
         checked: Samples whose images were opened.
         truncated: Samples whose end is cut off.
         lengths: Shortest, median and longest sample in tokens, images expanded.
@@ -81,14 +80,13 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
     Returns:
         The report.
     """
-    n = len(dataset)
-    chosen = np.arange(n)
-    if sample is not None and sample < n:
-        chosen = np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+    samples = chosen = np.array(dataset.distinct)
+    if sample is not None and sample < len(samples):
+        chosen = np.sort(np.random.default_rng(seed).choice(samples, sample, replace=False))
     lengths = np.array(dataset.length)
     return Report(
-        records=dataset.store.records,
-        samples=n,
+        records=dataset.records,
+        samples=len(samples),
         checked=len(chosen),
         truncated=dataset.truncated,
         lengths=(int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
@@ -98,14 +96,6 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
 
 
 def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
-    def check(index: int) -> Problem | None:
-        try:
-            for path in dataset.image_paths(index):
-                load_image(path, dataset.pad_image_to_square)
-        except ImageProblem as problem:
-            return Problem(dataset.record_id(index), str(problem))
-        return None
-
     problems = []
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -113,6 +103,6 @@ def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
     ):
         for start in range(0, len(chosen), _BLOCK):
             block = chosen[start : start + _BLOCK].tolist()
-            problems += filter(None, pool.map(check, block))
+            problems += filter(None, pool.map(dataset.check_images, block))
             progress.update(len(block))
     return problems

@@ -16,6 +16,7 @@ from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.data.templates import Piece, Special, check_view, resolve_template, to_pieces
+from dpa_xtuner.data.tiles import count_tiles
 from dpa_xtuner.errors import DPAError
 
 
@@ -45,15 +46,19 @@ class Encoded:
 class Encoder:
     """Turns records into tokens for one view.
 
-    BOS stands once, at the start, where the tokenizer itself puts one. (Stock `encode_fn` puts one
-    before every turn that follows an EOS, for any tokenizer that names a BOS.)
+    BOS stands once, at the start, where the tokenizer itself puts one and the template does not.
+    (Stock `encode_fn` puts one before every turn that follows an EOS, for any tokenizer that names
+    a BOS.)
 
     Args:
         tokenizer: A Hugging Face tokenizer, fast or slow.
         view: One of `templates.VIEWS`.
-        image_tokens: Tokens that an image takes in the sequence.
+        image_tokens: Tokens that an image, or each of its tiles, takes in the sequence.
         prompt_template: Template name or mapping; the chat view needs one, the others read none.
         max_length: Tokens that a sample may have, its images expanded.
+        max_tiles: Tiles that an image may be cut into; see `tiles`. Above 1, the records must tell
+            the sizes of their images.
+        tile_size: Side of a tile in pixels; read where `max_tiles` is above 1.
 
     Raises:
         DPAError: A setting is unknown or impossible.
@@ -66,14 +71,19 @@ class Encoder:
         image_tokens: int,
         prompt_template: str | Mapping[str, Any] | None,
         max_length: int,
+        max_tiles: int = 1,
+        tile_size: int = 336,
     ) -> None:
         self.tokenizer = tokenizer
         self.view = check_view(view)
         self.template = resolve_template(prompt_template) if view == "chat" else {}
         self.image_tokens = image_tokens
         self.max_length = max_length
+        self.max_tiles = 1 if view == "caption_text" else max_tiles
+        self.tile_size = tile_size
         first = tokenizer("a").input_ids[:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []
+        self._in_context = self.template.get("AS_ONE_TEXT", False) and self._adds_prefix_space()
         needs_eos = view == "chat" and not self.template.get("SUFFIX_AS_EOS", False)
         if needs_eos and tokenizer.eos_token_id is None:
             raise DPAError(
@@ -87,6 +97,29 @@ class Encoder:
                 f"image_tokens is {image_tokens}; the caption view needs the number of tokens that "
                 "an image takes (576 for CLIP ViT-L/14-336)."
             )
+        if max_tiles < 1:
+            raise DPAError(f"max_tiles is {max_tiles}; expected 1 for no tiles, or more.")
+        if tile_size < 1:
+            raise DPAError(f"tile_size is {tile_size}; expected the side of a tile in pixels.")
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether images are cut into tiles, so that their sizes decide how many tokens they take.
+
+        Never in the text view, which leaves the images out.
+        """
+        return self.max_tiles > 1
+
+    def tiles(self, images: Sequence[str], sizes: Sequence[Sequence[int]]) -> list[int]:
+        """Counts the pictures that each image of a sample becomes, its thumbnail included.
+
+        Args:
+            images: The sample's images.
+            sizes: (width, height) of each; read where there are tiles.
+        """
+        if not self.has_tiles:
+            return [1] * len(images)
+        return [count_tiles(tuple(size), self.max_tiles, self.tile_size) for size in sizes]
 
     def facts(self) -> dict[str, Any]:
         """All that decides the tokens, other than the data; the tokenizer by its hash."""
@@ -96,6 +129,8 @@ class Encoder:
             "prompt_template": self.template,
             "image_tokens": self.image_tokens,
             "max_length": self.max_length,
+            "max_tiles": self.max_tiles,
+            "tile_size": self.tile_size if self.has_tiles else None,
             "bos": self.bos,
             "eos": self.tokenizer.eos_token_id,
             "tokenizer": hashlib.sha256(content.encode()).hexdigest(),
@@ -142,13 +177,8 @@ class Encoder:
         special = {Special.IMAGE: [IMAGE_TOKEN_INDEX], Special.EOS: [self.tokenizer.eos_token_id]}
         pieces = list(chain.from_iterable(layouts))
         texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
-        encoded = iter(
-            self.tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            ).input_ids
-            if texts
-            else []
-        )
+        alone = self._ids(texts)
+        encoded = iter(self._ids_in_context(layouts, alone) if self._in_context else alone)
         rows = [special.get(piece.content) or next(encoded) for piece in pieces]
         flags = [piece.supervised for piece in pieces]
         samples = np.repeat(np.arange(len(layouts)), [len(layout) for layout in layouts])
@@ -157,10 +187,51 @@ class Encoder:
         supervised, samples = np.repeat(flags, sizes), np.repeat(samples, sizes)
         if self.bos:
             starts = np.searchsorted(samples, np.arange(len(layouts)))
-            tokens = np.insert(tokens, starts, self.bos[0])
-            supervised = np.insert(supervised, starts, False)
-            samples = np.insert(samples, starts, np.arange(len(layouts)))
+            without = np.flatnonzero(tokens[starts] != self.bos[0])
+            tokens = np.insert(tokens, starts[without], self.bos[0])
+            supervised = np.insert(supervised, starts[without], False)
+            samples = np.insert(samples, starts[without], without)
         return tokens, supervised, samples
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+
+    def _adds_prefix_space(self) -> bool:
+        """Whether a text that stands alone is tokenised as if a space stood before it."""
+        alone, later = self._ids(["a", "\na"])
+        return later[-len(alone) :] != alone
+
+    def _ids_in_context(self, layouts: list[list[Piece]], alone: list[list[int]]) -> list:
+        """The tokens of each text piece as they are behind what precedes it in its sample.
+
+        Args:
+            layouts: the pieces of each sample.
+            alone: the tokens of each text piece where it stands alone.
+        """
+        specials = tuple(map(str, self.tokenizer.all_special_tokens))
+        start = self.tokenizer.bos_token if self.bos else ""
+        special = {Special.IMAGE: "", Special.EOS: self.tokenizer.eos_token}
+        contexts, texts = [], []
+        for layout in layouts:
+            before = start
+            for content, _ in layout:
+                if isinstance(content, str):
+                    contexts.append(before)
+                    texts.append(before + content)
+                    ends = [token for token in specials if content.endswith(token)]
+                    before = max(ends, key=len, default="\n")
+                else:
+                    before = special[content]
+        ahead = {context: self._ids([context])[0] if context else [] for context in set(contexts)}
+        rows = []
+        for context, row, other in zip(contexts, self._ids(texts), alone, strict=True):
+            size = len(ahead[context])
+            rows.append(row[size:] if row[:size] == ahead[context] else other)
+        return rows
 
     def _cut(
         self,
@@ -173,7 +244,9 @@ class Encoder:
         """Truncates to `max_length` and sorts out the samples that lost what they need."""
         n = len(records)
         images = tokens == IMAGE_TOKEN_INDEX
-        cost = np.where(images, self.image_tokens, 1)
+        cost = np.ones(len(tokens), np.int64)
+        tiles = [self.tiles(record.images, record.sizes) for record in records]
+        cost[images] = self.image_tokens * np.fromiter(chain.from_iterable(tiles), np.int64)
         full = _sum_by(samples, cost, n)
         end = np.cumsum(cost) - (np.cumsum(full) - full)[samples]  # position after each token
         fits = end <= self.max_length
@@ -182,7 +255,7 @@ class Encoder:
         no_answer = _sum_by(samples, trained, n) == 0
         for i in np.flatnonzero(image_lost | no_answer):
             record = records[i]
-            lost = self._image_reason(record) if image_lost[i] else self._answer_reason(full[i])
+            lost = self._image_reason(tiles[i]) if image_lost[i] else self._answer_reason(full[i])
             problems.append(Problem(record.id, lost))
         good = ~(image_lost | no_answer)
         kept = fits & good[samples]
@@ -196,9 +269,10 @@ class Encoder:
             problems=problems,
         )
 
-    def _image_reason(self, record: Record) -> str:
+    def _image_reason(self, tiles: list[int]) -> str:
+        cut = f" in {sum(tiles)} tiles" if self.has_tiles else ""
         return (
-            f"image cut off: {len(record.images)} image(s) of {self.image_tokens} tokens and the "
+            f"image cut off: {len(tiles)} image(s){cut} of {self.image_tokens} tokens and the "
             f"text before them exceed max_length {self.max_length}"
         )
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from xtuner.dataset.utils import expand2square
+
+from dpa_xtuner.data.tiles import cut
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _MOST_PIXELS = 178_956_970  # Pillow's own limit, held against the padded square too
@@ -19,28 +23,56 @@ class ImageProblem(Exception):
     """An image that is missing or broken; its text is "kind: details with the path"."""
 
 
-def load_image(path: str | Path, pad_to_square: bool) -> Image.Image:
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Reads an image's size from its header.
+
+    Args:
+        path: The image file.
+
+    Returns:
+        (width, height) in pixels.
+
+    Raises:
+        ImageProblem: The file is missing or no image. What lies behind the header is not read.
+    """
+    with _opened(path) as image:
+        return image.size
+
+
+def load_image(
+    path: str | Path, pad_to_square: bool, size: tuple[int, int] | None = None
+) -> Image.Image:
     """Opens and decodes an image.
 
     Args:
         path: The image file.
         pad_to_square: Whether it is to be padded; then it must not be huge as a square, else it
             must not be too thin to be scaled.
+        size: (width, height) that it had when it was measured; None where it was not.
 
     Returns:
         The whole image, decoded, in RGB, not padded.
 
     Raises:
-        ImageProblem: The file is missing, is no image that can be decoded, or is out of shape.
+        ImageProblem: The file is missing, is no image that can be decoded, is out of shape, or has
+            another size than it had.
     """
+    with _opened(path) as image:
+        if size is not None and image.size != size:
+            raise ImageProblem(f"changed image: {path} {image.size}, was {size}")
+        longest, shortest = max(image.size), min(image.size)
+        if (pad_to_square and longest**2 > _MOST_PIXELS) or (
+            not pad_to_square and longest > _THINNEST * shortest
+        ):
+            raise ImageProblem(f"image out of shape: {path} {image.size}")
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            longest, shortest = max(image.size), min(image.size)
-            if (pad_to_square and longest**2 > _MOST_PIXELS) or (
-                not pad_to_square and longest > _THINNEST * shortest
-            ):
-                raise ImageProblem(f"image out of shape: {path} {image.size}")
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError:
         raise ImageProblem(f"missing image: {path}") from None
     except _BROKEN as error:
@@ -63,9 +95,50 @@ def load_pixels(path: str | Path, image_processor: Any, pad_to_square: bool) -> 
     """
     image = load_image(path, pad_to_square)
     if pad_to_square:
-        image = expand2square(image, tuple(int(x * 255) for x in image_processor.image_mean))
+        image = expand2square(image, _mean_colour(image_processor))
     try:
         pixels = image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
     except ValueError as error:  # an image of 1 x N pixels, whose colour axis cannot be told
         raise ImageProblem(f"unusable image: {path} {image.size} ({error})") from error
     return pixels.float()
+
+
+def load_tiles(
+    path: str | Path,
+    image_processor: Any,
+    pad_to_square: bool,
+    max_tiles: int,
+    tile_size: int,
+    size: tuple[int, int],
+) -> list[torch.Tensor]:
+    """Loads an image, cuts it into tiles and prepares these; see `tiles.cut`.
+
+    The processor only normalises them: where it would scale or crop (as DINOv2's does, which cuts
+    off a margin), the tiles would no longer join.
+
+    Args:
+        path: The image file.
+        image_processor: A Hugging Face image processor.
+        pad_to_square: Whether the thumbnail, or an image of a single tile, is padded to a square in
+            the processor's mean colour. Else it is stretched, as in InternVL.
+        max_tiles: Tiles that the grid may have.
+        tile_size: Side of a tile in pixels.
+        size: (width, height) that the image had when its tokens were counted.
+
+    Returns:
+        `tiles.count_tiles` tensors of shape (3, tile_size, tile_size), float32, the thumbnail last.
+
+    Raises:
+        ImageProblem: The file is missing or broken, or the image has another size now.
+    """
+    image = load_image(path, pad_to_square, size)
+    background = _mean_colour(image_processor) if pad_to_square else None
+    tiles = cut(image, max_tiles, tile_size, background)
+    steps = [name for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)]
+    left_out = dict.fromkeys(steps, False)
+    pixels = image_processor.preprocess(tiles, return_tensors="pt", **left_out)["pixel_values"]
+    return list(pixels.float())
+
+
+def _mean_colour(image_processor: Any) -> tuple[int, int, int]:
+    return tuple(int(x * 255) for x in image_processor.image_mean)

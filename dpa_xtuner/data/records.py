@@ -30,6 +30,7 @@ class Record:
         system: Text of a leading "system" turn, or None.
         turns: (human text with its `<image>` marks, gpt text) per turn, at least one.
         position: Its place among the file's records, from 0.
+        sizes: (width, height) of each image in pixels; empty where they were not read.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Record:
     system: str | None
     turns: tuple[tuple[str, str], ...]
     position: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +22,12 @@ from mmengine import print_log
 from tqdm import tqdm
 
 from dpa_xtuner.data.encode import Encoded, Encoder
+from dpa_xtuner.data.images import ImageProblem, read_size
 from dpa_xtuner.data.records import Problem, Record, read_records
 from dpa_xtuner.errors import DPAError
 
-FORMAT = 2  # raise it whenever other bytes would be written for the same input
+FORMAT = 3  # raise it whenever other bytes would be written for the same input
+_HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
 _BATCH_CHARACTERS = 500_000  # text tokenised at once; bounds the memory that a build takes
 _ARRAYS = {
     "tokens": np.int32,  # of all samples, one after the other
@@ -32,7 +36,7 @@ _ARRAYS = {
     "positions": np.int32,  # one per sample: its record's place in the data file
     "lengths": np.int32,  # one per sample: with its images expanded, negative without images
     "truncated": np.bool_,  # one per sample
-    "names": np.uint8,  # of all samples: JSON [id, image, image, ...] in UTF-8
+    "names": np.uint8,  # of all samples: JSON [id, images, their sizes if read] in UTF-8
     "name_offsets": np.int64,  # where each sample begins in them, and the end
 }
 
@@ -78,22 +82,32 @@ class TokenStore:
         start, end = self.arrays["offsets"][index : index + 2]
         return self.arrays["tokens"][start:end], self.arrays["supervised"][start:end]
 
-    def names(self, index: int) -> tuple[str, list[str]]:
-        """Returns a sample's id and the paths of its images, as written in the data."""
+    def names(self, index: int) -> tuple[str, list[str], list[tuple[int, int]]]:
+        """Returns a sample's id, the paths of its images as written in the data, and their sizes.
+
+        A size is (width, height) in pixels. The list of sizes is empty where images are not tiled.
+        """
         start, end = self.arrays["name_offsets"][index : index + 2]
-        record_id, *images = json.loads(self.arrays["names"][start:end].tobytes())
-        return record_id, images
+        record_id, images, sizes = json.loads(self.arrays["names"][start:end].tobytes())
+        return record_id, images, [tuple(size) for size in sizes]
 
 
-def open_store(data_path: str | Path, encoder: Encoder) -> TokenStore:
+def open_store(
+    data_path: str | Path, encoder: Encoder, image_folder: str | Path | None = None
+) -> TokenStore:
     """Opens the store of a data file, building it first where there is none.
 
-    The store is keyed by the data file (path, size, time of change) and by the encoder's content,
-    so a change of any of these leads to another store. Processes that start at once build it once.
+    The store is keyed by the data file (path, size, time of change), by the encoder's content and,
+    where images are tiled, by the image folder, so a change of any of these leads to another store.
+    Processes that start at once build it once.
+
+    Where images are tiled, the store keeps their sizes: no image is opened at a later start, but
+    for those that could not be read. If one of them can be read by now, the store is built again.
 
     Args:
         data_path: LLaVA-format JSON or JSON lines.
-        encoder: Tokenizer, view, template and lengths.
+        encoder: Tokenizer, view, template, lengths and tiles.
+        image_folder: Folder that the images' paths are relative to; needed where images are tiled.
 
     Returns:
         The store.
@@ -102,13 +116,18 @@ def open_store(data_path: str | Path, encoder: Encoder) -> TokenStore:
         DPAError: The data file cannot be read or changes meanwhile, or the cache cannot be written.
     """
     source = _identify(data_path)
-    key = hashlib.sha256(f"{FORMAT} {source} {encoder.fingerprint()}".encode()).hexdigest()[:32]
+    if image_folder is not None:
+        image_folder = os.path.realpath(image_folder)
+    images = image_folder if encoder.has_tiles else None
+    key = hashlib.sha256(
+        f"{FORMAT} {source} {encoder.fingerprint()} {images}".encode()
+    ).hexdigest()[:32]
     folder = cache_root() / "tokens" / key
     how = "read"
-    if not _is_complete(folder):
+    if not _is_usable(folder):
         with FileLock(_lock_file(folder)):
-            if not _is_complete(folder):
-                _build(Path(data_path), source, encoder, folder)
+            if not _is_usable(folder):
+                _build(Path(data_path), source, encoder, image_folder, folder)
                 how = "built"
     store = TokenStore(folder)
     print_log(
@@ -189,7 +208,9 @@ def _lock_file(folder: Path) -> Path:
     return path
 
 
-def _build(data_path: Path, source: str, encoder: Encoder, folder: Path) -> None:
+def _build(
+    data_path: Path, source: str, encoder: Encoder, image_folder: str | None, folder: Path
+) -> None:
     """Builds a store beside its place and moves it there; the caller holds its lock."""
     for leftover in folder.parent.glob(f"{folder.name}*.part"):  # of a build that was killed
         shutil.rmtree(leftover)
@@ -197,7 +218,7 @@ def _build(data_path: Path, source: str, encoder: Encoder, folder: Path) -> None
         shutil.rmtree(folder)
     part = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
     try:
-        _write(data_path, encoder, part)
+        _write(data_path, encoder, image_folder, part)
         if _identify(data_path) != source:
             raise DPAError(f"data file {data_path} changed while it was read; start again.")
         part.rename(folder)
@@ -207,17 +228,23 @@ def _build(data_path: Path, source: str, encoder: Encoder, folder: Path) -> None
         raise
 
 
-def _write(data_path: Path, encoder: Encoder, part: Path) -> None:
+def _write(data_path: Path, encoder: Encoder, image_folder: str | None, part: Path) -> None:
     problems: list[Problem] = []
+    unread: list[str] = []
     ends = {"offsets": 0, "name_offsets": 0}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((part / f"{name}.bin").open("wb")) for name in _ARRAYS}
         for name in ends:
             _append(files[name], np.zeros(1, _ARRAYS[name]))
+        tiles = ", reading image sizes" if encoder.has_tiles else ""
         progress = stack.enter_context(
-            tqdm(desc=f"Tokenising {data_path.name} ({encoder.view})", unit=" records")
+            tqdm(desc=f"Tokenising {data_path.name} ({encoder.view}{tiles})", unit=" records")
         )
+        pool = stack.enter_context(ThreadPoolExecutor(_HEADER_READERS))
         for batch in _batches(read_records(data_path)):
+            if encoder.has_tiles:
+                batch, paths = _measure(batch, image_folder, pool)
+                unread += paths
             encoded = encoder(batch)
             for name, values in _columns(encoded).items():
                 if name in ends:
@@ -235,14 +262,38 @@ def _write(data_path: Path, encoder: Encoder, part: Path) -> None:
         for file in files.values():
             _sync(file)
     _write_json(part / "problems.json", [[p.record_id, p.reason] for p in problems])
+    _write_json(part / "unread.json", unread)
     _write_json(part / "meta.json", meta)
     _sync_folder(part)
+
+
+def _measure(
+    batch: list[Record | Problem], image_folder: str | None, pool: ThreadPoolExecutor
+) -> tuple[list[Record | Problem], list[str]]:
+    """Gives records the sizes of their images; returns them, and the paths that can't be read."""
+
+    def measure(item: Record | Problem) -> tuple[Record | Problem, str | None]:
+        if isinstance(item, Problem):
+            return item, None
+        if item.images and image_folder is None:
+            raise DPAError(f"record {item.id} has an image: set image_folder.")
+        sizes = []
+        for name in item.images:
+            path = os.path.join(image_folder, name)
+            try:
+                sizes.append(read_size(path))
+            except ImageProblem as problem:
+                return Problem(item.id, str(problem)), path
+        return replace(item, sizes=tuple(sizes)), None
+
+    measured = list(pool.map(measure, batch))
+    return [item for item, _ in measured], [path for _, path in measured if path]
 
 
 def _columns(encoded: Encoded) -> dict[str, np.ndarray]:
     """Returns what a batch adds to each array; to the offsets, the sizes that are to be summed."""
     names = [
-        json.dumps([record.id, *record.images], ensure_ascii=False).encode()
+        json.dumps([record.id, record.images, record.sizes], ensure_ascii=False).encode()
         for record in encoded.records
     ]
     has_image = np.array([bool(record.images) for record in encoded.records], bool)
@@ -272,13 +323,23 @@ def _batches(items: Iterable[Record | Problem]) -> Iterator[list[Record | Proble
         yield batch
 
 
-def _is_complete(folder: Path) -> bool:
-    """Tells whether a store is there and each of its files has the size it was written with."""
+def _is_usable(folder: Path) -> bool:
+    """Tells whether a store is there, whole, and no image that it lacks has appeared since."""
     try:
         sizes = _read_meta(folder)["sizes"]
-        return all((folder / f"{name}.bin").stat().st_size == sizes[name] for name in _ARRAYS)
+        unread = json.loads((folder / "unread.json").read_text())
+        whole = all((folder / f"{name}.bin").stat().st_size == sizes[name] for name in _ARRAYS)
     except (OSError, ValueError, KeyError):
         return False
+    return whole and not any(map(_is_readable, unread))
+
+
+def _is_readable(path: str) -> bool:
+    try:
+        read_size(path)
+    except ImageProblem:
+        return False
+    return True
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,17 @@
 | `caption`      | align | image, [caption, newline]                                               |
 | `chat`         | tune  | system and instruction, [answer and its end], separator; and so on      |
 
-The chat view follows XTuner's `llava_map_fn`, `template_map_fn` and `encode_fn`.
+The chat view follows XTuner's `llava_map_fn`, `template_map_fn` and `encode_fn`. A template has
+XTuner's keys and, where a family's published chat template asks for them, these:
+
+| key                  | meaning                                                                    |
+|----------------------|----------------------------------------------------------------------------|
+| `DEFAULT_SYSTEM`     | the system prompt of a record that has none                                |
+| `SYSTEM_INSTRUCTION` | SYSTEM and INSTRUCTION in one, where the first turn holds the system prompt |
+| `PREFIX`             | what stands before an answer and is supervised like it: a space            |
+| `STRIP`              | whether the white space around contents is removed                         |
+| `AS_ONE_TEXT`        | whether the pieces are tokenised as parts of one text, as a chat template's |
+|                      | rendering is; XTuner's templates tokenise each piece as if it stood alone   |
 """
 
 from __future__ import annotations
@@ -22,7 +32,19 @@ from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.errors import DPAError
 
 VIEWS = ("caption_text", "caption", "chat")
-_TEMPLATE_KEYS = ("SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS")
+_TEMPLATE_KEYS = (
+    "SYSTEM",
+    "INSTRUCTION",
+    "SUFFIX",
+    "SUFFIX_AS_EOS",
+    "SEP",
+    "STOP_WORDS",
+    "DEFAULT_SYSTEM",
+    "SYSTEM_INSTRUCTION",
+    "PREFIX",
+    "STRIP",
+    "AS_ONE_TEXT",
+)
 
 
 class Special(Enum):
@@ -60,7 +82,7 @@ def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]
 
     Args:
         template: A name in `xtuner.utils.PROMPT_TEMPLATE`, or a mapping with "INSTRUCTION" and, as
-            needed, "SYSTEM", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS".
+            needed, XTuner's other keys and those of this module.
 
     Returns:
         The template as a plain dict.
@@ -112,23 +134,32 @@ def to_pieces(record: Record, view: str, template: Mapping[str, Any]) -> list[Pi
 
 
 def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
-    if record.system and not template.get("SYSTEM"):
+    system = record.system or template.get("DEFAULT_SYSTEM")
+    if system and not (template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")):
         return Problem(record.id, "system turn: the prompt template has no SYSTEM")
+    strip = str.strip if template.get("STRIP") else str
     suffix, separator = template.get("SUFFIX") or "", template.get("SEP", "")
     pieces = []
     for number, (human, gpt) in enumerate(record.turns, 1):
-        prompt = template["INSTRUCTION"].format(input=_image_first(human), round=number)
-        if number == 1 and record.system:
-            prompt = template["SYSTEM"].format(system=record.system) + prompt
+        first = strip(system) if number == 1 and system is not None else None
+        prompt = _prompt(strip(_image_first(human)), first, number, template)
         for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
             if i > 0:
                 pieces.append(Piece(Special.IMAGE, False))
             pieces.append(Piece(chunk, False))
-        pieces.append(Piece(gpt + suffix, True))
+        pieces.append(Piece(template.get("PREFIX", "") + strip(gpt) + suffix, True))
         if not template.get("SUFFIX_AS_EOS", False):
             pieces.append(Piece(Special.EOS, True))
         pieces.append(Piece(separator, False))
     return [piece for piece in pieces if piece.content]
+
+
+def _prompt(human: str, system: str | None, number: int, template: Mapping[str, Any]) -> str:
+    """A turn's text up to its answer; `system` only where it stands in this turn."""
+    if system is not None and "SYSTEM_INSTRUCTION" in template:
+        return template["SYSTEM_INSTRUCTION"].format(system=system, input=human, round=number)
+    before = "" if system is None else template["SYSTEM"].format(system=system)
+    return before + template["INSTRUCTION"].format(input=human, round=number)
 
 
 def _image_first(human: str) -> str:

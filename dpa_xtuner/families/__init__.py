@@ -1,1 +1,28 @@
-"""LLM families: a loader, a chat template, a tokenizer, LoRA targets."""
+"""LLM families: a loader, a chat template, a tokenizer and LoRA targets for each."""
+
+from dpa_xtuner.families import (
+    gemma2,
+    internlm2,
+    internlm3,
+    llama2,
+    llama3,
+    qwen2,
+    smollm2,
+    vicuna,
+)
+from dpa_xtuner.families.base import Family, check_model_type, check_template, find_family
+
+__all__ = [
+    "Family",
+    "check_model_type",
+    "check_template",
+    "find_family",
+    "gemma2",
+    "internlm2",
+    "internlm3",
+    "llama2",
+    "llama3",
+    "qwen2",
+    "smollm2",
+    "vicuna",
+]

@@ -19,7 +19,7 @@ from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.stages.artifacts import file_sha256, read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.rehearsal import rehearse
-from dpa_xtuner.stages.settings import Settings, differences
+from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 STATE = "stage.json"
@@ -42,6 +42,7 @@ def next_stage(cfg: Config) -> Config | None:
             finished or started stage that the config no longer describes.
     """
     settings = Settings.from_config(cfg)
+    refuse_idle_options(cfg, settings)
     if not isinstance(cfg.randomness.get("seed"), int):
         raise DPAError(
             f"randomness.seed={cfg.randomness.get('seed')} must be a number: a run that was "

@@ -208,12 +208,10 @@ class Settings(_Strict):
         _refuse_unknown_keys(cfg)
         given = {name: cfg[name] for name in cls.model_fields if name in cfg}
         try:
-            settings = cls.model_validate(_plain(given))
+            return cls.model_validate(_plain(given))
         except ValidationError as error:
             lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
             raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
-        _refuse_idle_options(cfg, settings)
-        return settings
 
     @property
     def idle(self) -> dict[str, str]:
@@ -263,8 +261,12 @@ def _refuse_unknown_keys(cfg: Config) -> None:
         raise DPAError(f"{cfg.filename} (or --cfg-options) sets keys that nothing reads:\n{lines}")
 
 
-def _refuse_idle_options(cfg: Config, settings: Settings) -> None:
-    """Refuse ``--cfg-options`` that change nothing; a file may set what its method leaves out."""
+def refuse_idle_options(cfg: Config, settings: Settings) -> None:
+    """Refuse ``--cfg-options`` that have no effect; a file may set what its method leaves out.
+
+    Raises:
+        DPAError: there are some, each on a line of its own.
+    """
     if not settings.idle or cfg.filename is None:
         return
     file = _plain(Config.fromfile(cfg.filename)._cfg_dict)

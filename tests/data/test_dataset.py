@@ -182,7 +182,7 @@ def test_from_config_in_workers(write, images, tokenizer, processor, caption, tm
 def test_pickles_small(make, caption):
     dataset = make([caption(str(i), "cats " * 50) for i in range(2000)])
     dataset[0], dataset.problems, dataset.modality_length
-    written = sum(path.stat().st_size for path in dataset.store.folder.iterdir())
+    written = sum(path.stat().st_size for path in dataset.stores[0].folder.iterdir())
     assert len(pickle.dumps(dataset)) < 40_000 < written / 10
     assert pickle.loads(pickle.dumps(dataset))[7]["input_ids"].tolist()
 
@@ -195,7 +195,13 @@ def sample(record_id, tokens, images=0):
     tokens = np.array(tokens)
     labels = np.where(tokens == -200, -100, tokens)
     pixels = [torch.full((3, 2, 2), float(tokens[0])) for _ in range(images)]
-    return {"id": record_id, "input_ids": tokens, "labels": labels, "pixel_values": pixels}
+    return {
+        "id": record_id,
+        "index": 0,
+        "input_ids": tokens,
+        "labels": labels,
+        "pixel_values": pixels,
+    }
 
 
 def test_a_batch_by_hand():

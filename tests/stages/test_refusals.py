@@ -46,7 +46,7 @@ def copied(reference, work_dir):
     [
         ("proxy", ["promt_template=x"], "did you mean 'prompt_template'"),
         ("proxy", ["align.lrr=1", "tune.lr=-1"], "did you mean 'lr'"),
-        ("algn", [], "DPA_STAGE='algn' is not a stage; did you mean 'align'"),
+        ("algn", [], "DPA_STAGE='algn' is not a stage of method='dpa'; did you mean 'align'"),
         ("align", [], "Run DPA_STAGE=proxy first"),
         ("proxy", ["randomness.seed=None"], "Give --seed"),
         ("proxy", ["proxy.loss=cmo"], "proxy.loss: not a setting"),

@@ -1,0 +1,42 @@
+"""Llama-3-Instruct and Llama-3.1-Instruct, which differ in what stands before the system prompt."""
+
+from dpa_xtuner.families.base import Family
+from dpa_xtuner.registry import FAMILIES
+
+
+@FAMILIES.register_module("llama3")
+class Llama3(Family):
+    """One BOS, header tokens around each role, ``<|eot_id|>`` at the end of every turn."""
+
+    llm = "transformers.LlamaForCausalLM.from_pretrained"
+    model_types = ("llama",)
+    template = dict(
+        SYSTEM="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>",
+        INSTRUCTION=(
+            "<|start_header_id|>user<|end_header_id|>\n\n{input}<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        ),
+        SUFFIX="<|eot_id|>",
+        SUFFIX_AS_EOS=True,
+        STOP_WORDS=["<|eot_id|>"],
+        STRIP=True,
+        AS_ONE_TEXT=True,
+    )
+
+
+@FAMILIES.register_module("llama3_1")
+class Llama31(Llama3):
+    """Llama 3 with two dates in front of the system prompt, which is there even when empty.
+
+    The second date is the one that the published template takes where it is given none.
+    """
+
+    template = dict(
+        Llama3.template,
+        SYSTEM=(
+            "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+            "Today Date: 26 Jul 2024\n\n{system}<|eot_id|>"
+        ),
+        DEFAULT_SYSTEM="",
+        STOP_WORDS=["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
+    )

@@ -1,0 +1,230 @@
+"""Many runs of one config: which there are, and a table of what they measured."""
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.artifacts import write_json, write_text
+from dpa_xtuner.stages.pipeline import read_state
+from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.table import STAGE_NAMES
+
+RECORD = "sweep.json"
+"""What a sweep's folder says of its runs: name -> settings, config and how it ended."""
+
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder, made of its settings.
+        options: dotted setting -> value, as text for ``--cfg-options``.
+        config: SHA-256 of the whole config that they lead to.
+        refused: why it can't be run, or nothing.
+    """
+
+    name: str
+    options: dict[str, str]
+    config: str
+    refused: str
+
+
+def grid(axes: list[str]) -> list[dict[str, str]]:
+    """All combinations of ``["method=vanilla,dpa", "proxy.lora.r=64,256"]``.
+
+    Raises:
+        DPAError: an axis is not of this form.
+    """
+    values = []
+    for axis in axes:
+        key, equals, listed = axis.partition("=")
+        if not equals or not key or not listed:
+            raise DPAError(f"--grid {axis!r}: expected SETTING=VALUE,VALUE,...")
+        # Commas inside of brackets belong to a value.
+        values.append([(key, value) for value in re.split(r",(?![^\[(]*[\])])", listed)])
+    return [dict(combination) for combination in itertools.product(*values)]
+
+
+def listed(path: str) -> list[dict[str, str]]:
+    """The ``runs`` of a YAML, JSON or Python file: a list of dicts, dotted setting -> value.
+
+    Raises:
+        DPAError: the file is missing, or has no such list.
+    """
+    try:
+        runs = Config.fromfile(path).get("runs")
+    except (OSError, ValueError) as error:
+        raise DPAError(f"--list {path}: {error}") from None
+    is_list = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
+    if not is_list or any(isinstance(v, dict) for run in runs for v in run.values()):
+        raise DPAError(
+            f"--list {path} has no 'runs', a list of settings with a value each, such as\n"
+            f"runs:\n  - {{method: vanilla}}\n  - {{method: dpa, proxy.lora.r: 64}}"
+        )
+    return [{key: str(value) for key, value in dict.items(run)} for run in runs]
+
+
+def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> list[Run]:
+    """The runs of a sweep, each once, those that can't be run with the reason.
+
+    Settings that a run's method does not read are left out, so that of a grid over methods and
+    ranks of the proxy each method without a proxy is run once.
+
+    Args:
+        config: a DPA config.
+        wanted: the settings that make each run.
+        common: settings of all runs.
+    """
+    runs: dict[str, Run] = {}
+    for options in wanted:
+        refused = ""
+        try:
+            idle = tuple(Settings.from_config(_merged(config, common | options)).idle)
+            options = {k: v for k, v in options.items() if not k.startswith(idle)}
+        except DPAError as error:
+            refused = str(error)
+        except TypeError as error:  # MMEngine's, where a key goes into what is no dict
+            refused = f"{config}: {error}"
+        content = "" if refused else _merged(config, common | options).dump()
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        runs.setdefault(_name(options), Run(_name(options), options, digest, refused))
+    return list(runs.values())
+
+
+def _merged(config: Path, options: dict[str, str]) -> Config:
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict({key: DictAction._parse_iterable(v) for key, v in options.items()})
+    return cfg
+
+
+def _name(options: dict[str, str]) -> str:
+    whole = ",".join(f"{key}={value}" for key, value in options.items()) or "as_it_is"
+    safe = re.sub(r"[^\w.=,+-]", "_", whole)
+    if safe == whole and len(whole) <= _LONGEST_NAME:
+        return whole
+    return f"{safe[:_LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def read_record(work_dir: Path) -> dict[str, dict]:
+    """The record of a sweep's folder, empty where there is none.
+
+    Raises:
+        DPAError: it is broken.
+    """
+    try:
+        return json.loads((work_dir / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise DPAError(
+            f"{work_dir / RECORD} is broken ({error}). Remove it: finished runs are then looked "
+            f"at again, which takes seconds each."
+        ) from None
+
+
+def note(work_dir: Path, run: Run, status: str) -> None:
+    """Write down how far a run is: ``running``, ``finished``, ``failed (...)`` or ``refused``."""
+    record = read_record(work_dir)
+    record[run.name] = {"options": run.options, "config": run.config, "status": status}
+    work_dir.mkdir(parents=True, exist_ok=True)
+    write_json(work_dir / RECORD, record)
+
+
+def is_finished(work_dir: Path, run: Run) -> bool:
+    """Whether a run has ended well with the config as it is now."""
+    known = read_record(work_dir).get(run.name, {})
+    return known.get("status") == "finished" and known.get("config") == run.config
+
+
+def rows(work_dir: Path, suffix: str = "") -> list[dict[str, Any]]:
+    """What there is of every run of a sweep's folder: differing settings, status, numbers.
+
+    The numbers are the held-out captions' cross entropy (``original``, ``floor``, ``align``), the
+    last logged cross entropy of each stage, and the numbers of the run's ``scores.json`` files.
+
+    Args:
+        work_dir: the sweep's.
+        suffix: of the runs' folders, ``-rehearsal`` for rehearsed ones.
+    """
+    record = read_record(work_dir)
+    keys = list(dict.fromkeys(key for run in record.values() for key in run["options"]))
+    differ = [key for key in keys if len({run["options"].get(key) for run in record.values()}) > 1]
+    found = []
+    for name, run in record.items():
+        settings = {key: run["options"].get(key) for key in differ} or {"run": name}
+        folder = work_dir / f"{name}{suffix}"
+        found.append(settings | {"status": run["status"]} | _numbers(folder))
+    return found
+
+
+def _numbers(folder: Path) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for stage in STAGE_NAMES:
+        numbers |= read_state(folder / stage).get("measured", {})
+    for stage in STAGE_NAMES:
+        if (last := _last_logged(folder / stage, "cross_entropy")) is not None:
+            numbers[f"{stage} cross_entropy"] = last
+    for file in sorted(folder.rglob("scores.json")):
+        numbers |= _leaves(json.loads(file.read_text(encoding="utf-8")))
+    return numbers
+
+
+def _last_logged(folder: Path, key: str) -> float | None:
+    last = (-1, None)
+    for file in folder.glob("*/vis_data/scalars.json"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                logged = json.loads(line)
+            except json.JSONDecodeError:  # a line that a killed run did not write to its end
+                continue
+            if key in logged:
+                last = max(last, (logged["step"], logged[key]))
+    return last[1]
+
+
+def _leaves(scores: dict, prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def save_table(work_dir: Path, suffix: str = "") -> str:
+    """Write ``sweep.md`` and ``sweep.csv`` of :func:`rows`; the Markdown is returned."""
+    found = rows(work_dir, suffix)
+    columns = list(dict.fromkeys(key for row in found for key in row))
+    text = [[_cell(row.get(column)) for column in columns] for row in found]
+    widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *text]
+    markdown = "\n".join(
+        f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |"
+        for line in lines
+    )
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_text(work_dir / "sweep.md", markdown + "\n")
+    write_text(work_dir / "sweep.csv", out.getvalue())
+    return markdown
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,76 @@
+"""Run a list or a grid of settings of one config, and make a table of what was measured.
+
+    python tools/sweep.py CONFIG --grid method=vanilla,pmo,cmo,dpa proxy.lora.r=64,256
+    python tools/sweep.py CONFIG --list runs.yaml
+
+Each run has a folder of its own below the work dir, where sweep.md and sweep.csv are the
+table. One that fails does not stop the others; the same command again goes on where it was
+stopped and leaves finished runs alone. Other arguments go to tools/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from _configs import find_config
+
+TRAIN = Path(__file__).with_name("train.py")
+
+
+def main() -> int:
+    """Run the sweep; exit code 1 if any run did not finish."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("config", help="path or name of a config")
+    parser.add_argument("--grid", nargs="+", default=[], metavar="SETTING=VALUE,VALUE")
+    parser.add_argument("--list", metavar="FILE", help="YAML, JSON or .py with a list 'runs'")
+    parser.add_argument("--work-dir", help="default: work_dirs/<config's name>-sweep")
+    parser.add_argument("--cfg-options", nargs="+", default=[], help="settings of all runs")
+    parser.add_argument("--rehearse", action="store_true", help="rehearse each run")
+    parser.add_argument("--table", action="store_true", help="make the table; run nothing")
+    known, others = parser.parse_known_args()
+    config = find_config(known.config)
+    work_dir = Path(known.work_dir or f"work_dirs/{config.stem}-sweep")
+    if known.rehearse:
+        os.environ["DPA_REHEARSE"] = "1"
+    suffix = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
+    work_dir = Path(f"{work_dir}{suffix}")
+
+    from dpa_xtuner.stages import sweep
+    from dpa_xtuner.stages.runner import told_plainly
+
+    with told_plainly():
+        if not known.table:
+            _run_all(known, others, config, work_dir, sweep)
+        print(f"\n{sweep.save_table(work_dir, suffix)}", flush=True)
+        statuses = [run["status"] for run in sweep.read_record(work_dir).values()]
+    return 0 if statuses and set(statuses) == {"finished"} else 1
+
+
+def _run_all(known, others: list[str], config: Path, work_dir: Path, sweep) -> None:
+    wanted = sweep.listed(known.list) if known.list else sweep.grid(known.grid)
+    common = dict(option.split("=", 1) for option in known.cfg_options)
+    runs = sweep.plan(config, wanted, common)
+    for run in runs:
+        if run.refused:
+            print(f"{run.name} can't be run: {run.refused}\n", file=sys.stderr, flush=True)
+            sweep.note(work_dir, run, "refused")
+    for number, run in enumerate(runs, 1):
+        if run.refused or sweep.is_finished(work_dir, run):
+            continue
+        print(f"\nRun {number} of {len(runs)}: {run.name}", flush=True)
+        sweep.note(work_dir, run, "running")
+        options = [f"{key}={value}" for key, value in (common | run.options).items()]
+        command = [sys.executable, str(TRAIN), str(config), "--work-dir", str(work_dir / run.name)]
+        command += [*others, *(["--cfg-options", *options] if options else [])]
+        code = subprocess.run(command).returncode
+        sweep.note(work_dir, run, "finished" if code == 0 else f"failed (exit code {code})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
