@@ -260,7 +260,8 @@ def _model(stock: Stock) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     if stock.quantised:
         llm["quantization_config"] = _quantisation(cfg.llm.quantization_config)
     family = family_of(settings["llm_name_or_path"])
-    settings["family"] = family
+    if family is not None:
+        settings["family"] = family
     template = stock.template
     if family is None:
         settings["prompt_template"] = template
@@ -301,10 +302,14 @@ def family_of(llm: str) -> str | None:
 
 
 def _named_in(llm: str, names: Iterable[str]) -> str | None:
-    patterns = {n: re.sub(r"(\d+)$", r"[-_ ]?\1(?![0-9b])", n) for n in names}
-    text = Path(llm).name.lower()
-    found = [n for n, pattern in patterns.items() if re.search(rf"(?<![a-z]){pattern}", text)]
+    found = [name for name in names if re.search(_pattern(name), Path(llm).name.lower())]
     return max(found, key=len, default=None)
+
+
+def _pattern(name: str) -> str:
+    words = re.findall(r"[a-z]+|[0-9]+", name)
+    end = r"(?![0-9b])" if words[-1].isdigit() else ""
+    return r"(?<![a-z])" + r"[-_. ]?".join(words) + end
 
 
 def _renders_otherwise(template: str | dict, own: dict) -> bool:
