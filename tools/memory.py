@@ -73,8 +73,8 @@ def main() -> None:
     for row in (COLUMNS, ("---",) * len(COLUMNS), *rows):
         print(f"| {' | '.join(row)} |")
     kept = "kept" if cfg.model.get("use_activation_checkpointing", True) else "computed again"
-    print(f"\nIn brackets: the activations if they were {kept}. A stage fits where it takes at most "
-          f"{USABLE:.0%} of the card.")  # fmt: skip
+    print(f"\nIn brackets: the activations if they were {kept}.")
+    print(f"A stage fits into a card where it takes at most {USABLE:.0%} of it.")
 
 
 if __name__ == "__main__":
