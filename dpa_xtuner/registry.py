@@ -1,5 +1,6 @@
 """The registries of this package; whatever else it registers goes into MMEngine's own."""
 
+from collections.abc import Callable
 from inspect import signature
 
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
@@ -33,13 +34,16 @@ the config says; a scope is MMEngine's way to give a name another meaning.
 """
 
 
-def build_named(registry: Registry, cfg: str | dict, *args):
-    """Build what a name, or ``dict(type=name, ...)``, stands for in one of our registries.
+def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tuple[Callable, dict]:
+    """What a name, or ``dict(type=name, ...)``, stands for in one of our registries.
 
     Args:
         registry: where the name is registered.
         cfg: a name, or a dict of one and the keyword arguments.
-        args: positional arguments, which the user does not give.
+        positional: how many of its arguments the user does not give.
+
+    Returns:
+        What is registered, and the keyword arguments to call it with.
 
     Raises:
         DPAError: unknown name or argument.
@@ -53,11 +57,26 @@ def build_named(registry: Registry, cfg: str | dict, *args):
             f"{name!r} is not a known {registry.name}{nearest(str(name), known)}. Known: "
             f"{', '.join(known)}. One of your own needs its file in custom_imports."
         )
-    names = list(signature(found).parameters)[len(args) :]
+    names = list(signature(found).parameters)[positional:]
     for key in keywords:
         if key not in names:
             takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
             raise DPAError(
-                f"{registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
+                f"The {registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
             )
+    return found, keywords
+
+
+def build_named(registry: Registry, cfg: str | dict, *args):
+    """Build what :func:`find_named` finds.
+
+    Args:
+        registry: where the name is registered.
+        cfg: a name, or a dict of one and the keyword arguments.
+        args: positional arguments, which the user does not give.
+
+    Raises:
+        DPAError: unknown name or argument.
+    """
+    found, keywords = find_named(registry, cfg, len(args))
     return found(*args, **keywords)

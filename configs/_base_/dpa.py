@@ -20,10 +20,22 @@ runner_type = 'Runner'
 #   cal      align, tune         weighted by the difference of the logits
 method = 'dpa'
 
+# The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA's layers.
+# prompt_template, a name of XTuner's or a dict of its keys, is for another chat template.
+#   llm_name_or_path = 'Qwen/Qwen2.5-7B-Instruct'
+#   family = 'qwen2_5'
+
 visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
+# clip, siglip, siglip2, dinov2, internvit, mmpretrain, or pair (with first= and second=)
+encoder = dict(type='clip')  # [paper]
+# mlp (depth), pixel_shuffle (factor), avg_pool (factor), resampler (queries)
+projector = dict(type='mlp')  # [paper]
+# Above 1, an image is cut into at most so many tiles of the encoder's size, and a thumbnail.
+max_tiles = 1
 
 # Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
-# captions with their images, tune the `instructions`.
+# captions with their images, tune the `instructions`. share=0.25 takes a part of it. A list
+# of files, with a list of image folders, is a mixture; weights=[2, 1] sets their parts.
 captions = dict(
     data_path='{{$DPA_DATA:data}}/captions.json',
     image_folder='{{$DPA_DATA:data}}/images',
@@ -81,18 +93,14 @@ tune = dict(
 #######################################################################
 #            PART 2  Model & Tokenizer & Image Processor              #
 #######################################################################
-tokenizer = dict(
-    type='transformers.AutoTokenizer.from_pretrained',
-    trust_remote_code=False,
-    padding_side='right')
+# How they are loaded is known from family and encoder; type= overrides it.
+tokenizer = dict(trust_remote_code=False, padding_side='right')
 
-image_processor = dict(type='transformers.CLIPImageProcessor.from_pretrained')
+image_processor = dict()
 
 model = dict(
     llm=dict(torch_dtype='torch.bfloat16', trust_remote_code=False),
-    visual_encoder=dict(
-        type='transformers.CLIPVisionModel.from_pretrained', torch_dtype='torch.bfloat16'),
-    visual_select_layer=-2,  # [paper]
+    visual_encoder=dict(torch_dtype='torch.bfloat16'),
     use_activation_checkpointing=True)  # [paper]
 
 #######################################################################

@@ -120,9 +120,7 @@ class DPADataset(Dataset):
         self.tile_size = tile_size
         self._ends = np.cumsum([len(store) for store in self.stores])
         enforce_skip_limit(self.problems, self.records, skip_limit)
-        for file, store in zip(self._files, self.stores, strict=True):
-            if not len(store):
-                raise DPAError(f"data file {file} has no usable sample: {describe(store)}.")
+        self._check_files(view, image_processor)
         positions = [store.arrays["positions"] for store in self.stores]
         self._rows = choose(positions, [store.records for store in self.stores], **choice)
         if not len(self._rows):
@@ -130,13 +128,6 @@ class DPADataset(Dataset):
                 f"no usable sample is left of data file {', '.join(map(str, self._files))}: "
                 f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
             )
-        for file, folder, store in zip(self._files, self._folders, self.stores, strict=True):
-            has_images = (store.arrays["lengths"] > 0).any()
-            if has_images and (folder is None or image_processor is None):
-                raise DPAError(
-                    f"the {view} view of {file} has images: set image_folder (is {folder}) and "
-                    f"image_processor (is {image_processor})."
-                )
         self.image_processor = _build(image_processor)
         if len(self.stores) > 1 or share < 1:
             print_log(f"{part}: {self._describe_epoch()}", logger="current")
@@ -184,7 +175,8 @@ class DPADataset(Dataset):
         repeats[images] = self.image_tokens
         if self.max_tiles > 1:
             _, _, sizes = self.stores[file].names(row)
-            repeats[images] *= [count_tiles(s, self.max_tiles, self.tile_size) for s in sizes]
+            tiles = [count_tiles(size, self.max_tiles, self.tile_size) for size in sizes]
+            repeats[images] *= np.array(tiles, np.int64)
         labels = np.where(supervised, tokens, IGNORE_INDEX)
         return {
             "index": index,
@@ -250,6 +242,17 @@ class DPADataset(Dataset):
     @property
     def _lengths(self) -> np.ndarray:
         return self._column("lengths")[self._rows]
+
+    def _check_files(self, view: str, image_processor: Any) -> None:
+        for file, folder, store in zip(self._files, self._folders, self.stores, strict=True):
+            if not len(store):
+                raise DPAError(f"data file {file} has no usable sample: {describe(store)}.")
+            has_images = (store.arrays["lengths"] > 0).any()
+            if has_images and (folder is None or image_processor is None):
+                raise DPAError(
+                    f"the {view} view of {file} has images: set image_folder (is {folder}) and "
+                    f"image_processor (is {image_processor})."
+                )
 
     def _column(self, name: str) -> np.ndarray:
         return np.concatenate([store.arrays[name] for store in self.stores])

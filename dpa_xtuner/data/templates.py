@@ -9,14 +9,17 @@
 The chat view follows XTuner's `llava_map_fn`, `template_map_fn` and `encode_fn`. A template has
 XTuner's keys and, where a family's published chat template asks for them, these:
 
-| key                  | meaning                                                                    |
-|----------------------|----------------------------------------------------------------------------|
-| `DEFAULT_SYSTEM`     | the system prompt of a record that has none                                |
-| `SYSTEM_INSTRUCTION` | SYSTEM and INSTRUCTION in one, where the first turn holds the system prompt |
-| `PREFIX`             | what stands before an answer and is supervised like it: a space            |
-| `STRIP`              | whether the white space around contents is removed                         |
-| `AS_ONE_TEXT`        | whether the pieces are tokenised as parts of one text, as a chat template's |
-|                      | rendering is; XTuner's templates tokenise each piece as if it stood alone   |
+| key                  | meaning                                                         |
+|----------------------|-----------------------------------------------------------------|
+| `DEFAULT_SYSTEM`     | the system prompt of a record that has none                     |
+| `SYSTEM_INSTRUCTION` | SYSTEM and INSTRUCTION in one, where the first turn holds both  |
+| `PREFIX`             | what stands before an answer and is supervised like it: a space |
+| `STRIP`              | whether the white space around contents is removed              |
+| `AS_ONE_TEXT`        | whether the pieces are tokenised as parts of one text           |
+
+A chat template's rendering is tokenised as one text. XTuner tokenises each piece of its templates
+as if it stood alone, which differs for the tokenizers that put a space before a text (Llama-2,
+Vicuna).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a family of LLMs is, and how its chat template is held against a tokenizer's own."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
@@ -143,11 +144,11 @@ def _difference(
                 if system is None:
                     raise
                 continue  # it has no system prompt; XTuner's templates have one for any family
-            for theirs, ours in zip(published, _ours(template, tokenizer, turns, system)):  # noqa: B905
+            own = _ours(template, tokenizer, turns, system)
+            for theirs, ours in zip(published, own, strict=True):
                 if theirs != ours:
                     pairs = zip(theirs, ours, strict=False)
-                    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-                    place = min(len(theirs), len(ours)) if place is None else place
+                    place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
                     return tokenizer.decode(theirs), tokenizer.decode(ours), place
     return None
 

@@ -24,7 +24,8 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     """Build an LLM or encoder from its config with XTuner's builder; a module is returned as it is.
 
     FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
-    the config does not say otherwise.
+    the config does not say otherwise; without it, the eager attention for a model that caps its
+    attention scores (Gemma-2), which SDPA leaves uncapped (transformers 4.48).
 
     Args:
         model: XTuner's model that the part is for.
@@ -35,9 +36,12 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     """
     if isinstance(cfg, nn.Module):
         return cfg
-    knows_flash = getattr(model_class(cfg), "_supports_flash_attn_2", False)
+    owner = model_class(cfg)
+    knows_flash = getattr(owner, "_supports_flash_attn_2", False)
     if SUPPORT_FLASH2 and knows_flash and torch.cuda.is_available():
         cfg.setdefault("attn_implementation", "flash_attention_2")
+    elif hasattr(getattr(owner, "config_class", object)(), "attn_logit_softcapping"):
+        cfg.setdefault("attn_implementation", "eager")
     with LoadWoInit():
         try:
             built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))

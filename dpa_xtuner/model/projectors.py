@@ -20,7 +20,8 @@ class Projector(nn.Module):
 
     The constructor takes ``visual_hidden_size`` and ``llm_hidden_size`` first, then whatever a
     config may set; ``forward`` takes (N, n, ``visual_hidden_size``), the patches row by row,
-    and returns (N, ``tokens(n)``, ``llm_hidden_size``).
+    and returns (N, ``tokens(n)``, ``llm_hidden_size``). To count tokens ahead, one is built
+    without memory (on the meta device) and for an LLM of any width.
 
     Attributes:
         settings: ``type`` and all arguments, as :func:`build_projector` was given them.
@@ -169,28 +170,18 @@ class Resampler(Projector):
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
         queries: tokens that come out.
-        heads: attention heads; one for each 128 channels of an embedding where it is None.
 
     Raises:
-        DPAError: no queries, or heads that can't share the channels.
+        DPAError: no queries.
     """
 
-    def __init__(
-        self,
-        visual_hidden_size: int,
-        llm_hidden_size: int,
-        queries: int = 64,
-        heads: int | None = None,
-    ):
+    def __init__(self, visual_hidden_size: int, llm_hidden_size: int, queries: int = 64):
         super().__init__()
-        heads = max(1, llm_hidden_size // 128) if heads is None else heads
         if type(queries) is not int or queries < 1:
             raise DPAError(f"projector.queries={queries!r} is not a whole number from 1 on.")
-        if type(heads) is not int or heads < 1 or llm_hidden_size % heads:
-            raise DPAError(
-                f"projector.heads={heads!r} does not divide the LLM's {llm_hidden_size} channels."
-            )
-        self.heads = heads
+        # 128 channels each, or the next larger number that divides them.
+        most = max(1, llm_hidden_size // 128)
+        self.heads = next(heads for heads in range(most, 0, -1) if llm_hidden_size % heads == 0)
         self.queries = nn.Parameter(torch.randn(queries, llm_hidden_size) * 0.02)
         self.norm_patches = nn.LayerNorm(visual_hidden_size)
         self.norm_queries = nn.LayerNorm(llm_hidden_size)

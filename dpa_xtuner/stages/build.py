@@ -11,12 +11,20 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
+from transformers import PretrainedConfig
 
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.configs import architecture, image_tokens, read_config
+from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.stages.artifacts import file_sha256
+from dpa_xtuner.stages.models import (
+    check_models,
+    encoder_config,
+    llm_config,
+    lora_targets,
+    tiles,
+)
 from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
 from dpa_xtuner.stages.signatures import refuse_unknown_arguments
 from dpa_xtuner.stages.table import Stage, stage_table
@@ -111,9 +119,10 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
 
     Raises:
         DPAError: keys that the stages set themselves, batches that can't be cut, missing
-            data, models that can't be found.
+            data, models that are missing or don't fit.
     """
     _refuse_owned_keys(cfg)
+    check_models(cfg, settings, stages)
     world = world_size(cfg.launcher)
     for stage in stages:
         accumulative_counts(getattr(settings, stage.name), world, stage.name)
@@ -129,7 +138,6 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
                         f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
                         f"Set it, or DPA_DATA to the folder that holds the data."
                     )
-        origin_of(cfg, settings, stage)
 
 
 # What a stage sets from its own settings: path, what the base config holds, what to set instead.
@@ -143,6 +151,7 @@ _OWNED = (
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
+    ("model.projector_depth", None, "projector.depth"),
 )
 
 
@@ -170,7 +179,8 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     """The complete XTuner config of a stage.
 
     Args:
-        cfg: the DPA config as ``xtuner train`` left it, ``strategy`` included.
+        cfg: the DPA config as ``xtuner train`` left it, ``strategy`` included, completed by
+            :func:`dpa_xtuner.stages.models.complete`.
         settings: read from it.
         stage: the row of the stage table.
         origin: what the stage's products are made from (:func:`origin_of`).
@@ -182,9 +192,6 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
     config = _without_settings(cfg)
     config.work_dir = str(base / stage.name)
-    config.tokenizer.pretrained_model_name_or_path = settings.llm_name_or_path
-    encoder = settings.visual_encoder_name_or_path
-    config.image_processor.pretrained_model_name_or_path = encoder
     dataset = dataset_config(config, settings, stage)
     config.model = _model(config, settings, stage, base, deepspeed)
     built = DATASETS.build(dataset)
@@ -275,19 +282,21 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         "config": str(cfg.filename),
         "data": data.model_dump(exclude_defaults=True, exclude={"skip_limit"})
         | {"sha256": [file_sha256(path) for path in data.files]},
-        "prompt_template": settings.prompt_template if stage.view == "chat" else "plain",
+        "prompt_template": settings.template if stage.view == "chat" else "plain",
         "seed": cfg.randomness.seed,
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
-        "llm": _facts("llm_name_or_path", settings.llm_name_or_path, cfg.model.llm),
+        "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
     }
     if "visual_encoder" in stage.builds:
-        origin["visual_encoder"] = _facts(
-            "visual_encoder_name_or_path",
-            settings.visual_encoder_name_or_path,
-            cfg.model.visual_encoder,
-        )
-        origin["visual_select_layer"] = cfg.model.visual_select_layer
+        name = settings.visual_encoder_name_or_path
+        origin |= {
+            "visual_encoder": _facts(name, encoder_config(settings)),
+            "encoder": settings.encoder,
+            "visual_select_layer": cfg.model.get("visual_select_layer"),
+            "projector": settings.projector,
+            "max_tiles": settings.max_tiles,
+        }
     return json.loads(json.dumps(origin))  # as it is read back: no tuples
 
 
@@ -309,8 +318,7 @@ def _check_sample(dataset: DPADataset, speak: bool) -> None:
         )
 
 
-def _facts(setting: str, name: str, template: dict) -> dict:
-    config = read_config(setting, {**template, "pretrained_model_name_or_path": name})
+def _facts(name: str, config: PretrainedConfig) -> dict:
     return {"name": name, "architecture": architecture(config)}
 
 
@@ -318,7 +326,7 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
     """The config of a stage's :class:`dpa_xtuner.data.DPADataset`.
 
     Args:
-        config: one whose ``tokenizer`` and ``image_processor`` name their folders.
+        config: from :func:`dpa_xtuner.stages.models.complete`.
         settings: the method's.
         stage: the row of the stage table.
     """
@@ -334,46 +342,37 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         pad_image_to_square=own.pad_image_to_square,
     )
     if stage.view == "chat":
-        dataset["prompt_template"] = settings.prompt_template
+        dataset["prompt_template"] = settings.template
     if "visual_encoder" in stage.builds:
-        encoder = {
-            **config.model.visual_encoder,
-            "pretrained_model_name_or_path": settings.visual_encoder_name_or_path,
-        }
-        published = read_config("visual_encoder_name_or_path", encoder)
-        dataset["image_tokens"] = image_tokens("clip", "mlp", published)
+        dataset |= tiles(settings)
     return dataset
 
 
 def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspeed: bool) -> dict:
     own: StageSettings = getattr(settings, stage.name)
-    template = config.model
-    llm = template.llm | {"pretrained_model_name_or_path": settings.llm_name_or_path}
+    # Whatever else the config says of the model goes to its class, which knows its arguments.
+    model = {**config.model, "llm": dict(config.model.llm), "normalize": own.normalize}
     if "llm" in stage.loads:
-        llm["pretrained_model_name_or_path"] = str(base / stage.loads["llm"])
+        model["llm"]["pretrained_model_name_or_path"] = str(base / stage.loads["llm"])
     if "llm" in stage.trains and not deepspeed:
         # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
         # its own float32 copies.
-        llm["torch_dtype"] = "torch.float32"
-    # Whatever else the config says of the model goes to its class, which knows its arguments.
-    rest = {key: value for key, value in template.items() if key not in ("llm", "visual_encoder")}
-    model = dict(rest, llm=llm, normalize=own.normalize)
+        model["llm"]["torch_dtype"] = "torch.float32"
     lora = None
     if "llm_adapter" in stage.trains:
         lora = dict(
-            type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.lora.model_dump()
-        )
+            type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.lora.model_dump(),
+            target_modules=lora_targets(config, settings),
+        )  # fmt: skip
     if "visual_encoder" not in stage.builds:
-        for key in ("visual_select_layer", "projector_depth"):
+        for key in ("visual_encoder", "visual_select_layer"):
             model.pop(key, None)
         return dict(model, type="ProxyLLM", lora=lora)
-    encoder = template.visual_encoder | {
-        "pretrained_model_name_or_path": settings.visual_encoder_name_or_path
-    }
     model.update(
         type="DPALLaVAModel",
+        encoder=settings.encoder,
+        projector=settings.projector,
         loss=own.loss,
-        visual_encoder=encoder,
         freeze_llm="llm" not in stage.trains,
         freeze_visual_encoder=True,
         llm_lora=lora,

@@ -7,7 +7,8 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from dpa_xtuner.data import check_dataset
 from dpa_xtuner.stages.build import dataset_config
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.settings import Settings, refuse_idle_options
 from dpa_xtuner.stages.table import stage_table
 
 
@@ -28,14 +29,14 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(options or {})
     settings = Settings.from_config(cfg)
-    cfg.tokenizer.pretrained_model_name_or_path = settings.llm_name_or_path
-    encoder = settings.visual_encoder_name_or_path
-    cfg.image_processor.pretrained_model_name_or_path = encoder
+    refuse_idle_options(cfg, settings)
+    cfg = complete(cfg, settings)
     ok = True
     for name in ("align", "tune"):
         dataset = dataset_config(cfg, settings, stage_table(settings)[name])
         with DefaultScope.overwrite_default_scope("mmengine"):
-            built = DATASETS.build(dict(dataset, skip_limit=1.0, held_out=0))
+            everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
+            built = DATASETS.build(dataset | everything)
         report = check_dataset(built, sample=sample)
         print(f"\nStage {name}: {dataset['data_path']}\n{report}")
         ok = ok and report.ok

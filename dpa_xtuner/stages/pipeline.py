@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.stages.artifacts import file_sha256, read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
+from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.rehearsal import rehearse
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
@@ -50,6 +51,7 @@ def next_stage(cfg: Config) -> Config | None:
         )
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
+    cfg = complete(cfg, settings)
     base = Path(cfg.work_dir)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)

@@ -25,6 +25,7 @@ from dpa_xtuner.model.configs import NotFound, model_class, read_config
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
+from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import DataSettings, Settings
 from dpa_xtuner.stages.table import stage_table
 
@@ -103,16 +104,26 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
     return cfg
 
 
-def _is_here(data: DataSettings) -> bool:
-    return Path(data.data_path).is_file() and Path(data.image_folder).is_dir()
+def _is_here(file: str, images: str) -> bool:
+    return Path(file).is_file() and Path(images).is_dir()
+
+
+def _targets(data: DataSettings, inputs: Path, name: str) -> list[Path]:
+    if len(data.files) == 1:
+        return [inputs / f"{name}.json"]
+    return [inputs / f"{name}_{i}.json" for i in range(len(data.files))]
 
 
 def _data(data: DataSettings, inputs: Path, name: str) -> dict:
-    folder = data.image_folder if _is_here(data) else inputs / "images"
+    both = zip(data.files, data.folders, strict=True)
     return {
-        "data_path": str(inputs / f"{name}.json"),
-        "image_folder": str(folder),
-        "skip_limit": 1.0,  # one unusable sample among so few says nothing of the whole
+        "data_path": [str(target) for target in _targets(data, inputs, name)],
+        "image_folder": [i if _is_here(f, i) else str(inputs / "images") for f, i in both],
+        # Among so few samples, one that is unusable says nothing of the whole, and a small
+        # share or weight would leave none.
+        "skip_limit": 1.0,
+        "share": 1.0,
+        "weights": None,
     }
 
 
@@ -125,26 +136,27 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
         folder: where to; ``llm``, ``visual_encoder``, ``captions.json``,
             ``instructions.json`` and, where the data is generated, ``images``.
     """
-    tokenizer = _tokenizer(cfg, settings)
+    cfg = complete(cfg, settings)
+    tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / "llm")
-    _tiny_llm(cfg, settings, tokenizer).save_pretrained(folder / "llm")
-    _tiny_encoder("clip", settings.visual_encoder_name_or_path, folder / "visual_encoder")
+    _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")
+    _tiny_encoder(settings.encoder, settings.visual_encoder_name_or_path, folder / "visual_encoder")
     for name in ("captions", "instructions"):
         data = getattr(settings, name)
-        if _is_here(data):
-            found = (r for r in read_records(data.data_path) if isinstance(r, Record))
-            records = [_as_llava(record) for record in islice(found, SAMPLES)]
-            print_log(f"{name}: the first {len(records)} records of {data.data_path}", "current")
-        else:
-            records = _generated(folder / "images", with_text_only=name == "instructions")
-            print_log(
-                f"{name}: generated, since {data.data_path} or its images are not there", "current"
-            )
-        (folder / f"{name}.json").write_text(json.dumps(records))
+        for file, images, target in zip(
+            data.files, data.folders, _targets(data, folder, name), strict=True
+        ):
+            if _is_here(file, images):
+                found = (r for r in read_records(file) if isinstance(r, Record))
+                records = [_as_llava(record) for record in islice(found, SAMPLES)]
+                print_log(f"{name}: the first {len(records)} records of {file}", "current")
+            else:
+                records = _generated(folder / "images", with_text_only=name == "instructions")
+                print_log(f"{name}: generated, since {file} or its images are not there", "current")
+            target.write_text(json.dumps(records))
 
 
-def _tiny_llm(cfg: Config, settings: Settings, tokenizer):
-    template = {**cfg.model.llm, "pretrained_model_name_or_path": settings.llm_name_or_path}
+def _tiny_llm(template: dict, tokenizer):
     config = _published_or_default("llm_name_or_path", template)
     groups = config.num_attention_heads // (
         config.num_key_value_heads or config.num_attention_heads
@@ -191,11 +203,11 @@ def _published_or_default(setting: str, template: dict) -> PretrainedConfig:
         return owner.config_class()
 
 
-def _tokenizer(cfg: Config, settings: Settings):
+def _tokenizer(cfg: Config):
     reader = model_class(cfg.tokenizer)
     options = {key: value for key, value in cfg.tokenizer.items() if key != "type"}
     try:
-        return reader.from_pretrained(settings.llm_name_or_path, local_files_only=True, **options)
+        return reader.from_pretrained(local_files_only=True, **options)
     except (OSError, ValueError):
         print_log("The tokenizer is not on this machine: rehearsing with one of bytes", "current")
         return _byte_tokenizer()

@@ -7,9 +7,13 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dpa_xtuner.data.mixture import check_choice
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.families import Family, find_family
 from dpa_xtuner.loss import build_scheme
+from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.registry import FAMILIES, PROJECTORS, find_named
 from dpa_xtuner.stages.methods import METHODS, Method, find_method
 
 
@@ -28,7 +32,7 @@ class DataSettings(_Strict):
     data_path: str | list[str]
     image_folder: str | list[str]
     weights: list[float] | None = None
-    share: float = Field(default=1.0, gt=0, le=1)
+    share: float = 1.0
     skip_limit: float = Field(default=0.01, ge=0, le=1)
 
     @property
@@ -50,13 +54,7 @@ class DataSettings(_Strict):
                 f"data_path names {len(self.files)} files and image_folder {len(self.folders)} "
                 f"folders: give one folder for all, or one for each file"
             )
-        if self.weights is not None and (
-            len(self.weights) != len(self.files) or min(self.weights) <= 0
-        ):
-            raise ValueError(
-                f"weights={self.weights}: expected a number above 0 for each of the "
-                f"{len(self.files)} files of data_path"
-            )
+        check_choice(len(self.files), 0, "train", self.share, self.weights)
         return self
 
 
@@ -141,13 +139,17 @@ class Settings(_Strict):
 
     ``align.loss`` and ``tune.loss`` are complete here: in a config, None or an empty dict
     means the scheme of the method, a dict without ``type`` that scheme with other arguments,
-    and a name the scheme of that name.
+    and a name the scheme of that name. ``encoder`` and ``projector`` are dicts with ``type``.
     """
 
     method: str
     llm_name_or_path: str
+    family: str | None = None
+    prompt_template: str | dict[str, Any] | None = None
     visual_encoder_name_or_path: str
-    prompt_template: str
+    encoder: dict[str, Any]
+    projector: dict[str, Any]
+    max_tiles: int = Field(ge=1)
     captions: CaptionSettings
     instructions: DataSettings
     proxy: ProxySettings | None
@@ -158,6 +160,18 @@ class Settings(_Strict):
     def recipe(self) -> Method:
         """The stages and the loss of the method."""
         return find_method(self.method)
+
+    @property
+    def llm_family(self) -> type[Family] | None:
+        """The LLM's family, if one is named."""
+        return None if self.family is None else find_family(self.family)
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """The chat template: the config's own, or the family's."""
+        if self.prompt_template is None:
+            return dict(self.llm_family.template)
+        return resolve_template(self.prompt_template)
 
     @model_validator(mode="before")
     @classmethod
@@ -177,11 +191,36 @@ class Settings(_Strict):
         find_method(name)
         return name
 
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, name: str | None) -> str | None:
+        if name is not None:
+            find_family(name)
+        return name
+
     @field_validator("prompt_template")
     @classmethod
-    def _known_template(cls, name: str) -> str:
-        resolve_template(name)
-        return name
+    def _known_template(cls, template: str | dict | None) -> str | dict | None:
+        if template is not None:
+            resolve_template(template)
+        return template
+
+    @field_validator("encoder", "projector", mode="before")
+    @classmethod
+    def _dict_of_name(cls, value: Any) -> Any:
+        return _by_type(value)
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_encoder(cls, encoder: dict[str, Any]) -> dict[str, Any]:
+        build_encoder(encoder)
+        return encoder
+
+    @field_validator("projector")
+    @classmethod
+    def _known_projector(cls, projector: dict[str, Any]) -> dict[str, Any]:
+        find_named(PROJECTORS, projector, 2)  # the sizes are the models'
+        return projector
 
     @model_validator(mode="after")
     def _proxy_is_trained(self) -> "Settings":
@@ -208,10 +247,12 @@ class Settings(_Strict):
         _refuse_unknown_keys(cfg)
         given = {name: cfg[name] for name in cls.model_fields if name in cfg}
         try:
-            return cls.model_validate(_plain(given))
+            settings = cls.model_validate(_plain(given))
         except ValidationError as error:
             lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
             raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
+        _need_family(cfg, settings)
+        return settings
 
     @property
     def idle(self) -> dict[str, str]:
@@ -259,6 +300,17 @@ def _refuse_unknown_keys(cfg: Config) -> None:
     if unknown:
         lines = "\n".join(f"  {key}: not a known key{nearest(key, known)}" for key in unknown)
         raise DPAError(f"{cfg.filename} (or --cfg-options) sets keys that nothing reads:\n{lines}")
+
+
+def _need_family(cfg: Config, settings: Settings) -> None:
+    own_loader = "type" in cfg.get("model", {}).get("llm", {})
+    if settings.family is None and not (own_loader and settings.prompt_template is not None):
+        FAMILIES.import_from_location()
+        raise DPAError(
+            f"{cfg.filename} does not say what kind of LLM {settings.llm_name_or_path!r} is: set "
+            f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; or, for another, both its "
+            f"loader (model.llm.type) and its chat template (prompt_template)."
+        )
 
 
 def refuse_idle_options(cfg: Config, settings: Settings) -> None:

@@ -81,9 +81,15 @@ def test_a_stage_can_have_a_loss_of_its_own(changes, align, tune):
             "proxy.lora.r: proxy.train_llm='full' trains no LoRA",
         ),
         ({"proxy__train_llm": "all"}, r"proxy.train_llm: .*'full' or 'lora' \(got 'all'\)"),
-        ({"captions__share": 0.0}, r"captions.share: .*greater than 0 \(got 0.0\)"),
-        ({"captions__data_path": ["a", "b"], "captions__weights": [1.0]}, "each of the 2 files"),
-        ({"captions__data_path": ["a"], "captions__weights": [0.0]}, "above 0 for each of the 1"),
+        ({"captions__share": 0.0}, "captions: share is 0.0; expected a share of the data above 0"),
+        (
+            {"captions__data_path": ["a", "b"], "captions__weights": [1.0]},
+            "weights has 1 values and data_path 2",
+        ),
+        (
+            {"captions__data_path": ["a"], "captions__weights": [0.0]},
+            r"weights is \[0.0\]; expected numbers",
+        ),
         ({"instructions__image_folder": ["a", "b"]}, "names 1 files and image_folder 2 folders"),
     ],
 )

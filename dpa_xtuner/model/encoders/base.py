@@ -1,6 +1,5 @@
 """What is to be known of a kind of visual encoder, with the answers of an ordinary ViT."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,11 @@ class Encoder:
             config: of the architecture; not changed.
             folder: where to; made where it is missing.
         """
-        config = copy.deepcopy(config)
-        config.update({k: v for k, v in self.tiny_config.items() if hasattr(config, k)})
+        changes = {k: v for k, v in self.tiny_config.items() if hasattr(config, k)}
+        # Names of the layers, which some configurations hold, follow from their number.
+        named = ("stage_names", "out_features", "out_indices")
+        kept = {k: v for k, v in config.to_dict().items() if k not in named}
+        config = type(config).from_dict(kept | changes)
         torch.manual_seed(0)
         self.build(config).save_pretrained(folder)
         size = self.image_size(config)

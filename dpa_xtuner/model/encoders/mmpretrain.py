@@ -1,6 +1,7 @@
 """Any backbone of MMPretrain, by the name of its config; an optional dependency."""
 
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,11 @@ class MMPretrainConfig(PretrainedConfig):
         info = get_model_info(name)
         model, colours = info.config.model, info.config.data_preprocessor
         if "backbone" not in model or not colours.get("to_rgb", False):
+            what = (
+                "takes BGR images" if "backbone" in model else f"is a {model.type}, no classifier"
+            )
             raise DPAError(
-                f"{SETTING}={name!r} is a {model.type} without a backbone for RGB images. Take "
-                f"the config of a classifier."
+                f"{SETTING}={name!r} {what}. Take the config of a classifier of RGB images."
             )
         backbone = model.backbone.to_dict()
         return cls(
@@ -110,11 +113,13 @@ class MMPretrainModel(PreTrainedModel):
         return self.backbone(pixel_values)[-1].flatten(2).transpose(1, 2)
 
     @classmethod
-    def from_pretrained(cls, name: str, *args, checkpoint: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, *args, checkpoint: str | None = None, **kwargs
+    ):
         """Load a folder that ``save_pretrained`` wrote, or a named config's published weights.
 
         Args:
-            name: a folder or the name of a config.
+            pretrained_model_name_or_path: a folder or the name of a config.
             args: of transformers' own; for folders.
             checkpoint: file or address of a named config's weights; where MMPretrain publishes
                 them if it is None.
@@ -124,13 +129,12 @@ class MMPretrainModel(PreTrainedModel):
         Raises:
             DPAError: the weights can't be had, or are another model's.
         """
-        if Path(name).is_dir():
-            return super().from_pretrained(name, *args, **kwargs)
-        config = MMPretrainConfig.from_pretrained(name)
+        if Path(pretrained_model_name_or_path).is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = MMPretrainConfig.from_pretrained(pretrained_model_name_or_path)
         model = cls(config)
-        missing = model.load_backbone(checkpoint or config.checkpoint)
+        info = {"missing_keys": model.load_backbone(checkpoint or config.checkpoint)}
         model.to(_dtype(kwargs.get("torch_dtype"))).eval()
-        info = {"missing_keys": missing}
         return (model, info) if kwargs.get("output_loading_info") else model
 
     def load_backbone(self, checkpoint: str | None) -> list[str]:
@@ -249,21 +253,20 @@ def _build(backbone: dict) -> nn.Module:
     _mmpretrain()
     from mmpretrain.registry import MODELS
 
-    backbone = dict(backbone)
-    owner = MODELS.get(backbone["type"])
-    # Feature maps, where a classifier asks for a class token or a mean.
-    if hasattr(owner, "OUT_TYPES"):
-        backbone["out_type"] = "featmap"
-    if backbone["type"] == "ConvNeXt":
-        backbone["gap_before_final_norm"] = False
     with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return MODELS.build(backbone)
+        owner = MODELS.get(backbone["type"])
+        arguments = {name for c in owner.__mro__ for name in signature(c.__init__).parameters}
+        # Feature maps, where a classifier asks for a class token or a mean.
+        maps = {"out_type": "featmap", "gap_before_final_norm": False}
+        return MODELS.build(backbone | {k: v for k, v in maps.items() if k in arguments})
 
 
 def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
     """Channels, height and width of the last output, found without memory for weights."""
-    with init_empty_weights(include_buffers=True):
-        module = _build(backbone).eval()
+    with init_empty_weights():
+        module = _build(backbone)
+    module.eval()  # which does not return it
+    module.to("meta")  # buffers
     outputs = module(torch.empty(1, 3, image_size, image_size, device="meta"))
     shape = outputs[-1].shape if isinstance(outputs, (tuple, list)) else ()
     if len(shape) != 4:

@@ -53,25 +53,34 @@ class PairModel(nn.Module):
         self.config, self.first, self.second = config, first, second
 
     @classmethod
-    def from_pretrained(cls, name: str, first: dict, second: dict, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        first: str | dict,
+        second: str | dict,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
         """Load both.
 
         Args:
-            name: of both; see :class:`Pair`.
+            pretrained_model_name_or_path: of both; see :class:`Pair`.
             first: kind of the first, for :func:`build_encoder`.
             second: of the second.
+            output_loading_info: return (module, its ``missing_keys``) in place of the module.
             kwargs: of either's ``from_pretrained``.
         """
-        kwargs.pop("output_loading_info", None)
         pair, modules, missing = Pair(first, second), [], []
-        for half, kind, part in zip(HALVES, pair.kinds, split_name(name), strict=True):
+        names = split_name(pretrained_model_name_or_path)
+        for half, kind, part in zip(HALVES, pair.kinds, names, strict=True):
             options = kind.loader(part)
             load = get_object_from_string(options.pop("type"))
             path = options.pop("pretrained_model_name_or_path")
             module, info = load(path, **options, **kwargs, output_loading_info=True)
             modules.append(module)
             missing += [f"{half}.{key}" for key in info["missing_keys"]]
-        return cls(pair.config(name), *modules), {"missing_keys": missing}
+        model = cls(pair.config(pretrained_model_name_or_path), *modules)
+        return (model, {"missing_keys": missing}) if output_loading_info else model
 
     @property
     def dtype(self) -> torch.dtype:

@@ -48,6 +48,13 @@ class DINOv2(Encoder):
     image_processor = "transformers.BitImageProcessor.from_pretrained"
     layer = None
     model_types = ("dinov2", "dinov2_with_registers")
+    # Image and patch size stay, since the images' size is set for them.
+    tiny_config = {  # noqa: RUF012
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
 
     def __init__(self, image_size: int = 224, layer: int | None = None):
         super().__init__(layer)

@@ -1,0 +1,133 @@
+"""The registry of families, and what each says of its models."""
+
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, Qwen2Config
+from xtuner.model.utils import LoadWoInit
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.families import Family, check_model_type, find_family
+from dpa_xtuner.model.configs import model_class
+from dpa_xtuner.model.llm import load
+from dpa_xtuner.model.proxy_llm import ProxyLLM
+from dpa_xtuner.registry import FAMILIES
+
+NAMES = [
+    "gemma2",
+    "internlm2",
+    "internlm3",
+    "llama2",
+    "llama3",
+    "llama3_1",
+    "qwen2",
+    "qwen2_5",
+    "smollm2",
+    "vicuna",
+]
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
+TINY = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16, vocab_size=64,
+)  # fmt: skip
+
+
+def tiny(family):
+    config = CONFIGS[family.model_types[-1]](**TINY)
+    return model_class({"type": family.llm})(config)
+
+
+def test_these_are_all_families():
+    assert sorted(FAMILIES.module_dict) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loader_and_tokenizer_are_importable(name):
+    family = find_family(name)
+    for path in (family.llm, family.tokenizer):
+        assert path.endswith(".from_pretrained")
+        assert callable(model_class({"type": path}).from_pretrained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_targets_are_all_linear_layers_but_the_head(name):
+    family = find_family(name)
+    llm = tiny(family)
+    head = llm.get_output_embeddings()
+    linear = {n.split(".")[-1] for n, m in llm.named_modules() if type(m) is nn.Linear}
+    assert head is llm.lm_head
+    assert set(family.lora_targets) == linear - {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"), [("qwen", "qwen2"), ("internlm_2", "internlm2"), ("gemma-2", "gemma2")]
+)
+def test_an_unknown_family_is_answered(wrong, right):
+    with pytest.raises(DPAError) as caught:
+        find_family(wrong)
+    assert f"family={wrong!r} is not a known family; did you mean {right!r}?" in str(caught.value)
+    assert f"Known: {', '.join(NAMES)}" in str(caught.value)
+
+
+def test_a_name_that_is_none_is_answered():
+    with pytest.raises(DPAError, match="family=None is not a known family"):
+        find_family(None)
+
+
+def test_a_family_of_ones_own():
+    @FAMILIES.register_module("mine")
+    class Mine(Family):
+        llm = "transformers.MistralForCausalLM.from_pretrained"
+        model_types = ("mistral",)
+        template: ClassVar = dict(INSTRUCTION="[INST] {input} [/INST]")
+
+    try:
+        assert find_family("mine") is Mine
+    finally:
+        del FAMILIES.module_dict["mine"]
+
+
+def test_a_model_of_another_family_is_refused(tmp_path):
+    tiny(find_family("qwen2")).save_pretrained(tmp_path)
+    check_model_type(find_family("qwen2_5"), str(tmp_path))
+    with pytest.raises(DPAError) as caught:
+        check_model_type(find_family("llama3"), str(tmp_path))
+    assert "a model of type 'qwen2', and family 'llama3' loads llama" in str(caught.value)
+    assert "Set family to one of: qwen2, qwen2_5" in str(caught.value)
+
+
+def test_a_model_of_no_family_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DPAError, match=r"'bert', and family 'qwen2' loads qwen2. No family loads"):
+        check_model_type(find_family("qwen2"), str(tmp_path))
+
+
+def test_gemma2_caps_its_attention_scores(tmp_path):
+    """SDPA would not; with a low cap and large weights the difference is plain."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**TINY, attn_logit_softcapping=0.5, query_pre_attn_scalar=16)
+    reference = Gemma2ForCausalLM._from_config(copy.deepcopy(config), attn_implementation="eager")
+    for weight in reference.parameters():
+        nn.init.normal_(weight, std=0.5)
+    reference.save_pretrained(tmp_path)
+    cfg = dict(type=find_family("gemma2").llm, pretrained_model_name_or_path=str(tmp_path))
+    tokens = torch.arange(12)[None] * 5
+    with torch.no_grad():
+        expected = reference.eval()(tokens).logits
+        ours = load(ProxyLLM.__new__(ProxyLLM), dict(cfg)).eval()
+        assert torch.equal(ours(tokens).logits, expected)
+        sdpa = load(ProxyLLM.__new__(ProxyLLM), dict(cfg, attn_implementation="sdpa")).eval()
+        assert (sdpa(tokens).logits - expected).abs().max() > 0.1
+
+
+def test_loading_without_initialisation_gives_the_weights(tmp_path):
+    """As in training, where XTuner's LoadWoInit makes what is not loaded noise."""
+    llm = tiny(find_family("llama3"))
+    llm.save_pretrained(tmp_path)
+    with LoadWoInit():
+        again = model_class({"type": find_family("internlm2").llm}).from_pretrained(str(tmp_path))
+    for name, weight in llm.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight), name
