@@ -48,7 +48,7 @@ _DEFAULT_HOOKS = {
 # Keys that are read below, by place: whatever else a config holds is told as not kept.
 _READ = {
     "model": {"type", "llm", "visual_encoder", "freeze_llm", "freeze_visual_encoder", "llm_lora",
-              "visual_encoder_lora", "pretrained_pth", *_COPIED},
+              "visual_encoder_lora", "pretrained_pth", "projector_depth", *_COPIED},
     "llm_lora": {"type", "bias", "task_type", *_LORA},
     "dataset": {"type", "data_path", "image_folder", "max_length", "pad_image_to_square",
                 "tokenizer", "image_processor", "dataset_map_fn", "template_map_fn"},
@@ -63,7 +63,8 @@ _READ = {
 }  # fmt: skip
 # The order of a config's lines; an empty one between two groups.
 _GROUPS = (
-    ("family", "llm_name_or_path", "prompt_template", "visual_encoder_name_or_path", "encoder"),
+    ("family", "llm_name_or_path", "prompt_template"),
+    ("visual_encoder_name_or_path", "encoder", "projector"),
     ("captions", "instructions"),
     ("align", "tune"),
     ("tokenizer", "model"),
@@ -286,6 +287,8 @@ def _model(stock: Stock) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         settings["encoder"] = {"type": _ENCODERS[encoder]}
     else:
         lost.append(f"visual encoder of type {encoder}: choose an encoder=dict(type=...) for it")
+    if "projector_depth" in cfg:
+        settings["projector"] = {"type": "mlp", "depth": cfg.projector_depth}
     rest = {key: cfg[key] for key in _COPIED if key in cfg}
     settings["model"] = rest | {"llm": llm}
     return settings, comments, lost

@@ -129,11 +129,12 @@ def test_a_quantised_llm_without_a_tune_stage_is_tuned_by_lora(written):
         ("internlm/internlm-20b", None),
         ("internlm/internlm3-8b-instruct", "internlm3"),
         ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
-        ("meta-llama/Llama-3.1-8B-Instruct", "llama3"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3_1"),
         ("meta-llama/Llama-2-7b-chat-hf", "llama2"),
         ("huggyllama/llama-30b", None),
         ("lmsys/vicuna-7b-v1.5", "vicuna"),
-        ("/models/Qwen2.5-7B-Instruct", "qwen2"),
+        ("Qwen/Qwen2-7B-Instruct", "qwen2"),
+        ("/models/Qwen2.5-7B-Instruct", "qwen2_5"),
         ("google/gemma-2-9b-it", "gemma2"),
         ("google/gemma-2b-it", None),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2"),
@@ -148,7 +149,7 @@ def test_an_llm_of_no_family_keeps_its_template_and_is_loaded_by_its_own_class(w
     phi = Config.fromfile(
         written["llava_phi3_mini_4k_instruct_clip_vit_large_p14_336_e1_gpu8_pretrain"]
     )
-    assert phi.prompt_template == "phi3_chat" and phi.family is None
+    assert phi.prompt_template == "phi3_chat" and "family" not in phi
     assert phi.model.llm.type == "transformers.Phi3ForCausalLM.from_pretrained"
     assert not phi.model.llm.trust_remote_code and not phi.tokenizer.trust_remote_code
     path = written["llava_internlm_chat_7b_clip_vit_large_p14_336_e1_gpu8_pretrain"]
@@ -170,7 +171,8 @@ def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
          "prompt_template = dict(INSTRUCTION='Q: {input} A:', SEP='\\n')"),
         ("randomness = dict(seed=None", "randomness = dict(seed=7"),
         ("pad_image_to_square=True,", "pad_image_to_square=True, max_dataset_length=99,"),
-        ("    freeze_visual_encoder=True,", "    freeze_visual_encoder=True, projector_depth=3,"),
+        ("    freeze_visual_encoder=True,", "    freeze_visual_encoder=True, projector_depth=3,\n"
+         "    max_position_embeddings=4096,"),
         ('bias="none",\n        task_type', 'bias="all",\n        task_type'),
     ]:  # fmt: skip
         assert old in text, old
@@ -189,7 +191,8 @@ def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
     assert cfg.tune.global_batch_size == 128  # on 8 GPUs, since the name says nothing
     said = "\n".join(converted.not_kept)
     assert "max_dataset_length=99 of its dataset" in said
-    assert "projector_depth=3 of its model" in said
+    assert "max_position_embeddings=4096 of its model" in said
+    assert Settings.from_config(cfg).projector == dict(type="mlp", depth=3)
 
 
 def test_what_is_no_stock_config_is_answered_with_the_nearest(tmp_path):
