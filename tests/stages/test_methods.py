@@ -204,6 +204,17 @@ def test_a_full_proxy_that_is_killed_ends_with_the_same_bits(full_proxy, tmp_pat
     assert harness.differing(whole, harness.weights(work_dir)) == []
 
 
+def test_a_full_proxy_under_deepspeed(tiny, tmp_path):
+    work_dir = tmp_path / "run"
+    harness.finish("proxy", work_dir, *FULL_PROXY, deepspeed=True)
+    watch = harness.watch(work_dir / "watched-align.pt")
+    harness.finish("align", work_dir, *FULL_PROXY, deepspeed=True, prepare=watch)
+    written = load_file(work_dir / "proxy/llm/model.safetensors")
+    original = load_file(tiny / "llm/model.safetensors")
+    assert set(harness.differing(original, written)) == set(written)
+    assert harness.differing(llm_before(work_dir / "watched-align.pt"), written) == []
+
+
 def test_a_retrained_full_proxy_makes_a_finished_align_stale(full_proxy, tmp_path):
     work_dir = tmp_path / "run"
     for stage in ("proxy", "align"):

@@ -1,4 +1,4 @@
-"""Families, encoders, projectors, tiles and mixtures, from a config's setting to a trained stage."""
+"""Families, encoders, projectors, tiles and mixtures: from a setting to a trained stage."""
 
 import json
 import shutil
@@ -107,16 +107,18 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
     ("options", "message"),
     [
         (["family=qwen"], "family: family='qwen' is not a known family; did you mean 'qwen2'"),
-        (["family=qwen2", "prompt_template=None"], None),  # loader and template as before
         (["encoder=clipp"], "encoder: 'clipp' is not a known encoder; did you mean 'clip'"),
-        (["encoder.leyer=1"], "encoder: encoder 'clip' has no 'leyer'; did you mean 'layer'"),
+        (["encoder.leyer=1"], "encoder: The encoder 'clip' has no 'leyer'; did you mean 'layer'"),
         (["projector=mpl"], "projector: 'mpl' is not a known projector; did you mean 'mlp'"),
-        (["projector.dept=1"], "projector: projector 'mlp' has no 'dept'; did you mean 'depth'"),
+        (
+            ["projector.dept=1"],
+            "projector: The projector 'mlp' has no 'dept'; did you mean 'depth'",
+        ),
         (["max_tiles=0"], "max_tiles: Input should be greater than or equal to 1 (got 0)"),
         (["prompt_template=None"], "does not say what kind of LLM"),
         (["encoder=siglip"], "is a model of type 'clip_vision_model', and the encoder SigLIP"),
         (["projector.type=avg_pool", "projector.factor=3"], "does not divide the encoder's 2 x 2"),
-        (["projector.type=resampler", "projector.heads=3"], "does not divide the LLM's 64"),
+        (["projector.type=resampler", "projector.queries=0"], "projector.queries=0 is not"),
         (["model.projector_depth=3"], "set projector.depth instead"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -124,16 +126,16 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
 def test_models_that_do_not_fit_are_refused_before_the_first_stage(
     options, message, tiny, tmp_path
 ):
-    if message is None:
-        cfg = Config.fromfile(harness.TINY_CONFIG)
-        cfg.merge_from_dict(
-            dict(option.split("=") for option in options) | {"prompt_template": None}
-        )
-        assert (
-            Settings.from_config(cfg).template["DEFAULT_SYSTEM"] == "You are a helpful assistant."
-        )
-    else:
-        assert message in refusal(tmp_path / "run", *options)
+    assert message in refusal(tmp_path / "run", *options)
+
+
+def test_a_template_of_the_configs_own_stands_before_the_familys():
+    cfg = Config.fromfile(harness.TINY_CONFIG)
+    cfg.merge_from_dict({"family": "qwen2", "prompt_template": None})
+    system = "You are a helpful assistant."
+    assert Settings.from_config(cfg).template["DEFAULT_SYSTEM"] == system
+    cfg.prompt_template = "vicuna"
+    assert Settings.from_config(cfg).template["INSTRUCTION"] == "USER: {input} ASSISTANT:"
 
 
 @pytest.fixture
@@ -143,8 +145,8 @@ def by_family(tiny, tmp_path):
     def write(family: str, llm: Path) -> Path:
         file = tmp_path / f"{family}.py"
         file.write_text(
-            f"_base_ = [{str(harness.TINY_CONFIG)!r}]\nfamily = {family!r}\nprompt_template = None\n"
-            f"llm_name_or_path = {str(llm)!r}\n"
+            f"_base_ = [{str(harness.TINY_CONFIG)!r}]\nfamily = {family!r}\n"
+            f"prompt_template = None\nllm_name_or_path = {str(llm)!r}\n"
             "model = dict(llm=dict(_delete_=True, torch_dtype='torch.bfloat16'))\n"
         )
         return file
