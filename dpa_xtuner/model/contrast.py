@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.llm import (
     base_model,
@@ -52,13 +53,9 @@ def contrast_scores(llm: PreTrainedModel | PeftModel, data: dict) -> TokenScores
     supervised = supervised_places(labels)
     concerned = data["image_mask"].any(1) & supervised.any(1)  # (B,)
     text = data["attention_mask"].bool() & ~data["image_mask"] & concerned.unsqueeze(1)
-    inputs, before = _inputs(llm, data, text)
-    places = before[:, 1:][supervised]  # (N,)
-    known = places >= 0
     with _evaluating(llm):
-        hidden = decode(llm, inputs).flatten(0, 1)[places[known]]
-        of_known = torch.zeros_like(supervised).masked_scatter(supervised, known)
-        check_finite(hidden, of_known, data["ids"], " without the images")
+        hidden, known = _hidden(llm, data, text, supervised, share_rows=True)
+        _check(llm, data, text, supervised, hidden, known)
         found = token_scores_of(llm, hidden, labels[:, 1:][supervised][known])
     # What has no text before it: all V tokens are alike to the LLM.
     uniform = math.log(output_head(llm).out_features)
@@ -69,6 +66,32 @@ def contrast_scores(llm: PreTrainedModel | PeftModel, data: dict) -> TokenScores
         cross_entropy.masked_scatter(known, found.cross_entropy),
         logit.masked_scatter(known, found.logit),
     )
+
+
+def _hidden(
+    llm: nn.Module, data: dict, text: Tensor, supervised: Tensor, share_rows: bool
+) -> tuple[Tensor, Tensor]:
+    # (M, H) of the M supervised tokens that have text before them; and which they are, (N,).
+    inputs, before = _inputs(llm, data, text, share_rows)
+    places = before[:, 1:][supervised]  # (N,)
+    known = places >= 0
+    return decode(llm, inputs).flatten(0, 1)[places[known]], known
+
+
+def _check(
+    llm: nn.Module, data: dict, text: Tensor, supervised: Tensor, hidden: Tensor, known: Tensor
+) -> None:
+    of_known = torch.zeros_like(supervised).masked_scatter(supervised, known)
+    where = " without the images"
+    try:
+        check_finite(hidden, of_known, data["ids"], where)
+    except DPAError:
+        # A spoilt sample spoils its whole row, since 0 x NaN is NaN: alone, each speaks for
+        # itself. Under ZeRO-3 the other ranks would not take part.
+        if not any(hasattr(parameter, "ds_id") for parameter in llm.parameters()):
+            alone, _ = _hidden(llm, data, text, supervised, share_rows=False)
+            check_finite(alone, of_known, data["ids"], where)
+        raise
 
 
 class Packed(NamedTuple):
@@ -119,12 +142,14 @@ def pack(text: Tensor, share_rows: bool) -> Packed:
     return Packed(slots // longest, slots % longest, size, segments)
 
 
-def _inputs(llm: nn.Module, data: dict, text: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _inputs(
+    llm: nn.Module, data: dict, text: Tensor, share_rows: bool
+) -> tuple[dict[str, Tensor], Tensor]:
     # The decoder's inputs; and for each text token of the batch the place, in its flattened
     # output, of the text token before, -1 where there is none.
     config = base_model(llm).config
-    if _exceeds_window(config, text.shape[1]):
-        # A sliding window counts positions in the sequence, so there the images keep theirs.
+    if _depends_on_length(config, text.shape[1]):
+        # There the images keep their places in the sequence.
         mask = text | ~text.any(1, keepdim=True)
         keys = ("input_ids", "position_ids")
         inputs = {key: data[key] for key in keys} | {"attention_mask": mask.long()}
@@ -132,7 +157,7 @@ def _inputs(llm: nn.Module, data: dict, text: Tensor) -> tuple[dict[str, Tensor]
         slots = places[:, 0] * text.shape[1] + places[:, 1]
     else:
         flash = getattr(config, "_attn_implementation", None) == "flash_attention_2"
-        packed = pack(text, share_rows=not flash)
+        packed = pack(text, share_rows=share_rows and not flash)
         inputs = {}
         for key in ("input_ids", "position_ids"):
             rows = torch.zeros(packed.size, dtype=torch.int64, device=text.device)
@@ -161,9 +186,16 @@ def _pairs(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(seen, 0.0, lowest).to(dtype).unsqueeze(1)
 
 
-def _exceeds_window(config: PretrainedConfig, length: int) -> bool:
+def _depends_on_length(config: PretrainedConfig, length: int) -> bool:
+    # A sliding window counts positions in the sequence; and some rotary embeddings are
+    # stretched by the last position of a batch where it is beyond what they were made for.
     window = getattr(config, "sliding_window", None)
-    return bool(window and getattr(config, "use_sliding_window", True) and length > window)
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        return True
+    scaling = getattr(config, "rope_scaling", None) or {}
+    stretched = scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope")
+    made_for = getattr(config, "original_max_position_embeddings", None)
+    return stretched and length > (made_for or config.max_position_embeddings)
 
 
 @contextmanager

@@ -195,13 +195,8 @@ def sample(record_id, tokens, images=0):
     tokens = np.array(tokens)
     labels = np.where(tokens == -200, -100, tokens)
     pixels = [torch.full((3, 2, 2), float(tokens[0])) for _ in range(images)]
-    return {
-        "id": record_id,
-        "index": 0,
-        "input_ids": tokens,
-        "labels": labels,
-        "pixel_values": pixels,
-    }
+    item = {"id": record_id, "index": "abcd".index(record_id), "pixel_values": pixels}
+    return item | {"input_ids": tokens, "labels": labels}
 
 
 def test_a_batch_by_hand():
@@ -225,7 +220,7 @@ def test_a_batch_by_hand():
     assert data["image_mask"].int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert data["position_ids"].tolist() == [[0, 1, 2, 3]] * 3
     assert data["pixel_values"][:, 0, 0, 0].tolist() == [7.0, 5.0]
-    assert data["ids"] == ["a", "c", "d"]
+    assert data["ids"] == ["a", "c", "d"] and data["indices"] == [0, 2, 3]
     assert data["skipped"] == [("b", "missing image: x.png")]
     kinds = [data[k].dtype for k in ("input_ids", "labels", "attention_mask", "image_mask")]
     assert kinds == [torch.int64, torch.int64, torch.bool, torch.bool]

@@ -51,7 +51,7 @@ def test_it_is_read_the_second_time_and_gives_the_same_bits(cache, aligned):
 
 def test_its_scores_are_those_of_the_pass(cache, reference):
     # bfloat16 and other company in the batch: some hundredths of a nat.
-    folder, work_dir = cache
+    _, work_dir = cache
     computed, read = losses(reference(PLAIN).work_dir), losses(work_dir)
     assert len(read) == len(computed) > 0
     assert np.allclose(computed, read, atol=2e-3)

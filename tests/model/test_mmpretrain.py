@@ -156,7 +156,7 @@ def test_names_that_will_not_do_are_refused(name, message):
 
 def test_weights_that_are_not_there_are_told():
     kind = build_encoder(dict(type="mmpretrain", checkpoint="no/where.pth"))
-    with pytest.raises(DPAError, match="'no/where.pth' can't be read.*checkpoint=FILE"):
+    with pytest.raises(DPAError, match=r"'no/where.pth' can't be read.*checkpoint=FILE"):
         BUILDER.build(kind.loader("convnext-tiny_32xb128_in1k"))
 
 
@@ -171,5 +171,5 @@ def test_a_chosen_layer_is_refused(tmp_path):
     _tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
     kind, module = load("mmpretrain", str(tmp_path))
     kind.layer = -2
-    with pytest.raises(DPAError, match="leave model.visual_select_layer out"):
+    with pytest.raises(DPAError, match=r"leave model\.visual_select_layer out"):
         kind.features(module, pixels(224))

@@ -1,11 +1,13 @@
 """What a stage writes can be read by its users, and what the next one starts from is right."""
 
 import json
+import sys
+from pathlib import Path
 
 import harness
 import pytest
 import torch
-from harness import Layout
+from harness import STAGES, Layout
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -132,3 +134,67 @@ def test_the_record_says_what_a_part_was_made_from(reference, tiny):
         assert {k.replace(".default", ""): v for k, v in shapes.items()} == trained
     of_align = records["align/projector"]["llm"]["fingerprint"]
     assert {record["llm"]["fingerprint"] for record in records.values()} == {of_align}
+
+
+# What the loss saw.
+
+OWN_SCHEME = """\
+from dataclasses import dataclass
+from dpa_xtuner.loss import Contrast
+from dpa_xtuner.registry import SCHEMES
+
+@SCHEMES.register_module("log_ratio")
+@dataclass(frozen=True)
+class LogRatio(Contrast):
+    d_min: float = 2.0
+    d_max: float = 3.0
+
+    def difference(self, scores, without):
+        return without.cross_entropy - scores.cross_entropy
+"""
+
+
+def logged(work_dir: Path, stage: str) -> list[dict]:
+    """What MMEngine's local backend wrote of the training, a row each time."""
+    (file,) = (work_dir / stage).glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_log_shows_what_the_loss_saw(stage, reference):
+    rows = logged(reference(FULL).work_dir, stage)
+    assert rows
+    for row in rows:
+        assert row["cross_entropy"] > 0 and row["supervised_tokens"] > 1
+        if stage == "proxy":
+            assert row["loss"] == pytest.approx(row["cross_entropy"], rel=1e-4)
+            assert row["mean_weight"] == 1 and "mean_p_difference" not in row
+        else:
+            assert 0.0499 <= row["mean_weight"] <= 0.5 and abs(row["mean_p_difference"]) < 1
+            assert 0 <= row["share_at_d_max"] <= 1 - row["share_at_d_min"] <= 1
+
+
+@pytest.mark.parametrize("deepspeed", [False, True], ids=["plain", "zero2"])
+def test_a_users_own_scheme_trains_from_their_own_file(deepspeed, reference, tmp_path):
+    assert len(OWN_SCHEME.splitlines()) < 15
+    (tmp_path / "own_scheme.py").write_text(OWN_SCHEME)
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = [{str(harness.TINY_CONFIG)!r}]\n"
+        "custom_imports = dict(imports=['dpa_xtuner', 'own_scheme'])\n"
+        "align = dict(normalize='global', loss=dict(_delete_=True, type='log_ratio', window=5))\n"
+    )
+    rows = {}
+    for name, options in [("own", []), ("vanilla", ["align.loss=uniform"])]:
+        harness.copy_stage(reference(FULL).work_dir, tmp_path / name, "proxy")
+        options += ["default_hooks.logger.interval=1", "align.max_steps=2"]
+        how = dict(prepare=lambda: sys.path.insert(0, str(tmp_path)), deepspeed=deepspeed)
+        harness.finish("align", tmp_path / name, *options, config=config, **how)
+        rows[name] = logged(tmp_path / name, "align")
+    assert len(rows["own"]) == 4
+    assert all(2 <= row["mean_weight"] <= 3 for row in rows["own"])
+    # Before the first step both see the same, and say so in the same unit.
+    first, vanilla = rows["own"][0], rows["vanilla"][0]
+    assert first["cross_entropy"] == pytest.approx(vanilla["loss"], rel=1e-5)
+    assert first["supervised_tokens"] == vanilla["supervised_tokens"]

@@ -10,8 +10,9 @@ from accelerate import init_empty_weights
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, PretrainedConfig, PreTrainedModel
+from transformers import CLIPImageProcessor, PretrainedConfig
 
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.model.encoders.base import SETTING, Encoder
@@ -98,54 +99,65 @@ class MMPretrainConfig(PretrainedConfig):
         )
 
 
-class MMPretrainModel(PreTrainedModel):
-    """A backbone whose last feature map is a sequence of tokens."""
+class MMPretrainModel(nn.Module):
+    """A backbone whose last feature map is a sequence of tokens.
+
+    It is no model of transformers: these rename weights that are called ``gamma``, as
+    ConvNeXt's are.
+    """
 
     config_class = MMPretrainConfig
-    main_input_name = "pixel_values"
 
     def __init__(self, config: MMPretrainConfig):
-        super().__init__(config)
+        super().__init__()
+        self.config = config
         self.backbone = _build(config.backbone)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, tokens, hidden size), the places of the map row by row."""
         return self.backbone(pixel_values)[-1].flatten(2).transpose(1, 2)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+        return next(self.parameters()).dtype
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        self.config.save_pretrained(folder)
+        save_model(self, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, *args, checkpoint: str | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str,
+        checkpoint: str | None = None,
+        torch_dtype: torch.dtype = torch.float32,
+        output_loading_info: bool = False,
     ):
-        """Load a folder that ``save_pretrained`` wrote, or a named config's published weights.
+        """Load a folder that :meth:`save_pretrained` wrote, or a named config's published weights.
 
         Args:
             pretrained_model_name_or_path: a folder or the name of a config.
-            args: of transformers' own; for folders.
             checkpoint: file or address of a named config's weights; where MMPretrain publishes
                 them if it is None.
-            kwargs: of transformers' own; of a named config ``torch_dtype`` and
-                ``output_loading_info``.
+            torch_dtype: of the weights.
+            output_loading_info: return (module, its ``missing_keys``) in place of the module.
 
         Raises:
-            DPAError: the weights can't be had, or are another model's.
+            DPAError: the weights can't be read.
         """
-        if Path(pretrained_model_name_or_path).is_dir():
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config = MMPretrainConfig.from_pretrained(pretrained_model_name_or_path)
         model = cls(config)
-        info = {"missing_keys": model.load_backbone(checkpoint or config.checkpoint)}
-        model.to(_dtype(kwargs.get("torch_dtype"))).eval()
-        return (model, info) if kwargs.get("output_loading_info") else model
+        weights = Path(pretrained_model_name_or_path) / "model.safetensors"
+        if weights.is_file():
+            missing, _ = load_model(model, str(weights), strict=False)
+        else:
+            missing = model._load_backbone(checkpoint or config.checkpoint)
+        model.to(torch_dtype).eval()
+        return (model, {"missing_keys": list(missing)}) if output_loading_info else model
 
-    def load_backbone(self, checkpoint: str | None) -> list[str]:
-        """Load the backbone's part of a checkpoint of MMPretrain.
-
-        Returns:
-            Names of weights that it lacks.
-
-        Raises:
-            DPAError: it can't be read.
-        """
+    def _load_backbone(self, checkpoint: str | None) -> list[str]:
         try:
             state = CheckpointLoader.load_checkpoint(checkpoint, map_location="cpu")
         except (OSError, TypeError, AttributeError) as error:
@@ -156,7 +168,7 @@ class MMPretrainModel(PreTrainedModel):
         state = state.get("state_dict", state)
         prefix = "backbone."
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        return list(self.backbone.load_state_dict(own or state, strict=False).missing_keys)
+        return self.backbone.load_state_dict(own or state, strict=False).missing_keys
 
 
 @ENCODERS.register_module("mmpretrain")
@@ -287,9 +299,3 @@ def _test_sizes(config: Config) -> Iterator[Any]:
     loader = config.get("test_dataloader")
     for step in reversed(loader.dataset.pipeline if loader else []):
         yield step.get("crop_size") or step.get("scale")
-
-
-def _dtype(value: str | torch.dtype | None) -> torch.dtype:
-    if isinstance(value, str):
-        value = getattr(torch, value.removeprefix("torch."))
-    return value or torch.float32

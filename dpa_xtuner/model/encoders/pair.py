@@ -56,8 +56,7 @@ class PairModel(nn.Module):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str,
-        first: str | dict,
-        second: str | dict,
+        kinds: list[str | dict],
         output_loading_info: bool = False,
         **kwargs,
     ):
@@ -65,12 +64,11 @@ class PairModel(nn.Module):
 
         Args:
             pretrained_model_name_or_path: of both; see :class:`Pair`.
-            first: kind of the first, for :func:`build_encoder`.
-            second: of the second.
+            kinds: of the two, for :func:`build_encoder`.
             output_loading_info: return (module, its ``missing_keys``) in place of the module.
             kwargs: of either's ``from_pretrained``.
         """
-        pair, modules, missing = Pair(first, second), [], []
+        pair, modules, missing = Pair(*kinds), [], []
         names = split_name(pretrained_model_name_or_path)
         for half, kind, part in zip(HALVES, pair.kinds, names, strict=True):
             options = kind.loader(part)
@@ -110,13 +108,14 @@ class Pair(Encoder):
 
     def __init__(self, first: str | dict, second: str | dict):
         super().__init__()
-        self.halves = {"first": first, "second": second}
+        self.halves = [first, second]
         self.kinds = build_encoder(first), build_encoder(second)
         self.image_processor = self.kinds[0].image_processor
 
     def loader(self, name: str) -> dict:
         """With the kinds of the halves."""
-        return super().loader(name) | self.halves
+        # A list, since XTuner's builder would build dicts with a type that are values.
+        return super().loader(name) | {"kinds": self.halves}
 
     def processor(self, name: str) -> dict:
         """The first's."""
