@@ -47,15 +47,18 @@ def find_family(name: str) -> type[Family]:
     """The family of a name.
 
     Raises:
-        DPAError: unknown; the message has the nearest and the known ones.
+        DPAError: unknown, and the message has the nearest and the known ones; or one that does
+            not say what a family must.
     """
-    family = FAMILIES.get(name) if isinstance(name, str) else None
-    if family is None:
-        known = sorted(FAMILIES.module_dict)
+    families = dict(_families())
+    if name not in families:
         raise DPAError(
-            f"family={name!r} is not a known family{nearest(str(name), known)}. Known: "
-            f"{', '.join(known)}. A family of your own needs its file in custom_imports."
+            f"family={name!r} is not a known family{nearest(str(name), families)}. Known: "
+            f"{', '.join(families)}. A family of your own needs its file in custom_imports."
         )
+    family = families[name]
+    if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
+        raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
     return family
 
 
@@ -110,7 +113,7 @@ def check_template(
     if found is None:
         return
     published, ours, place = found
-    fitting = [name for name, f in _families() if _difference(f.template, tokenizer) is None]
+    fitting = [name for name, family in _families() if _fits(family, tokenizer)]
     advice = f"family={fitting[0]!r} has it. " if fitting else ""
     raise DPAError(
         f"The chat template of {name!r} is not the one that the tokenizer of "
@@ -140,9 +143,13 @@ def _difference(
                     tokenizer.apply_chat_template(messages),
                     tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True),
                 ]
-            except TemplateError:
+            except TemplateError as error:
                 if system is None:
-                    raise
+                    raise DPAError(
+                        f"The chat template of the tokenizer of {tokenizer.name_or_path!r} can't "
+                        f"say a question and its answer ({error}). Mend it, or set "
+                        f"tokenizer.chat_template='' to go by prompt_template alone."
+                    ) from None
                 continue  # it has no system prompt; XTuner's templates have one for any family
             own = _ours(template, tokenizer, turns, system)
             for theirs, ours in zip(published, own, strict=True):
@@ -151,6 +158,13 @@ def _difference(
                     place = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
                     return tokenizer.decode(theirs), tokenizer.decode(ours), place
     return None
+
+
+def _fits(family: type[Family], tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        return _difference(family.template, tokenizer) is None
+    except DPAError:  # such as a tokenizer without the EOS that the template ends with
+        return False
 
 
 def _messages(turns: tuple[tuple[str, str], ...], system: str | None) -> list[dict[str, str]]:

@@ -114,12 +114,12 @@ def save_internlm2(llm: LlamaForCausalLM, folder: str | Path, published: str | P
             did not change, its remote code among it, is kept.
     """
     folder = Path(folder)
-    llm.save_pretrained(folder, state_dict=to_internlm2(llm.state_dict(), llm.config))
     config = json.loads((Path(published) / "config.json").read_text())
     config |= {
         "torch_dtype": str(llm.dtype).removeprefix("torch."),
         "vocab_size": llm.config.vocab_size,
     }
+    llm.save_pretrained(folder, state_dict=to_internlm2(llm.state_dict(), llm.config))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

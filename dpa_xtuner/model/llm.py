@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from mmengine.model import BaseModel
@@ -40,7 +41,7 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     knows_flash = getattr(owner, "_supports_flash_attn_2", False)
     if SUPPORT_FLASH2 and knows_flash and torch.cuda.is_available():
         cfg.setdefault("attn_implementation", "flash_attention_2")
-    elif hasattr(getattr(owner, "config_class", object)(), "attn_logit_softcapping"):
+    elif _caps_attention(owner):
         cfg.setdefault("attn_implementation", "eager")
     with LoadWoInit():
         try:
@@ -56,6 +57,11 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
             f"{type(built).__name__}: {', '.join(missing[:5])}. Is it another model's folder?"
         )
     return built
+
+
+def _caps_attention(owner: type) -> bool:
+    config = getattr(owner, "config_class", None)
+    return config is not None and "attn_logit_softcapping" in signature(config).parameters
 
 
 def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:

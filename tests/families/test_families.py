@@ -63,7 +63,8 @@ def test_lora_targets_are_all_linear_layers_but_the_head(name):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("qwen", "qwen2"), ("internlm_2", "internlm2"), ("gemma-2", "gemma2")]
+    ("wrong", "right"),
+    [("qwen", "qwen2"), ("internlm_2", "internlm2"), ("gemma-2", "gemma2"), ("qwen2.5", "qwen2_5")],
 )
 def test_an_unknown_family_is_answered(wrong, right):
     with pytest.raises(DPAError) as caught:
@@ -86,6 +87,9 @@ def test_a_family_of_ones_own():
 
     try:
         assert find_family("mine") is Mine
+        del Mine.llm, Mine.model_types
+        with pytest.raises(DPAError, match="family='mine' has no llm, model_types; see"):
+            find_family("mine")
     finally:
         del FAMILIES.module_dict["mine"]
 

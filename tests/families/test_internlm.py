@@ -124,6 +124,9 @@ def test_an_export_loads_with_internlm2s_own_code(tmp_path):
     torch.testing.assert_close(logits(theirs, 24), logits(ours, 24), atol=1e-5, rtol=0)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config == json.loads((published / "config.json").read_text())
+    save_internlm2(ours, published, published)  # also in its own place
+    again = InternLM2ForCausalLM.from_pretrained(str(published))
+    assert torch.equal(logits(again), logits(ours))
     assert "model.tok_embeddings.weight" in load_file(tmp_path / "export" / "model.safetensors")
 
 

@@ -174,3 +174,17 @@ def test_a_template_that_no_family_has_names_none(sentencepiece):
         check_template(find_family("vicuna"), tokenizer, "vicuna")
     assert "has it" not in str(caught.value)
     assert "tokenizer.chat_template=''" in str(caught.value)
+
+
+def test_a_tokenizer_without_eos_fits_no_template_that_needs_one(sentencepiece):
+    tokenizer = make(sentencepiece, "qwen2")
+    tokenizer.eos_token = None
+    with pytest.raises(DPAError, match="family='qwen2' has it"):
+        check_template(find_family("qwen2_5"), tokenizer, "qwen2_5")
+
+
+def test_a_broken_chat_template_is_answered(sentencepiece):
+    tokenizer = make(sentencepiece, "qwen2")
+    tokenizer.chat_template = "{{ raise_exception('No chat today') }}"
+    with pytest.raises(DPAError, match=r"can't say a question and its answer .No chat today."):
+        check_template(find_family("qwen2"), tokenizer, "qwen2")

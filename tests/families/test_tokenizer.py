@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 from mmengine.utils import get_object_from_string
+from published_templates import VICUNA
 from sentencepiece import SentencePieceProcessor
 from small_tokenizers import UNUSED
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
-from dpa_xtuner.families import find_family
+from dpa_xtuner.families import check_template, find_family
 from dpa_xtuner.families.tokenizer import InternLMTokenizer
 
 CHAT = ["<|plugin|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
@@ -107,3 +108,14 @@ def test_a_missing_folder_is_an_os_error():
 def test_the_families_use_it(name):
     loader = get_object_from_string(find_family(name).tokenizer)
     assert loader == InternLMTokenizer.from_pretrained
+
+
+def test_vicunas_tokenizer_is_a_sentencepiece_file_alone(pieces, tmp_path):
+    """What transformers makes of it, by way of protobuf, agrees with the template too."""
+    shutil.copy(pieces(True), tmp_path / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "chat_template": VICUNA}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert type(tokenizer) is LlamaTokenizerFast
+    check_template(find_family("vicuna"), tokenizer, "vicuna")
