@@ -1,0 +1,175 @@
+"""Bytes and parameters, against published numbers and numbers worked out by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+from mmengine.config import Config
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+
+from dpa_xtuner import DPAError
+from dpa_xtuner.stages import Settings, stage_table
+from dpa_xtuner.stages.memory import Counts, Memory, StageModel, state_memory
+
+ROOT = Path(__file__).parents[2]
+# In billions, as the models' cards and repositories say.
+PUBLISHED = {
+    "internlm/internlm2_5-1_8b-chat": ("internlm2", 1.89),
+    "internlm/internlm2_5-7b-chat": ("internlm2", 7.74),
+    "internlm/internlm2_5-20b-chat": ("internlm2", 19.86),
+    "internlm/internlm3-8b-instruct": ("internlm3", 8.80),
+    "Qwen/Qwen2.5-1.5B-Instruct": ("qwen2_5", 1.54),
+    "Qwen/Qwen2.5-3B-Instruct": ("qwen2_5", 3.09),
+    "Qwen/Qwen2.5-7B-Instruct": ("qwen2_5", 7.61),
+    "Qwen/Qwen2.5-14B-Instruct": ("qwen2_5", 14.77),
+    "Qwen/Qwen2.5-32B-Instruct": ("qwen2_5", 32.76),
+    "meta-llama/Llama-3.1-8B-Instruct": ("llama3_1", 8.03),
+    "lmsys/vicuna-7b-v1.5": ("vicuna", 6.74),
+    "lmsys/vicuna-13b-v1.5": ("vicuna", 13.02),
+    "google/gemma-2-9b-it": ("gemma2", 9.24),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("smollm2", 0.1345),
+}
+CLIP = 0.3035
+H, Q, HEADS, INNER, LAYERS, VOCABULARY = 64, 64, 4, 96, 3, 512
+BATCH, LENGTH = 2, 40
+
+
+def stage_model(stage: str, path: Path | None = None, **changes) -> StageModel:
+    cfg = Config.fromfile(path or ROOT / "configs" / "_base_" / "dpa.py")
+    cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
+    settings = Settings.from_config(cfg)
+    return StageModel(cfg, settings, stage_table(settings)[stage])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A LLaMA and a CLIP of sizes to work out by hand: their configurations alone."""
+
+    def make(layers: int = LAYERS) -> dict[str, str]:
+        llm, encoder = tmp_path / f"llm{layers}", tmp_path / "encoder"
+        LlamaConfig(
+            hidden_size=H, intermediate_size=INNER, num_hidden_layers=layers, vocab_size=VOCABULARY,
+            num_attention_heads=HEADS, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+        ).save_pretrained(llm)  # fmt: skip
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            image_size=28, patch_size=14,
+        ).save_pretrained(encoder)  # fmt: skip
+        names = {"llm_name_or_path": str(llm), "visual_encoder_name_or_path": str(encoder)}
+        return names | {"family": "vicuna"}
+
+    return make
+
+
+def states(memory: Memory) -> float:
+    return memory.parameters + memory.gradients + memory.optimizer
+
+
+@pytest.mark.parametrize(("zero", "gigabytes"), [(1, 31.4), (2, 16.6), (3, 1.88)])
+def test_the_zero_papers_example(zero, gigabytes):
+    # Figure 1 of arXiv 1910.02054: 7.5 billion parameters on 64 GPUs.
+    memory = state_memory(Counts(trained=7_500_000_000, frozen=0, frozen_bytes=0), 64, zero)
+    assert states(memory) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+def test_frozen_weights_and_plain_training_by_hand():
+    counts = Counts(trained=10, frozen=100, frozen_bytes=200)
+    plain = state_memory(counts, 4, 0)
+    assert (plain.parameters, plain.gradients, plain.optimizer) == (60 + 200, 40, 80)
+    assert plain.buffers == 40 and state_memory(counts, 1, 0).buffers == 0
+    assert state_memory(counts, 4, 2).parameters == 20 + 200
+    assert state_memory(counts, 4, 3).parameters == (20 + 200) / 4
+    assert plain.total == 260 + 40 + 80 + 40
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name):
+    family, billions = PUBLISHED[name]
+    model = stage_model("align", llm_name_or_path=name, family=family)
+    assert model.counts.frozen / 1e9 == pytest.approx(billions + CLIP, rel=0.01)
+    width = model.llm_config.hidden_size
+    assert model.counts.trained == 1024 * width + width + width * width + width
+    assert model.image_tokens == 576
+
+
+def test_a_local_folder_is_counted_as_it_is_loaded(tiny):
+    tune = stage_model("tune", harness.TINY_CONFIG)
+    llm = AutoModelForCausalLM.from_pretrained(tiny / "llm")
+    encoder = CLIPVisionModel.from_pretrained(tiny / "visual_encoder")
+    width, of_clip = llm.config.hidden_size, encoder.config.hidden_size
+    projector = of_clip * width + width + width * width + width
+    assert tune.counts.trained == llm.num_parameters() + projector
+    assert tune.counts.frozen == encoder.num_parameters()
+    assert tune.counts.frozen_bytes == 2 * encoder.num_parameters()
+
+
+def test_lora_and_4_bit_weights_by_hand(folders):
+    quantised = dict(type="transformers.BitsAndBytesConfig", load_in_4bit=True)
+    proxy = stage_model("proxy", **folders(), proxy__lora__r=8)
+    kv = 2 * H // HEADS
+    shapes = [(H, Q), (H, kv), (H, kv), (Q, H), (H, INNER), (H, INNER), (INNER, H)]
+    assert proxy.counts.trained == LAYERS * sum(8 * (i + o) for i, o in shapes)
+    linear = LAYERS * sum(i * o for i, o in shapes)
+    rest = 2 * VOCABULARY * H + (2 * LAYERS + 1) * H
+    assert proxy.counts.frozen == linear + rest
+    assert proxy.counts.frozen_bytes == 2 * (linear + rest)
+    for double, bits in ((False, 4.5), (True, 4.127)):
+        quantised["bnb_4bit_use_double_quant"] = double
+        model = stage_model(
+            "proxy", **folders(), proxy__lora__r=8, model__llm__quantization_config=quantised
+        )
+        assert model.counts.frozen_bytes == pytest.approx(linear * bits / 8 + 2 * rest)
+
+
+def test_what_a_layer_keeps_by_hand(folders):
+    deep, shallow = (
+        stage_model("tune", **folders(n), tune__batch_size=BATCH).memory(8, 2, LENGTH)
+        for n in (LAYERS + 1, LAYERS)
+    )
+    tokens = BATCH * LENGTH
+    # Bytes a token in bfloat16. Norms: input in float32, its deviation, the normed, the scaled.
+    norms = 2 * (4 * H + 4 + 2 * H + 2 * H)
+    # q and, repeated for all heads, k and v; sum of weights; output, and the same in a row.
+    attention = 3 * 2 * Q + 4 * HEADS + 2 * 2 * Q
+    # gate, its SiLU, up, and their product.
+    mlp = 4 * 2 * INNER
+    assert deep[1] - shallow[1] == tokens * (norms + attention + mlp)
+    # Checkpointing keeps the layer's input alone.
+    assert deep[0].activations - shallow[0].activations == tokens * 2 * H
+    kept = stage_model(
+        "tune", **folders(), tune__batch_size=BATCH, model__use_activation_checkpointing=False
+    ).memory(8, 2, LENGTH)
+    assert (kept[0].activations, kept[1]) == (shallow[1], shallow[0].activations)
+
+
+def test_a_frozen_llm_keeps_less_and_longer_samples_more(folders):
+    changes = {**folders(), "tune__batch_size": BATCH, "align__batch_size": BATCH}
+    tune, align = (
+        stage_model(stage, **changes).memory(8, 2, LENGTH)[1] for stage in ("tune", "align")
+    )
+    assert align < tune
+    model = stage_model("align", **changes)
+    assert model.memory(8, 2, 2 * LENGTH)[1] > model.memory(8, 2, LENGTH)[1]
+    tiled = stage_model("align", **changes, max_tiles=6).memory(8, 2, LENGTH)[1]
+    # Six tiles and a thumbnail: 7 images of 4 patches and 3 hidden states of 32 channels.
+    assert tiled - align >= BATCH * 6 * 4 * 3 * 32 * 2
+
+
+def test_an_unknown_model_is_named_with_the_way_out():
+    with pytest.raises(DPAError, match="llm_name_or_path='nobody/none' is neither"):
+        stage_model("proxy", llm_name_or_path="nobody/none", family="qwen2")
+
+
+def test_the_tool_prints_a_row_for_each_stage():
+    command = [sys.executable, str(ROOT / "tools" / "memory.py"), "dpa_qwen2_5_7b"]
+    command += ["--gpus", "8", "--zero", "2", "--cfg-options", "tune.train_llm=full"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row[0].strip() for row in rows] == ["stage", "---", "proxy", "align", "tune"]
+    tune = [cell.strip() for cell in rows[-1]]
+    # 7,615,616,512 and a projector of 16.5 million: 2 bytes each, beside 0.6 GB of CLIP.
+    assert tune[1] == "7,632.1 M" and tune[3] == "14.8"
+    assert tune[4:6] == ["1.8", "10.7"]
