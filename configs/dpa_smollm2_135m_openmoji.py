@@ -5,7 +5,10 @@ _base_ = ['_base_/dpa.py']
 
 llm_name_or_path = '{{$DPA_DATA:data}}/models/smollm2-135m-instruct'
 visual_encoder_name_or_path = '{{$DPA_DATA:data}}/models/openmoji-vit'
-prompt_template = 'qwen_chat'  # ChatML, as SmolLM2
+family = 'smollm2'
+# Without the system prompt of SmolLM2's own template, which would be longer than the questions.
+prompt_template = 'qwen_chat'
+tokenizer = dict(chat_template='')
 
 captions = dict(
     data_path='{{$DPA_DATA:data}}/openmoji/captions.json',
@@ -24,8 +27,5 @@ tune = dict(
     train_llm='lora', lora=dict(r=32, lora_alpha=64))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.
-model = dict(
-    llm=dict(
-        type='transformers.LlamaForCausalLM.from_pretrained', attn_implementation='eager'),
-    use_activation_checkpointing=False)
+model = dict(llm=dict(attn_implementation='eager'), use_activation_checkpointing=False)
 train_dataloader = dict(num_workers=1, pin_memory=False)

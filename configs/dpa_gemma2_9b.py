@@ -1,0 +1,4 @@
+_base_ = ['_base_/dpa.py']
+
+llm_name_or_path = 'google/gemma-2-9b-it'
+family = 'gemma2'

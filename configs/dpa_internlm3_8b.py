@@ -1,0 +1,4 @@
+_base_ = ['_base_/dpa.py']
+
+llm_name_or_path = 'internlm/internlm3-8b-instruct'
+family = 'internlm3'
