@@ -19,7 +19,7 @@ from dpa_xtuner.stages.models import complete
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FOUND = sorted(p.stem for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
-HOW_MANY = 4
+HOW_MANY = 20
 NO_MODEL_NO_DATA = {"DPA_REHEARSE": "1", "HF_HUB_OFFLINE": "1", "DPA_DATA": "nowhere"}
 WRITTEN = ["align/projector", "proxy/llm_adapter", "tune/llm", "tune/projector"]
 
