@@ -180,11 +180,14 @@ class ProxyLLMHook(Hook):
         number = self.stages.index(self.stage) + 1
         rows = [f"Stage {self.stage} ({number} of {len(self.stages)})"]
         rows.append(f"  {'part':<15}{'trainable':>16}{'frozen':>16}  loaded from, written to")
-        for part, (trainable, frozen) in count_parameters(model).items():
+        counts = count_parameters(model)
+        # Merged into the LLM; a quantised one keeps the proxy's adapter beside its weights.
+        beside = "llm_adapter" in counts and not counts["llm_adapter"][0]
+        for part, (trainable, frozen) in counts.items():
             source = self.loads.get(part) or self.origin.get(part, {}).get("name")
-            if part == "llm" and "llm_adapter" in self.loads:
+            if part == "llm" and "llm_adapter" in self.loads and not beside:
                 source += f" + {self.loads['llm_adapter']}"
-            if part == "llm_adapter" or source is None:
+            if (part == "llm_adapter" and not beside) or source is None:
                 source = "new"
             target = f" -> {self.writes[part]}" if part in self.writes else ""
             rows.append(f"  {part:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")

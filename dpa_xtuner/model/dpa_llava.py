@@ -38,7 +38,8 @@ class DPALLaVAModel(LLaVAModel):
         loss: a weighting scheme, by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.loss.build_scheme`).
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
-        merged_adapter: a PEFT adapter folder that is added to the LLM's weights.
+        merged_adapter: a PEFT adapter folder that is added to the LLM's weights
+            (:func:`dpa_xtuner.model.llm.merge_adapter`).
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
         use_activation_checkpointing: see :meth:`activation_checkpointing_enable`.
         kwargs: of :class:`xtuner.model.LLaVAModel`.

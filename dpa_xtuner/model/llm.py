@@ -6,7 +6,7 @@ from inspect import signature
 
 import torch
 from mmengine.model import BaseModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -83,16 +83,29 @@ def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     return get_peft_model(llm, lora)
 
 
-def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel:
+def is_quantised(llm: PreTrainedModel) -> bool:
+    """Whether its weights were quantised on loading, or are published so."""
+    return getattr(llm, "is_quantized", False)
+
+
+def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftModel:
     """Add a PEFT LoRA adapter to the weights of ``llm``, and leave no trace of peft.
+
+    Rounded to 4 bit again, the sum would be another model than was trained: where the LLM
+    is quantised, the adapter stays beside the weights, frozen, and without its dropout.
 
     Args:
         llm: the model the adapter was trained on; changed in place.
         folder: a PEFT adapter folder.
 
     Returns:
-        The merged model, of the class of ``llm``.
+        The merged model, of the class of ``llm``; for a quantised one, peft's wrapping of it.
     """
+    if is_quantised(llm):
+        llm.requires_grad_(False)
+        config = PeftConfig.from_pretrained(folder)
+        config.lora_dropout = 0.0
+        return PeftModel.from_pretrained(llm, folder, config=config)
     wrapped = PeftModel.from_pretrained(llm, folder)
     for module in wrapped.modules():
         if isinstance(module, LoraLayer):

@@ -12,7 +12,7 @@ from dpa_xtuner.families.base import Family
 from dpa_xtuner.model.configs import image_tokens, read_config
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import build_projector
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.settings import Settings, refuse_training_quantised
 from dpa_xtuner.stages.table import Stage
 
 
@@ -88,9 +88,11 @@ def check_models(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
 
     Raises:
         DPAError: a model is missing, is of another family or kind, has another chat template,
-            or does not fit the projector.
+            does not fit the projector, or is quantised and would have to be changed.
     """
     llm, family = llm_config(cfg), settings.llm_family
+    if getattr(llm, "quantization_config", None):  # a checkpoint that is published quantised
+        refuse_training_quantised(settings, f"The config.json of {settings.llm_name_or_path}")
     if family is not None and cfg.model.llm.type == family.llm:
         check_model_type(family, settings.llm_name_or_path)
     name = settings.family

@@ -101,6 +101,15 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
             **dict.fromkeys(stage_table(settings), steps),
         }
     )
+    llm = cfg.model.get("llm", {})
+    if llm.get("quantization_config") and not torch.cuda.is_available():
+        del llm["quantization_config"]
+        if global_rank(cfg.launcher) == 0:
+            print_log(
+                "There is no GPU, which bitsandbytes needs: rehearsing without "
+                "model.llm.quantization_config, so what is 4-bit in the real run is bfloat16 here",
+                "current",
+            )
     return cfg
 
 

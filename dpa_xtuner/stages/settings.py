@@ -252,6 +252,8 @@ class Settings(_Strict):
             lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
             raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
         _need_family(cfg, settings)
+        if cfg.get("model", {}).get("llm", {}).get("quantization_config"):
+            refuse_training_quantised(settings, "model.llm.quantization_config")
         return settings
 
     @property
@@ -310,6 +312,31 @@ def _need_family(cfg: Config, settings: Settings) -> None:
             f"{cfg.filename} does not say what kind of LLM {settings.llm_name_or_path!r} is: set "
             f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; or, for another, both its "
             f"loader (model.llm.type) and its chat template (prompt_template)."
+        )
+
+
+def refuse_training_quantised(settings: Settings, where: str) -> None:
+    """Refuse stages that would have to change the weights of an LLM that is quantised.
+
+    Args:
+        settings: the method's.
+        where: what says that the LLM is quantised, for the message.
+
+    Raises:
+        DPAError: such stages, each on a line of its own.
+    """
+    lines = []
+    if settings.recipe.proxy and settings.proxy.train_llm == "full":
+        lines.append("  proxy.train_llm='full' would train them: set it to 'lora'")
+    if settings.tune.train_llm == "full":
+        lines.append("  tune.train_llm='full' would train them: set it to 'lora'")
+    if settings.tune.start_from == "proxy":
+        lines.append("  tune.start_from='proxy' would add the proxy to them: set it to 'target'")
+    if lines:
+        listed = "\n".join(lines)
+        raise DPAError(
+            f"{where} quantises the LLM, and quantised weights can't be changed:\n{listed}\n"
+            f"Or leave the quantisation out."
         )
 
 
