@@ -12,21 +12,22 @@ from dpa_xtuner.model.configs import NotFound, read_config
 _FILE = Path(__file__).with_name("published.json")
 
 
-def published_config(setting: str, loader: dict) -> PretrainedConfig:
+def published_config(setting: str, loader: dict, local_only: bool = False) -> PretrainedConfig:
     """A model's configuration from its folder or the hub, else its sizes from ``published.json``.
 
     The sizes are enough to count parameters and bytes; what the numbers mean for the model's
-    output (rotary base, epsilon, token ids) is not in that file, so nothing is trained by it.
+    output (rotary base, epsilon, token ids) is not in that file, so nothing but a rehearsal trains by it.
 
     Args:
         setting: the config key that names the model, for the message.
         loader: its ``type`` and ``pretrained_model_name_or_path``.
+        local_only: look in folders and the hub's cache, and not at the hub.
 
     Raises:
         NotFound: the model is in none of the three.
     """
     try:
-        return read_config(setting, loader)
+        return read_config(setting, loader, local_only)
     except NotFound:
         sizes = _sizes().get(loader["pretrained_model_name_or_path"])
         if sizes is None:

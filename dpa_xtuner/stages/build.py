@@ -193,7 +193,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config = _without_settings(cfg)
     config.work_dir = str(base / stage.name)
     dataset = dataset_config(config, settings, stage)
-    config.model = _model(config, settings, stage, base, deepspeed)
+    config.model = model_config(config, settings, stage, base, deepspeed)
     built = DATASETS.build(dataset)
     _check_sample(built, speak=global_rank(cfg.launcher) == 0)
     config.train_dataloader.update(dataset=dataset)
@@ -348,7 +348,18 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
     return dataset
 
 
-def _model(config: Config, settings: Settings, stage: Stage, base: Path, deepspeed: bool) -> dict:
+def model_config(
+    config: Config, settings: Settings, stage: Stage, base: Path, deepspeed: bool
+) -> dict:
+    """The config of a stage's model.
+
+    Args:
+        config: from :func:`dpa_xtuner.stages.models.complete`.
+        settings: the method's.
+        stage: the row of the stage table.
+        base: the work dir, in which the parts of earlier stages are.
+        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
+    """
     own: StageSettings = getattr(settings, stage.name)
     # Whatever else the config says of the model goes to its class, which knows its arguments.
     model = {**config.model, "llm": dict(config.model.llm), "normalize": own.normalize}

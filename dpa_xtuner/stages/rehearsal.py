@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from dpa_xtuner.data import Record, read_records
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.configs import NotFound, model_class, read_config
+from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.model.published import published_config
 from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.models import complete
@@ -199,7 +200,7 @@ def _tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:
     try:
-        return read_config(setting, template, local_only=True)
+        return published_config(setting, template, local_only=True)
     except DPAError:
         owner = model_class(template)
         if owner is AutoModelForCausalLM or not hasattr(owner, "config_class"):
