@@ -16,7 +16,8 @@ def published_config(setting: str, loader: dict, local_only: bool = False) -> Pr
     """A model's configuration from its folder or the hub, else its sizes from ``published.json``.
 
     The sizes are enough to count parameters and bytes; what the numbers mean for the model's
-    output (rotary base, epsilon, token ids) is not in that file, so nothing but a rehearsal trains by it.
+    output (rotary base, epsilon, token ids) is not in that file, so nothing is trained by it but
+    in a rehearsal.
 
     Args:
         setting: the config key that names the model, for the message.
