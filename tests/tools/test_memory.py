@@ -117,9 +117,8 @@ def test_lora_and_4_bit_weights_by_hand(folders):
     assert proxy.counts.frozen_bytes == 2 * (linear + rest)
     for double, bits in ((False, 4.5), (True, 4.127)):
         quantised["bnb_4bit_use_double_quant"] = double
-        model = stage_model(
-            "proxy", **folders(), proxy__lora__r=8, model__llm__quantization_config=quantised
-        )
+        options = {"model__llm__quantization_config": quantised, "tune__train_llm": "lora"}
+        model = stage_model("proxy", **folders(), proxy__lora__r=8, **options)
         assert model.counts.frozen_bytes == pytest.approx(linear * bits / 8 + 2 * rest)
 
 
