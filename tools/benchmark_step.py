@@ -37,7 +37,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.loss import token_scores
-from dpa_xtuner.loss.scores import LOGITS_AT_ONCE, _ChunkedHead
+from dpa_xtuner.loss.scores import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
 from dpa_xtuner.model import DPALLaVAModel
 
 ROWS = ("stock", "uniform", "cmo", "cal", "plain")
@@ -59,7 +59,7 @@ class Shape:
     """The sizes of a model and of its batch.
 
     Attributes:
-        hidden: The LLM's width; its heads are 64 wide.
+        hidden: The LLM's width; its heads are 128 wide.
         layers: Of the LLM.
         vocabulary: Of the LLM.
         text: Text tokens of each sample: the first, before the images, is not supervised.
@@ -181,7 +181,9 @@ def build(row: str, shape: Shape, args: argparse.Namespace) -> nn.Module:
             hidden_size=shape.hidden,
             intermediate_size=round(shape.hidden * 8 / 3 / 64) * 64,
             num_hidden_layers=shape.layers,
-            num_attention_heads=shape.hidden // 64,
+            # Heads of 128, four to a key and value head, as InternLM2.5's and Llama-3.1's.
+            num_attention_heads=shape.hidden // 128,
+            num_key_value_heads=max(1, shape.hidden // 512),
             vocab_size=shape.vocabulary,
             max_position_embeddings=8192,
         )
@@ -324,7 +326,7 @@ def time_heads(args: argparse.Namespace) -> dict[str, dict]:
     targets = torch.randint(49152, (1024,))
     ways = {"plain": {"all": lambda: F.cross_entropy((hidden @ weight.T).float(), targets)}}
     ways |= {"formed": {}, "again": {}}
-    for rows in (16, 64, 256, LOGITS_AT_ONCE // len(weight), 1024):
+    for rows in (16, 64, 256, LOGITS_AT_ONCE_ON_CPU // len(weight), 1024):
         ways["formed"][rows] = lambda rows=rows: token_scores(
             hidden, targets, weight, chunk_size=rows
         ).cross_entropy.mean()

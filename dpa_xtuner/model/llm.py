@@ -1,10 +1,9 @@
 """What both models do with their LLM: load it, adapt it, ask it for scores."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModel
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -19,6 +18,8 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenScores, token_scores
 from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.fingerprint import gathered
+from dpa_xtuner.model.last_layer import only_read
+from dpa_xtuner.model.replaced import forward_replaced
 
 
 def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
@@ -137,7 +138,7 @@ def token_scores_of(
     def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(token_scores(hidden, targets, head.weight, head.bias, softcap))
 
-    with _forward_replaced(head, forward):
+    with forward_replaced(head, forward):
         return TokenScores(*head(hidden))
 
 
@@ -193,7 +194,9 @@ def supervised_scores(
         DPAError: a hidden state is not finite; the message names the samples.
     """
     supervised = supervised_places(data["labels"])
-    hidden = decode(llm, inputs)[:, :-1][supervised]  # (N, H)
+    read = F.pad(supervised, (0, 1))  # (B, T)
+    with only_read(base_model(llm).get_decoder(), read):
+        hidden = decode(llm, inputs)[read]  # (N, H)
     check_finite(hidden, supervised, data["ids"], "")
     return token_scores_of(llm, hidden, data["labels"][:, 1:][supervised])
 
@@ -221,12 +224,3 @@ def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str)
         f"rate, resume from the last checkpoint, or train in bfloat16 rather than float16. Where "
         f"some are, look at these samples."
     )
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

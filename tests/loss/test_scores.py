@@ -96,7 +96,7 @@ def test_a_head_alone_can_train():
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_the_size_of_the_chunks_does_not_matter(trains, monkeypatch):
     arguments, targets = head(bias=True, trains=trains)
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 3 * V + 1)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE_ON_CPU", 3 * V + 1)
 
     def outcome(size: int | None) -> list[torch.Tensor]:
         scores = token_scores(**arguments, targets=targets, softcap=2.0, chunk_size=size)

@@ -108,7 +108,8 @@ def test_recomputing_activations_changes_no_gradient(recompute):
         model = build(use_activation_checkpointing=checkpointing).train()
         model(collate(MIXED)["data"])["loss"].backward()
         grads.append([p.grad for p in model.projector.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    for pair in zip(*grads, strict=True):  # the last layer is computed in part, again in whole
+        torch.testing.assert_close(*pair)
 
 
 def test_activations_are_recomputed_until_it_is_switched_off():
@@ -271,7 +272,7 @@ def test_the_second_pass_takes_nothing_from_the_gradients_under_autocast(scheme)
 
 @pytest.mark.parametrize(("scheme", "passes"), [("uniform", 1), ("cmo", 2), ("cal", 2)])
 def test_uniform_runs_no_second_pass_and_each_asks_the_head_once(scheme, passes, monkeypatch):
-    monkeypatch.setattr(scores, "LOGITS_AT_ONCE", 2 * V)  # ZeRO-3 gathers it for each call
+    monkeypatch.setattr(scores, "LOGITS_AT_ONCE_ON_CPU", 2 * V)  # ZeRO-3 gathers it for each call
     model, decoder, head = build(loss=scheme), [], []
     model.llm.get_decoder().register_forward_hook(lambda *_: decoder.append(1))
     model.llm.lm_head.register_forward_hook(lambda *_: head.append(1))
