@@ -23,7 +23,7 @@ proxy = dict(
     lora=dict(r=64, lora_alpha=128))
 align = dict(lr=2e-3, batch_size=16, global_batch_size=16, max_length=256, max_steps=20)
 tune = dict(
-    lr=1e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=240, save_steps=50,
+    lr=1e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=200, save_steps=50,
     train_llm='lora', lora=dict(r=32, lora_alpha=64))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.
