@@ -16,31 +16,45 @@ from torch.overrides import TorchFunctionMode
 
 from dpa_xtuner.model.replaced import forward_replaced
 
+_AFTER_ATTENTION = (  # Gemma-2's names among them
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "mlp",
+    "post_feedforward_layernorm",
+)
+
 
 @contextmanager
 def only_read(decoder: nn.Module, read: Tensor) -> Iterator[None]:
     """Compute the last layer at the positions that are read; elsewhere its output is arbitrary.
 
-    Saved are the MLP, the projection behind the attention and, with SDPA, the attention of the
-    other positions. A layer that is laid out otherwise than LLaMA's computes all. When
+    Saved are queries, the projection behind the attention, norms, the MLP and, with SDPA, the
+    attention of the other positions, as far as the layer has LLaMA's names for them. When
     activations are recomputed in the backward pass, this context is over and that pass
-    computes all as well.
+    computes all.
 
     Args:
         decoder: a decoder of transformers.
         read: (B, T) bool.
     """
     layer = decoder.layers[-1] if hasattr(decoder, "layers") else None
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    attention = getattr(layer, "self_attn", None)
     with ExitStack() as stack:
-        for module in (mlp, getattr(attention, "o_proj", None)):
-            if module is not None:
-                forward = partial(_on_rows, module.forward, read)
-                stack.enter_context(forward_replaced(module, forward))
+        for module in _by_position(decoder, layer, attention):
+            forward = partial(_on_rows, module.forward, read)
+            stack.enter_context(forward_replaced(module, forward))
         if attention is not None:
             forward = partial(_with_few_queries, attention.forward, read)
             stack.enter_context(forward_replaced(attention, forward))
         yield
+
+
+def _by_position(decoder: nn.Module, layer: nn.Module | None, attention) -> list[nn.Module]:
+    # What takes each position by itself and is no key or value to others.
+    found = [getattr(attention, name, None) for name in ("q_proj", "o_proj")]
+    found += [getattr(layer, name, None) for name in _AFTER_ATTENTION]
+    found.append(getattr(decoder, "norm", None) if attention is not None else None)
+    return [module for module in found if module is not None]
 
 
 def _on_rows(forward: Callable, read: Tensor, hidden: Tensor, *args, **kwargs) -> Tensor | tuple:
