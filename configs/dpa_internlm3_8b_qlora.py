@@ -1,17 +1,4 @@
-# For one GPU of 24 GB: the LLM in 4 bit in all stages, and LoRA in proxy and tune (on paper:
-# python tools/memory.py dpa_internlm3_8b_qlora --gpus 1 --zero 0).
-_base_ = ['dpa_internlm3_8b.py']
+_base_ = ['_base_/qlora.py']
 
-model = dict(
-    llm=dict(
-        quantization_config=dict(
-            type='transformers.BitsAndBytesConfig',
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype='torch.bfloat16',
-            bnb_4bit_quant_type='nf4',
-            bnb_4bit_use_double_quant=True)))  # [xtuner]
-
-# A rank that leaves room for longer samples [ours].
-proxy = dict(batch_size=2, max_length=2048, lora=dict(r=128, lora_alpha=256))
-align = dict(batch_size=2, max_length=2048)
-tune = dict(batch_size=2, train_llm='lora', lora=dict(r=128, lora_alpha=256))
+llm_name_or_path = 'internlm/internlm3-8b-instruct'
+family = 'internlm3'
