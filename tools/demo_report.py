@@ -28,7 +28,7 @@ def main() -> int:
 def _evaluate(root: Path, work_dir: Path, table: Path, picture: Path) -> None:
     from dpa_xtuner.demo import report, trained
     from dpa_xtuner.demo.prepare import DATA_FOLDER
-    from dpa_xtuner.stages.artifacts import write_text
+    from dpa_xtuner.files import write_text
     from dpa_xtuner.stages.runner import told_plainly
 
     with told_plainly():

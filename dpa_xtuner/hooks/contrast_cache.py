@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from dpa_xtuner.data import DPADataset, collate
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import whole_folder
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.contrast import contrast_scores
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
-from dpa_xtuner.stages.artifacts import whole_folder
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in

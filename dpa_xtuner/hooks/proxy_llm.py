@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import write_json
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part, write_json
+from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part
 from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
 
 

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.configs import architecture
-from dpa_xtuner.stages.artifacts import file_sha256
 from dpa_xtuner.stages.models import (
     check_models,
     encoder_config,

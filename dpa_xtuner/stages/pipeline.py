@@ -16,7 +16,8 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.stages.artifacts import file_sha256, read_origin, refuse_foreign
+from dpa_xtuner.files import file_sha256
+from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.rehearsal import rehearse

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 
 from dpa_xtuner.data import Record, read_records
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.published import published_config
-from dpa_xtuner.stages.artifacts import whole_folder, write_json
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import DataSettings, Settings

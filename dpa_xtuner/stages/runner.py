@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import move_into_place
 from dpa_xtuner.registry import RUNNERS
-from dpa_xtuner.stages.artifacts import move_into_place
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
 

@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages.artifacts import write_json, write_text
+from dpa_xtuner.files import write_json, write_text
 from dpa_xtuner.stages.pipeline import read_state
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import STAGE_NAMES
