@@ -126,119 +126,91 @@ class Benchmark:
         )
 
 
-_OPENXLAB = "https://opencompass.openxlab.space/utils/VLMEval"
+def _file(dataset: str, md5: str, folder: str = "VLMEval") -> DataFile:
+    return DataFile(
+        dataset, md5, f"https://opencompass.openxlab.space/utils/{folder}/{dataset}.tsv"
+    )
+
+
 _EXACT = "exact matching"
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        # A question counts if it is answered rightly in each rotation of its options.
-        Benchmark(
-            "mmbench",
-            "MMBench",
-            "general",
-            (
-                DataFile(
-                    "MMBench_DEV_EN",
-                    "b6caf1133a01c6bb705cf753bb527ed8",
-                    f"{_OPENXLAB[:-8]}/mmbench/MMBench_DEV_EN.tsv",
-                ),
+_TABLE = (
+    # A question counts if it is answered rightly in each rotation of its options.
+    Benchmark(
+        "mmbench",
+        "MMBench",
+        "general",
+        (_file("MMBench_DEV_EN", "b6caf1133a01c6bb705cf753bb527ed8", "benchmarks/MMBench"),),
+        group=CIRCULAR,
+        judge=_EXACT,
+    ),
+    Benchmark(
+        "ai2d",
+        "AI2D",
+        "general",
+        (_file("AI2D_TEST", "0f593e0d1c7df9a3d69bf1f947e71975"),),
+        judge=_EXACT,
+    ),
+    # ANLS: one minus the edit distance over the length; 0 where that is below 0.5.
+    Benchmark(
+        "docvqa",
+        "DocVQA",
+        "general",
+        (_file("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf"),),
+        scale=1,
+    ),
+    # The share of questions of which an answer is a part of what was said.
+    Benchmark(
+        "ocrbench",
+        "OCRBench",
+        "general",
+        (_file("OCRBench", "e953d98a987cc6e26ef717b61260b778"),),
+        metric="Final Score Norm",
+        scale=1,
+    ),
+    # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its two
+    # sources, ADE20K and COCO. VLMEvalKit gives just these two parts, and no whole. The share of
+    # all 2,638 questions would be another number: 1,438 of them are 2D.
+    Benchmark(
+        "cvbench",
+        "CV-Bench",
+        "vision-centric",
+        (
+            _file("CV-Bench-2D", "a7cff4cc2857cc237ee2b89e62bccb2d"),
+            _file("CV-Bench-3D", "bb94c0d568d652d15b60e001ac40a170"),
+        ),
+        judge=_EXACT,
+    ),
+    # "Overall" counts pairs with two right answers, "Average" answers.
+    Benchmark(
+        "mmvp",
+        "MMVP",
+        "vision-centric",
+        (_file("MMVP", "8cb732b141a0cba5b42159df2839e557"),),
+        group=2,
+        judge=_EXACT,
+    ),
+    # The group accuracy, G_Acc, is what its authors rank models by (arXiv 2410.14669): a group is
+    # two questions to two pictures, of which who does not look gets none right, but half of the
+    # answers. Q_Acc, I_Acc and Acc (which VLMEvalKit would take) are kept among the metrics.
+    Benchmark(
+        "naturalbench",
+        "NaturalBench",
+        "vision-centric",
+        (
+            DataFile(
+                "NaturalBenchDataset",
+                "e5f724932972eaeb8a9099e6979606ec",
+                "https://huggingface.co/datasets/BaiqiL/NaturalBench/resolve/main/"
+                "NaturalBenchDataset.tsv",
             ),
-            group=CIRCULAR,
-            judge=_EXACT,
         ),
-        Benchmark(
-            "ai2d",
-            "AI2D",
-            "general",
-            (
-                DataFile(
-                    "AI2D_TEST",
-                    "0f593e0d1c7df9a3d69bf1f947e71975",
-                    f"{_OPENXLAB}/AI2D_TEST.tsv",
-                ),
-            ),
-            judge=_EXACT,
-        ),
-        # ANLS: one minus the edit distance over the length, at least 0.5 or else 0.
-        Benchmark(
-            "docvqa",
-            "DocVQA",
-            "general",
-            (
-                DataFile(
-                    "DocVQA_VAL",
-                    "d5ee77e1926ff10690d469c56b73eabf",
-                    f"{_OPENXLAB}/DocVQA_VAL.tsv",
-                ),
-            ),
-            scale=1,
-        ),
-        # The share of questions of which an answer is a part of what was said.
-        Benchmark(
-            "ocrbench",
-            "OCRBench",
-            "general",
-            (
-                DataFile(
-                    "OCRBench",
-                    "e953d98a987cc6e26ef717b61260b778",
-                    f"{_OPENXLAB}/OCRBench.tsv",
-                ),
-            ),
-            metric="Final Score Norm",
-            scale=1,
-        ),
-        # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its
-        # two sources, ADE20K and COCO. VLMEvalKit gives just these two parts and no whole. A mean
-        # over all 2,638 questions would weigh 2D more (1,438) and is another number.
-        Benchmark(
-            "cvbench",
-            "CV-Bench",
-            "vision-centric",
-            (
-                DataFile(
-                    "CV-Bench-2D",
-                    "a7cff4cc2857cc237ee2b89e62bccb2d",
-                    f"{_OPENXLAB}/CV-Bench-2D.tsv",
-                ),
-                DataFile(
-                    "CV-Bench-3D",
-                    "bb94c0d568d652d15b60e001ac40a170",
-                    f"{_OPENXLAB}/CV-Bench-3D.tsv",
-                ),
-            ),
-            judge=_EXACT,
-        ),
-        # "Overall" counts pairs with two right answers, "Average" answers.
-        Benchmark(
-            "mmvp",
-            "MMVP",
-            "vision-centric",
-            (DataFile("MMVP", "8cb732b141a0cba5b42159df2839e557", f"{_OPENXLAB}/MMVP.tsv"),),
-            group=2,
-            judge=_EXACT,
-        ),
-        # The group accuracy, G-Acc, is what its authors rank by (arXiv 2410.14669): a group is two
-        # questions to two pictures, so that who does not look gets none right, where half of the
-        # answers are. Q_Acc, I_Acc and Acc (which VLMEvalKit would pick) are kept as metrics.
-        Benchmark(
-            "naturalbench",
-            "NaturalBench",
-            "vision-centric",
-            (
-                DataFile(
-                    "NaturalBenchDataset",
-                    "e5f724932972eaeb8a9099e6979606ec",
-                    "https://huggingface.co/datasets/BaiqiL/NaturalBench/resolve/main/"
-                    "NaturalBenchDataset.tsv",
-                ),
-            ),
-            metric="G_Acc",
-            group=4,
-        ),
-    )
-}
+        metric="G_Acc",
+        group=4,
+    ),
+)
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
 """By name, in the paper's column order. `register_benchmark` adds to it."""
 
 PAPER = tuple(BENCHMARKS)
