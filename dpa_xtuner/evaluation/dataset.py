@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib
+import multiprocessing.dummy
 import os
 import string
 from pathlib import Path
@@ -15,14 +16,18 @@ import vlmeval.dataset as known
 from datasets import Dataset
 from opencompass.datasets.vlmevalkit.dataset import VLMEvalKitDataset
 from opencompass.registry import LOAD_DATASET
+from vlmeval.dataset import image_vqa
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset, NaturalBenchDataset
-from vlmeval.dataset.image_vqa import OCRBench
 from vlmeval.dataset.utils.naturalbench import extract_answer, get_scores
 from vlmeval.smp import LMUDataRoot, load
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR
+
+# VLMEvalKit 0.0.20 scores such data sets in 16 forks of this process, which may hold a model and
+# run threads, and never ends them.
+image_vqa.mp = multiprocessing.dummy
 
 _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that make a prompt
 _NO_PICTURE = "no picture in the data file".ljust(80, ".")  # VLMEvalKit takes <= 64 for an index
@@ -101,7 +106,11 @@ class _WholeFile:
         if "image" not in line:
             return super().dump_image(line)  # type: ignore[misc]
         pictures = line["image"] if isinstance(line["image"], list) else [line["image"]]
-        return [self._unpack(p, f"{line['index']}_{n}") for n, p in enumerate(pictures)]
+        numbers = [f"_{n}" for n in range(len(pictures))] if len(pictures) > 1 else [""]
+        return [
+            self._unpack(picture, f"{line['index']}{number}")
+            for picture, number in zip(pictures, numbers, strict=True)
+        ]
 
     def _unpack(self, picture: str, name: str) -> str:
         if picture == _NO_PICTURE:
@@ -131,7 +140,7 @@ class _Groups(_WholeFile, NaturalBenchDataset):
         return get_scores([read[i : i + 4] for i in range(0, len(read), 4)])
 
 
-class _Shares(_WholeFile, OCRBench):
+class _Shares(_WholeFile, image_vqa.OCRBench):
     """OCRBench of any number of questions: VLMEvalKit's norm is that of 1,000."""
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
@@ -156,7 +165,7 @@ def known_to_vlmevalkit(dataset_name: str, module: str | None = None) -> None:
         return
     if not issubclass(base, ImageBaseDataset):
         raise DPAError(f"{dataset_name!r} is no data set of single pictures.")
-    ours = {NaturalBenchDataset: _Groups, OCRBench: _Shares}.get(base)
+    ours = {NaturalBenchDataset: _Groups, image_vqa.OCRBench: _Shares}.get(base)
     supported = {"supported_datasets": classmethod(lambda cls: [dataset_name])}
     bases = (ours,) if ours else (_WholeFile, base)
     known.DATASET_CLASSES.insert(0, type(f"{base.__name__}WholeFile", bases, supported))
