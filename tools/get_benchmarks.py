@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path(os.environ.get("LMUData", "data/benchmarks")),
+        default=Path(os.environ.get("LMUData", "data/benchmarks")),  # noqa: SIM112, VLMEvalKit's
         help="folder of the files; $LMUData or data/benchmarks by default",
     )
     parser.add_argument("--list", action="store_true", help="fetch nothing")

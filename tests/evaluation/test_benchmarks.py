@@ -39,7 +39,7 @@ def test_files_are_vlmevalkits():
 
     for benchmark in find_benchmarks(["all"]):
         for file in benchmark.files:
-            (kind,) = (k for k in known.IMAGE_DATASET if file.dataset in k.DATASET_URL)
+            kind = next(k for k in known.IMAGE_DATASET if file.dataset in k.DATASET_URL)
             assert kind.DATASET_URL[file.dataset] == file.url
             assert kind.DATASET_MD5[file.dataset] == file.md5
             assert file.url.endswith("/" + file.name)

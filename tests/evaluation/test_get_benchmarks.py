@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import get_benchmarks  # noqa: E402
 
 CONTENT = bytes(range(256)) * 8000  # two blocks
+MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
@@ -61,7 +62,7 @@ def register(server, monkeypatch):
     """Gives a benchmark whose file is on the server."""
     monkeypatch.setattr(table, "BENCHMARKS", dict(table.BENCHMARKS))
 
-    def make(name="made", md5=hashlib.md5(CONTENT).hexdigest(), host=None):
+    def make(name="made", md5=MD5, host=None):
         host = host or f"http://127.0.0.1:{server.server_port}"
         file = DataFile(name, md5, f"{host}/{name}.tsv")
         table.register_benchmark(Benchmark(name, name, "general", (file,)))
@@ -104,7 +105,7 @@ def test_another_content_is_not_taken(register, tmp_path, capsys):
     register(md5="0" * 32)
     assert get_benchmarks.get(["made"], tmp_path) is True
     assert list(tmp_path.iterdir()) == []
-    assert f"md5 {hashlib.md5(CONTENT).hexdigest()}, expected {'0' * 32}" in capsys.readouterr().out
+    assert f"md5 {MD5}, expected {'0' * 32}" in capsys.readouterr().out
 
 
 def test_a_file_with_another_md5_is_left_alone(register, server, tmp_path, capsys):
@@ -133,7 +134,7 @@ def test_without_a_network(register, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("Connection refused") == 2
     assert f"put it at {tmp_path / 'two.tsv'}" in out
-    assert f"md5       {hashlib.md5(CONTENT).hexdigest()}" in out
+    assert f"md5       {MD5}" in out
     assert "from      http://127.0.0.1:9/two.tsv" in out
 
 

@@ -2,13 +2,20 @@
 
 import base64
 import io
+import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import vlmeval.dataset as known
 from datasets import Dataset
+from mmengine.config import Config
+from opencompass.models.base import BaseModel
+from opencompass.partitioners import NumWorkerPartitioner
+from opencompass.summarizers import DefaultSummarizer
+from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 from PIL import Image
 from vlmeval.smp.status_report import flatten_summary_metrics
 
@@ -360,6 +367,51 @@ def test_details_say_what_was_asked(tmp_path):
     assert detail["prediction"] == "A" and detail["answer"] == "A" and detail["correct"] is True
     assert "Is the door open or shut? (1)" in detail["question"] and "B. Shut" in detail["question"]
     assert Image.open(detail["image"]).getpixel((3, 3)) == (0, 0, 0)
+
+
+class Oracle(BaseModel):
+    """Says what `said` has for a picture, by the number in its file's name."""
+
+    def __init__(self, path, said, **_):
+        super().__init__(path)
+        self.said = said
+
+    def parse_template(self, prompt_template, mode):
+        return prompt_template
+
+    def generate(self, inputs, max_out_len=None):
+        images = [messages[0]["content"][0]["image_url"] for messages in inputs]
+        return [self.said[Path(image).stem] for image in images]
+
+
+def test_in_opencompass(tmp_path, monkeypatch):
+    """Its tasks, over parts of the data set, give the same result, and its summary takes it."""
+    case = CASES["MMBench_DEV_EN"]
+    write(tmp_path / "data", case)
+    monkeypatch.chdir(tmp_path)
+    said = {str(index): text for index, text in case.said.items()}
+    model = dict(type=Oracle, abbr="oracle", path="", said=said, batch_size=4, max_out_len=8)
+    data = BENCHMARKS["mmbench"].config(case.dataset, tmp_path / "data") | {"abbr": "mmbench-1"}
+    common = dict(work_dir=str(tmp_path / "work"))
+    parts = NumWorkerPartitioner(str(tmp_path / "work/predictions"), 2, min_task_size=4).partition(
+        [Config(dict(models=[model], datasets=[data]))], **common, out_dir=str(tmp_path)
+    )
+    assert len(parts) == 2
+    for part in parts:
+        OpenICLInferTask(part).run()
+    task = dict(type="OpenICLEvalTask", dump_details=True)
+    whole = dict(models=[model], datasets=[[data]], eval=dict(runner=dict(task=task)), **common)
+    OpenICLEvalTask(Config(whole)).run()
+
+    result = json.loads((tmp_path / "work/results/oracle/mmbench-1.json").read_text())
+    direct = score(case, tmp_path / "data", case.said)
+    assert result["score"] == pytest.approx(case.score)
+    assert result["metrics"] == pytest.approx(direct["metrics"])
+    assert result["details"] == direct["details"]
+    summarizer = DefaultSummarizer(Config(whole | {"datasets": [data]}))
+    _, parsed, metrics, _ = summarizer._pick_up_results()
+    assert metrics["mmbench-1"][0] == "score"
+    assert parsed["oracle"]["mmbench-1"]["score"] == pytest.approx(case.score)
 
 
 # The data set
