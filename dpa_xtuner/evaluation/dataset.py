@@ -81,7 +81,7 @@ class EvaluationDataset(VLMEvalKitDataset):
             A row for each sample, with the columns that OpenCompass's bridge makes.
 
         Raises:
-            DPAError: There is no such file, or a group in it is incomplete.
+            DPAError: There is no such file, a group in it is incomplete, or the limit is below 1.
         """
         known_to_vlmevalkit(dataset_name, module)
         return VLMEvalKitDataset.load(
@@ -196,6 +196,8 @@ def group_keys(data: pd.DataFrame, group: int | str) -> pd.Series:
 
 def _chosen(data: pd.DataFrame, dataset: str, limit: int | None, group: int | str) -> pd.DataFrame:
     """Whole groups, evenly spread, as many as asked for; longest first."""
+    if limit is not None and limit < 1:
+        raise DPAError(f"limit={limit}; expected 1 or more, or None for all questions.")
     keys = group_keys(data, group)
     sizes = keys.value_counts()
     if group == CIRCULAR:
@@ -222,7 +224,6 @@ def _chosen(data: pd.DataFrame, dataset: str, limit: int | None, group: int | st
 def _resolved(data: pd.DataFrame) -> list[str]:
     """Pictures in place of references to another row's, and a mark where there is none."""
     pictures = dict(zip(data["index"].map(str), data["image"], strict=True))
-
     resolved = []
     for picture in data["image"]:
         if len(str(picture)) <= 64:

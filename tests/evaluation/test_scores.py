@@ -240,7 +240,7 @@ each_small = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
 
 
 def write(folder, case: Case, rows: list[dict] | None = None):
-    """The data file, with its rows turned round: nothing may rest on the order of a file."""
+    """The data file, in the order of VLMEvalKit's files."""
     folder.mkdir(parents=True, exist_ok=True)
     table = pd.DataFrame(case.rows if rows is None else rows)
     table.to_csv(folder / f"{case.dataset}.tsv", sep="\t", index=False)
@@ -346,6 +346,7 @@ def test_answers_that_no_spreadsheet_holds(case, tmp_path):
     indices = [row["index"] for row in case.rows]
     said = dict.fromkeys(indices, "\x00\x07 \ud800 " + "?" * 40_000)
     said |= {indices[0]: "", indices[1]: None, indices[2]: " \n"}
+    said |= {indices[3]: "=1+1", indices[4]: "http://" + "?" * 3000}
     result = score(case, tmp_path, said)
     assert result["score"] == 0
     assert sorted(f["index"] for f in result["failed"]) == sorted(indices[:3])
@@ -468,6 +469,14 @@ def test_limit_is_spread_over_the_file(tmp_path):
     write(tmp_path, case)
     assert sorted(read(case, tmp_path, limit=4)["vlmeval_index"]) == [0, 2, 4, 6]
     assert len(read(case, tmp_path, limit=100)) == 8
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_limit_must_leave_something(limit, tmp_path):
+    case = CASES["MMVP"]
+    write(tmp_path, case)
+    with pytest.raises(DPAError, match=f"limit={limit}"):
+        read(case, tmp_path, limit=limit)
 
 
 def test_parts_make_the_whole(tmp_path):
