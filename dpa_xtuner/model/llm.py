@@ -1,9 +1,9 @@
 """What both models do with their LLM: load it, adapt it, ask it for scores."""
 
+from collections.abc import Callable
 from inspect import signature
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModel
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -19,6 +19,7 @@ from dpa_xtuner.loss import TokenScores, token_scores
 from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.last_layer import only_read
+from dpa_xtuner.model.packing import depends_on_length, pack, takes_pairs
 from dpa_xtuner.model.replaced import forward_replaced
 
 
@@ -194,21 +195,61 @@ def supervised_scores(
         DPAError: a hidden state is not finite; the message names the samples.
     """
     supervised = supervised_places(data["labels"])
-    read = F.pad(supervised, (0, 1))  # (B, T)
+    laid, places = _without_padding(llm, inputs)
+    places = places[:, :-1][supervised]  # (N,), of the tokens before
+    read = torch.zeros(laid["position_ids"].shape, dtype=torch.bool, device=places.device)
+    read.view(-1)[places] = True
     with only_read(base_model(llm).get_decoder(), read):
-        hidden = decode(llm, inputs)[read]  # (N, H)
-    check_finite(hidden, supervised, data["ids"], "")
+        hidden = decode(llm, laid).flatten(0, 1)[places]  # (N, H)
+
+    def alone() -> Tensor:
+        return decode(llm, inputs)[:, :-1][supervised]
+
+    check_finite(llm, hidden, supervised, data["ids"], "", alone)
     return token_scores_of(llm, hidden, data["labels"][:, 1:][supervised])
 
 
-def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str) -> None:
+def _without_padding(
+    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    # Inputs of fewer rows, where samples fit side by side; and where each token went in the
+    # flattened rows, (B, T). Modelling code that is not transformers' may take no mask of pairs.
+    mask = inputs["attention_mask"].bool()
+    base = base_model(llm)
+    places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    ours = type(base).__module__.startswith("transformers.") and takes_pairs(base.config)
+    if not ours or depends_on_length(base.config, mask.shape[1]):
+        return inputs, places
+    packed = pack(mask)
+    if packed.segments.numel() == mask.numel():
+        return inputs, places
+    tokens = {key: value for key, value in inputs.items() if key != "attention_mask"}
+    dtype = llm.get_input_embeddings().weight.dtype
+    laid = packed.lay_out(tokens, mask) | {"attention_mask": packed.pairs(dtype)}
+    return laid, places.masked_scatter(mask, packed.slots)
+
+
+def check_finite(
+    llm: nn.Module,
+    hidden: Tensor,
+    supervised: Tensor,
+    ids: list[str],
+    where: str,
+    alone: Callable[[], Tensor],
+) -> None:
     """Refuse hidden states that would make the loss, and then every weight, NaN.
 
+    A spoilt sample spoils its whole row, since 0 x NaN is NaN: so that the message names no
+    neighbour, they are asked for again with a row for each sample. Not under ZeRO-3, where the
+    other ranks would not take part.
+
     Args:
+        llm: the LLM.
         hidden: (N, H).
         supervised: (B, T) bool with N true places.
         ids: of the B samples.
         where: of which pass, for the message.
+        alone: computes ``hidden`` with each sample in a row of its own.
 
     Raises:
         DPAError: the message names the samples.
@@ -216,6 +257,10 @@ def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str)
     finite = torch.isfinite(hidden).all(-1)
     if finite.all():
         return
+    if not any(hasattr(parameter, "ds_id") for parameter in llm.parameters()):
+        with torch.no_grad():
+            among_own = torch.isfinite(alone()).all(-1)
+        finite = finite if among_own.all() else among_own
     rows = supervised.nonzero()[:, 0][~finite].unique().tolist()
     names = ", ".join(repr(ids[row]) for row in rows)
     raise DPAError(
