@@ -71,8 +71,8 @@ def test_the_picture_matters(llava, pictures):
 
 def test_gemma2_caps_its_attention(tmp_path, pictures):
     """SDPA would leave the cap out, and gives other answers."""
-    caps = dict(attn_logit_softcapping=0.5, head_dim=16, hidden_activation="gelu")
-    folder = write_folder(tmp_path, text_config=Gemma2Config, **caps)
+    gemma = dict(attn_logit_softcapping=0.5, head_dim=16, tie_word_embeddings=False)
+    folder = write_folder(tmp_path, text_config=Gemma2Config, **gemma)
     llava = LlavaFolder(str(folder))
     assert llava.model.language_model.config._attn_implementation == "eager"
     found = llava.generate(prompts(pictures), TOKENS)
@@ -118,7 +118,7 @@ def test_a_batch_that_raises_is_halved_until_the_culprit_is_alone(llava, picture
 
     def fails(input_ids, **kwargs):
         sizes.append(len(input_ids))
-        if len(input_ids) > 2 or "2" in llava.tokenizer.decode(input_ids[-1]):
+        if len(input_ids) > 2 or any("2" in llava.tokenizer.decode(row) for row in input_ids):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(input_ids=input_ids, **kwargs)
 
@@ -126,7 +126,7 @@ def test_a_batch_that_raises_is_halved_until_the_culprit_is_alone(llava, picture
     answers = llava.generate(batch, TOKENS)
     assert answers[:2] + answers[3:] == expected[:2] + expected[3:]
     assert answers[2].startswith(f"{NO_ANSWER}: OutOfMemoryError: CUDA out of memory")
-    assert sizes == [4, 2, 2, 1, 1] or sizes == [4, 2, 2]
+    assert sizes == [4, 2, 2, 1, 1]
 
 
 def test_a_lost_gpu_is_everybodys_trouble(llava, monkeypatch):

@@ -5,7 +5,7 @@ import io
 
 import torch
 from PIL import Image
-from small_tokenizers import byte_level
+from families.small_tokenizers import byte_level
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -26,6 +26,8 @@ PATCHES = 4
 def tokenizer():
     made = byte_level("<s>", "</s>", "<|im_start|>", "<|im_end|>", adds_bos=False)
     made.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    made.model_input_names = ["input_ids", "attention_mask"]  # as a LLaMA tokenizer's
+    made.init_kwargs["model_input_names"] = made.model_input_names
     return made
 
 
