@@ -172,9 +172,7 @@ def group_keys(data: pd.DataFrame, group: int | str) -> pd.Series:
     return order // int(group)
 
 
-def _chosen(
-    data: pd.DataFrame, dataset: str, limit: int | None, group: int | str
-) -> pd.DataFrame:
+def _chosen(data: pd.DataFrame, dataset: str, limit: int | None, group: int | str) -> pd.DataFrame:
     """Whole groups, evenly spread, as many as asked for; longest first."""
     keys = group_keys(data, group)
     sizes = keys.value_counts()

@@ -115,8 +115,9 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
         file = Path(self.output_dir, f"{self.dataset_name}.xlsx")
         frame = load(str(file))  # the answers as VLMEvalKit has read them
         keys = group_keys(frame, self.group_rows)
-        correct = dict(zip(frame["index"].map(str), _correct(self._dataset, frame, file)))
-        groups = dict(zip(frame["index"].map(str), keys.tolist()))
+        indices = [str(index) for index in frame["index"]]
+        correct = dict(zip(indices, _correct(self._dataset, frame, file), strict=True))
+        groups = dict(zip(indices, keys.tolist(), strict=True))
         details = []
         for row, prediction in zip(test_set, predictions, strict=True):
             blocks = [block for message in row["prompt"] for block in message["content"]]
