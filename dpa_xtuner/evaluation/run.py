@@ -20,6 +20,7 @@ from pathlib import Path
 from dpa_xtuner import __version__
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import Benchmark
+from dpa_xtuner.evaluation.report import Report, Result
 from dpa_xtuner.files import write_json
 
 RUN = "results"
@@ -65,6 +66,31 @@ class Outcome:
 
     results: dict[tuple[str, str], dict]
     failures: dict[tuple[str, str], str]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that transformers could not open as a LLaVA, before anything is loaded.
+
+    Raises:
+        DPAError: The folder is not there or is no LLaVA; the message says what it lacks.
+    """
+    expected = "expected the folder of a LlavaForConditionalGeneration and its processor"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DPAError(
+            f"{folder} has no config.json; {expected}. A run of ours becomes one by: python "
+            f"tools/export.py CONFIG"
+        ) from None
+    except ValueError as error:
+        raise DPAError(f"{folder / 'config.json'} is broken ({error}).") from None
+    vision = config.get("vision_config", {}).get("model_type")
+    if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
+        kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
+        raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
+    for wanted in ("preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"):
+        if not any(path for name in wanted.split("|") for path in folder.glob(name)):
+            raise DPAError(f"{folder} has no {wanted.replace('|', ' or ')}; {expected}.")
 
 
 def content_hash(paths: Iterable[Path], *settings: object) -> str:
@@ -153,6 +179,79 @@ def dataset_config(
     return dict(config, abbr=f"{name}-{digest}")
 
 
+def evaluate(
+    folders: list[Path],
+    benchmarks: list[Benchmark],
+    data: Path,
+    work_dir: Path,
+    *,
+    limit: int | None = None,
+    gpus: int = 0,
+    batch_size: int = 8,
+    left_out: Iterable[str] = (),
+) -> tuple[Report, dict[tuple[str, str], list[dict]]]:
+    """Evaluate models on benchmarks whose files are there.
+
+    Args:
+        folders: Hugging Face LLaVA folders.
+        benchmarks: The table's columns.
+        data: Folder of the benchmarks' files.
+        work_dir: Where everything goes, and a rerun goes on.
+        limit: See `dataset_config`.
+        gpus: How many answer at a time; 0 for the CPU.
+        batch_size: Samples in a batch.
+        left_out: Lines for the report.
+
+    Returns:
+        The report; and (model's label, data set) -> samples, see `BenchmarkEvaluator.score`.
+    """
+    models = describe_models(list({folder.resolve(): folder for folder in folders}.values()))
+    datasets = {
+        (benchmark.name, name): dataset_config(benchmark, name, data, work_dir, limit)
+        for benchmark in benchmarks
+        for name in benchmark.datasets
+    }
+    configs = [model_config(model, batch_size, gpus) for model in models]
+    outcome = run(configs, list(datasets.values()), work_dir, workers=max(gpus, 1))
+    table: dict[str, dict[str, Result]] = {}
+    details = {}
+    for model in models:
+        table[model.label] = {}
+        for benchmark in benchmarks:
+            pairs = {
+                d: (model.abbr, datasets[benchmark.name, d]["abbr"]) for d in benchmark.datasets
+            }
+            table[model.label][benchmark.name] = _result(benchmark, pairs, outcome)
+            for name, pair in pairs.items():
+                if pair in outcome.results:
+                    details[model.label, name] = outcome.results[pair]["details"]
+    notes = [
+        f"{model.label} has no chat template: it is asked in that of LLaVA-1.5."
+        for model in models
+        if not _has_template(model.folder)
+    ]
+    sources = {model.label: f"{model.folder.resolve()} ({model.abbr})" for model in models}
+    return Report(table, benchmarks, limit, list(left_out), notes, sources), details
+
+
+def _result(benchmark: Benchmark, pairs: dict[str, tuple[str, str]], outcome: Outcome) -> Result:
+    if errors := [outcome.failures[pair] for pair in pairs.values() if pair in outcome.failures]:
+        return Result(None, error=" and ".join(dict.fromkeys(errors)))
+    found = {name: outcome.results[pair] for name, pair in pairs.items()}
+    return Result(
+        benchmark.score({name: result["score"] for name, result in found.items()}),
+        sum(result["samples"] for result in found.values()),
+        [{"dataset": name, **f} for name, result in found.items() for f in result["failed"]],
+        {name: result["metrics"] for name, result in found.items()},
+    )
+
+
+def _has_template(folder: Path) -> bool:
+    if any((folder / f"chat_template.{kind}").is_file() for kind in ("json", "jinja")):
+        return True
+    return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
 def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int = 1) -> Outcome:
     """Let OpenCompass do what is missing.
 
@@ -203,9 +302,7 @@ def _call_opencompass(
     infer = dict(partitioner=partitioner, runner=dict(in_process, task=infer_task))
     if workers > 1:
         infer = dict(
-            partitioner=dict(
-                type=f"{ours}.PartsPartitioner", num_worker=workers, num_split=PARTS
-            ),
+            partitioner=dict(type=f"{ours}.PartsPartitioner", num_worker=workers, num_split=PARTS),
             runner=dict(
                 type="opencompass.runners.LocalRunner", max_num_workers=workers, task=infer_task
             ),

@@ -59,7 +59,9 @@ class PartsPartitioner(NumWorkerPartitioner):
     OpenCompass builds them to count samples, and one that fails would end the whole run.
     """
 
-    def partition(self, model_dataset_combinations: list[dict], *args, **kwargs) -> list[ConfigDict]:
+    def partition(
+        self, model_dataset_combinations: list[dict], *args, **kwargs
+    ) -> list[ConfigDict]:
         """Partition what can be built; see OpenCompass's."""
         for combination in model_dataset_combinations:
             datasets = combination["datasets"]

@@ -162,7 +162,9 @@ def test_folder_says_that_it_was_trained_on_padded_pictures(folder, llava, pictu
     pad_ids, (pad_pixels,) = pads.encode_messages(prompts(pictures)[0])
     assert ids == pad_ids and not torch.equal(pixels, pad_pixels)
     processor = pads.processor.image_processor
-    square = expand2square(Image.open(pictures[0]), tuple(int(x * 255) for x in processor.image_mean))
+    square = expand2square(
+        Image.open(pictures[0]), tuple(int(x * 255) for x in processor.image_mean)
+    )
     assert torch.equal(pad_pixels, processor(square, return_tensors="pt")["pixel_values"])
 
 
