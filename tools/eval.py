@@ -14,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
@@ -71,6 +72,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     benchmarks = find_benchmarks(arguments.benchmarks)
     models = [_model(name) for name in arguments.models]
     left_out, there = _files(benchmarks, arguments.data)
+    for package in ("opencompass", "vlmeval"):
+        if not find_spec(package):
+            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
     gpus = _gpus(arguments.gpus)
     folders = [_exported(m) if m.suffix == ".py" else m for m in models]
     for folder in folders:

@@ -21,7 +21,7 @@ from dpa_xtuner import __version__
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import Benchmark
 from dpa_xtuner.evaluation.report import Report, Result
-from dpa_xtuner.files import write_json
+from dpa_xtuner.files import write_json, write_text
 
 RUN = "results"
 """OpenCompass's folder below the work dir: always the same, so that reruns go on in it."""
@@ -99,12 +99,12 @@ def content_hash(paths: Iterable[Path], *settings: object) -> str:
 
     digest = xxhash.xxh3_64()
     for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0")
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     versions = [version(name) for name in ("opencompass", "ms-vlmeval", "transformers")]
-    digest.update(json.dumps([*settings, __version__, *versions]))
+    digest.update(json.dumps([*settings, __version__, *versions]).encode())
     return digest.hexdigest()[:8]
 
 
@@ -372,12 +372,24 @@ def _logs(folder: Path, model: str, dataset: str) -> list[Path]:
 
 
 def _remove_broken(folder: Path, model: str, dataset: str) -> None:
-    """Remove what a killed run has half written, since OpenCompass trusts what is there."""
-    answers = (folder / "predictions" / model).glob(f"{dataset}*.json")
-    for file in [*answers, _result_file(folder, model, dataset)]:
+    """Remove what a killed run has half written, since OpenCompass trusts what is there.
+
+    Of the answers to an unfinished data set OpenCompass would drop all if one line can't be read,
+    such as the last one, or one with a line separator of Unicode: the lines before stay.
+    """
+    answers = folder / "predictions" / model
+    for file in [*answers.glob(f"{dataset}*.json"), _result_file(folder, model, dataset)]:
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             pass
         except ValueError:
             file.unlink()
+    for file in answers.glob(f"tmp_{dataset}*.jsonl"):
+        lines = []
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                lines.append(json.dumps(json.loads(line)) + "\n")
+            except ValueError:
+                break
+        write_text(file, "".join(lines))
