@@ -35,17 +35,20 @@ def main() -> int:
     parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
                         help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
                         "(default)")  # fmt: skip
-    parser.add_argument("--data", type=Path, default=os.environ.get("LMUData", "data/benchmarks"),
+    parser.add_argument("--data", type=Path,
+                        default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
                         "$LMUData or data/benchmarks")  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N",
-                        help="questions or groups of each data set, evenly spread; default: all")  # fmt: skip
+                        help="questions or groups of each data set, evenly spread; default: "
+                        "all")  # fmt: skip
     parser.add_argument("--gpus", type=int, metavar="N",
                         help="GPUs that answer at a time; default: one, or the CPU where there is "
                         "none")  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
     parser.add_argument("--show", type=_positive, metavar="N",
-                        help="draw N wrong answers of each data set to wrong_answers.html")  # fmt: skip
+                        help="draw N wrong answers of each data set to "
+                        "wrong_answers.html")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
                         help="default: work_dirs/eval")  # fmt: skip
     arguments = parser.parse_args()
