@@ -11,6 +11,7 @@ else.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -51,9 +52,15 @@ def main() -> int:
                         "wrong_answers.html")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
                         help="default: work_dirs/eval")  # fmt: skip
+    parser.add_argument("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
+                        help="Python modules that register benchmarks of your own "
+                        "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
     try:
         return _evaluate(arguments)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
+        return 130
     except (DPAError, OSError) as error:
         print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
         return 1
@@ -72,6 +79,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from dpa_xtuner.evaluation.report import save
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
+    for module in arguments.modules:
+        if not find_spec(module):
+            raise DPAError(f"--import {module}: there is no such module.")
+        importlib.import_module(module)
     benchmarks = find_benchmarks(arguments.benchmarks)
     models = [_model(name) for name in arguments.models]
     left_out, there = _files(benchmarks, arguments.data)

@@ -128,6 +128,22 @@ def test_a_failed_task_is_exit_code_1(call, folder, data, tmp_path):
     assert {p.name for p in work.glob("table.*")} == {"table.md", "table.csv", "table.json"}
 
 
+def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
+    (tmp_path / "my_benchmarks.py").write_text(
+        "from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark\n"
+        "files = (DataFile('MyQuestions'),)\n"
+        "register_benchmark(Benchmark('mine', 'Mine', 'general', files, judge='exact matching'))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    write_data(data, "MyQuestions", rows("AI2D_TEST", 2))
+    arguments = [folder, "--data", data, "--benchmarks", "mine"]
+    assert "--import my_benchmark: there is no such" in refused(
+        call(*arguments, "--import", "my_benchmark")
+    )
+    code, out, _ = call(*arguments, "--import", "my_benchmarks")
+    assert code == 0 and "Mine" in out
+
+
 def test_a_config_is_exported_first(call, tool, folder, data, tmp_path, monkeypatch):
     """By a process in which XTuner may be imported."""
     export = tmp_path / "export.py"

@@ -168,13 +168,17 @@ def test_a_model_that_cannot_be_loaded_fails_alone(folder, data, tmp_path, answe
     assert report.models["tiny"]["ai2d"].score is not None
 
 
-def test_no_sample_answered_is_a_failure(folder, data, tmp_path, monkeypatch):
+def test_no_sample_answered_is_a_failure_and_asked_again(folder, data, tmp_path, monkeypatch):
     reason = f"{NO_ANSWER}: broken"
     monkeypatch.setattr(
         LlavaFolder, "generate", lambda self, inputs, max_out_len: [reason] * len(inputs)
     )
     report, _ = evaluate([folder], data, tmp_path / "work", ["ai2d"])
     assert report.failures() == ["tiny, ai2d: no sample could be answered (broken)"]
+    # Which is no fault of the samples: they are asked again.
+    monkeypatch.setattr(LlavaFolder, "generate", lambda _, inputs, max_out_len: ["A"] * len(inputs))
+    report, _ = evaluate([folder], data, tmp_path / "work", ["ai2d"])
+    assert not report.failures() and report.models["tiny"]["ai2d"].failed == []
 
 
 def test_half_written_files_are_not_trusted(folder, data, tmp_path, answered):
