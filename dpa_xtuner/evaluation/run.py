@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -135,7 +136,7 @@ def _labels(folders: list[Path]) -> list[str]:
         stage_alone = any(label in ("proxy", "align", "tune") for label in labels)
         if len(set(labels)) == len(labels) and not stage_alone:
             break
-    return [label.replace(" ", "_") for label in labels]
+    return [re.sub(r"[^\w.-]", "_", label) for label in labels]
 
 
 def model_config(model: Model, batch_size: int, gpus: int) -> dict:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,19 @@ def test_several_models_are_compared_under_short_names(folder, other, data, tmp_
     labels = [f"{x}-run-{y}" for x, y in (("a", "tune"), ("b", "tune"), ("b", "align"))]
     assert run._labels([tmp_path / p for p in places]) == labels
     assert run._labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
+
+
+def test_never_two_models_in_memory(folder, other, data, tmp_path, monkeypatch):
+    alive, plain = weakref.WeakSet(), LlavaFolder.__init__
+
+    def load(self, *args, **kwargs):
+        assert not alive
+        plain(self, *args, **kwargs)
+        alive.add(self)
+
+    monkeypatch.setattr(LlavaFolder, "__init__", load)
+    report, _ = evaluate([folder, other], data, tmp_path / "work", limit=1)
+    assert not report.failures()
 
 
 def test_a_failing_sample_costs_that_sample(folder, data, tmp_path, answered):
