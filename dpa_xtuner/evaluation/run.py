@@ -178,7 +178,7 @@ def dataset_config(
     config["infer_cfg"]["inferencer"]["max_out_len"] = tokens
     code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
     settings = {**config, "data_root": None, "eval_cfg": None}
-    digest = content_hash([file, *code], settings, benchmark.metric, benchmark.scale)
+    digest = content_hash(code, folder.name, settings, benchmark.metric, benchmark.scale)
     return dict(config, abbr=f"{name}-{digest}")
 
 
