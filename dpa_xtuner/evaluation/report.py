@@ -141,6 +141,11 @@ def _lines(report: Report) -> list[str]:
             "- No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
             "in an answer, only what its exact matching finds counts."
         )
+    if report.is_papers():
+        lines.append(
+            "- paper: means as reported (arXiv 2509.14735), captions from ShareGPT4V-PT; its "
+            "scores of single benchmarks are not listed here."
+        )
     lines += [f"- Left out: {line}" for line in report.left_out]
     lines += [f"- {line}" for line in report.notes]
     lines += [f"- Failed: {line}" for line in report.failures()]

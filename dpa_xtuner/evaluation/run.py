@@ -164,7 +164,7 @@ def dataset_config(
         name: VLMEvalKit's name of one of its data sets.
         data: Folder of the benchmarks' files.
         work_dir: Where the evaluation goes.
-        limit: Questions or groups to ask, the first ones; None for all.
+        limit: Questions or groups to ask, evenly spread; None for all.
     """
     file = (data / f"{name}.tsv").resolve()
     folder = work_dir.resolve() / "data" / f"{name}-{content_hash([file])}"
