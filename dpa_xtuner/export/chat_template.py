@@ -1,14 +1,15 @@
 """A training template as the Jinja template of a processor, and what ends a turn in it.
 
-Rendered for transformers' usual two steps: ``text = processor.apply_chat_template(messages)``,
-then ``processor(images=..., text=text)``, whose tokenizer puts the BOS in front. So a template
-that writes its first BOS itself leaves it out here.
+The template writes the BOS, and the exported tokenizer adds none, so that transformers' two steps
+(``text = processor.apply_chat_template(messages)``, then ``processor(images=..., text=text)``)
+and ``tokenizer.apply_chat_template(messages)`` give the same tokens.
 """
 
 from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 from xtuner.utils import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
@@ -60,7 +61,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
 
     Args:
         template: the training template, see :mod:`dpa_xtuner.data.templates`.
-        tokenizer: the LLM's, with ``<image>`` as a special token.
+        tokenizer: the LLM's, as in training but for ``<image>``, a special token.
     """
     values = {"input": "said.text", "system": "ns.system", "round": "ns.round"}
     instruction = _expression(template["INSTRUCTION"], values)
@@ -82,7 +83,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         "STRIP": "{%- set said.text = said.text.strip() -%}" if template.get("STRIP") else "",
         "FIRST": first,
         "INSTRUCTION": instruction,
-        "BOS": _without_first_bos(tokenizer),
+        "BOS": _first_bos(tokenizer),
         "SPACE": _space_after_image(tokenizer),
         "ANSWER": answer,
     }
@@ -100,18 +101,31 @@ def _expression(text: str, values: Mapping[str, str]) -> str:
     """``"a {input}"`` as the Jinja expression ``'a ' ~ said.text``."""
     parts = []
     for literal, field, *_ in Formatter().parse(text):
-        parts += [repr(literal)] * bool(literal) + [values[field]] * (field is not None)
+        parts += [repr(literal)] if literal else []
+        parts += [] if field is None else [values[field]]
     return " ~ ".join(parts)
 
 
-def _without_first_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    bos = tokenizer.bos_token
-    if bos is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def _first_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not _adds_bos(tokenizer):
         return ""
+    bos = tokenizer.bos_token
     return (
-        f"{{%- if ns.round == 1 and said.text.startswith({bos!r}) -%}}"
-        f"{{%- set said.text = said.text[{len(bos)}:] -%}}{{%- endif -%}}"
+        f"{{%- if ns.round == 1 and not said.text.startswith({bos!r}) -%}}"
+        f"{{%- set said.text = {bos!r} ~ said.text -%}}{{%- endif -%}}"
     )
+
+
+def without_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a tokenizer add no BOS, here and where it is loaded again."""
+    tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
+    if _adds_bos(tokenizer) and tokenizer.is_fast:  # no class of its own that knows the setting
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
 
 
 def _space_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -138,7 +152,10 @@ _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It 
 
 
 def disagreements(
-    jinja: str, template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    jinja: str,
+    template: Mapping[str, Any],
+    exported: PreTrainedTokenizerBase,
+    trained: PreTrainedTokenizerBase,
 ) -> list[str]:
     """Kinds of conversations whose tokens are not those of training; none is as it should be.
 
@@ -147,10 +164,11 @@ def disagreements(
     Args:
         jinja: from :func:`chat_template`.
         template: the training template.
-        tokenizer: with ``<image>`` as a special token.
+        exported: the tokenizer that the template is for.
+        trained: the tokenizer of the training.
     """
-    encode = Encoder(tokenizer, "chat", 1, template, 2**20)
-    image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    encode = Encoder(trained, "chat", 1, template, 2**20)
+    image_id = exported.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
     wrong = []
     for turns in (_TURNS[:1], _TURNS):
         for images in (0, 1):
@@ -160,10 +178,10 @@ def disagreements(
             for question, answer in record.turns:
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer})
-            text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
-            trained = encode([record]).tokens
-            trained[trained == IMAGE_TOKEN_INDEX] = image_id
-            if tokenizer(text).input_ids != trained.tolist():
+            text = exported.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+            tokens = encode([record]).tokens
+            tokens[tokens == IMAGE_TOKEN_INDEX] = image_id
+            if exported(text).input_ids != tokens.tolist():
                 wrong.append(f"{len(turns)} turn(s) {'with' if images else 'without'} an image")
     return wrong
 

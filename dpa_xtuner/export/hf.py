@@ -18,7 +18,12 @@ from xtuner.registry import BUILDER
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.export.chat_template import chat_template, disagreements, end_of_turn
+from dpa_xtuner.export.chat_template import (
+    chat_template,
+    disagreements,
+    end_of_turn,
+    without_bos,
+)
 from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
@@ -59,6 +64,7 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
     model.to(dtype)  # what config.json says
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     jinja = chat_template(source.template, tokenizer)
+    without_bos(tokenizer)
     LlavaProcessor(
         image_processor=BUILDER.build(source.cfg.image_processor.to_dict()),
         tokenizer=tokenizer,
@@ -69,7 +75,9 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
     ).save_pretrained(folder)
     return {
         "image_token_index": image_id,
-        "template_differs": disagreements(jinja, source.template, tokenizer),
+        "template_differs": disagreements(
+            jinja, source.template, tokenizer, load_tokenizer(source)
+        ),
     }
 
 
@@ -79,6 +87,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    # A tokenizer of no class of its own would give token_type_ids, which no decoder takes.
+    names = ["input_ids", "attention_mask"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from xtuner.model.utils import traverse_dict
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.configs import model_class
+from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.stages.models import encoder_config, llm_config
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
@@ -109,7 +109,9 @@ class Weights:
                 f"full. If it was trained by LoRA: --cfg-options {source.stage.name}.train_llm=lora"
             )
         else:
-            llm = load_pretrained(loader, dtype if source.folder("llm") else None)
+            config = read_config("llm_name_or_path", loader)
+            config.use_cache = True  # training turns it off
+            llm = load_pretrained(loader, dtype if source.folder("llm") else None, config=config)
             if "llm_adapter" in inputs:
                 read_adapter(inputs["llm_adapter"]).add_to(llm)
         llm.to(dtype)
@@ -196,17 +198,18 @@ def _without_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
 
 
-def load_pretrained(loader: dict, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_pretrained(loader: dict, dtype: torch.dtype | None = None, **more) -> PreTrainedModel:
     """Load a published model for its weights.
 
     Args:
         loader: its config, a ``type`` and arguments.
         dtype: that of the weights; the config's own where it is None.
+        more: other arguments.
 
     Raises:
         DPAError: weights are missing.
     """
-    options = ConfigDict(loader).to_dict()
+    options = ConfigDict(loader).to_dict() | more
     traverse_dict(options)  # "torch.bfloat16" to the dtype
     if dtype is not None:
         options["torch_dtype"] = dtype

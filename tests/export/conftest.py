@@ -7,8 +7,8 @@ TESTS = Path(__file__).parents[1]
 for folder in ("families", "model"):
     sys.path.append(str(TESTS / folder))
 
-import pytest
-import runs
+import pytest  # noqa: E402
+import runs  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -31,7 +32,7 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
 
 
 image = Image.open(sys.argv[1]).convert("RGB")
-jobs = json.loads(open(sys.argv[2]).read())
+jobs = json.loads(Path(sys.argv[2]).read_text())
 found = {name: answer(*job, image, 8) for name, job in jobs.items()}
 ours = [name for name in sys.modules if name.split(".")[0] in ("dpa_xtuner", "xtuner")]
 assert not ours, ours

@@ -43,7 +43,7 @@ IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
-MISTRAL = dict(INSTRUCTION="[INST] {input} [/INST]", SUFFIX="</s>", SUFFIX_AS_EOS=True)
+MISTRAL = dict(INSTRUCTION="[INST] {input} [/INST]", PREFIX=" ", AS_ONE_TEXT=True)
 
 
 @dataclass(frozen=True)
