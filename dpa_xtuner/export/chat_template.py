@@ -42,8 +42,9 @@ STRIP
 {%- set said.text = INSTRUCTION -%}
 {%- endif -%}
 BOS
-SPACE
-{{- said.text -}}
+{%- for chunk in said.text.split('<image>') -%}
+{{- IMAGE ~ chunk -}}
+{%- endfor -%}
 {%- else -%}
 {{- ANSWER -}}
 {%- endif -%}
@@ -84,7 +85,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         "FIRST": first,
         "INSTRUCTION": instruction,
         "BOS": _first_bos(tokenizer),
-        "SPACE": _space_after_image(tokenizer),
+        "IMAGE": _image(tokenizer),
         "ANSWER": answer,
     }
     lines = []
@@ -128,24 +129,20 @@ def without_bos(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
 
 
-def _space_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Training tokenises the text behind an image as one that stands alone.
+def _image(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before a chunk of text: nothing, or an image.
 
-    Some LLaMA tokenizers put a space before such a text, and none behind a special token.
+    Training tokenises the text behind an image as one that stands alone. Some LLaMA tokenizers
+    put a space before such a text, and none behind a special token.
     """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    image, alone = ids(DEFAULT_IMAGE_TOKEN), ids("\na")
-    if ids(f"{DEFAULT_IMAGE_TOKEN}\na") == image + alone:
-        return ""
-    if ids(f"{DEFAULT_IMAGE_TOKEN} \na") != image + alone:
-        return ""  # differs whatever is done: disagreements() tells
-    return (
-        "{%- set said.text = said.text.replace('<image>', '<image> ')"
-        ".replace('<image> <image>', '<image><image>') -%}"
-    )
+    alone = ids(DEFAULT_IMAGE_TOKEN) + ids("\na")
+    needs_space = ids("<image>\na") != alone and ids("<image> \na") == alone
+    space = " ~ (' ' if chunk and not chunk.startswith(' ') else '')" if needs_space else ""
+    return f"('' if loop.first else '<image>'{space})"
 
 
 _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It sleeps."))
