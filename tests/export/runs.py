@@ -248,3 +248,8 @@ def write_image(path: Path, width: int = 20, height: int = 20) -> Path:
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     return path
+
+
+def record(out: Path) -> dict:
+    """What an exported folder says of itself."""
+    return json.loads((out / "dpa.json").read_text())
