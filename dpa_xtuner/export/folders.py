@@ -112,7 +112,6 @@ def _copy(written: Path, folder: Path) -> None:
 def _write_llm(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
     llm, tokenizer = weights.llm(dtype), load_tokenizer(source)
     need_room(folder, llm.state_dict())
-    llm.config.use_cache = True
     llm.save_pretrained(folder, max_shard_size=SHARD)
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = chat_template(source.settings.template, tokenizer)

@@ -129,7 +129,11 @@ def _config(
     tokenizer: PreTrainedTokenizerBase,
     extra: int,
 ) -> LlavaConfig:
-    llm.config.use_cache = True  # training turns it off
+    # A part that is saved with this set chooses no attention when it is loaded, and so gets the
+    # eager one. Gemma-2 needs that: SDPA, which would be chosen, does not cap (transformers 4.48).
+    caps = getattr(llm.config, "attn_logit_softcapping", None) is not None
+    llm.config._attn_implementation_autoset = caps
+    encoder.config._attn_implementation_autoset = False
     config = LlavaConfig(
         vision_config=encoder.config,
         text_config=llm.config,
@@ -142,8 +146,6 @@ def _config(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
-    if getattr(llm.config, "attn_logit_softcapping", None):
-        config.attn_implementation = "eager"  # SDPA does not cap (transformers 4.48)
     return config
 
 

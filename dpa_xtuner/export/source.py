@@ -1,5 +1,6 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ class Source:
         if (layer := self.cfg.model.get("visual_select_layer")) is not None:
             kind.layer = layer
         return kind
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the finished stage was trained from; empty for a checkpoint."""
+        return {} if self.checkpoint else read_state(self.base / self.stage.name)["origin"]
 
     @property
     def has_projector(self) -> bool:
@@ -147,7 +153,7 @@ def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.base
     if source.checkpoint is None:
         _need_finished(base, name, f"the parts of stage {name} are exported")
-        _refuse_changed(source, read_state(base / name)["origin"])
+        _refuse_changed(source, source.origin)
         needed = [folder for part in source.stage.writes if (folder := source.folder(part))]
     else:
         if not source.checkpoint.exists():
@@ -179,8 +185,8 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
 
 def _refuse_changed(source: Source, origin: dict) -> None:
     settings, own = source.settings, source.own
+    # Models may have moved: their names are not compared, see Weights.
     now = {
-        "llm": {"name": settings.llm_name_or_path},
         "prompt_template": settings.template if source.stage.view == "chat" else "plain",
         "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
     }
@@ -189,28 +195,17 @@ def _refuse_changed(source: Source, origin: dict) -> None:
     if source.has_projector:
         now["settings"]["pad_image_to_square"] = own.pad_image_to_square
         now |= {
-            "visual_encoder": {"name": settings.visual_encoder_name_or_path},
             "encoder": settings.encoder,
             "visual_select_layer": source.cfg.model.get("visual_select_layer"),
             "projector": settings.projector,
             "max_tiles": settings.max_tiles,
         }
-    changes = [
-        f"  {key}: was {before}, is {value}"
-        for key, before, value in differences(_shared(origin, now), now)
-    ]
+    before = {key: origin.get(key) for key in now}
+    before["settings"] = {key: origin["settings"].get(key) for key in now["settings"]}
+    now = json.loads(json.dumps(now))  # as it was written: no tuples
+    changes = [f"  {key}: was {a}, is {b}" for key, a, b in differences(before, now)]
     if changes:
         raise DPAError(
             f"{source.base / source.stage.name} was trained with other settings than the config "
             f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
         )
-
-
-def _shared(origin: dict, now: dict) -> dict:
-    """What a record says of the keys of ``now``."""
-    return {
-        key: _shared(origin[key], value)
-        if isinstance(value, dict) and key in ("llm", "visual_encoder", "settings")
-        else origin.get(key)
-        for key, value in now.items()
-    }

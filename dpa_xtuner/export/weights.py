@@ -17,6 +17,8 @@ from xtuner.model.utils import traverse_dict
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.parts import CANONICAL
 from dpa_xtuner.stages.models import encoder_config, llm_config
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
@@ -110,17 +112,35 @@ class Weights:
             )
         else:
             config = read_config("llm_name_or_path", loader)
-            config.use_cache = True  # training turns it off
+            config.use_cache = True  # without it, Gemma-2's generation settings are complained of
             llm = load_pretrained(loader, dtype if source.folder("llm") else None, config=config)
+            if not whole:
+                self._refuse_other("llm", llm, source.settings.llm_name_or_path)
             if "llm_adapter" in inputs:
                 read_adapter(inputs["llm_adapter"]).add_to(llm)
         llm.to(dtype)
+        llm.config.use_cache = True  # training turns it off
         adapter = self.adapter()
         if adapter:
             adapter.add_to(llm)
         elif "llm_adapter" in source.stage.trains:
             raise DPAError(f"{source.checkpoint} holds no adapter: it is not of this stage.")
         return llm
+
+    def _refuse_other(self, side: str, module: nn.Module, name: str) -> None:
+        """Refuse a model whose weights are not those that the stage was trained with.
+
+        They are only looked at where the model goes by another name now.
+        """
+        trained = self.source.origin.get(side, {})
+        if trained.get("name", name) != name and trained["fingerprint"] != fingerprint(
+            module, CANONICAL
+        ):
+            raise DPAError(
+                f"{name} holds other weights than {trained['name']}, with which "
+                f"{self.source.base / self.source.stage.name} was trained. Set {side}_name_or_path "
+                f"to that model."
+            )
 
     @property
     def has_encoder(self) -> bool:
@@ -140,6 +160,8 @@ class Weights:
             encoder = _filled(_on_meta(loader, config), state, source.checkpoint)
         else:
             encoder = load_pretrained(loader)
+            name = source.settings.visual_encoder_name_or_path
+            self._refuse_other("visual_encoder", encoder, name)
         encoder.to(dtype)
         lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
         if adapter := _adapter(trained, lora.get("r", 8), lora.get("lora_alpha", 8)):

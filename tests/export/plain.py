@@ -26,6 +26,7 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
         said = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         found["ids"].append(inputs["input_ids"][0].tolist())
         found["said"].append(said[0, inputs["input_ids"].shape[1] :].tolist())
+    found["attention"] = model.language_model.config._attn_implementation
     found["ends"] = model.generation_config.eos_token_id
     found["image_id"] = model.config.image_token_index
     return found

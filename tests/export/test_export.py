@@ -217,3 +217,17 @@ def test_the_command(qwen, tmp_path, monkeypatch, capsys):
         run("--stage", "finetune")
     assert caught.value.code == 1
     assert "dpa_xtuner: --stage 'finetune' is not a stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", ["llm", "encoder"])
+def test_models_may_move_and_not_change(qwen, tmp_path, side):
+    """`llm_name_or_path` is another folder now, with the same weights or others."""
+    moved = shutil.copytree(qwen.folder / side, tmp_path / "moved")
+    name = "llm" if side == "llm" else "visual_encoder"
+    how = dict(work_dir=qwen.work_dir, options={f"{name}_name_or_path": str(moved)})
+    export_config(qwen.config, **how, out=tmp_path / "hf")
+    weights = load_file(moved / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, moved / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(DPAError, match=f"moved holds other weights.*Set {name}_name_or_path"):
+        export_config(qwen.config, **how, out=tmp_path / "other")

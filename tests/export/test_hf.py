@@ -67,6 +67,7 @@ def answers(run, image, tmp_path_factory):
 def test_logits_and_greedy_text_are_those_of_the_training_model(name, answers, image):
     made, found = answers[0][name], answers[1][name]
     assert not any(found["info"].values()), found["info"]
+    assert found["attention"] == ("eager" if name == "gemma2" else "sdpa")
     for record, ids, logits, said in zip(
         RECORDS, found["ids"], found["logits"], found["said"], strict=True
     ):
