@@ -107,7 +107,7 @@ class Source:
 
 def _hashes(paths: list[Path]) -> dict[str, str]:
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    return {f"{file.parent.name}/{file.name}": file_sha256(file) for file in files}
+    return {"/".join(file.parts[-3:]): file_sha256(file) for file in files}  # stage/part/file
 
 
 def read_source(

@@ -163,7 +163,7 @@ def test_what_is_written(qwen, tmp_path):
     record = runs.record(out)
     assert (record["format"], record["stage"], record["dtype"]) == ("hf", "tune", "bfloat16")
     assert record["pad_image_to_square"] is True and record["template_differs"] == []
-    assert "projector/model.safetensors" in record["weights"]
+    assert "tune/projector/model.safetensors" in record["weights"]
     published, config = (
         AutoConfig.from_pretrained(qwen.folder / "llm"),
         AutoConfig.from_pretrained(out),
