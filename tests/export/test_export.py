@@ -1,0 +1,233 @@
+"""What is refused and how it is told, what is found fresh, and the command itself."""
+
+import json
+import runpy
+import shutil
+import sys
+from collections import namedtuple
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.export import export_config, hf, room
+from dpa_xtuner.files import file_sha256
+
+TOOL = runs.ROOT / "tools" / "export.py"
+
+
+@pytest.fixture(scope="module")
+def qwen(run):
+    return run("qwen2")
+
+
+def refused(made, fmt="hf", stage="tune", **options) -> str:
+    with pytest.raises(DPAError) as caught:
+        export_config(made.config, stage, fmt, work_dir=made.work_dir, options=options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def changed(qwen, monkeypatch):
+    """The message where a run was trained with other settings, before anything is loaded."""
+    from dpa_xtuner.export import export as module
+    from dpa_xtuner.export import source
+
+    monkeypatch.setattr(source, "_refuse_changed", lambda *_: None)
+    monkeypatch.setattr(module, "Weights", lambda _: pytest.fail("something was loaded"))
+    return lambda fmt="hf", **options: refused(qwen, fmt, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason", "able"),
+    [
+        ({"projector": dict(type="resampler")}, "projector='resampler' is not an MLP", "parts"),
+        ({"projector": dict(type="pixel_shuffle")}, "'pixel_shuffle' is not an MLP", "parts"),
+        ({"projector": dict(type="avg_pool")}, "'avg_pool' is not an MLP", "parts"),
+        ({"projector.depth": 3}, "projector.depth=3: LLaVA's has two", "xtuner or --format parts"),
+        ({"max_tiles": 6}, "max_tiles=6: an image is cut into tiles", "parts"),
+        ({"model.llm.quantization_config": dict(load_in_4bit=True)}, "the LLM is quantised",
+         "xtuner or --format parts"),
+    ],
+)  # fmt: skip
+def test_what_llava_cant_express_is_said_before_any_work(changed, options, reason, able):
+    message = changed(**options)
+    assert reason in message and message.endswith(f"--format {able} can.")
+
+
+@pytest.mark.parametrize(
+    ("kind", "registers", "reason"),
+    [
+        (dict(type="dinov2", image_size=16), False, "follows its final norm"),
+        (dict(type="dinov2", image_size=16, layer=-2), True, "5 tokens that are no patches"),
+        (dict(type="internvit", trust_remote_code=True), False, "not a single encoder"),
+    ],
+)
+def test_encoders_that_llava_has_not(changed, tmp_path, kind, registers, reason):
+    import encoder_folders
+
+    more = {"registers": True} if registers else {}
+    folder = getattr(encoder_folders, kind["type"])(tmp_path / "encoder", **more)
+    message = changed(visual_encoder_name_or_path=folder, encoder=kind)
+    assert reason in message and message.endswith("--format parts can.")
+
+
+def test_two_encoders_and_other_formats(changed, qwen, tmp_path):
+    import encoder_folders
+
+    second = encoder_folders.dinov2(tmp_path / "dinov2")
+    pair = dict(type="pair", first=dict(type="clip"),
+                second=dict(type="dinov2", image_size=16))  # fmt: skip
+    names = f"{qwen.folder / 'encoder'} + {second}"
+    for fmt in ("hf", "xtuner"):
+        message = changed(fmt, visual_encoder_name_or_path=names, encoder=pair)
+        assert "not a single encoder" in message and message.endswith("--format parts can.")
+    siglip = encoder_folders.siglip(tmp_path / "siglip")
+    message = changed("xtuner", visual_encoder_name_or_path=siglip, encoder=dict(type="siglip"))
+    assert "xtuner chat reads CLIP's" in message and "--format hf or --format parts can" in message
+    message = changed("xtuner", **{"model.visual_select_layer": -1})
+    assert "layer -1: xtuner chat reads CLIP's second-last layer alone" in message
+
+
+def test_the_proxy_has_no_pictures(qwen):
+    for fmt in ("hf", "xtuner"):
+        message = refused(qwen, fmt, stage="proxy")
+        assert "stage proxy has neither visual encoder nor projector" in message
+
+
+def test_names_and_places_that_are_wrong(qwen, tmp_path):
+    message = refused(qwen, stage="tuen")
+    assert "--stage 'tuen' is not a stage of method='dpa'; did you mean 'tune'?" in message
+    assert "--format 'hff' is not known; did you mean 'hf'?" in refused(qwen, fmt="hff")
+    with pytest.raises(DPAError, match=r"There is no run in .*Train first, or say where it is"):
+        export_config(qwen.config, work_dir=tmp_path / "nowhere")
+    message = refused(qwen, projector=dict(type="resampler"))
+    assert "projector.type: was mlp, is resampler" in message
+    assert "settings.lora.r: was 4, is 8" in refused(qwen, **{"tune.lora.r": 8})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(DPAError, match="mine exists, and is no earlier export"):
+        export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "mine")
+    with pytest.raises(DPAError, match="llm_adapter exists, and is no earlier export"):
+        export_config(qwen.config, work_dir=qwen.work_dir, out=qwen.work_dir / "tune/llm_adapter")
+
+
+def test_an_unfinished_stage_and_a_part_that_is_gone(qwen, tmp_path):
+    work_dir = shutil.copytree(qwen.work_dir, tmp_path / "run")
+    shutil.rmtree(work_dir / "tune" / "projector")
+    with pytest.raises(DPAError, match="tune/projector, which stage tune wrote, is gone"):
+        export_config(qwen.config, work_dir=work_dir)
+    (work_dir / "tune" / "stage.json").write_text('{"status": "running"}')
+    (work_dir / "tune" / "iter_8.pth").touch()
+    with pytest.raises(DPAError, match=r"Stage tune in .* is not finished.*--checkpoint .*iter_8"):
+        export_config(qwen.config, work_dir=work_dir)
+    (work_dir / "proxy" / "stage.json").unlink()
+    with pytest.raises(DPAError, match=r"Stage proxy .* is not finished, and stage align starts"):
+        export_config(qwen.config, "align", work_dir=work_dir)
+
+
+def test_a_full_disk_leaves_nothing_behind(qwen, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage(10_000))
+    with pytest.raises(DPAError, match=r"there are 0.0 GB left. Make room"):
+        export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fresh_export_is_found_and_a_stale_one_made_again(qwen, tmp_path):
+    work_dir = shutil.copytree(qwen.work_dir, tmp_path / "run")
+
+    def made(**how) -> int:
+        file_sha256.cache_clear()  # a process reads a file once
+        out = export_config(qwen.config, work_dir=work_dir, **how)
+        assert out == work_dir / "tune" / "hf"
+        return (out / "config.json").stat().st_mtime_ns
+
+    first = made()
+    assert made() == first
+    assert made(dtype="float32") > first
+    first = made()
+    file = work_dir / "tune" / "projector" / "model.safetensors"
+    weights = {name: weight + 1 for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    second = made()
+    assert second > first and made() == second
+    assert made(options={"tokenizer.chat_template": ""}) > second
+
+
+def test_what_is_written(qwen, tmp_path):
+    out = export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "hf")
+    record = runs.record(out)
+    assert (record["format"], record["stage"], record["dtype"]) == ("hf", "tune", "bfloat16")
+    assert record["pad_image_to_square"] is True and record["template_differs"] == []
+    assert "tune/projector/model.safetensors" in record["weights"]
+    published, config = (
+        AutoConfig.from_pretrained(qwen.folder / "llm"),
+        AutoConfig.from_pretrained(out),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    # Rows that no token used: one of them is the image's.
+    assert config.text_config.vocab_size == published.vocab_size
+    assert config.image_token_index == len(qwen.tokenizer) == tokenizer.vocab["<image>"]
+    assert config.image_seq_length == 16 and config.text_config.use_cache
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == [config.image_token_index]
+    assert tokenizer.convert_ids_to_tokens(generation["eos_token_id"])[0] == "<|im_end|>"
+    weights = load_file(out / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert "language_model.lm_head.weight" not in weights  # tied
+
+
+def test_shards_and_a_row_of_zeros(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "SHARD", "40KB")
+    made = run("llama3")
+    out = export_config(made.config, work_dir=made.work_dir, out=tmp_path / "hf", dtype="float16")
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
+    state = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
+    for name in ("model.embed_tokens", "lm_head"):
+        rows = state[f"language_model.{name}.weight"]
+        assert len(rows) == len(made.tokenizer) + 1 and not rows[-1].any() and rows[-2].any()
+
+
+def test_align_with_the_merged_proxy(run, tmp_path):
+    """The frozen LLM of `align` to the bit, in the dtype it was trained in."""
+    made = run("llama3", stage="align", dtype="torch.bfloat16")
+    out = export_config(made.config, "align", work_dir=made.work_dir)
+    state = load_file(out / "model.safetensors")
+    for name, weight in made.model.llm.state_dict().items():
+        assert torch.equal(state[f"language_model.{name}"][: len(weight)], weight), name
+    assert runs.record(out)["template_differs"] == []
+
+
+def test_the_command(qwen, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+
+    def run(*more) -> None:
+        out = tmp_path / "hf"
+        arguments = [qwen.config, "--work-dir", qwen.work_dir, "-o", out, *more]
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        runpy.run_path(str(TOOL), run_name="__main__")
+
+    run("--dtype", "float32")
+    assert runs.record(tmp_path / "hf")["dtype"] == "float32"
+    with pytest.raises(SystemExit) as caught:
+        run("--stage", "finetune")
+    assert caught.value.code == 1
+    assert "dpa_xtuner: --stage 'finetune' is not a stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", ["llm", "encoder"])
+def test_models_may_move_and_not_change(qwen, tmp_path, side):
+    """`llm_name_or_path` is another folder now, with the same weights or others."""
+    moved = shutil.copytree(qwen.folder / side, tmp_path / "moved")
+    name = "llm" if side == "llm" else "visual_encoder"
+    how = dict(work_dir=qwen.work_dir, options={f"{name}_name_or_path": str(moved)})
+    export_config(qwen.config, **how, out=tmp_path / "hf")
+    weights = load_file(moved / "model.safetensors")
+    save_file({k: v * 1.5 for k, v in weights.items()}, moved / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(DPAError, match=f"moved holds other weights.*Set {name}_name_or_path"):
+        export_config(qwen.config, **how, out=tmp_path / "other")
