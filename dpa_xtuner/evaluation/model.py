@@ -1,0 +1,294 @@
+"""A Hugging Face LLaVA folder as an OpenCompass model: batched greedy generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from opencompass.models.base import BaseModel
+from opencompass.utils import get_logger
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import is_flash_attn_2_available
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+
+LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions.{% for message in messages %}"
+    "{{ ' ' + {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(message['role'], '') }}"
+    "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+_LITERAL = "\ue0d1\ue0d2"  # stands for '<image>' written in a question; a template leaves it alone
+_LONGEST_REASON = 300
+
+
+class LlavaFolder(BaseModel):
+    """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
+
+    The weights' type is the folder's own (float16 becomes bfloat16 on CPUs, where it is slow). The
+    LLM's attention is FlashAttention-2 where that is installed on a GPU, the eager one where the
+    scores are capped (Gemma-2), which SDPA would leave out, and else what transformers picks.
+
+    Attributes:
+        model: The model, in evaluation mode, on the first GPU or the CPU.
+        processor: Image processor and tokenizer.
+        image_tokens: Tokens that a picture takes in the prompt.
+        pads: Whether pictures are padded to a square, in the processor's mean colour, as training
+            did: ``pad_image_to_square`` in ``dpa.json``. Other folders leave it to the processor.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Load the folder.
+
+        Args:
+            path: The folder.
+
+        Raises:
+            DPAError: It is no LLaVA folder, or its tokenizer knows no image token.
+        """
+        super().__init__(path=path, generation_kwargs={})
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, LlavaConfig):
+            raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.tokenizer = self.processor.tokenizer
+        self.image_token = getattr(self.processor, "image_token", "<image>")
+        self.image_id = config.image_token_index
+        if self.tokenizer.convert_tokens_to_ids(self.image_token) != self.image_id:
+            raise DPAError(
+                f"{path}: its tokenizer has no token {self.image_token!r} with the id "
+                f"{self.image_id}, the image_token_index of config.json."
+            )
+        self.pads = bool(_described(path).get("pad_image_to_square"))
+        self.template, self.as_text = self._template()
+        dtype = getattr(config, "torch_dtype", None) or torch.float32
+        if dtype == torch.float16 and self.device.type == "cpu":
+            dtype = torch.bfloat16
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            path,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=True,
+            attn_implementation={"text_config": _attention(config, dtype, self.device)},
+        )
+        self.model.to(self.device).eval()
+        self.longest = getattr(config.text_config, "max_position_embeddings", None)
+        self.pad_id = next(
+            i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+            if i is not None
+        )  # fmt: skip
+        blank = self._pixels(Image.new("RGB", (64, 64)))
+        with torch.inference_mode():
+            features = self.model.get_image_features(
+                blank.to(self.device, dtype),
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            )
+        self.image_tokens = features.shape[1]
+
+    def _template(self) -> tuple[str, bool]:
+        """The chat template, and whether it takes a message as text with image tokens in it.
+
+        That of a processor takes a list of pictures and texts; that of an LLM's tokenizer text.
+        """
+        if template := getattr(self.processor, "chat_template", None):
+            return template, False
+        if template := self.tokenizer.chat_template:
+            return template, "image" not in template
+        get_logger().warning(f"{self.path} has no chat template: LLaVA-1.5's is taken.")
+        return LLAVA_1_5, True
+
+    def parse_template(self, prompt_template: Any, mode: str) -> Any:
+        """The messages as they are: the folder's chat template is applied in `generate`."""
+        return list(prompt_template) if isinstance(prompt_template, tuple) else prompt_template
+
+    def get_token_len(self, prompt: str) -> int:
+        """The tokens of a text."""
+        return len(self.tokenizer(prompt)["input_ids"])
+
+    def generate(self, inputs: Sequence[list[dict] | str], max_out_len: int) -> list[str]:
+        """Answer a batch of prompts, greedily.
+
+        A sample that can't be answered, or is answered by nothing, gets an answer that begins with
+        `NO_ANSWER` and goes on with ``: reason``; the others of its batch don't suffer. A batch
+        that runs out of memory, or raises, is halved until the culprit is alone.
+
+        Args:
+            inputs: Prompts as OpenCompass's VLMEvalKit bridge makes them: lists of messages
+                ``{"role": ..., "content": [{"type": "text", "text": ...},
+                {"type": "image", "image_url": path}]}``. A text alone is a user's message.
+            max_out_len: Tokens that an answer may have.
+
+        Returns:
+            The answers, stripped, in order.
+
+        Raises:
+            RuntimeError: The GPU is in a state that no later sample would survive.
+        """
+        answers: list[str | None] = [None] * len(inputs)
+        prepared = []
+        for place, messages in enumerate(inputs):
+            try:
+                prepared.append((place, *self.encode_messages(messages)))
+            except Exception as error:  # whatever is wrong with one sample is that sample's
+                answers[place] = _failure(error)
+        for place, answer in self._answer(prepared, max_out_len):
+            answers[place] = answer
+        return answers
+
+    def _answer(self, prepared: list[tuple], max_out_len: int) -> list[tuple[int, str]]:
+        if not prepared:
+            return []
+        try:
+            texts = self._generate(prepared, max_out_len)
+        except Exception as error:
+            if "CUDA error" in str(error):  # not "CUDA out of memory": the context is lost
+                raise
+            if len(prepared) == 1:
+                return [(prepared[0][0], _failure(error))]
+        else:
+            empty = f"{NO_ANSWER}: empty answer"
+            return [(p[0], text or empty) for p, text in zip(prepared, texts, strict=True)]
+        # Out of the except block, so that the failed attempt's tensors are freed.
+        torch.cuda.empty_cache()
+        half = len(prepared) // 2
+        return self._answer(prepared[:half], max_out_len) + self._answer(
+            prepared[half:], max_out_len
+        )
+
+    def _generate(self, prepared: list[tuple], max_out_len: int) -> list[str]:
+        longest = max(len(ids) for _, ids, _ in prepared)
+        ids = torch.full((len(prepared), longest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, (_, tokens, _) in enumerate(prepared):  # left: answers go on at the right
+            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
+            mask[row, longest - len(tokens) :] = 1
+        pictures = [pixels for _, _, found in prepared for pixels in found]
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if pictures:
+            inputs["pixel_values"] = torch.cat(pictures).to(self.device, self.model.dtype)
+        eos = self.model.generation_config.eos_token_id
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=max_out_len,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                use_cache=True,
+                eos_token_id=self.tokenizer.eos_token_id if eos is None else eos,
+                pad_token_id=self.pad_id,
+            )
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def encode_messages(self, messages: list[dict] | str) -> tuple[list[int], list[Tensor]]:
+        """Turn messages into token ids and pixels.
+
+        ``<image>`` in a text is text: it is cut in two before it reaches the tokenizer, and is no
+        picture.
+
+        Args:
+            messages: See `generate`.
+
+        Returns:
+            Token ids, in which each picture has `image_tokens` image tokens; and pixel values
+            (1, 3, H, W) of the pictures, in order.
+
+        Raises:
+            DPAError: A picture is not given, the template does not show each picture once, or
+                the prompt is longer than the model's positions.
+            OSError: A picture is missing or broken.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": [{"type": "text", "text": messages}]}]
+        blocks = [block for message in messages for block in message["content"]]
+        paths = [block["image_url"] for block in blocks if block["type"] == "image"]
+        prompt = self.tokenizer.apply_chat_template(
+            [self._message(m) for m in messages],
+            chat_template=self.template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        ids = self._tokenise(prompt)
+        if ids.count(self.image_id) != len(paths):
+            raise DPAError(
+                f"the chat template shows {ids.count(self.image_id)} of {len(paths)} pictures"
+            )
+        ids = [i for i in ids for _ in range(self.image_tokens if i == self.image_id else 1)]
+        if self.longest is not None and len(ids) >= self.longest:
+            raise DPAError(f"a prompt of {len(ids)} tokens; the model has {self.longest} positions")
+        return ids, [self._pixels(_opened(path)) for path in paths]
+
+    def _message(self, message: dict) -> dict:
+        parts = []
+        for block in message["content"]:
+            if block["type"] == "image":
+                part = f"{self.image_token}\n" if self.as_text else {"type": "image"}
+            else:
+                text = block["text"].replace(self.image_token, _LITERAL)
+                part = text if self.as_text else {"type": "text", "text": text}
+            parts.append(part)
+        return {"role": message["role"], "content": "".join(parts) if self.as_text else parts}
+
+    def _tokenise(self, prompt: str) -> list[int]:
+        cut = len(self.image_token) // 2
+        pieces = prompt.split(_LITERAL)
+        ids: list[int] = []
+        for place, text in enumerate(pieces):
+            text = self.image_token[cut:] * (place > 0) + text
+            text += self.image_token[:cut] * (place < len(pieces) - 1)
+            bos = self.tokenizer.bos_token
+            written = place > 0 or (bool(bos) and text.startswith(bos))
+            ids += self.tokenizer(text, add_special_tokens=not written)["input_ids"]
+        return ids
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        processor = self.processor.image_processor
+        if self.pads:
+            picture = padded(picture, tuple(int(x * 255) for x in processor.image_mean))
+        return processor(picture, return_tensors="pt")["pixel_values"]
+
+
+def padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of this colour, as XTuner's ``expand2square`` puts it.
+
+    Where the margins can't be equal, the left or upper one is the smaller.
+    """
+    side = max(picture.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, tuple((side - length) // 2 for length in picture.size))
+    return square
+
+
+def _opened(path: str | None) -> Image.Image:
+    if not path:
+        raise DPAError("no picture is given")
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def _failure(error: Exception) -> str:
+    reason = " ".join(str(error).split()) or "no message"
+    kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
+    return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]
+
+
+def _attention(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
+        return "flash_attention_2"
+    capped = getattr(config.text_config, "attn_logit_softcapping", None) is not None
+    return "eager" if capped else None
+
+
+def _described(folder: str) -> dict:
+    file = Path(folder, "dpa.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,0 +1,223 @@
+"""The table: models by benchmarks in the paper's column order, means, and the paper's own rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
+from dpa_xtuner.files import write_json, write_text
+
+PAPER_MEANS = {
+    "Qwen2.5-7B": {"vanilla": 49.0, "CAL": 51.0, "DPA": 51.7},
+    "Llama-3.1-8B": {"vanilla": 47.0, "CAL": 46.0, "DPA": 49.9},
+    "Gemma-2-9B": {"vanilla": 48.2, "CAL": 47.4, "DPA": 50.0},
+}
+"""Means over the seven benchmarks as reported (arXiv 2509.14735), captions from ShareGPT4V-PT."""
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model got on a benchmark.
+
+    Attributes:
+        score: 0 - 100; None where a task failed.
+        samples: How many were asked.
+        failed: Those that could not be answered, and count as wrong: ``dataset``, ``index`` and
+            ``reason`` of each.
+        metrics: VLMEvalKit's numbers by data set.
+        error: The tasks that failed, with their log files.
+    """
+
+    score: float | None
+    samples: int = 0
+    failed: list[dict] = field(default_factory=list)
+    metrics: dict[str, dict] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """An evaluation of models.
+
+    Attributes:
+        models: Label -> benchmark's name -> result; the first one is compared to.
+        benchmarks: The columns, in order.
+        limit: Questions or groups asked of each data set at most; None for all.
+        left_out: Lines on benchmarks that were asked for and have no files.
+        notes: Other lines for who reads the table.
+        sources: Label -> folder and hash.
+    """
+
+    models: dict[str, dict[str, Result]]
+    benchmarks: list[Benchmark]
+    limit: int | None = None
+    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def columns(self) -> list[tuple[str, list[str]]]:
+        """Titles and the benchmarks whose scores' mean each shows: one, a kind's, or all."""
+        columns = []
+        for kind in KINDS:
+            of_kind = [b for b in self.benchmarks if b.kind == kind]
+            columns += [(b.title, [b.name]) for b in of_kind]
+            if len(of_kind) > 1:
+                columns.append((f"{kind} ({len(of_kind)})", [b.name for b in of_kind]))
+        if len({b.kind for b in self.benchmarks}) > 1:
+            names = [b.name for b in self.benchmarks]
+            columns.append((f"{ALL} ({len(names)})", names))
+        return columns
+
+    def is_papers(self) -> bool:
+        """Whether the paper's means are means of the same benchmarks, asked in full."""
+        return self.limit is None and {b.name for b in self.benchmarks} == set(PAPER)
+
+    def failures(self) -> list[str]:
+        """What should make the command fail: a line for each task that did."""
+        lines = []
+        for label, results in self.models.items():
+            for name, result in results.items():
+                if result.error:
+                    lines.append(f"{label}, {name}: failed, see {result.error}")
+                elif result.samples == len(result.failed):
+                    reason = result.failed[0]["reason"] if result.failed else "there are none"
+                    lines.append(f"{label}, {name}: no sample could be answered ({reason})")
+        return lines
+
+
+def mean(scores: Sequence[float | None]) -> float | None:
+    """The mean; None where a score is missing."""
+    return None if None in scores else sum(scores) / len(scores)
+
+
+def markdown(report: Report) -> str:
+    """The report as Markdown, for the screen and for a file."""
+    columns = report.columns()
+    header = ["", *(title for title, _ in columns)]
+    rows, first = [], None
+    for label, results in report.models.items():
+        scores = [mean([results[name].score for name in names]) for _, names in columns]
+        rows.append([label, *map(_number, scores)])
+        if first is not None:
+            rows.append(["difference", *(_difference(*p) for p in zip(scores, first, strict=True))])
+        first = first or scores
+    if report.is_papers():
+        for llm, means in PAPER_MEANS.items():
+            empty = [""] * (len(columns) - 1)
+            rows += [[f"paper: {llm}, {method}", *empty, f"{m:.1f}"] for method, m in means.items()]
+    asked = [["samples"], ["scored by"]]
+    asked += [[f"failed, {label}"] for label in report.models]
+    for _, names in columns:
+        alone = len(names) == 1
+        benchmark = next(b for b in report.benchmarks if b.name == names[0])
+        found = [results[names[0]] for results in report.models.values()]
+        asked[0].append(str(max(r.samples for r in found)) if alone else "")
+        asked[1].append((benchmark.judge or "its metric") if alone else "")
+        for row, result in zip(asked[2:], found, strict=True):
+            row.append(str(len(result.failed)) if alone and result.score is not None else "")
+    parts = [_table(header, rows), _table(header, asked), "\n".join(_lines(report))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _lines(report: Report) -> list[str]:
+    lines = []
+    if report.limit is not None:
+        lines.append(f"- Of each data set {report.limit} questions or groups at most were asked.")
+    if any(benchmark.judge for benchmark in report.benchmarks):
+        lines.append(
+            "- No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
+            "in an answer, only what its exact matching finds counts."
+        )
+    lines += [f"- Left out: {line}" for line in report.left_out]
+    lines += [f"- {line}" for line in report.notes]
+    lines += [f"- Failed: {line}" for line in report.failures()]
+    for label, results in report.models.items():
+        for result in results.values():
+            lines += [
+                f"- Sample without an answer: {label}, {f['dataset']} {f['index']}: {f['reason']}"
+                for f in result.failed
+            ]
+    return lines
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return " | ".join([f"| {first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in others)]) + " |"
+
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def _number(score: float | None) -> str:
+    return "failed" if score is None else f"{score:.1f}"
+
+
+def _difference(score: float | None, first: float | None) -> str:
+    return "" if score is None or first is None else f"{score - first:+.1f}"
+
+
+def rows(report: Report) -> list[dict[str, Any]]:
+    """A row for each model and column: model, benchmark, score, difference, samples, ..."""
+    found, first = [], next(iter(report.models.values()), {})
+    for label, results in report.models.items():
+        for title, names in report.columns():
+            score = mean([results[name].score for name in names])
+            base = mean([first[name].score for name in names])
+            both = score is not None and base is not None
+            found.append(
+                {
+                    "model": label,
+                    "benchmark": names[0] if len(names) == 1 else title,
+                    "score": score,
+                    "difference": score - base if both and results is not first else None,
+                    "samples": sum(results[name].samples for name in names),
+                    "failed": sum(len(results[name].failed) for name in names),
+                    "limit": report.limit,
+                    "scored_by": _judges(report.benchmarks, names),
+                }
+            )
+    return found
+
+
+def _judges(benchmarks: list[Benchmark], names: list[str]) -> str:
+    found = [b.judge or "its metric" for b in benchmarks if b.name in names]
+    return ", ".join(dict.fromkeys(found))
+
+
+def save(report: Report, folder: Path) -> str:
+    """Write ``table.md``, ``table.csv`` and ``table.json``; returns the Markdown."""
+    text = markdown(report)
+    write_text(folder / "table.md", text)
+    table = io.StringIO()
+    found = rows(report)
+    writer = csv.DictWriter(table, list(found[0]) if found else ["model"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    write_text(folder / "table.csv", table.getvalue())
+    results = {
+        label: {name: vars(result) for name, result in results.items()}
+        for label, results in report.models.items()
+    }
+    content = {
+        "rows": found,
+        "results": results,
+        "sources": report.sources,
+        "limit": report.limit,
+        "left_out": report.left_out,
+        "notes": report.notes,
+        "failures": report.failures(),
+    }
+    if report.is_papers():
+        content["paper_means"] = PAPER_MEANS
+    write_json(folder / "table.json", content)
+    return text

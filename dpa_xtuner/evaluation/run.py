@@ -1,0 +1,383 @@
+"""One call of OpenCompass for models and benchmarks, in a folder in which a rerun goes on.
+
+Nothing is answered from a stale cache, since the names under which OpenCompass keeps its files hold
+a hash of all that they depend on: a model's of its folder's content, a data set's of its file, of
+the limit and of the code that makes prompts and scores; both of the versions of what runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from dpa_xtuner import __version__
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation.benchmarks import Benchmark
+from dpa_xtuner.evaluation.report import Report, Result
+from dpa_xtuner.files import write_json
+
+RUN = "results"
+"""OpenCompass's folder below the work dir: always the same, so that reruns go on in it."""
+
+PARTS = 8
+"""Parts that a data set is cut into for several GPUs: the same for any number of them, since
+OpenCompass would join parts of one cut with parts of another."""
+
+SHORT_ANSWER = 64
+"""Tokens that an answer may have: an option, "yes", a few words. VLMEvalKit gives XTuner's LLaVA 5
+for choices and 512 else; what ends the turn ends the answer anyway."""
+
+ANSWER_TOKENS = {"docvqa": 128, "ocrbench": 256}
+"""The same for benchmarks whose answers may be longer: fields of forms, formulas."""
+
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to evaluate.
+
+    Attributes:
+        label: What the table calls it.
+        folder: Hugging Face LLaVA folder.
+        abbr: Label and hash: OpenCompass's name of it.
+    """
+
+    label: str
+    folder: Path
+    abbr: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What OpenCompass left for pairs of a model's and a data set's abbr.
+
+    Attributes:
+        results: What the evaluator found.
+        failures: Where there is none: why, and the log file.
+    """
+
+    results: dict[tuple[str, str], dict]
+    failures: dict[tuple[str, str], str]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that transformers could not open as a LLaVA, before anything is loaded.
+
+    Raises:
+        DPAError: The folder is not there or is no LLaVA; the message says what it lacks.
+    """
+    expected = "expected the folder of a LlavaForConditionalGeneration and its processor"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DPAError(
+            f"{folder} has no config.json; {expected}. A run of ours becomes one by: python "
+            f"tools/export.py CONFIG"
+        ) from None
+    except ValueError as error:
+        raise DPAError(f"{folder / 'config.json'} is broken ({error}).") from None
+    vision = config.get("vision_config", {}).get("model_type")
+    if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
+        kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
+        raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
+    for wanted in ("preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"):
+        if not any(path for name in wanted.split("|") for path in folder.glob(name)):
+            raise DPAError(f"{folder} has no {wanted.replace('|', ' or ')}; {expected}.")
+
+
+def content_hash(paths: Iterable[Path], *settings: object) -> str:
+    """Eight hexadecimal digits (of xxh3) over names and contents of files, and over settings."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0")
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    versions = [version(name) for name in ("opencompass", "ms-vlmeval", "transformers")]
+    digest.update(json.dumps([*settings, __version__, *versions]))
+    return digest.hexdigest()[:8]
+
+
+def describe_models(folders: list[Path]) -> list[Model]:
+    """Name models by their folders, and hash these.
+
+    A label has as many last parts of the path as tell the models apart; ``hf``, the name of an
+    exported folder, does not count as a part.
+    """
+    found = []
+    for folder, label in zip(folders, _labels(folders), strict=True):
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder))
+        names = [str(file.relative_to(folder)) for file in files]
+        digest = content_hash([*files, _HERE / "model.py"], names)
+        found.append(Model(label, folder, f"{label}-{digest}"))
+    return found
+
+
+def _counts(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    parts = [[p for p in folder.resolve().parts[1:] if p != "hf"] for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["-".join(names[-length:]) for names in parts]
+        stage_alone = any(label in ("proxy", "align", "tune") for label in labels)
+        if len(set(labels)) == len(labels) and not stage_alone:
+            break
+    return [label.replace(" ", "_") for label in labels]
+
+
+def model_config(model: Model, batch_size: int, gpus: int) -> dict:
+    """OpenCompass's config of a model."""
+    return dict(
+        type="dpa_xtuner.evaluation.model.LlavaFolder",
+        abbr=model.abbr,
+        path=str(model.folder.resolve()),
+        batch_size=batch_size,
+        run_cfg=dict(num_gpus=min(gpus, 1)),
+    )
+
+
+def dataset_config(
+    benchmark: Benchmark, name: str, data: Path, work_dir: Path, limit: int | None
+) -> dict:
+    """OpenCompass's config of a data set.
+
+    VLMEvalKit keeps decoded pictures beside the file and does not see that it changed. So the file
+    gets a folder of its own, named by its content.
+
+    Args:
+        benchmark: The benchmark.
+        name: VLMEvalKit's name of one of its data sets.
+        data: Folder of the benchmarks' files.
+        work_dir: Where the evaluation goes.
+        limit: Questions or groups to ask, the first ones; None for all.
+    """
+    file = (data / f"{name}.tsv").resolve()
+    folder = work_dir.resolve() / "data" / f"{name}-{content_hash([file])}"
+    link = folder / file.name
+    if not link.is_symlink() or link.readlink() != file:
+        folder.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(file)
+    config = benchmark.config(name, folder, limit)
+    tokens = ANSWER_TOKENS.get(benchmark.name, SHORT_ANSWER)
+    config["infer_cfg"]["inferencer"]["max_out_len"] = tokens
+    code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
+    settings = {**config, "data_root": None, "eval_cfg": None}
+    digest = content_hash([file, *code], settings, benchmark.metric, benchmark.scale)
+    return dict(config, abbr=f"{name}-{digest}")
+
+
+def evaluate(
+    folders: list[Path],
+    benchmarks: list[Benchmark],
+    data: Path,
+    work_dir: Path,
+    *,
+    limit: int | None = None,
+    gpus: int = 0,
+    batch_size: int = 8,
+    left_out: Iterable[str] = (),
+) -> tuple[Report, dict[tuple[str, str], list[dict]]]:
+    """Evaluate models on benchmarks whose files are there.
+
+    Args:
+        folders: Hugging Face LLaVA folders.
+        benchmarks: The table's columns.
+        data: Folder of the benchmarks' files.
+        work_dir: Where everything goes, and a rerun goes on.
+        limit: See `dataset_config`.
+        gpus: How many answer at a time; 0 for the CPU.
+        batch_size: Samples in a batch.
+        left_out: Lines for the report.
+
+    Returns:
+        The report; and (model's label, data set) -> samples, see `BenchmarkEvaluator.score`.
+    """
+    models = describe_models(list({folder.resolve(): folder for folder in folders}.values()))
+    datasets = {
+        (benchmark.name, name): dataset_config(benchmark, name, data, work_dir, limit)
+        for benchmark in benchmarks
+        for name in benchmark.datasets
+    }
+    configs = [model_config(model, batch_size, gpus) for model in models]
+    outcome = run(configs, list(datasets.values()), work_dir, workers=max(gpus, 1))
+    table: dict[str, dict[str, Result]] = {}
+    details = {}
+    for model in models:
+        table[model.label] = {}
+        for benchmark in benchmarks:
+            pairs = {
+                d: (model.abbr, datasets[benchmark.name, d]["abbr"]) for d in benchmark.datasets
+            }
+            table[model.label][benchmark.name] = _result(benchmark, pairs, outcome)
+            for name, pair in pairs.items():
+                if pair in outcome.results:
+                    details[model.label, name] = outcome.results[pair]["details"]
+    notes = [
+        f"{model.label} has no chat template: it is asked in that of LLaVA-1.5."
+        for model in models
+        if not _has_template(model.folder)
+    ]
+    sources = {model.label: f"{model.folder.resolve()} ({model.abbr})" for model in models}
+    return Report(table, benchmarks, limit, list(left_out), notes, sources), details
+
+
+def _result(benchmark: Benchmark, pairs: dict[str, tuple[str, str]], outcome: Outcome) -> Result:
+    if errors := [outcome.failures[pair] for pair in pairs.values() if pair in outcome.failures]:
+        return Result(None, error=" and ".join(dict.fromkeys(errors)))
+    found = {name: outcome.results[pair] for name, pair in pairs.items()}
+    return Result(
+        benchmark.score({name: result["score"] for name, result in found.items()}),
+        sum(result["samples"] for result in found.values()),
+        [{"dataset": name, **f} for name, result in found.items() for f in result["failed"]],
+        {name: result["metrics"] for name, result in found.items()},
+    )
+
+
+def _has_template(folder: Path) -> bool:
+    if any((folder / f"chat_template.{kind}").is_file() for kind in ("json", "jinja")):
+        return True
+    return '"chat_template"' in (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+
+
+def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int = 1) -> Outcome:
+    """Let OpenCompass do what is missing.
+
+    Args:
+        models: OpenCompass's configs of models, each with an abbr that holds a hash.
+        datasets: The same of data sets.
+        work_dir: Where everything goes; one evaluation at a time.
+        workers: Processes that answer at a time, each with a GPU of its own; with 1 all happens
+            in this process.
+
+    Raises:
+        DPAError: Another evaluation is writing to the work dir.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    folder = work_dir.resolve() / RUN
+    pairs = [(m["abbr"], d["abbr"]) for m in models for d in datasets]
+    with _alone(work_dir):
+        for pair in pairs:
+            _remove_broken(folder, *pair)
+        missing = [pair for pair in pairs if not _result_file(folder, *pair).is_file()]
+        trouble = ""
+        if missing:
+            for pair in missing:
+                for log in _logs(folder, *pair):
+                    log.unlink()
+            trouble = _call_opencompass(models, datasets, work_dir.resolve(), workers)
+    outcome = Outcome({}, {})
+    for pair in pairs:
+        file = _result_file(folder, *pair)
+        if file.is_file():
+            outcome.results[pair] = json.loads(file.read_text(encoding="utf-8"))
+        else:
+            logs = _logs(folder, *pair)
+            where = str(logs[-1]) if logs else f"no log of its own in {folder / 'logs'}"
+            outcome.failures[pair] = f"{where}{trouble and f'; OpenCompass: {trouble}'}"
+    return outcome
+
+
+def _call_opencompass(
+    models: list[dict], datasets: list[dict], work_dir: Path, workers: int
+) -> str:
+    """Run OpenCompass's command in this process; returns what it died of, or nothing."""
+    ours = "dpa_xtuner.evaluation.runner"
+    partitioner = dict(type="opencompass.partitioners.NaivePartitioner", n=1)
+    in_process = dict(type=f"{ours}.InProcessRunner")
+    infer_task = dict(type="opencompass.tasks.OpenICLInferTask")
+    eval_task = dict(type="opencompass.tasks.OpenICLEvalTask")
+    infer = dict(partitioner=partitioner, runner=dict(in_process, task=infer_task))
+    if workers > 1:
+        infer = dict(
+            partitioner=dict(type=f"{ours}.PartsPartitioner", num_worker=workers, num_split=PARTS),
+            runner=dict(
+                type="opencompass.runners.LocalRunner", max_num_workers=workers, task=infer_task
+            ),
+        )
+    config = dict(
+        models=models,
+        datasets=datasets,
+        infer=infer,
+        eval=dict(partitioner=partitioner, runner=dict(in_process, task=eval_task)),
+    )
+    write_json(work_dir / "opencompass.json", config)
+    arguments = [str(work_dir / "opencompass.json"), "-w", str(work_dir), "-r", RUN]
+    with _called_in(work_dir, arguments):
+        from opencompass.cli.main import main
+
+        try:
+            main()
+        except Exception as error:  # its summary, or a partitioner; what is done is done
+            import traceback
+
+            traceback.print_exc()
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@contextmanager
+def _called_in(folder: Path, arguments: list[str]) -> Iterator[None]:
+    """OpenCompass reads sys.argv, and writes tmp/ and .cache/ to the current folder."""
+    before = Path.cwd(), sys.argv, os.environ.get("PYTHONPATH")
+    package = str(_HERE.parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, before[2])))
+    os.chdir(folder)
+    sys.argv = ["opencompass", *arguments]
+    try:
+        yield
+    finally:
+        os.chdir(before[0])
+        sys.argv = before[1]
+        os.environ.pop("PYTHONPATH")
+        if before[2] is not None:
+            os.environ["PYTHONPATH"] = before[2]
+        shutil.rmtree(folder / "tmp", ignore_errors=True)
+
+
+@contextmanager
+def _alone(work_dir: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(work_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise DPAError(
+            f"Another evaluation is writing to {work_dir}: wait for it, or give --work-dir."
+        ) from None
+
+
+def _result_file(folder: Path, model: str, dataset: str) -> Path:
+    return folder / "results" / model / f"{dataset}.json"
+
+
+def _logs(folder: Path, model: str, dataset: str) -> list[Path]:
+    """Log files of a pair, the last one that was written last."""
+    names = (f"{dataset}.out", f"{dataset}_[0-9]*.out")
+    found = [p for name in names for p in (folder / "logs").glob(f"*/{model}/{name}")]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _remove_broken(folder: Path, model: str, dataset: str) -> None:
+    """Remove what a killed run has half written, since OpenCompass trusts what is there."""
+    answers = (folder / "predictions" / model).glob(f"{dataset}*.json")
+    for file in [*answers, _result_file(folder, model, dataset)]:
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            file.unlink()

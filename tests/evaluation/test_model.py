@@ -1,0 +1,216 @@
+"""LlavaFolder against plain transformers, one sample at a time, in float32."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from opencompass.models.base import BaseModel
+from PIL import Image
+from tiny_folder import PATCHES, asked, picture, write_folder
+from transformers import AutoProcessor, Gemma2Config, LlavaForConditionalGeneration
+from xtuner.dataset.utils import expand2square
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.model import LlavaFolder, padded
+
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    paths = [tmp_path_factory.mktemp("pictures") / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        picture(i, (12, 9 + 3 * i)).save(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def llava(folder):
+    return LlavaFolder(str(folder))
+
+
+def plain_answer(folder, messages, tokens=TOKENS):
+    """What anybody would write with transformers: one prompt, the processor, model.generate."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    paths = [b["image_url"] for m in messages for b in m["content"] if b["type"] == "image"]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    images = [Image.open(path) for path in paths] or None
+    inputs = processor(images=images, text=prompt, return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    answer = output[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True).strip()
+
+
+def prompts(pictures):
+    return [
+        asked("What are they doing? Be brief. Two cats sleep on a wooden bench.", pictures[0]),
+        asked("What is shown here?", pictures[1]),
+        asked("Compare these.", pictures[2], pictures[3]),
+        asked("A question without a picture"),
+    ]
+
+
+def test_a_batch_is_answered_as_each_sample_alone(folder, llava, pictures):
+    expected = [plain_answer(folder, messages) for messages in prompts(pictures)]
+    assert llava.generate(prompts(pictures), TOKENS) == expected
+    assert len(set(expected)) == len(expected) and all(expected)
+    assert isinstance(llava, BaseModel)
+
+
+def test_the_picture_matters(llava, pictures):
+    assert len(set(llava.generate([asked("What?", p) for p in pictures], TOKENS))) > 1
+
+
+def test_gemma2_caps_its_attention(tmp_path, pictures):
+    """SDPA would leave the cap out, and gives other answers."""
+    gemma = dict(attn_logit_softcapping=0.5, head_dim=16, tie_word_embeddings=False)
+    folder = write_folder(tmp_path, text_config=Gemma2Config, **gemma)
+    llava = LlavaFolder(str(folder))
+    assert llava.model.language_model.config._attn_implementation == "eager"
+    found = llava.generate(prompts(pictures), TOKENS)
+    assert found == [llava.generate([messages], TOKENS)[0] for messages in prompts(pictures)]
+    model = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+    ids, pixels = llava.encode_messages(prompts(pictures)[0])
+    inputs = dict(input_ids=torch.tensor([ids]), pixel_values=torch.cat(pixels))
+    output = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :]
+    assert llava.tokenizer.decode(output, skip_special_tokens=True).strip() == found[0]
+
+
+def test_image_tag_in_a_question_is_text(llava, pictures):
+    question = "What does <image> mean? <image><image>"
+    ids, pixels = llava.encode_messages(asked(question, pictures[0]))
+    assert len(pixels) == 1 and ids.count(llava.image_id) == PATCHES
+    assert f"{question}<|im_end|>" in llava.tokenizer.decode(ids)
+    (answer,) = llava.generate([asked(question)], TOKENS)
+    assert not answer.startswith(NO_ANSWER)
+
+
+def test_failing_samples_fail_alone(folder, llava, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(pictures[0].read_bytes()[:60])
+    batch = [
+        asked("What is shown here?", pictures[1]),
+        asked("broken", broken),
+        asked("missing", tmp_path / "nowhere.png"),
+        [{"role": "user", "content": [{"type": "image", "image_url": None, "text": None}]}],
+        asked("A red balloon " * 400, pictures[0]),
+    ]
+    answers = llava.generate(batch, TOKENS)
+    assert answers[0] == plain_answer(folder, batch[0])
+    reasons = ["broken.png|truncated|identify", "No such file", "no picture", "512 positions"]
+    for answer, reason in zip(answers[1:], reasons, strict=True):
+        assert answer.startswith(f"{NO_ANSWER}: ")
+        assert any(words in answer for words in reason.split("|")), answer
+
+
+def test_a_batch_that_raises_is_halved_until_the_culprit_is_alone(llava, pictures, monkeypatch):
+    batch = [asked(f"What is shown here? {i}", p) for i, p in enumerate(pictures)]
+    expected = llava.generate(batch, TOKENS)
+    sizes, plain = [], llava.model.generate
+
+    def fails(input_ids, **kwargs):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2 or any("2" in llava.tokenizer.decode(row) for row in input_ids):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(llava.model, "generate", fails)
+    answers = llava.generate(batch, TOKENS)
+    assert answers[:2] + answers[3:] == expected[:2] + expected[3:]
+    assert answers[2].startswith(f"{NO_ANSWER}: OutOfMemoryError: CUDA out of memory")
+    assert sizes == [4, 2, 2, 1, 1]
+
+
+def test_a_lost_gpu_is_everybodys_trouble(llava, monkeypatch):
+    def fails(**kwargs):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(llava.model, "generate", fails)
+    with pytest.raises(RuntimeError, match="device-side"):
+        llava.generate([asked("What?"), asked("Why?")], TOKENS)
+
+
+def test_an_empty_answer_is_a_failure(llava, monkeypatch):
+    eos = llava.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    monkeypatch.setattr(
+        llava.model, "generate",
+        lambda input_ids, **_: torch.cat([input_ids, torch.full((len(input_ids), 1), eos)], 1),
+    )  # fmt: skip
+    assert llava.generate([asked("What?")], TOKENS) == [f"{NO_ANSWER}: empty answer"]
+
+
+@pytest.mark.parametrize("size", [(7, 4), (4, 7), (5, 5), (1, 6)])
+def test_padding_is_that_of_training(size):
+    colour = (122, 116, 104)
+    expected = expand2square(picture(0, size), colour)
+    assert padded(picture(0, size), colour).tobytes() == expected.tobytes()
+
+
+def test_folder_says_that_it_was_trained_on_padded_pictures(folder, llava, pictures, tmp_path):
+    padding = shutil.copytree(folder, tmp_path / "padding")
+    (padding / "dpa.json").write_text(json.dumps({"pad_image_to_square": True}))
+    pads = LlavaFolder(str(padding))
+    ids, (pixels,) = llava.encode_messages(prompts(pictures)[0])
+    pad_ids, (pad_pixels,) = pads.encode_messages(prompts(pictures)[0])
+    assert ids == pad_ids and not torch.equal(pixels, pad_pixels)
+    processor = pads.processor.image_processor
+    square = expand2square(
+        Image.open(pictures[0]), tuple(int(x * 255) for x in processor.image_mean)
+    )
+    assert torch.equal(pad_pixels, processor(square, return_tensors="pt")["pixel_values"])
+
+
+def test_template_of_the_tokenizer_or_llava_1_5s(folder, pictures, tmp_path):
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    (bare / "chat_template.json").unlink()
+    ids, _ = LlavaFolder(str(bare)).encode_messages(asked("What is shown here?", pictures[0]))
+    image = "<image>" * PATCHES
+    text = LlavaFolder(str(bare)).tokenizer.decode(ids)
+    assert text.startswith("A chat between a curious human")
+    assert text.endswith(f"questions. USER: {image}\nWhat is shown here? ASSISTANT:")
+
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    (bare / "tokenizer_config.json").write_text(json.dumps(config))
+    llava = LlavaFolder(str(bare))
+    ids, _ = llava.encode_messages(asked("What is shown here?", pictures[0]))
+    assert llava.tokenizer.decode(ids) == f"[user] {image}\nWhat is shown here?"
+
+
+def test_bos_is_there_once(folder, tmp_path, pictures):
+    """Whether the template writes it or the tokenizer adds it."""
+    words = json.loads((folder / "tokenizer.json").read_text())
+    template = {"Sequence": {"id": "A", "type_id": 0}}
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    words["post_processor"] = {
+        "type": "TemplateProcessing", "single": [bos, template], "pair": [bos, template],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }  # fmt: skip
+    for name in ("added", "written"):
+        copy = shutil.copytree(folder, tmp_path / name)
+        (copy / "tokenizer.json").write_text(json.dumps(words))
+    found = json.loads((copy / "chat_template.json").read_text())["chat_template"]
+    (copy / "chat_template.json").write_text(json.dumps({"chat_template": "<s>" + found}))
+    added, written = (LlavaFolder(str(tmp_path / name)) for name in ("added", "written"))
+    ids, _ = added.encode_messages(asked("<image>?", pictures[0]))
+    assert ids == written.encode_messages(asked("<image>?", pictures[0]))[0]
+    assert ids[0] == 0 and ids.count(0) == 1
+
+
+def test_other_models_are_refused(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "image_token_index": 5}))
+    with pytest.raises(DPAError, match="no token '<image>' with the id 5"):
+        LlavaFolder(str(other))
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(DPAError, match="'llama' model; expected 'llava'"):
+        LlavaFolder(str(other))

@@ -1,0 +1,144 @@
+"""Evaluate models on the paper's benchmarks, through OpenCompass and VLMEvalKit.
+
+    python tools/eval.py dpa_internlm2_7b path/to/another_llava --benchmarks mmbench mmvp
+
+A model is a config (path or name), whose finished run is exported first, or the folder of a Hugging
+Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, several
+models with differences to the first. The same command again does what is missing, and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
+
+from _configs import config_names, find_config
+
+from dpa_xtuner.errors import DPAError, nearest
+
+EXPORT = Path(__file__).with_name("export.py")
+
+
+def main() -> int:
+    """Evaluate; exit code 1 if a task failed or there was nothing to evaluate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="config or LLaVA folder")
+    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
+                        help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
+                        "(default)")  # fmt: skip
+    parser.add_argument("--data", type=Path, default=os.environ.get("LMUData", "data/benchmarks"),
+                        help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
+                        "$LMUData or data/benchmarks")  # fmt: skip
+    parser.add_argument("--limit", type=_positive, metavar="N",
+                        help="questions or groups of each data set, evenly spread; default: all")  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N",
+                        help="GPUs that answer at a time; default: one, or the CPU where there is "
+                        "none")  # fmt: skip
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
+    parser.add_argument("--show", type=_positive, metavar="N",
+                        help="draw N wrong answers of each data set to wrong_answers.html")  # fmt: skip
+    parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
+                        help="default: work_dirs/eval")  # fmt: skip
+    arguments = parser.parse_args()
+    try:
+        return _evaluate(arguments)
+    except (DPAError, OSError) as error:
+        print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; expected 1 or more")
+    return number
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dpa_xtuner.evaluation import show
+    from dpa_xtuner.evaluation.benchmarks import find_benchmarks
+    from dpa_xtuner.evaluation.report import save
+    from dpa_xtuner.evaluation.run import check_folder, evaluate
+
+    benchmarks = find_benchmarks(arguments.benchmarks)
+    models = [_model(name) for name in arguments.models]
+    left_out, there = _files(benchmarks, arguments.data)
+    gpus = _gpus(arguments.gpus)
+    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
+    for folder in folders:
+        check_folder(folder)
+    report, details = evaluate(
+        folders, there, arguments.data, arguments.work_dir,
+        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size, left_out=left_out,
+    )  # fmt: skip
+    print(f"\n{save(report, arguments.work_dir)}\n{arguments.work_dir / 'table.md'}")
+    if arguments.show:
+        page = arguments.work_dir / "wrong_answers.html"
+        show.save(details, arguments.show, page)
+        print(page)
+    for line in report.failures():
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return 1 if report.failures() else 0
+
+
+def _model(name: str) -> Path:
+    """A LLaVA folder, or the file of a config."""
+    if Path(name).is_dir():
+        return Path(name)
+    if (name.endswith(".py") and Path(name).is_file()) or name in config_names():
+        return find_config(name)
+    raise DPAError(
+        f"{name!r} is neither a folder nor a config{nearest(name, config_names())}. Give the "
+        f"folder of a Hugging Face LLaVA, or a config: python tools/list_configs.py."
+    )
+
+
+def _files(benchmarks: list, data: Path) -> tuple[list[str], list]:
+    """What is left out for want of its files, and why; and the benchmarks that remain."""
+    from dpa_xtuner.evaluation.benchmarks import missing_files
+
+    missing = missing_files(benchmarks, data)
+    left_out = [f"{file.benchmark.title}: {file}" for file in missing]
+    for line in left_out:
+        print(f"Left out: {line}", file=sys.stderr, flush=True)
+    lacking = {file.benchmark.name for file in missing}
+    there = [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
+    if not there:
+        raise DPAError(f"--data {data} has the files of none of these benchmarks, see above.")
+    return left_out, there
+
+
+def _gpus(wanted: int | None) -> int:
+    import torch
+
+    found = torch.cuda.device_count()
+    if wanted is None:
+        return min(found, 1)
+    if not 0 <= wanted <= found:
+        raise DPAError(f"--gpus {wanted}; this machine has {found}.")
+    return wanted
+
+
+def _exported(config: Path) -> Path:
+    """The folder of a config's finished run, exported by a process that may import XTuner."""
+    folder = Path("work_dirs", config.stem, "tune", "hf")
+    others = {k: v for k, v in os.environ.items() if k != "DPA_WITHOUT_XTUNER"}
+    command = [sys.executable, str(EXPORT), str(config), "-o", str(folder)]
+    if subprocess.run(command, env=others).returncode:
+        raise DPAError(
+            f"{config} can't be exported, see above. A run in another work dir: export it by "
+            f"tools/export.py --work-dir, and give the folder."
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
