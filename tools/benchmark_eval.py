@@ -212,3 +212,152 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
         for row in (header, ruler, *rows)
     )
+
+
+WATCHED = ("torch", "transformers", "datasets", "mmengine", "opencompass", "vlmeval")
+"""Packages whose import is timed, each without those of the others that it brings along."""
+
+
+def watch_imports(seconds: dict[str, float]) -> None:
+    """Adds to `seconds` what each of `WATCHED` takes to import in this process, from now on."""
+    import builtins
+
+    plain, stack = builtins.__import__, []
+
+    def timed(name: str, *args, **kwargs):
+        top = name.partition(".")[0]
+        level = args[3] if len(args) > 3 else kwargs.get("level", 0)
+        if level or top not in WATCHED or (stack and stack[-1][0] == top):
+            return plain(name, *args, **kwargs)
+        stack.append([top, 0.0])
+        begin = time.perf_counter()
+        try:
+            return plain(name, *args, **kwargs)
+        finally:
+            taken = time.perf_counter() - begin
+            _, others = stack.pop()
+            seconds[top] = seconds.get(top, 0.0) + taken - others
+            if stack:
+                stack[-1][1] += taken
+
+    builtins.__import__ = timed
+
+
+def first_answer(arguments: list[str], out: Path, begun: float) -> None:
+    """Runs `tools/eval.py` in this process and writes what came before its first answer.
+
+    Args:
+        arguments: Of `tools/eval.py`.
+        out: JSON of seconds to write.
+        begun: `time.time()` when this process was started.
+    """
+    imports: dict[str, float] = {}
+    watch_imports(imports)
+    spent = {"model": 0.0, "data": 0.0, "first batch": 0.0}
+    sys.path.insert(0, str(TOOLS))
+
+    def counted(what: str, function: Callable, last: bool = False) -> Callable:
+        def call(*args, **kwargs):
+            begin, before = time.perf_counter(), sum(imports.values())
+            result = function(*args, **kwargs)
+            spent[what] += time.perf_counter() - begin - (sum(imports.values()) - before)
+            if last and not out.exists():
+                total = time.time() - begun
+                known = sum(imports.values()) + sum(spent.values())
+                split = {**{f"import {name}": s for name, s in imports.items()}, **spent}
+                out.write_text(json.dumps({**split, "other": total - known, "total": total}))
+            return result
+
+        return call
+
+    import eval as tool  # tools/eval.py
+
+    from dpa_xtuner.evaluation.dataset import EvaluationDataset
+    from dpa_xtuner.evaluation.model import LlavaFolder
+
+    LlavaFolder.__init__ = counted("model", LlavaFolder.__init__)
+    EvaluationDataset.__init__ = counted("data", EvaluationDataset.__init__)
+    LlavaFolder.generate = counted("first batch", LlavaFolder.generate, last=True)
+    sys.argv = ["eval.py", *arguments]
+    sys.exit(tool.main())
+
+
+def measure_startup(args: argparse.Namespace) -> dict:
+    """Starts `tools/eval.py` several times, in new work dirs: medians of what comes first."""
+    load_before = os.getloadavg()[0]
+    found: list[dict[str, float]] = []
+    for _ in range(args.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "seconds.json")
+            command = [sys.executable, __file__, "--first-answer", str(out), str(time.time())]
+            asked = [str(args.folder), "--limit", "8", "--benchmarks", *args.benchmarks]
+            asked += ["--data", str(args.data), "--work-dir", str(Path(folder, "eval"))]
+            done = subprocess.run([*command, *asked], capture_output=True, text=True)
+            if done.returncode or not out.exists():
+                raise SystemExit(
+                    f"tools/eval.py failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+                )
+            found.append(json.loads(out.read_text()))
+    names = sorted({name for run in found for name in run} - {"total"})
+    split = {name: median(run.get(name, 0.0) for run in found) for name in names}
+    split["total"] = median(run["total"] for run in found)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": machine(load_before),
+        "repeats": args.repeats,
+        "seconds": split,
+        "all": found,
+    }
+
+
+def startup_table(result: dict) -> str:
+    """What comes before the first answer, the longest first."""
+    seconds = dict(result["seconds"])
+    total = seconds.pop("total")
+    rows = [
+        [name, f"{taken:.1f}", f"{taken / total:.0%}"]
+        for name, taken in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    rows.append(["total", f"{total:.1f}", "100%"])
+    title = f"To the first batch's answers; median of {result['repeats']}\n{result['machine']}"
+    return f"{title}\n\n{table(['part', 's', 'share'], rows)}"
+
+
+def main() -> int:
+    """Measure, print the table, and write the JSON."""
+    if sys.argv[1:2] == ["--first-answer"]:  # a process of measure_startup
+        first_answer(sys.argv[4:], Path(sys.argv[2]), float(sys.argv[3]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="LLaVA folder")
+    parser.add_argument("--questions", type=Path, default="data/openmoji/heldout_questions.json",
+                        help="LLaVA-format JSON; default: the demo's held-out questions")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=48, help="questions of it; default: 48")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--startup", action="store_true",
+                        help="measure the time to the first answer of tools/eval.py")  # fmt: skip
+    parser.add_argument("--benchmarks", nargs="+", default=["mmvp"], help="for --startup")
+    parser.add_argument("--data", type=Path, default="data/benchmarks", help="for --startup")
+    parser.add_argument(
+        "--out", type=Path, help="folder for benchmark_eval.json or .._startup.json"
+    )
+    args = parser.parse_args()
+    if args.startup:
+        name, result = "benchmark_eval_startup.json", measure_startup(args)
+        print(startup_table(result))
+    else:
+        name, result = "benchmark_eval.json", measure(args)
+        print(throughput_table(result))
+    if args.out:
+        from dpa_xtuner.files import write_json
+
+        write_json(args.out / name, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

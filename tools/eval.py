@@ -6,6 +6,10 @@ A model is a config (path or name), whose finished run is exported first, or the
 Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, several
 models with differences to the first. The same command again does what is missing, and nothing
 else.
+
+    python tools/eval.py dpa_internlm2_7b --benchmarks text
+
+asks the original LLM, the proxy and the tuned LLM text-only questions; the table is text.md.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ def main() -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="config or LLaVA folder")
     parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
                         help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
-                        "(default)")  # fmt: skip
+                        "(default); text-only: mmlu arc boolq gsm8k arc_likelihood hellaswag "
+                        "piqa, or text")  # fmt: skip
     parser.add_argument("--data", type=Path, default=os.environ.get("LMUData", "data/benchmarks"),
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
                         "$LMUData or data/benchmarks")  # fmt: skip
@@ -63,16 +68,34 @@ def _positive(text: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from dpa_xtuner.evaluation import show
+    from dpa_xtuner.evaluation import text
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
+
+    texts, names = text.choose(arguments.benchmarks)
+    benchmarks = find_benchmarks(names)
+    models = [_model(name) for name in arguments.models]
+    left_out, there = _files(benchmarks, arguments.data)
+    texts, no_texts = text.with_files(texts, arguments.data)
+    for line in [*left_out, *no_texts]:
+        print(f"Left out: {line}", file=sys.stderr, flush=True)
+    if not there and not texts:
+        raise DPAError(f"--data {arguments.data} has the files of none of these, see above.")
+    gpus = _gpus(arguments.gpus)
+    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
+    failed = False
+    if there:
+        failed = _ask(folders, there, left_out, arguments, gpus)
+    if texts:
+        failed |= _ask_texts(models, folders, texts, no_texts, arguments, gpus)
+    return int(failed)
+
+
+def _ask(folders: list, there: list, left_out: list, arguments: argparse.Namespace, gpus) -> bool:
+    """Ask about pictures, print and save the table; returns whether anything failed."""
+    from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.report import save
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
-    benchmarks = find_benchmarks(arguments.benchmarks)
-    models = [_model(name) for name in arguments.models]
-    left_out, there = _files(benchmarks, arguments.data)
-    gpus = _gpus(arguments.gpus)
-    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
     for folder in folders:
         check_folder(folder)
     report, details = evaluate(
@@ -86,7 +109,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(page)
     for line in report.failures():
         print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return 1 if report.failures() else 0
+    return bool(report.failures())
+
+
+def _ask_texts(
+    models: list, folders: list, texts: list, no_texts: list, arguments: argparse.Namespace, gpus
+) -> bool:
+    """Ask LLMs text-only questions, print and save the table; whether anything failed."""
+    from dpa_xtuner.evaluation import text
+
+    llms = []
+    for model, folder in zip(models, folders, strict=True):
+        found = text.llms_of_config if model.suffix == ".py" else text.llm_of_folder
+        llms += found(model, folder)
+    evaluated = text.evaluate(
+        llms, texts, arguments.data, arguments.work_dir, arguments.limit, arguments.batch_size, gpus
+    )
+    table = text.save(evaluated, arguments.work_dir, arguments.limit, no_texts)
+    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
+    for line in evaluated.trouble:
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return bool(evaluated.trouble)
 
 
 def _model(name: str) -> Path:
@@ -107,13 +150,8 @@ def _files(benchmarks: list, data: Path) -> tuple[list[str], list]:
 
     missing = missing_files(benchmarks, data)
     left_out = [f"{file.benchmark.title}: {file}" for file in missing]
-    for line in left_out:
-        print(f"Left out: {line}", file=sys.stderr, flush=True)
     lacking = {file.benchmark.name for file in missing}
-    there = [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
-    if not there:
-        raise DPAError(f"--data {data} has the files of none of these benchmarks, see above.")
-    return left_out, there
+    return left_out, [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
 
 
 def _gpus(wanted: int | None) -> int:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.run import content_hash, run
 from dpa_xtuner.files import write_json, write_text
 
@@ -83,7 +83,7 @@ class TextLLM:
 
     Attributes:
         run: what it belongs to; the first LLM of a run is the one that others are compared with.
-        role: ``original``, ``proxy`` or ``tuned``.
+        role: ``original``, ``proxy``, ``tuned`` or ``given``.
         llm: folder of a causal language model, or of a LLaVA, whose language model is taken.
         source: folder of tokenizer, chat template and generation config.
         adapter: PEFT folder, merged into the LLM once it is loaded.
@@ -96,27 +96,47 @@ class TextLLM:
     adapter: Path | None = None
 
 
-def llms_of_run(run: str, original: str, work_dir: Path, exported: Path) -> list[TextLLM]:
+def llms_of_config(config: Path, exported: Path) -> list[TextLLM]:
     """The LLMs of a finished run: the original one, the proxy if there was one, the tuned one.
 
     All are asked in the chat template that the run was tuned in, so that they see the same tokens.
 
     Args:
-        run: what the table calls it.
-        original: the config's ``llm_name_or_path``.
-        work_dir: the run's.
-        exported: the tuned model as a LLaVA folder.
+        config: the run's.
+        exported: its tuned model as a LLaVA folder, ``<work dir>/tune/hf``.
 
     Raises:
         DPAError: the original LLM is neither a folder nor in the hub cache.
     """
-    base, proxy = local_folder(original), work_dir / "proxy"
+    from mmengine.config import Config
+
+    run, proxy = config.stem, exported.parents[1] / "proxy"
+    base = local_folder(Config.fromfile(config).llm_name_or_path)
     llms = [TextLLM(run, "original", base, exported)]
     if (proxy / "llm_adapter").is_dir():
         llms.append(TextLLM(run, "proxy", base, exported, proxy / "llm_adapter"))
     elif (proxy / "llm").is_dir():  # proxy.train_llm=full
         llms.append(TextLLM(run, "proxy", proxy / "llm", exported))
     return [*llms, TextLLM(run, "tuned", exported, exported)]
+
+
+def llm_of_folder(given: Path, folder: Path) -> list[TextLLM]:
+    """The LLM of a folder of the command line: an LLM's own, or a LLaVA's.
+
+    Args:
+        given: as it was given, for the table.
+        folder: the same.
+
+    Raises:
+        DPAError: it is neither.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise DPAError(
+                f"{folder} has no {name}: give the folder of an LLM or of a LLaVA, with its "
+                f"tokenizer."
+            )
+    return [TextLLM(str(given), "given", folder, folder)]
 
 
 def local_folder(name: str) -> Path:
@@ -138,20 +158,21 @@ def local_folder(name: str) -> Path:
         ) from None
 
 
-def choose(names: list[str]) -> list[TextBenchmark]:
-    """Text benchmarks by name; ``text`` stands for all of them.
+def choose(names: list[str]) -> tuple[list[TextBenchmark], list[str]]:
+    """The text benchmarks among names, ``text`` being all of them; and the names left."""
+    chosen = [b for b in TEXT_BENCHMARKS.values() if b.name in names or "text" in names]
+    return chosen, [name for name in names if name not in {"text", *TEXT_BENCHMARKS}]
 
-    Raises:
-        DPAError: a name is unknown.
-    """
-    if "text" in names:
-        return list(TEXT_BENCHMARKS.values())
-    if unknown := [name for name in names if name not in TEXT_BENCHMARKS]:
-        raise DPAError(
-            f"{unknown[0]!r} is not a text benchmark{nearest(unknown[0], TEXT_BENCHMARKS)}. "
-            f"Known: text, {', '.join(TEXT_BENCHMARKS)}."
-        )
-    return [TEXT_BENCHMARKS[name] for name in names]
+
+def with_files(
+    benchmarks: list[TextBenchmark], root: Path
+) -> tuple[list[TextBenchmark], list[str]]:
+    """Those whose files are there; and a line for each other, see :func:`left_out`."""
+    missing = {benchmark: missing_files(benchmark, root) for benchmark in benchmarks}
+    lines = [
+        left_out(benchmark, root, lacking) for benchmark, lacking in missing.items() if lacking
+    ]
+    return [benchmark for benchmark, lacking in missing.items() if not lacking], lines
 
 
 def configs(benchmark: TextBenchmark) -> list[dict]:
@@ -359,13 +380,11 @@ def cells(evaluated: Evaluated) -> list[list[str]]:
 
     chance = values({b.name: b.chance for b in evaluated.benchmarks})
     table = [header, ["chance", *(f"{value:.1f}" for value in chance)]]
-    runs = {row.run for row in evaluated.rows}
     first: dict[str, list[float | None]] = {}
     for row in evaluated.rows:
         own = values(row.scores)
         reference = first.setdefault(row.run, own)
-        label = f"{row.role} LLM" if len(runs) == 1 else f"{row.run}: {row.role} LLM"
-        shown = [label]
+        shown = [row.run if row.role == "given" else f"{row.run}, {row.role} LLM"]
         for value, other in zip(own, reference, strict=True):
             text = "-" if value is None else f"{value:.1f}"
             if reference is not own and value is not None and other is not None:
@@ -375,8 +394,18 @@ def cells(evaluated: Evaluated) -> list[list[str]]:
     return table
 
 
-def save(evaluated: Evaluated, folder: Path, limit: int | None) -> str:
-    """Write the table as ``text.md``, ``text.csv`` and ``text.json``; returns it as Markdown."""
+def save(evaluated: Evaluated, folder: Path, limit: int | None, without: list[str]) -> str:
+    """Write the table as ``text.md``, ``text.csv`` and ``text.json``.
+
+    Args:
+        evaluated: what was found.
+        folder: where to.
+        limit: that was set.
+        without: lines on benchmarks that were left out.
+
+    Returns:
+        The table as Markdown, and what a reader must know beside it.
+    """
     table = cells(evaluated)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -384,16 +413,22 @@ def save(evaluated: Evaluated, folder: Path, limit: int | None) -> str:
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
         for row in (table[0], ruler, *table[1:])
     ]
-    asked = ", ".join(f"{b.title} {evaluated.rows[0].samples.get(b.name, '-')}"
-                      for b in evaluated.benchmarks)  # fmt: skip
-    lines += ["", f"Questions{' (--limit)' if limit is not None else ''}: {asked}."]
-    if failed := sum(row.failed for row in evaluated.rows):
-        lines.append(f"{failed} answers failed and count as wrong.")
-    markdown = "\n".join(lines)
+    lines.append("")
+    if limit is not None:
+        lines.append(f"- Of each data set {limit} questions were asked, the first ones.")
+    lines += [f"- Left out: {line}" for line in without]
+    lines += [
+        f"- {row.run}, {row.role} LLM: {row.failed} answers failed and count as wrong."
+        for row in evaluated.rows
+        if row.failed
+    ]
+    lines += [f"- Failed: {line}" for line in evaluated.trouble]
+    markdown = "\n".join(lines).rstrip()
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "text.md", markdown + "\n")
     with io.StringIO() as text:
         csv.writer(text, lineterminator="\n").writerows(table)
         write_text(folder / "text.csv", text.getvalue())
-    write_json(folder / "text.json", {"limit": limit, "llms": [asdict(r) for r in evaluated.rows]})
+    content = {"limit": limit, "left_out": without, "trouble": evaluated.trouble}
+    write_json(folder / "text.json", {"llms": [asdict(row) for row in evaluated.rows], **content})
     return markdown

@@ -88,8 +88,8 @@ class LanguageModel(LlavaFolder):
         """Turn a prompt of OpenCompass into token ids.
 
         Args:
-            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. One without text
-                is left out, as OpenCompass does; its parser puts such in.
+            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. One without
+                text is left out, as OpenCompass does; its parser puts such in.
 
         Returns:
             Token ids, and no pictures.

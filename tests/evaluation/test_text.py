@@ -33,6 +33,7 @@ CHATML = (
 )
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 MMLU_SUBJECTS = 57
+SUBJECTS_RUN = 3
 
 
 def llama(**changes) -> LlamaConfig:
@@ -202,11 +203,13 @@ def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
 
 def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
-    asked = text.choose(["text"])
+    all_configs = text.configs
+    monkeypatch.setattr(text, "configs", lambda benchmark: all_configs(benchmark)[:SUBJECTS_RUN])
+    asked = list(text.TEXT_BENCHMARKS.values())
     evaluated = text.evaluate(plain(llm), asked, data, tmp_path, limit=2)
     (row,) = evaluated.rows
     assert evaluated.trouble == [] and set(row.scores) == set(text.TEXT_BENCHMARKS)
-    assert row.samples == dict.fromkeys(text.TEXT_BENCHMARKS, 2) | {"mmlu": MMLU_SUBJECTS}
+    assert row.samples == dict.fromkeys(text.TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
     assert all(0 <= score <= 100 for score in row.scores.values())
 
     def refuse(*args, **kwargs):
@@ -243,8 +246,10 @@ def test_missing_files_are_named_with_their_place(data, tmp_path):
     assert len(missing) == 2 * MMLU_SUBJECTS
     line = text.left_out(benchmark, tmp_path, missing)
     assert f"{missing[0]} and 113 more missing" in line and "/mmlu.zip" in line
-    with pytest.raises(DPAError, match="'gsm8' is not a text benchmark; did you mean 'gsm8k'"):
-        text.choose(["gsm8"])
+    assert text.with_files(benchmarks("mmlu", "piqa"), tmp_path)[0] == []
+    assert text.with_files(benchmarks("mmlu", "piqa"), data) == (benchmarks("mmlu", "piqa"), [])
+    assert text.choose(["mmvp", "piqa", "all"]) == (benchmarks("piqa"), ["mmvp", "all"])
+    assert text.choose(["text"]) == (list(text.TEXT_BENCHMARKS.values()), [])
 
 
 def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
@@ -253,7 +258,8 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
     )
     proxy.save_pretrained(tmp_path / "proxy" / "llm_adapter")
-    exported = tmp_path / "tune" / "hf"
+    config, exported = tmp_path / "some_run.py", tmp_path / "tune" / "hf"
+    config.write_text(f"llm_name_or_path = {str(llm)!r}")
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         image_size=8, patch_size=4,
@@ -261,7 +267,7 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
     llava = LlavaForConditionalGeneration(LlavaConfig(vision, llama(), image_token_index=259))
     llava.save_pretrained(exported)
     AutoTokenizer.from_pretrained(llm).save_pretrained(exported)
-    original, adapted, tuned = text.llms_of_run("run", str(llm), tmp_path, exported)
+    original, adapted, tuned = text.llms_of_config(config, exported)
     assert (original.role, adapted.role, tuned.role) == ("original", "proxy", "tuned")
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -270,8 +276,12 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         found = load_llm(str(tuned.llm))(ids).logits
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
     assert text.model_config(tuned, 8, 0)["max_seq_len"] == 4096
+    assert [found.role for found in text.llm_of_folder(exported, exported)] == ["given"]
+    config.write_text("llm_name_or_path = 'no/such-model'")
     with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
-        text.llms_of_run("run", "no/such-model", tmp_path, exported)
+        text.llms_of_config(config, exported)
+    with pytest.raises(DPAError, match=r"has no config\.json"):
+        text.llm_of_folder(tmp_path, tmp_path)
 
 
 def test_the_table_shows_differences_to_the_original(tmp_path):
@@ -280,16 +290,16 @@ def test_the_table_shows_differences_to_the_original(tmp_path):
         text.Row("run", "original", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, 0),
         text.Row("run", "tuned", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, 1),
     ]
-    markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4)
+    markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4, ["PIQA"])
     found = list(csv.reader((tmp_path / "text.csv").open()))
     assert found == [
         ["LLM", "ARC-c, answer", "BoolQ, answer", "mean, answer", "HellaSwag, likelihood",
          "mean, likelihood"],
         ["chance", "25.0", "50.0", "37.5", "25.0", "25.0"],
-        ["original LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
-        ["tuned LLM", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
+        ["run, original LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
+        ["run, tuned LLM", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
     ]  # fmt: skip
-    assert "1 answers failed" in markdown and "ARC-c 4" in markdown
+    assert "- run, tuned LLM: 1 answers failed" in markdown and "- Left out: PIQA" in markdown
     assert json.loads((tmp_path / "text.json").read_text())["llms"][1]["scores"]["arc"] == 45.5
 
 
