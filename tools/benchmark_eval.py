@@ -34,6 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TOOLS = Path(__file__).resolve().parent
 ONE_BY_ONE = "one by one"
+QUESTIONS = Path("data/openmoji/heldout_questions.json")  # of the demo
 
 
 class OneByOne:
@@ -331,8 +332,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="LLaVA folder")
-    parser.add_argument("--questions", type=Path, default="data/openmoji/heldout_questions.json",
-                        help="LLaVA-format JSON; default: the demo's held-out questions")  # fmt: skip
+    parser.add_argument("--questions", type=Path, default=QUESTIONS,
+                        help=f"LLaVA-format JSON; default: {QUESTIONS}")  # fmt: skip
     parser.add_argument("--samples", type=int, default=48, help="questions of it; default: 48")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max-new-tokens", type=int, default=16)

@@ -15,9 +15,12 @@ asks the original LLM, the proxy and the tuned LLM text-only questions; the tabl
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
@@ -39,22 +42,31 @@ def main() -> int:
                         help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
                         "(default); text-only: mmlu arc boolq gsm8k arc_likelihood hellaswag "
                         "piqa, or text")  # fmt: skip
-    parser.add_argument("--data", type=Path, default=os.environ.get("LMUData", "data/benchmarks"),
+    parser.add_argument("--data", type=Path,
+                        default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
                         "$LMUData or data/benchmarks")  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N",
-                        help="questions or groups of each data set, evenly spread; default: all")  # fmt: skip
+                        help="questions or groups of each data set, evenly spread; default: "
+                        "all")  # fmt: skip
     parser.add_argument("--gpus", type=int, metavar="N",
                         help="GPUs that answer at a time; default: one, or the CPU where there is "
                         "none")  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
     parser.add_argument("--show", type=_positive, metavar="N",
-                        help="draw N wrong answers of each data set to wrong_answers.html")  # fmt: skip
+                        help="draw N wrong answers of each data set to "
+                        "wrong_answers.html")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
                         help="default: work_dirs/eval")  # fmt: skip
+    parser.add_argument("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
+                        help="Python modules that register benchmarks of your own "
+                        "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
     try:
-        return _evaluate(arguments)
+        return _with_texts(arguments)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
+        return 130
     except (DPAError, OSError) as error:
         print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
         return 1
@@ -67,35 +79,59 @@ def _positive(text: str) -> int:
     return number
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _with_texts(arguments: argparse.Namespace) -> int:
+    """Evaluate: what has pictures, then what is text alone and has a table of its own."""
     from dpa_xtuner.evaluation import text
-    from dpa_xtuner.evaluation.benchmarks import find_benchmarks
 
-    texts, names = text.choose(arguments.benchmarks)
-    benchmarks = find_benchmarks(names)
-    models = [_model(name) for name in arguments.models]
-    left_out, there = _files(benchmarks, arguments.data)
-    texts, no_texts = text.with_files(texts, arguments.data)
-    for line in [*left_out, *no_texts]:
+    texts, arguments.benchmarks = text.choose(arguments.benchmarks)
+    if not texts:
+        return _evaluate(arguments)
+    _need("opencompass", "vlmeval")
+    there, left_out = text.with_files(texts, arguments.data)
+    for line in left_out:
         print(f"Left out: {line}", file=sys.stderr, flush=True)
-    if not there and not texts:
-        raise DPAError(f"--data {arguments.data} has the files of none of these, see above.")
-    gpus = _gpus(arguments.gpus)
-    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
-    failed = False
-    if there:
-        failed = _ask(folders, there, left_out, arguments, gpus)
-    if texts:
-        failed |= _ask_texts(models, folders, texts, no_texts, arguments, gpus)
-    return int(failed)
+    code = _evaluate(arguments) if arguments.benchmarks else 0
+    if not there:
+        raise DPAError(f"--data {arguments.data} has the files of none of the text benchmarks.")
+    llms = []
+    for model in map(_model, arguments.models):
+        if model.suffix == ".py":
+            llms += text.llms_of_config(model, _exported(model))
+        else:
+            llms.append(text.llm_of_folder(model))
+    evaluated = text.evaluate(
+        llms, there, arguments.data, arguments.work_dir,
+        limit=arguments.limit, batch_size=arguments.batch_size, gpus=_gpus(arguments.gpus),
+    )  # fmt: skip
+    table = text.save(evaluated, arguments.work_dir, arguments.limit, left_out)
+    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
+    for line in evaluated.trouble:
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return 1 if evaluated.trouble else code
 
 
-def _ask(folders: list, there: list, left_out: list, arguments: argparse.Namespace, gpus) -> bool:
-    """Ask about pictures, print and save the table; returns whether anything failed."""
+def _need(*packages: str) -> None:
+    for package in packages:
+        if not find_spec(package):
+            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
     from dpa_xtuner.evaluation import show
+    from dpa_xtuner.evaluation.benchmarks import find_benchmarks
     from dpa_xtuner.evaluation.report import save
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
+    for module in arguments.modules:
+        if not find_spec(module):
+            raise DPAError(f"--import {module}: there is no such module.")
+        importlib.import_module(module)
+    benchmarks = find_benchmarks(arguments.benchmarks)
+    models = [_model(name) for name in arguments.models]
+    left_out, there = _files(benchmarks, arguments.data)
+    _need("opencompass", "vlmeval")
+    gpus = _gpus(arguments.gpus)
+    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
     for folder in folders:
         check_folder(folder)
     report, details = evaluate(
@@ -109,27 +145,7 @@ def _ask(folders: list, there: list, left_out: list, arguments: argparse.Namespa
         print(page)
     for line in report.failures():
         print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return bool(report.failures())
-
-
-def _ask_texts(
-    models: list, folders: list, texts: list, no_texts: list, arguments: argparse.Namespace, gpus
-) -> bool:
-    """Ask LLMs text-only questions, print and save the table; whether anything failed."""
-    from dpa_xtuner.evaluation import text
-
-    llms = []
-    for model, folder in zip(models, folders, strict=True):
-        found = text.llms_of_config if model.suffix == ".py" else text.llm_of_folder
-        llms += found(model, folder)
-    evaluated = text.evaluate(
-        llms, texts, arguments.data, arguments.work_dir, arguments.limit, arguments.batch_size, gpus
-    )
-    table = text.save(evaluated, arguments.work_dir, arguments.limit, no_texts)
-    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
-    for line in evaluated.trouble:
-        print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return bool(evaluated.trouble)
+    return 1 if report.failures() else 0
 
 
 def _model(name: str) -> Path:
@@ -150,8 +166,13 @@ def _files(benchmarks: list, data: Path) -> tuple[list[str], list]:
 
     missing = missing_files(benchmarks, data)
     left_out = [f"{file.benchmark.title}: {file}" for file in missing]
+    for line in left_out:
+        print(f"Left out: {line}", file=sys.stderr, flush=True)
     lacking = {file.benchmark.name for file in missing}
-    return left_out, [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
+    there = [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
+    if not there:
+        raise DPAError(f"--data {data} has the files of none of these benchmarks, see above.")
+    return left_out, there
 
 
 def _gpus(wanted: int | None) -> int:
@@ -165,6 +186,7 @@ def _gpus(wanted: int | None) -> int:
     return wanted
 
 
+@functools.cache
 def _exported(config: Path) -> Path:
     """The folder of a config's finished run, exported by a process that may import XTuner."""
     folder = Path("work_dirs", config.stem, "tune", "hf")

@@ -36,24 +36,25 @@ class LlavaFolder(BaseModel):
     scores are capped (Gemma-2), which SDPA would leave out, and else what transformers picks.
 
     Attributes:
-        model: The model, in evaluation mode, on the first GPU or the CPU.
+        model: The model, in evaluation mode.
         processor: Image processor and tokenizer.
         image_tokens: Tokens that a picture takes in the prompt.
         pads: Whether pictures are padded to a square, in the processor's mean colour, as training
             did: ``pad_image_to_square`` in ``dpa.json``. Other folders leave it to the processor.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, device: str | None = None) -> None:
         """Load the folder.
 
         Args:
             path: The folder.
+            device: Where to; None for the first GPU, or the CPU where there is none.
 
         Raises:
             DPAError: It is no LLaVA folder, or its tokenizer knows no image token.
         """
         super().__init__(path=path, generation_kwargs={})
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = AutoConfig.from_pretrained(path)
         if not isinstance(config, LlavaConfig):
             raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")

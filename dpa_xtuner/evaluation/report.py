@@ -19,7 +19,8 @@ PAPER_MEANS = {
 }
 """Means over the seven benchmarks as reported (arXiv 2509.14735), captions from ShareGPT4V-PT."""
 
-ALL = "all"
+OWN_METRIC = "its metric"
+"""Says that VLMEvalKit scores a benchmark without a judge model anyway."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Report:
                 columns.append((f"{kind} ({len(of_kind)})", [b.name for b in of_kind]))
         if len({b.kind for b in self.benchmarks}) > 1:
             names = [b.name for b in self.benchmarks]
-            columns.append((f"{ALL} ({len(names)})", names))
+            columns.append((f"all ({len(names)})", names))
         return columns
 
     def is_papers(self) -> bool:
@@ -112,18 +113,19 @@ def markdown(report: Report) -> str:
         for llm, means in PAPER_MEANS.items():
             empty = [""] * (len(columns) - 1)
             rows += [[f"paper: {llm}, {method}", *empty, f"{m:.1f}"] for method, m in means.items()]
-    asked = [["samples"], ["scored by"]]
-    asked += [[f"failed, {label}"] for label in report.models]
-    for _, names in columns:
-        alone = len(names) == 1
-        benchmark = next(b for b in report.benchmarks if b.name == names[0])
-        found = [results[names[0]] for results in report.models.values()]
-        asked[0].append(str(max(r.samples for r in found)) if alone else "")
-        asked[1].append((benchmark.judge or "its metric") if alone else "")
-        for row, result in zip(asked[2:], found, strict=True):
-            row.append(str(len(result.failed)) if alone and result.score is not None else "")
-    parts = [_table(header, rows), _table(header, asked), "\n".join(_lines(report))]
+    parts = [_table(header, rows), _table(*_asked(report)), "\n".join(_lines(report))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _asked(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of what was asked: a row for each benchmark."""
+    rows = []
+    for benchmark in report.benchmarks:
+        found = [results[benchmark.name] for results in report.models.values()]
+        failed = ["" if r.score is None else str(len(r.failed)) for r in found]
+        samples = str(max(result.samples for result in found))
+        rows.append([benchmark.title, samples, benchmark.judge or OWN_METRIC, *failed])
+    return ["", "samples", "scored by", *(f"failed: {label}" for label in report.models)], rows
 
 
 def _lines(report: Report) -> list[str]:
@@ -190,7 +192,7 @@ def rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _judges(benchmarks: list[Benchmark], names: list[str]) -> str:
-    found = [b.judge or "its metric" for b in benchmarks if b.name in names]
+    found = [b.judge or OWN_METRIC for b in benchmarks if b.name in names]
     return ", ".join(dict.fromkeys(found))
 
 

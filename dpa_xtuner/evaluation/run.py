@@ -7,6 +7,7 @@ the limit and of the code that makes prompts and scores; both of the versions of
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from dpa_xtuner import __version__
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import Benchmark
 from dpa_xtuner.evaluation.report import Report, Result
-from dpa_xtuner.files import write_json
+from dpa_xtuner.files import write_json, write_text
 
 RUN = "results"
 """OpenCompass's folder below the work dir: always the same, so that reruns go on in it."""
@@ -99,12 +100,12 @@ def content_hash(paths: Iterable[Path], *settings: object) -> str:
 
     digest = xxhash.xxh3_64()
     for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0")
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
     versions = [version(name) for name in ("opencompass", "ms-vlmeval", "transformers")]
-    digest.update(json.dumps([*settings, __version__, *versions]))
+    digest.update(json.dumps([*settings, __version__, *versions]).encode())
     return digest.hexdigest()[:8]
 
 
@@ -143,6 +144,7 @@ def model_config(model: Model, batch_size: int, gpus: int) -> dict:
         type="dpa_xtuner.evaluation.model.LlavaFolder",
         abbr=model.abbr,
         path=str(model.folder.resolve()),
+        device="cuda" if gpus else "cpu",
         batch_size=batch_size,
         run_cfg=dict(num_gpus=min(gpus, 1)),
     )
@@ -270,7 +272,7 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
     pairs = [(m["abbr"], d["abbr"]) for m in models for d in datasets]
     with _alone(work_dir):
         for pair in pairs:
-            _remove_broken(folder, *pair)
+            _remove_useless(folder, *pair)
         missing = [pair for pair in pairs if not _result_file(folder, *pair).is_file()]
         trouble = ""
         if missing:
@@ -371,13 +373,35 @@ def _logs(folder: Path, model: str, dataset: str) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
-def _remove_broken(folder: Path, model: str, dataset: str) -> None:
-    """Remove what a killed run has half written, since OpenCompass trusts what is there."""
-    answers = (folder / "predictions" / model).glob(f"{dataset}*.json")
-    for file in [*answers, _result_file(folder, model, dataset)]:
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            pass
-        except ValueError:
+def _remove_useless(folder: Path, model: str, dataset: str) -> None:
+    """Remove what a killed run has half written, since OpenCompass trusts what is there.
+
+    So are answers of which each one failed: what is wrong then is not the samples. Of the answers
+    to an unfinished data set OpenCompass would drop all if one line can't be read, such as the
+    last one, or one with a line separator of Unicode: the lines before stay.
+    """
+    answers = folder / "predictions" / model
+    whole = [*answers.glob(f"{dataset}.json"), *answers.glob(f"{dataset}_[0-9]*.json")]
+    result = _result_file(folder, model, dataset)
+    for file in [*whole, result]:
+        if file.is_file() and _read(file) is None:
             file.unlink()
+    found = _read(result) if result.is_file() else None
+    if found is not None and len(found["failed"]) == found["samples"]:
+        for file in [result, *whole]:
+            file.unlink(missing_ok=True)
+    for file in answers.glob(f"tmp_{dataset}*.jsonl"):
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        good = itertools.takewhile(lambda line: line is not None, map(_parsed, lines))
+        write_text(file, "".join(json.dumps(line) + "\n" for line in good))
+
+
+def _read(file: Path) -> dict | None:
+    return _parsed(file.read_text(encoding="utf-8", errors="replace"))
+
+
+def _parsed(text: str) -> dict | None:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -120,12 +120,8 @@ def llms_of_config(config: Path, exported: Path) -> list[TextLLM]:
     return [*llms, TextLLM(run, "tuned", exported, exported)]
 
 
-def llm_of_folder(given: Path, folder: Path) -> list[TextLLM]:
-    """The LLM of a folder of the command line: an LLM's own, or a LLaVA's.
-
-    Args:
-        given: as it was given, for the table.
-        folder: the same.
+def llm_of_folder(folder: Path) -> TextLLM:
+    """The LLM of a folder that is an LLM's own, or a LLaVA's.
 
     Raises:
         DPAError: it is neither.
@@ -136,7 +132,7 @@ def llm_of_folder(given: Path, folder: Path) -> list[TextLLM]:
                 f"{folder} has no {name}: give the folder of an LLM or of a LLaVA, with its "
                 f"tokenizer."
             )
-    return [TextLLM(str(given), "given", folder, folder)]
+    return TextLLM(str(folder), "given", folder, folder)
 
 
 def local_folder(name: str) -> Path:

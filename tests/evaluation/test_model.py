@@ -19,11 +19,6 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     paths = [tmp_path_factory.mktemp("pictures") / f"{i}.png" for i in range(4)]
     for i, path in enumerate(paths):

@@ -276,12 +276,12 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         found = load_llm(str(tuned.llm))(ids).logits
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
     assert text.model_config(tuned, 8, 0)["max_seq_len"] == 4096
-    assert [found.role for found in text.llm_of_folder(exported, exported)] == ["given"]
+    assert text.llm_of_folder(exported).role == "given"
     config.write_text("llm_name_or_path = 'no/such-model'")
     with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
         text.llms_of_config(config, exported)
     with pytest.raises(DPAError, match=r"has no config\.json"):
-        text.llm_of_folder(tmp_path, tmp_path)
+        text.llm_of_folder(tmp_path)
 
 
 def test_the_table_shows_differences_to_the_original(tmp_path):

@@ -3,9 +3,10 @@
 import base64
 import io
 
+import pandas as pd
 import torch
-from PIL import Image
 from families.small_tokenizers import byte_level
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -81,3 +82,31 @@ def asked(text, *paths):
     content = [{"type": "image", "image_url": str(path), "text": None} for path in paths]
     content.append({"type": "text", "text": text, "image_url": None})
     return [{"role": "user", "content": content}]
+
+
+def rows(dataset, count=6):
+    """Lines of AI2D_TEST (four options), MMVP (pairs) or OCRBench (text), in their columns.
+
+    The questions grow longer, each or each pair of them, so that their order is known.
+    """
+    if dataset == "OCRBench":
+        extra = {"dataset": "made", "category": "Regular Text Recognition"}
+        return [
+            {"index": i, "image": encoded(picture(i)), "question": "what is written?",
+             "answer": "['tea']", **extra}
+            for i in range(count)
+        ]  # fmt: skip
+    letters, alike = ("ABCD", 1) if dataset == "AI2D_TEST" else ("AB", 2)
+    options = dict(zip(letters, ("dog", "bench", "balloon", "harbour"), strict=False))
+    return [
+        {"index": i + 1, "image": encoded(picture(i)), "answer": letters[i % len(letters)],
+         "question": f"What is shown here{' at dusk' * (i // alike)}?", **options}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def write_data(folder, dataset, lines):
+    """VLMEvalKit's format: tab-separated, pictures as base64."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(lines).to_csv(folder / f"{dataset}.tsv", sep="\t", index=False)
+    return folder

@@ -1,0 +1,112 @@
+"""The table, by hand."""
+
+import csv
+import json
+
+import pytest
+
+from dpa_xtuner.evaluation import report
+from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, PAPER, find_benchmarks
+from dpa_xtuner.evaluation.report import Report, Result
+
+FIRST = dict(zip(PAPER, (60.0, 50.0, 20.0, 30.0, 40.0, 10.0, 70.0), strict=True))
+SECOND = dict(zip(PAPER, (62.0, 50.0, 21.0, 35.0, 40.0, 12.5, 65.5), strict=True))
+
+
+def made(limit=None, names=PAPER, **changed) -> Report:
+    models = {
+        label: {name: Result(scores[name], 100) for name in names}
+        for label, scores in (("vanilla", FIRST), ("dpa", SECOND))
+    }
+    for name, result in changed.items():
+        models["dpa"][name] = result
+    return Report(models, find_benchmarks(names), limit)
+
+
+def cells(text, row):
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_columns_means_and_differences():
+    text = report.markdown(made())
+    assert cells(text, "vanilla") == [
+        "60.0", "50.0", "20.0", "30.0", "40.0", "40.0", "10.0", "70.0", "40.0", "40.0",
+    ]  # fmt: skip
+    header = [cell.strip() for cell in text.splitlines()[0].strip("|").split("|")][1:]
+    assert header == [
+        "MMBench", "AI2D", "DocVQA", "OCRBench", "general (4)",
+        "CV-Bench", "MMVP", "NaturalBench", "vision-centric (3)", "all (7)",
+    ]  # fmt: skip
+    assert cells(text, "dpa")[-1] == f"{286 / 7:.1f}"
+    assert cells(text, "difference") == [
+        "+2.0", "+0.0", "+1.0", "+5.0", "+2.0", "+0.0", "+2.5", "-4.5", "-0.7", "+0.9",
+    ]  # fmt: skip
+
+
+def test_papers_rows_only_beside_the_papers_benchmarks():
+    text = report.markdown(made())
+    assert cells(text, "paper: Qwen2.5-7B, DPA")[-1] == "51.7"
+    assert cells(text, "paper: Llama-3.1-8B, CAL")[-1] == "46.0"
+    assert cells(text, "paper: Gemma-2-9B, vanilla") == [""] * 9 + ["48.2"]
+    for other in (made(limit=100), made(names=PAPER[1:])):
+        assert "paper" not in report.markdown(other)
+    assert "100 questions or groups at most" in report.markdown(made(limit=100))
+
+
+def test_one_kind_and_one_benchmark_have_no_means_to_tell():
+    header = report.markdown(made(names=["mmvp"])).splitlines()[0]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["", "MMVP"]
+    header = report.markdown(made(names=["ai2d", "mmbench"])).splitlines()[0]
+    assert "general (2)" in header and "all" not in header
+
+
+def test_samples_failures_and_judges_are_told():
+    failed = [{"dataset": "MMVP", "index": 7, "reason": "broken | picture"}]
+    text = report.markdown(made(mmvp=Result(12.5, 100, failed)))
+    assert cells(text, "MMVP") == ["100", "exact matching", "0", "1"]
+    assert cells(text, "DocVQA") == ["100", report.OWN_METRIC, "0", "0"]
+    assert "- Sample without an answer: dpa, MMVP 7: broken | picture" in text
+    assert "No judge model is asked" in text
+    assert "judge" not in report.markdown(made(names=["docvqa"]))
+
+
+def test_a_failed_task_has_no_score_and_no_mean():
+    broken = made(mmvp=Result(None, error="logs/x.out"))
+    assert broken.failures() == ["dpa, mmvp: failed, see logs/x.out"]
+    text = report.markdown(broken)
+    assert cells(text, "dpa")[-4:] == ["failed", "65.5", "failed", "failed"]
+    assert cells(text, "difference")[-4:] == ["", "-4.5", "", ""]
+    assert "- Failed: dpa, mmvp: failed, see logs/x.out" in text
+
+
+def test_no_answer_at_all_is_a_failure():
+    failed = [{"dataset": "MMVP", "index": i, "reason": "no picture"} for i in (1, 2)]
+    broken = made(mmvp=Result(0.0, 2, failed))
+    assert broken.failures() == ["dpa, mmvp: no sample could be answered (no picture)"]
+
+
+def test_files(tmp_path):
+    failed = [{"dataset": "MMVP", "index": 7, "reason": "broken"}]
+    text = report.save(made(limit=100, mmvp=Result(12.5, 100, failed)), tmp_path)
+    assert (tmp_path / "table.md").read_text() == text
+    with (tmp_path / "table.csv").open() as file:
+        lines = {(line["model"], line["benchmark"]): line for line in csv.DictReader(file)}
+    assert len(lines) == 2 * 10
+    found = lines["dpa", "mmvp"]
+    assert float(found["score"]) == 12.5 and float(found["difference"]) == 2.5
+    assert (found["samples"], found["failed"], found["limit"]) == ("100", "1", "100")
+    assert found["scored_by"] == "exact matching"
+    assert lines["vanilla", "mmvp"]["difference"] == ""
+    assert float(lines["dpa", "all (7)"]["difference"]) == pytest.approx(6 / 7)
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["results"]["dpa"]["mmvp"]["failed"] == failed
+    assert content["rows"][0]["score"] == 60.0 and content["limit"] == 100
+    assert "paper_means" not in content
+    report.save(made(), tmp_path)
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["paper_means"]["Qwen2.5-7B"] == {"vanilla": 49.0, "CAL": 51.0, "DPA": 51.7}
+
+
+def test_titles_fit_a_markdown_table():
+    assert not any("|" in benchmark.title for benchmark in BENCHMARKS.values())
