@@ -82,14 +82,16 @@ class TextLLM:
     """An LLM to be asked.
 
     Attributes:
-        run: what it belongs to; the first LLM of a run is the one that others are compared with.
-        role: ``original``, ``proxy``, ``tuned`` or ``given``.
+        label: the table's row.
+        group: the LLMs that are compared, with the first of them.
+        role: ``original``, ``proxy``, ``tuned`` or ``given``; in file names.
         llm: folder of a causal language model, or of a LLaVA, whose language model is taken.
         source: folder of tokenizer, chat template and generation config.
         adapter: PEFT folder, merged into the LLM once it is loaded.
     """
 
-    run: str
+    label: str
+    group: str
     role: str
     llm: Path
     source: Path
@@ -112,12 +114,16 @@ def llms_of_config(config: Path, exported: Path) -> list[TextLLM]:
 
     run, proxy = config.stem, exported.parents[1] / "proxy"
     base = local_folder(Config.fromfile(config).llm_name_or_path)
-    llms = [TextLLM(run, "original", base, exported)]
+    found: dict[str, tuple[Path, Path | None]] = {"original": (base, None)}
     if (proxy / "llm_adapter").is_dir():
-        llms.append(TextLLM(run, "proxy", base, exported, proxy / "llm_adapter"))
+        found["proxy"] = base, proxy / "llm_adapter"
     elif (proxy / "llm").is_dir():  # proxy.train_llm=full
-        llms.append(TextLLM(run, "proxy", proxy / "llm", exported))
-    return [*llms, TextLLM(run, "tuned", exported, exported)]
+        found["proxy"] = proxy / "llm", None
+    found["tuned"] = exported, None
+    return [
+        TextLLM(f"{run}: {role} LLM", run, role, llm, exported, adapter)
+        for role, (llm, adapter) in found.items()
+    ]
 
 
 def llm_of_folder(folder: Path) -> TextLLM:
@@ -132,7 +138,7 @@ def llm_of_folder(folder: Path) -> TextLLM:
                 f"{folder} has no {name}: give the folder of an LLM or of a LLaVA, with its "
                 f"tokenizer."
             )
-    return TextLLM(str(folder), "given", folder, folder)
+    return TextLLM(str(folder), "", "given", folder, folder)
 
 
 def local_folder(name: str) -> Path:
@@ -196,8 +202,8 @@ def left_out(benchmark: TextBenchmark, root: Path, missing: list[Path]) -> str:
     folder = benchmark.path.partition("/")[0]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return (
-        f"{benchmark.name} is left out: {missing[0]}{more} missing. It is in {ARCHIVES}/"
-        f"{folder}.zip; unpack it so that {root / folder} is there."
+        f"{benchmark.title} ({benchmark.name}): {missing[0]}{more} not there; unpack {ARCHIVES}/"
+        f"{folder}.zip so that {root / folder} is"
     )
 
 
@@ -287,15 +293,15 @@ class Row:
     """An LLM's scores.
 
     Attributes:
-        run: see :class:`TextLLM`.
-        role: see :class:`TextLLM`.
+        label: see :class:`TextLLM`.
+        group: see :class:`TextLLM`.
         scores: benchmark name -> score, 0 - 100.
         samples: benchmark name -> how many questions.
         failed: how many questions could not be answered; they count as wrong.
     """
 
-    run: str
-    role: str
+    label: str
+    group: str
     scores: dict[str, float]
     samples: dict[str, int]
     failed: int
@@ -350,7 +356,7 @@ def evaluate(
                 scores[name] = sum(result["score"] for result in results) / len(results)
                 samples[name] = sum(result["samples"] for result in results)
                 failed += sum(len(result["failed"]) for result in results)
-        rows.append(Row(llm.run, llm.role, scores, samples, failed))
+        rows.append(Row(llm.label, llm.group, scores, samples, failed))
     trouble = [f"{m} on {d}: {reason}" for (m, d), reason in outcome.failures.items()]
     return Evaluated(benchmarks, rows, trouble)
 
@@ -358,7 +364,7 @@ def evaluate(
 def cells(evaluated: Evaluated) -> list[list[str]]:
     """The table's cells: a header, chance, and a row for each LLM.
 
-    Behind a score stands its difference to the first LLM of the same run; a mean is that of the
+    Behind a score stands its difference to the first LLM of the same group; a mean is that of the
     benchmarks of its kind, where all have a score.
     """
     kinds = list(dict.fromkeys(b.kind for b in evaluated.benchmarks))
@@ -379,8 +385,8 @@ def cells(evaluated: Evaluated) -> list[list[str]]:
     first: dict[str, list[float | None]] = {}
     for row in evaluated.rows:
         own = values(row.scores)
-        reference = first.setdefault(row.run, own)
-        shown = [row.run if row.role == "given" else f"{row.run}, {row.role} LLM"]
+        reference = first.setdefault(row.group, own)
+        shown = [row.label]
         for value, other in zip(own, reference, strict=True):
             text = "-" if value is None else f"{value:.1f}"
             if reference is not own and value is not None and other is not None:
@@ -414,7 +420,7 @@ def save(evaluated: Evaluated, folder: Path, limit: int | None, without: list[st
         lines.append(f"- Of each data set {limit} questions were asked, the first ones.")
     lines += [f"- Left out: {line}" for line in without]
     lines += [
-        f"- {row.run}, {row.role} LLM: {row.failed} answers failed and count as wrong."
+        f"- {row.label}: {row.failed} answers failed and count as wrong."
         for row in evaluated.rows
         if row.failed
     ]

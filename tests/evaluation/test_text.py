@@ -140,7 +140,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def plain(llm: Path) -> list[text.TextLLM]:
-    return [text.TextLLM("run", "original", llm, llm)]
+    return [text.TextLLM("an LLM", "", "original", llm, llm)]
 
 
 def benchmarks(*names: str) -> list[text.TextBenchmark]:
@@ -235,7 +235,7 @@ def test_what_changes_is_asked_again(llm, data, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer_config.json").write_text("{}")
-    changed = text.TextLLM("run", "original", llm, source)
+    changed = text.TextLLM("an LLM", "", "original", llm, source)
     assert text.model_config(changed, 8, 0)["abbr"] != before
 
 
@@ -245,7 +245,7 @@ def test_missing_files_are_named_with_their_place(data, tmp_path):
     missing = text.missing_files(benchmark, tmp_path)
     assert len(missing) == 2 * MMLU_SUBJECTS
     line = text.left_out(benchmark, tmp_path, missing)
-    assert f"{missing[0]} and 113 more missing" in line and "/mmlu.zip" in line
+    assert f"{missing[0]} and 113 more not there" in line and "/mmlu.zip" in line
     assert text.with_files(benchmarks("mmlu", "piqa"), tmp_path)[0] == []
     assert text.with_files(benchmarks("mmlu", "piqa"), data) == (benchmarks("mmlu", "piqa"), [])
     assert text.choose(["mmvp", "piqa", "all"]) == (benchmarks("piqa"), ["mmvp", "all"])
@@ -276,6 +276,7 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         found = load_llm(str(tuned.llm))(ids).logits
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
     assert text.model_config(tuned, 8, 0)["max_seq_len"] == 4096
+    assert tuned.label == "some_run: tuned LLM"
     assert text.llm_of_folder(exported).role == "given"
     config.write_text("llm_name_or_path = 'no/such-model'")
     with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
@@ -287,8 +288,8 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
 def test_the_table_shows_differences_to_the_original(tmp_path):
     asked = benchmarks("arc", "boolq", "hellaswag")
     rows = [
-        text.Row("run", "original", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, 0),
-        text.Row("run", "tuned", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, 1),
+        text.Row("an LLM", "run", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, 0),
+        text.Row("another", "run", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, 1),
     ]
     markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4, ["PIQA"])
     found = list(csv.reader((tmp_path / "text.csv").open()))
@@ -296,10 +297,10 @@ def test_the_table_shows_differences_to_the_original(tmp_path):
         ["LLM", "ARC-c, answer", "BoolQ, answer", "mean, answer", "HellaSwag, likelihood",
          "mean, likelihood"],
         ["chance", "25.0", "50.0", "37.5", "25.0", "25.0"],
-        ["run, original LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
-        ["run, tuned LLM", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
+        ["an LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
+        ["another", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
     ]  # fmt: skip
-    assert "- run, tuned LLM: 1 answers failed" in markdown and "- Left out: PIQA" in markdown
+    assert "- another: 1 answers failed" in markdown and "- Left out: PIQA" in markdown
     assert json.loads((tmp_path / "text.json").read_text())["llms"][1]["scores"]["arc"] == 45.5
 
 
