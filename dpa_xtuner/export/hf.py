@@ -1,0 +1,196 @@
+"""A folder of transformers' LlavaForConditionalGeneration, with its processor."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AddedToken,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from xtuner.registry import BUILDER
+from xtuner.utils import DEFAULT_IMAGE_TOKEN
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.export.chat_template import (
+    chat_template,
+    disagreements,
+    end_of_turn,
+    without_bos,
+)
+from dpa_xtuner.export.refusals import extra_tokens
+from dpa_xtuner.export.room import need_room
+from dpa_xtuner.export.source import Source
+from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.stages.models import encoder_config
+
+SHARD = "4GB"
+_PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
+
+
+def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Write model, generation settings, tokenizer, image processor and chat template.
+
+    Args:
+        source: what is exported.
+        weights: of it.
+        folder: where to; exists.
+        dtype: of the weights.
+
+    Returns:
+        What a reader of ``dpa.json`` may want to know.
+
+    Raises:
+        DPAError: weights are missing or unknown, or there is no room for them.
+    """
+    tokenizer = load_tokenizer(source)
+    image_id = _add_image_token(tokenizer)
+    llm, encoder = weights.llm(dtype), weights.visual_encoder(dtype)
+    grow(llm, image_id + 1)
+    extra = extra_tokens(source)
+    config = _config(source, llm, encoder, image_id, tokenizer, extra)
+    state = _state(llm, encoder, weights.projector(), dtype)
+    need_room(folder, state)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    _refuse_misfits(model, state)
+    model.generation_config = _generation(source, tokenizer, image_id)
+    model.to(dtype)  # what config.json says
+    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    jinja = chat_template(source.template, tokenizer)
+    without_bos(tokenizer)
+    LlavaProcessor(
+        image_processor=BUILDER.build(source.cfg.image_processor.to_dict()),
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=extra,
+        chat_template=jinja,
+    ).save_pretrained(folder)
+    return {
+        "image_token_index": image_id,
+        "template_differs": disagreements(
+            jinja, source.template, tokenizer, load_tokenizer(source)
+        ),
+    }
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer as it was trained with, for generation: padded on the left."""
+    tokenizer = BUILDER.build(source.cfg.tokenizer.to_dict())
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # A tokenizer of no class of its own would give token_type_ids, which no decoder takes.
+    names = ["input_ids", "attention_mask"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
+
+
+def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    token = AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+
+
+def grow(llm: PreTrainedModel, rows: int) -> None:
+    """Give embeddings and head at least so many rows, new ones of zeros.
+
+    A published embedding often has rows that no token uses; then nothing is done.
+    """
+    embeddings, head = llm.get_input_embeddings(), llm.get_output_embeddings()
+    new = rows - embeddings.num_embeddings
+    if new <= 0:
+        return
+    tied = head.weight is embeddings.weight
+    embeddings.weight = _with_rows(embeddings.weight, new)
+    head.weight = embeddings.weight if tied else _with_rows(head.weight, new)
+    if head.bias is not None:
+        head.bias = _with_rows(head.bias, new)
+    embeddings.num_embeddings = head.out_features = llm.config.vocab_size = rows
+
+
+def _with_rows(weight: Tensor, new: int) -> nn.Parameter:
+    zeros = weight.new_zeros((new, *weight.shape[1:]))
+    return nn.Parameter(torch.cat([weight.data, zeros]), requires_grad=False)
+
+
+def _config(
+    source: Source,
+    llm: PreTrainedModel,
+    encoder: nn.Module,
+    image_id: int,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: int,
+) -> LlavaConfig:
+    llm.config.use_cache = True  # training turns it off
+    config = LlavaConfig(
+        vision_config=encoder.config,
+        text_config=llm.config,
+        image_token_index=image_id,
+        image_seq_length=source.encoder.tokens(encoder_config(source.settings)),
+        vision_feature_layer=source.encoder.layer,
+        vision_feature_select_strategy="default" if extra else "full",
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=llm.config.tie_word_embeddings,
+    )
+    if getattr(llm.config, "attn_logit_softcapping", None):
+        config.attn_implementation = "eager"  # SDPA does not cap (transformers 4.48)
+    return config
+
+
+def _state(
+    llm: PreTrainedModel, encoder: nn.Module, projector: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All weights under LLaVA's names, a tied head left out."""
+    tied = llm._tied_weights_keys or () if llm.config.tie_word_embeddings else ()
+    state = {f"vision_tower.{name}": weight for name, weight in encoder.state_dict().items()}
+    state |= {
+        f"language_model.{name}": weight
+        for name, weight in llm.state_dict().items()
+        if name not in tied
+    }
+    for name, weight in projector.items():
+        for ours, theirs in _PROJECTOR.items():
+            name = name.replace(ours, f"multi_modal_projector.{theirs}")
+        state[name] = weight.to(dtype)
+    return {name: weight.contiguous() for name, weight in state.items()}
+
+
+def _refuse_misfits(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
+    """What transformers would only warn of when it loads the folder."""
+    llm = model.language_model
+    tied = llm._tied_weights_keys or () if llm.config.tie_word_embeddings else ()
+    own = {name: weight.shape for name, weight in model.state_dict().items()}
+    for name in tied:
+        own.pop(f"language_model.{name}")
+    given = {name: weight.shape for name, weight in state.items()}
+    if wrong := sorted(k for k in own | given if own.get(k) != given.get(k)):
+        raise DPAError(
+            f"{len(wrong)} weights don't fit transformers' LLaVA: "
+            + "; ".join(f"{k}: {_shape(given.get(k))}, LLaVA's {_shape(own.get(k))}"
+                        for k in wrong[:5])
+        )  # fmt: skip
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
+
+
+def _generation(
+    source: Source, tokenizer: PreTrainedTokenizerBase, image_id: int
+) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_of_turn(source.template, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[image_id],  # its row is nobody's
+    )

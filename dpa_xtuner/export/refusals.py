@@ -1,0 +1,98 @@
+"""What a format can't express, known before any weight is loaded."""
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from xtuner.model.modules import ProjectorModel
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.export.source import Source
+from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.model.projectors import build_projector
+from dpa_xtuner.stages.models import encoder_config, llm_config
+
+FORMATS = ("hf", "xtuner", "parts")
+"""hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each."""
+
+
+def refuse_inexpressible(source: Source, fmt: str) -> None:
+    """Refuse a format that would give another model than was trained.
+
+    Raises:
+        DPAError: all reasons, a line each, and the formats that can.
+    """
+    if reasons := inexpressible(source, fmt):
+        able = [other for other in FORMATS if not inexpressible(source, other)]
+        listed = "\n".join(f"  {reason}" for reason in reasons)
+        raise DPAError(
+            f"This model can't be exported with --format {fmt}:\n{listed}\n"
+            f"--format {' or --format '.join(able)} can."
+        )
+
+
+def inexpressible(source: Source, fmt: str) -> list[str]:
+    """Why a format can't hold the model; nothing where it can."""
+    if fmt == "parts":
+        return []
+    if not source.has_projector:
+        return [f"stage {source.stage.name} has neither visual encoder nor projector"]
+    reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
+    if source.settings.max_tiles > 1:
+        reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
+    if is_quantised(source) and (fmt == "hf" or not keeps_adapter(source)):
+        reasons.append(
+            "the LLM is quantised, and an adapter added to such weights gives another model"
+        )
+    if type(llm_config(source.cfg)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reasons.append(f"the LLM's class is not one of transformers': {source.cfg.model.llm.type}")
+    return reasons
+
+
+def is_quantised(source: Source) -> bool:
+    """Whether the LLM was quantised when it was trained."""
+    published = getattr(llm_config(source.cfg), "quantization_config", None)
+    return bool(source.cfg.model.llm.get("quantization_config") or published)
+
+
+def keeps_adapter(source: Source) -> bool:
+    """Whether the published LLM and one adapter beside it are what was trained.
+
+    The LLaMA names of an adapter are not those of InternLM's published weights.
+    """
+    adapters = [p for p in (*source.inputs(), *source.stage.trains) if p == "llm_adapter"]
+    whole = "llm" in source.stage.trains or "llm" in source.inputs()
+    loader = str(source.cfg.model.llm.type)
+    return not whole and len(adapters) <= 1 and loader.startswith("transformers.")
+
+
+def extra_tokens(source: Source) -> int:
+    """Tokens of the encoder that are no patches, such as a class token: counted without weights."""
+    config, kind = encoder_config(source.settings), source.encoder
+    size = kind.image_size(config)
+    with torch.device("meta"):
+        hidden = kind.hidden(kind.build(config), torch.zeros(1, 3, size, size))
+    return hidden.shape[1] - kind.tokens(config)
+
+
+def _encoder(source: Source, fmt: str) -> list[str]:
+    kind, config = source.encoder, encoder_config(source.settings)
+    name = f"encoder={source.settings.encoder['type']!r}"
+    known = getattr(config, "model_type", None) in CONFIG_MAPPING and type(config) in MODEL_MAPPING
+    if not known or type(kind).features is not Encoder.features:
+        return [f"{name} is not a single encoder of transformers'"]
+    if fmt == "xtuner" and (config.model_type != "clip_vision_model" or kind.layer != -2):
+        return [f"{name}, layer {kind.layer}: xtuner chat reads CLIP's second-last layer alone"]
+    if kind.layer is None:
+        return [f"{name} gives what follows its final norm; LLaVA reads a layer (set layer=-2)"]
+    if (extra := extra_tokens(source)) > 1:
+        return [f"{name} has {extra} tokens that are no patches; LLaVA leaves out one or none"]
+    return []
+
+
+def _projector(source: Source, fmt: str) -> list[str]:
+    with torch.device("meta"):
+        projector = build_projector(source.settings.projector, 8, 8)
+    if not isinstance(projector, ProjectorModel):
+        return [f"projector={source.settings.projector['type']!r} is not an MLP patch by patch"]
+    if fmt == "hf" and projector.config.depth != 2:
+        return [f"projector.depth={projector.config.depth}: LLaVA's has two linear layers"]
+    return []

@@ -1,0 +1,216 @@
+"""What is exported: a finished stage of a run, or a checkpoint of one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.files import file_sha256
+from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.stages.models import complete, encoder_config, llm_config
+from dpa_xtuner.stages.pipeline import newest_checkpoint, read_state
+from dpa_xtuner.stages.settings import Settings, StageSettings, differences, refuse_idle_options
+from dpa_xtuner.stages.table import Stage, stage_table
+
+# Captions are learned as image, text, newline: a template without words of its own.
+_CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights are, and what is known of it before they are loaded.
+
+    Attributes:
+        cfg: the config, completed by :func:`dpa_xtuner.stages.models.complete`.
+        settings: read from it.
+        stage: the row of the stage table.
+        base: the run's work dir.
+        checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
+    """
+
+    cfg: Config
+    settings: Settings
+    stage: Stage
+    base: Path
+    checkpoint: Path | None
+
+    @property
+    def own(self) -> StageSettings:
+        """The settings of the stage."""
+        return getattr(self.settings, self.stage.name)
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """The chat template that the stage trained with."""
+        return self.settings.template if self.stage.view == "chat" else dict(_CAPTION)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The kind of visual encoder, its layer as the config sets it."""
+        kind = build_encoder(self.settings.encoder)
+        if (layer := self.cfg.model.get("visual_select_layer")) is not None:
+            kind.layer = layer
+        return kind
+
+    @property
+    def has_projector(self) -> bool:
+        """Whether the stage's model sees pictures."""
+        return "projector" in self.stage.builds
+
+    def folder(self, part: str) -> Path | None:
+        """Where the stage wrote a part; None for a checkpoint, or a part that it did not train."""
+        if self.checkpoint is not None or part not in self.stage.writes:
+            return None
+        return self.base / self.stage.writes[part]
+
+    def inputs(self) -> dict[str, Path]:
+        """What the stage started from besides published models, and did not train further."""
+        replaced = {"projector", "llm"} if "llm" in self.stage.trains else {"projector"}
+        return {
+            part: self.base / folder
+            for part, folder in self.stage.loads.items()
+            if part not in replaced and not (part == "llm_adapter" and "llm" in replaced)
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the exported weights and files follow from, for ``dpa.json``."""
+        written = [folder for part in self.stage.writes if (folder := self.folder(part))]
+        folders = [*written, *self.inputs().values()]
+        facts = {
+            "method": self.settings.method,
+            "stage": self.stage.name,
+            "llm": self.settings.llm_name_or_path,
+            "tokenizer": self.cfg.tokenizer.to_dict(),
+            "prompt_template": self.template,
+            "weights": _hashes([self.checkpoint] if self.checkpoint else folders),
+        }
+        if self.has_projector:
+            facts |= {
+                "visual_encoder": self.settings.visual_encoder_name_or_path,
+                "encoder": self.settings.encoder,
+                "vision_feature_layer": self.encoder.layer,
+                "projector": self.settings.projector,
+                "max_tiles": self.settings.max_tiles,
+                "image_processor": self.cfg.image_processor.to_dict(),
+                "pad_image_to_square": self.own.pad_image_to_square,
+            }
+        return facts
+
+
+def _hashes(paths: list[Path]) -> dict[str, str]:
+    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    return {f"{file.parent.name}/{file.name}": file_sha256(file) for file in files}
+
+
+def read_source(
+    config: Path,
+    stage: str = "tune",
+    work_dir: Path | None = None,
+    checkpoint: Path | None = None,
+    options: dict | None = None,
+) -> Source:
+    """Find what a config's run has trained.
+
+    Args:
+        config: a DPA config.
+        stage: its stage.
+        work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
+        checkpoint: export this in place of what the stage wrote.
+        options: as of ``--cfg-options``.
+
+    Raises:
+        DPAError: settings that can't be used or are not those of the run, an unknown or
+            unfinished stage, or a folder or checkpoint that is missing.
+    """
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(options or {})
+    settings = Settings.from_config(cfg)
+    refuse_idle_options(cfg, settings)
+    table = stage_table(settings)
+    if stage not in table:
+        raise DPAError(
+            f"--stage {stage!r} is not a stage of method={settings.method!r}"
+            f"{nearest(stage, table) or '.'} Stages: {', '.join(table)}."
+        )
+    base = Path(work_dir or f"work_dirs/{config.stem}")
+    source = Source(complete(cfg, settings), settings, table[stage], base, checkpoint)
+    _need_inputs(source)
+    llm_config(source.cfg)  # now, and not after a large file was read
+    if source.has_projector:
+        encoder_config(settings)
+    return source
+
+
+def _need_inputs(source: Source) -> None:
+    name, base = source.stage.name, source.base
+    if source.checkpoint is None:
+        _need_finished(base, name, f"the parts of stage {name} are exported")
+        _refuse_changed(source, read_state(base / name)["origin"])
+        needed = [folder for part in source.stage.writes if (folder := source.folder(part))]
+    else:
+        if not source.checkpoint.exists():
+            raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
+        needed = []
+    for part, folder in source.inputs().items():
+        _need_finished(base, folder.parent.name, f"stage {name} starts from its {part}")
+        needed.append(folder)
+    for folder in needed:
+        if not folder.is_dir():
+            raise DPAError(
+                f"{folder}, which stage {folder.parent.name} wrote, is gone. Restore it, or remove "
+                f"{folder.parent} and train the stage again."
+            )
+
+
+def _need_finished(base: Path, stage: str, why: str) -> None:
+    folder = base / stage
+    if read_state(folder).get("status") == "finished":
+        return
+    if not base.is_dir():
+        raise DPAError(
+            f"There is no run in {base}. Train first, or say where it is with --work-dir."
+        )
+    found = newest_checkpoint(folder)
+    advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
+    raise DPAError(f"Stage {stage} in {base} is not finished, and {why}. Train it{advice}.")
+
+
+def _refuse_changed(source: Source, origin: dict) -> None:
+    settings, own = source.settings, source.own
+    now = {
+        "llm": {"name": settings.llm_name_or_path},
+        "prompt_template": settings.template if source.stage.view == "chat" else "plain",
+        "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
+    }
+    if "lora" not in origin["settings"]:
+        now["settings"].pop("lora", None)
+    if source.has_projector:
+        now["settings"]["pad_image_to_square"] = own.pad_image_to_square
+        now |= {
+            "visual_encoder": {"name": settings.visual_encoder_name_or_path},
+            "encoder": settings.encoder,
+            "visual_select_layer": source.cfg.model.get("visual_select_layer"),
+            "projector": settings.projector,
+            "max_tiles": settings.max_tiles,
+        }
+    changes = [
+        f"  {key}: was {before}, is {value}"
+        for key, before, value in differences(_shared(origin, now), now)
+    ]
+    if changes:
+        raise DPAError(
+            f"{source.base / source.stage.name} was trained with other settings than the config "
+            f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
+        )
+
+
+def _shared(origin: dict, now: dict) -> dict:
+    """What a record says of the keys of ``now``."""
+    return {
+        key: _shared(origin[key], value)
+        if isinstance(value, dict) and key in ("llm", "visual_encoder", "settings")
+        else origin.get(key)
+        for key, value in now.items()
+    }

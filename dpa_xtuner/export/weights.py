@@ -1,0 +1,244 @@
+"""Loads what is exported: the LLM with its adapters added, the encoder, the projector."""
+
+import json
+import pickle
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from mmengine.config import ConfigDict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from xtuner.model.utils import traverse_dict
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.export.source import Source
+from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.stages.models import encoder_config, llm_config
+
+_LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
+
+
+class Adapter(NamedTuple):
+    """LoRA weights: ``layers`` maps a layer's name to its A (r, in) and B (out, r)."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+    r: int
+    lora_alpha: float
+
+    def add_to(self, module: nn.Module) -> None:
+        """Add B A alpha / r to the layers' weights, in float32, rounded once.
+
+        Raises:
+            DPAError: the module has no such layer.
+        """
+        for name, (a, b) in self.layers.items():
+            try:
+                weight = module.get_parameter(f"{name}.weight")
+            except AttributeError:
+                raise DPAError(
+                    f"The adapter is for a layer {name}, which a {type(module).__name__} has not: "
+                    f"it was trained on another model."
+                ) from None
+            delta = (b.float() @ a.float()) * (self.lora_alpha / self.r)
+            weight.data = (weight.data.float() + delta).to(weight.dtype)
+
+
+class Weights:
+    """The weights of a source, each part read when it is asked for.
+
+    Args:
+        source: from :func:`dpa_xtuner.export.source.read_source`.
+    """
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        """The checkpoint's state dict, empty where there is none."""
+        return {} if self.source.checkpoint is None else read_checkpoint(self.source.checkpoint)
+
+    def _below(self, prefix: str) -> dict[str, Tensor]:
+        found = {k: v for k, v in self._state.items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix).removeprefix("base_model.model."): v
+                for k, v in found.items()}  # fmt: skip
+
+    def projector(self) -> dict[str, Tensor]:
+        """Its state dict.
+
+        Raises:
+            DPAError: the checkpoint has none.
+        """
+        if folder := self.source.folder("projector"):
+            return load_file(folder / "model.safetensors")
+        if state := self._below("projector."):
+            return state
+        raise DPAError(f"{self.source.checkpoint} holds no projector: it is not of this stage.")
+
+    def adapter(self) -> Adapter | None:
+        """The adapter that the stage trained."""
+        if folder := self.source.folder("llm_adapter"):
+            return read_adapter(folder)
+        lora = getattr(self.source.own, "lora", None)
+        return _adapter(self._below("llm."), lora.r, lora.lora_alpha) if lora else None
+
+    def llm(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The LLM as the stage left it, its adapters added.
+
+        What the stage started from is added up in the dtype it was trained in, what it
+        trained in ``dtype``.
+
+        Raises:
+            DPAError: weights are missing, or the checkpoint is of another stage or model.
+        """
+        source = self.source
+        loader, inputs = dict(source.cfg.model.llm), source.inputs()
+        whole = source.folder("llm") or inputs.get("llm")
+        if whole:
+            loader |= {"pretrained_model_name_or_path": str(whole)}
+        state = _without_lora(self._below("llm."))
+        if state:
+            llm = _filled(_on_meta(loader, llm_config(source.cfg)), state, source.checkpoint)
+        elif source.checkpoint and "llm" in source.stage.trains:
+            raise DPAError(
+                f"{source.checkpoint} holds no LLM, which stage {source.stage.name} trains in "
+                f"full. If it was trained by LoRA: --cfg-options {source.stage.name}.train_llm=lora"
+            )
+        else:
+            config = read_config("llm_name_or_path", loader)
+            config.use_cache = True  # training turns it off
+            llm = load_pretrained(loader, dtype if source.folder("llm") else None, config=config)
+            if "llm_adapter" in inputs:
+                read_adapter(inputs["llm_adapter"]).add_to(llm)
+        llm.to(dtype)
+        adapter = self.adapter()
+        if adapter:
+            adapter.add_to(llm)
+        elif "llm_adapter" in source.stage.trains:
+            raise DPAError(f"{source.checkpoint} holds no adapter: it is not of this stage.")
+        return llm
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the visual encoder was trained."""
+        return bool(self._below("visual_encoder."))
+
+    def visual_encoder(self, dtype: torch.dtype) -> nn.Module:
+        """The encoder, as published or, where the checkpoint holds it, as trained.
+
+        Raises:
+            DPAError: weights are missing.
+        """
+        source = self.source
+        loader, trained = dict(source.cfg.model.visual_encoder), self._below("visual_encoder.")
+        if state := _without_lora(trained):
+            config = encoder_config(source.settings)
+            encoder = _filled(_on_meta(loader, config), state, source.checkpoint)
+        else:
+            encoder = load_pretrained(loader)
+        encoder.to(dtype)
+        lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
+        if adapter := _adapter(trained, lora.get("r", 8), lora.get("lora_alpha", 8)):
+            adapter.add_to(encoder)
+        return encoder
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict of a .pth file, or of a DeepSpeed folder (float32), frozen parts left out.
+
+    Raises:
+        DPAError: it is none.
+    """
+    try:
+        if path.is_dir():
+            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(path.parent), path.name, exclude_frozen_parameters=True
+            )
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except ImportError:
+        raise DPAError(
+            f"{path} is a DeepSpeed checkpoint: pip install 'dpa_xtuner[deepspeed]'"
+        ) from None
+    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DPAError(
+            f"--checkpoint {path} is neither a .pth file nor a DeepSpeed folder of a run "
+            f"(iter_N.pth in the stage's folder): {reason}"
+        ) from None
+    return content.get("state_dict", content)
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """A PEFT LoRA adapter folder."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    state = load_file(folder / "adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    return _adapter(state, config["r"], config["lora_alpha"])
+
+
+def _adapter(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter | None:
+    found = {m.groups(): t for name, t in state.items() if (m := _LORA.fullmatch(name))}
+    names = sorted({name for name, _ in found})
+    layers = {name: (found[name, "A"], found[name, "B"]) for name in names}
+    if not layers:
+        return None
+    rank = len(next(iter(layers.values()))[0])
+    if rank != r:
+        raise DPAError(f"The adapter has rank {rank}, and the config says {r}: set it as trained.")
+    return Adapter(layers, r, lora_alpha)
+
+
+def _without_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
+
+
+def load_pretrained(loader: dict, dtype: torch.dtype | None = None, **more) -> PreTrainedModel:
+    """Load a published model for its weights.
+
+    Args:
+        loader: its config, a ``type`` and arguments.
+        dtype: that of the weights; the config's own where it is None.
+        more: other arguments.
+
+    Raises:
+        DPAError: weights are missing.
+    """
+    options = ConfigDict(loader).to_dict() | more
+    traverse_dict(options)  # "torch.bfloat16" to the dtype
+    if dtype is not None:
+        options["torch_dtype"] = dtype
+    owner = model_class({"type": options.pop("type")})
+    model, info = owner.from_pretrained(**options, low_cpu_mem_usage=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise DPAError(
+            f"{options['pretrained_model_name_or_path']} lacks {len(missing)} weights of a "
+            f"{type(model).__name__}: {', '.join(missing[:5])}."
+        )
+    return model
+
+
+def _on_meta(loader: dict, config) -> PreTrainedModel:
+    owner = model_class(loader)
+    with torch.device("meta"):
+        return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
+
+
+def _filled(module: PreTrainedModel, state: dict[str, Tensor], path: Path) -> PreTrainedModel:
+    """Give a module without memory its weights, strictly; uncopied."""
+    own = module.state_dict().keys()
+    tied = set(module._tied_weights_keys or ()) if module.config.tie_word_embeddings else set()
+    wrong = sorted((own - tied - state.keys()) | (state.keys() - own))
+    if wrong:
+        raise DPAError(
+            f"{path} does not fit a {type(module).__name__}: {len(wrong)} weights are missing or "
+            f"unknown ({', '.join(wrong[:5])}). Is it a checkpoint of this config?"
+        )
+    module.load_state_dict(state, strict=False, assign=True)
+    module.tie_weights()
+    return module

@@ -1,0 +1,81 @@
+"""A Hugging Face export, asked by plain transformers, against the model that was trained."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from xtuner.utils import IMAGE_TOKEN_INDEX
+
+from dpa_xtuner.data.records import Record
+from dpa_xtuner.export import export_config
+
+# name: family and how it was trained
+DINO = dict(type="dinov2", image_size=16, layer=-2)
+MODELS = {
+    "llama3": ("llama3", {}),
+    "internlm2": ("internlm2", dict(train_llm="full")),
+    "internlm3": ("internlm3", {}),
+    "qwen2": ("qwen2", dict(encoder="siglip")),
+    "qwen2_5": ("qwen2_5", dict(train_llm="full", encoder=DINO)),
+    "llama2": ("llama2", {}),
+    "vicuna": ("vicuna", dict(train_llm="full")),
+    "llama3_1": ("llama3_1", dict(start_from="proxy")),
+    "gemma2": ("gemma2", dict(train_llm="full")),
+    "smollm2": ("smollm2", dict(start_from="proxy", encoder="siglip")),
+    "mistral": ("mistral", {}),
+}  # fmt: skip
+USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+REPLY = {"role": "assistant", "content": [{"type": "text", "text": "Two cats."}]}
+AGAIN = {"role": "user", "content": [{"type": "text", "text": "And the dog?"}]}
+CONVERSATIONS = [[USER], [USER, REPLY, AGAIN]]
+TURNS = (("<image>\nWhat is it?", "Two cats."), ("And the dog?", "It sleeps."))
+RECORDS = [Record("", ("x",), None, TURNS[:1]), Record("", ("x",), None, TURNS)]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    return runs.write_image(tmp_path_factory.mktemp("image") / "square.png")
+
+
+def ask(jobs: dict, image: Path, folder: Path) -> dict:
+    """What plain transformers makes of exported folders, in a process of its own."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, str(Path(__file__).with_name("plain.py"))]
+    command += [str(image), str(folder / "jobs.json"), str(folder / "found.pt")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def answers(run, image, tmp_path_factory):
+    made, jobs = {}, {}
+    for name, (family, how) in MODELS.items():
+        made[name] = run(family, **how)
+        out = export_config(made[name].config, work_dir=made[name].work_dir, dtype="float32")
+        jobs[name] = (str(out), CONVERSATIONS)
+    return made, ask(jobs, image, tmp_path_factory.mktemp("asked"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_text_are_those_of_the_training_model(name, answers, image):
+    made, found = answers[0][name], answers[1][name]
+    assert not any(found["info"].values()), found["info"]
+    for record, ids, logits, said in zip(
+        RECORDS, found["ids"], found["logits"], found["said"], strict=True
+    ):
+        tokens = made.prompt(record)
+        place = ids.index(found["image_id"])
+        count = ids.count(found["image_id"])
+        assert ids[:place] + [IMAGE_TOKEN_INDEX] + ids[place + count :] == tokens
+        expected = made.logits(tokens, image)
+        assert expected.std() > 0.3
+        torch.testing.assert_close(logits[:, : expected.shape[1]], expected, atol=1e-5, rtol=1e-5)
+        ends = [found["ends"]] if isinstance(found["ends"], int) else found["ends"]
+        assert said == made.greedy(tokens, image, 8, ends, found["image_id"])

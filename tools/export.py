@@ -1,0 +1,47 @@
+"""Write a trained model in a format that other programs open.
+
+    python tools/export.py dpa_internlm2_7b
+
+writes work_dirs/dpa_internlm2_7b/tune/hf, which transformers loads:
+LlavaForConditionalGeneration and its processor, with the chat template of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from _configs import find_config
+from mmengine.config import DictAction
+
+
+def main() -> None:
+    """Export, and say where to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="path or name of a config")
+    parser.add_argument("--stage", default="tune", help="proxy, align or tune (default)")
+    parser.add_argument("--format", default="hf", dest="fmt",
+                        help="hf: transformers' LLaVA (default); xtuner: for xtuner chat; parts: "
+                        "what the stage trained, a folder each")  # fmt: skip
+    parser.add_argument("-o", "--out", type=Path, help="default: <work dir>/<stage>/<format>")
+    parser.add_argument("--checkpoint", type=Path,
+                        help="a .pth file or DeepSpeed folder of the stage, in place of what it "
+                        "wrote when it was finished")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in training")
+    arguments = vars(parser.parse_args())
+    arguments["config"] = find_config(arguments["config"])
+    arguments["options"] = arguments.pop("cfg_options")
+
+    from dpa_xtuner.export import export_config
+    from dpa_xtuner.stages.runner import told_plainly
+
+    with told_plainly():
+        export_config(**arguments)
+
+
+if __name__ == "__main__":
+    main()
