@@ -346,6 +346,7 @@ def evaluate(
     sets = {b.name: data_sets(b, root, limit) for b in benchmarks}
     unique = list({model["abbr"]: model for model in models}.values())
     outcome = run(unique, [c for found in sets.values() for c in found], work_dir, max(1, gpus))
+    trouble = [f"{m} on {d}: {reason}" for (m, d), reason in outcome.failures.items()]
     rows = []
     for llm, model in zip(llms, models, strict=True):
         scores, samples, failed = {}, {}, 0
@@ -355,9 +356,11 @@ def evaluate(
                 results = [outcome.results[pair] for pair in pairs]
                 scores[name] = sum(result["score"] for result in results) / len(results)
                 samples[name] = sum(result["samples"] for result in results)
-                failed += sum(len(result["failed"]) for result in results)
+                reasons = [f["reason"] for result in results for f in result["failed"]]
+                failed += len(reasons)
+                if len(reasons) == samples[name]:
+                    trouble.append(f"{llm.label} on {name}: nothing was answered ({reasons[0]})")
         rows.append(Row(llm.label, llm.group, scores, samples, failed))
-    trouble = [f"{m} on {d}: {reason}" for (m, d), reason in outcome.failures.items()]
     return Evaluated(benchmarks, rows, trouble)
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,13 +34,14 @@ CHATML = (
 )
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 MMLU_SUBJECTS = 57
+POSITIONS = 8192  # GSM8K's prompt has 5000 bytes
 SUBJECTS_RUN = 3
 
 
 def llama(**changes) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=4096, initializer_range=0.3,
+        num_attention_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.3,
         bos_token_id=None, eos_token_id=2, pad_token_id=0, **changes,
     )  # fmt: skip
 
@@ -175,6 +177,18 @@ def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
     assert [d["extracted"] for d in details] == ["B", "C", "", "A"]
 
 
+def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
+    config = json.loads((llm / "config.json").read_text()) | {"max_position_embeddings": 64}
+    short = tmp_path / "short"
+    shutil.copytree(llm, short)
+    (short / "config.json").write_text(json.dumps(config))
+    evaluated = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
+    assert evaluated.rows[0].failed == 2 and evaluated.rows[0].scores == {"boolq": 0.0}
+    assert (
+        len(evaluated.trouble) == 1 and "nothing was answered (a prompt of" in evaluated.trouble[0]
+    )
+
+
 def nats(llm, tokenizer, words: str) -> float:
     ids = tokenizer(words, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -275,7 +289,7 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         torch.testing.assert_close(merged, proxy.eval()(ids).logits, rtol=1e-4, atol=1e-4)
         found = load_llm(str(tuned.llm))(ids).logits
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
-    assert text.model_config(tuned, 8, 0)["max_seq_len"] == 4096
+    assert text.model_config(tuned, 8, 0)["max_seq_len"] == POSITIONS
     assert tuned.label == "some_run: tuned LLM"
     assert text.llm_of_folder(exported).role == "given"
     config.write_text("llm_name_or_path = 'no/such-model'")
