@@ -10,7 +10,7 @@ questions, greedily, in turn:
 
 `--startup` measures instead how long `tools/eval.py` takes to its first answer, and with what:
 
-    python tools/benchmark_eval.py --startup FOLDER --benchmarks mmvp --data DIR
+    python tools/benchmark_eval.py FOLDER --startup -- --benchmarks mmvp --data DIR
 """
 
 from __future__ import annotations
@@ -291,13 +291,15 @@ def measure_startup(args: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "seconds.json")
             command = [sys.executable, __file__, "--first-answer", str(out), str(time.time())]
-            asked = [str(args.folder), "--limit", "8", "--benchmarks", *args.benchmarks]
-            asked += ["--data", str(args.data), "--work-dir", str(Path(folder, "eval"))]
-            done = subprocess.run([*command, *asked], capture_output=True, text=True)
+            asked = [str(args.folder), *args.eval_arguments]
+            done = subprocess.run(
+                [*command, *asked, "--work-dir", str(Path(folder, "eval"))],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode or not out.exists():
-                raise SystemExit(
-                    f"tools/eval.py failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-                )
+                print(done.stdout[-2000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
+                raise SystemExit("tools/eval.py failed, see above.")
             found.append(json.loads(out.read_text()))
     names = sorted({name for run in found for name in run} - {"total"})
     split = {name: median(run.get(name, 0.0) for run in found) for name in names}
@@ -340,13 +342,13 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--startup", action="store_true",
-                        help="measure the time to the first answer of tools/eval.py")  # fmt: skip
-    parser.add_argument("--benchmarks", nargs="+", default=["mmvp"], help="for --startup")
-    parser.add_argument("--data", type=Path, default="data/benchmarks", help="for --startup")
-    parser.add_argument(
-        "--out", type=Path, help="folder for benchmark_eval.json or .._startup.json"
-    )
-    args = parser.parse_args()
+                        help="time to the first answer of tools/eval.py, whose "
+                        "arguments follow behind --")  # fmt: skip
+    parser.add_argument("--out", type=Path,
+                        help="folder for benchmark_eval.json or _startup.json")  # fmt: skip
+    place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:place])
+    args.eval_arguments = sys.argv[place + 1 :]  # of tools/eval.py
     if args.startup:
         name, result = "benchmark_eval_startup.json", measure_startup(args)
         print(startup_table(result))
