@@ -349,6 +349,8 @@ def main() -> int:
     place = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args = parser.parse_args(sys.argv[1:place])
     args.eval_arguments = sys.argv[place + 1 :]  # of tools/eval.py
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     if args.startup:
         name, result = "benchmark_eval_startup.json", measure_startup(args)
         print(startup_table(result))
