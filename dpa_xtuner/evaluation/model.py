@@ -72,8 +72,12 @@ class LlavaFolder(BaseModel):
         dtype = getattr(config, "torch_dtype", None) or torch.float32
         if dtype == torch.float16 and self.device.type == "cpu":
             dtype = torch.bfloat16
+        for part in (config.text_config, config.vision_config):
+            # Saved by transformers 4.48 with some models; it would then take the eager attention.
+            part._attn_implementation_autoset = False
         self.model = LlavaForConditionalGeneration.from_pretrained(
             path,
+            config=config,
             torch_dtype=dtype,
             low_cpu_mem_usage=True,
             attn_implementation={"text_config": _attention(config, dtype, self.device)},

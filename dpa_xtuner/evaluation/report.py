@@ -23,6 +23,10 @@ OWN_METRIC = "its metric"
 """Says that VLMEvalKit scores a benchmark without a judge model anyway."""
 
 
+LISTED = 20
+"""Failed samples of a benchmark that the Markdown lists; table.json has all."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a model got on a benchmark.
@@ -137,15 +141,22 @@ def _lines(report: Report) -> list[str]:
             "- No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
             "in an answer, only what its exact matching finds counts."
         )
+    if report.is_papers():
+        lines.append(
+            "- paper: means as reported (arXiv 2509.14735), captions from ShareGPT4V-PT; its "
+            "scores of single benchmarks are not listed here."
+        )
     lines += [f"- Left out: {line}" for line in report.left_out]
     lines += [f"- {line}" for line in report.notes]
     lines += [f"- Failed: {line}" for line in report.failures()]
     for label, results in report.models.items():
-        for result in results.values():
+        for name, result in results.items():
             lines += [
                 f"- Sample without an answer: {label}, {f['dataset']} {f['index']}: {f['reason']}"
-                for f in result.failed
+                for f in result.failed[:LISTED]
             ]
+            if (more := len(result.failed) - LISTED) > 0:
+                lines.append(f"- {more} more of them are listed in table.json: {label}, {name}")
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -135,7 +136,7 @@ def _labels(folders: list[Path]) -> list[str]:
         stage_alone = any(label in ("proxy", "align", "tune") for label in labels)
         if len(set(labels)) == len(labels) and not stage_alone:
             break
-    return [label.replace(" ", "_") for label in labels]
+    return [re.sub(r"[^\w.-]", "_", label) for label in labels]
 
 
 def model_config(model: Model, batch_size: int, gpus: int) -> dict:
@@ -163,7 +164,7 @@ def dataset_config(
         name: VLMEvalKit's name of one of its data sets.
         data: Folder of the benchmarks' files.
         work_dir: Where the evaluation goes.
-        limit: Questions or groups to ask, the first ones; None for all.
+        limit: Questions or groups to ask, evenly spread; None for all.
     """
     file = (data / f"{name}.tsv").resolve()
     folder = work_dir.resolve() / "data" / f"{name}-{content_hash([file])}"
@@ -177,7 +178,7 @@ def dataset_config(
     config["infer_cfg"]["inferencer"]["max_out_len"] = tokens
     code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
     settings = {**config, "data_root": None, "eval_cfg": None}
-    digest = content_hash([file, *code], settings, benchmark.metric, benchmark.scale)
+    digest = content_hash(code, folder.name, settings, benchmark.metric, benchmark.scale)
     return dict(config, abbr=f"{name}-{digest}")
 
 

@@ -79,6 +79,20 @@ def test_gemma2_caps_its_attention(tmp_path, pictures):
     assert llava.tokenizer.decode(output, skip_special_tokens=True).strip() == found[0]
 
 
+def test_attention_is_not_the_slow_one(folder, llava, tmp_path):
+    """Also where transformers has saved that it had chosen one, and not which."""
+    for config in (llava.model.language_model.config, llava.model.vision_tower.config):
+        assert config._attn_implementation == "sdpa"
+    saved = shutil.copytree(folder, tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    for part in ("text_config", "vision_config"):
+        config[part]["_attn_implementation_autoset"] = True
+    (saved / "config.json").write_text(json.dumps(config))
+    model = LlavaFolder(str(saved)).model
+    for config in (model.language_model.config, model.vision_tower.config):
+        assert config._attn_implementation == "sdpa"
+
+
 def test_image_tag_in_a_question_is_text(llava, pictures):
     question = "What does <image> mean? <image><image>"
     ids, pixels = llava.encode_messages(asked(question, pictures[0]))

@@ -71,6 +71,13 @@ def test_samples_failures_and_judges_are_told():
     assert "judge" not in report.markdown(made(names=["docvqa"]))
 
 
+def test_many_failed_samples_are_listed_in_json_alone():
+    failed = [{"dataset": "MMVP", "index": i, "reason": "broken"} for i in range(50)]
+    text = report.markdown(made(mmvp=Result(12.5, 100, failed)))
+    assert text.count("Sample without an answer") == report.LISTED
+    assert "- 30 more of them are listed in table.json: dpa, mmvp" in text
+
+
 def test_a_failed_task_has_no_score_and_no_mean():
     broken = made(mmvp=Result(None, error="logs/x.out"))
     assert broken.failures() == ["dpa, mmvp: failed, see logs/x.out"]
