@@ -339,3 +339,19 @@ def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
         capture_output=True,
     )
     assert done.stdout.split("\n")[:2] == ["LlamaForCausalLM", "[]"], done.stderr[-2000:]
+
+
+def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path):
+    shutil.copytree(data / "piqa", tmp_path / "data" / "piqa")
+    command = [sys.executable, Path(__file__).with_name("run_eval.py"), llm, "--work-dir", tmp_path]
+    done = subprocess.run(
+        [*command, "--benchmarks", "piqa", "mmlu", "--data", tmp_path / "data"],
+        env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Left out: MMLU (mmlu): " in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("imported: opencompass torch transformers")
+    assert (tmp_path / "text.md").read_text() in done.stdout + "\n"
+    assert f"| {llm} |" in (tmp_path / "text.md").read_text()
