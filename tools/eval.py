@@ -6,11 +6,16 @@ A model is a config (path or name), whose finished run is exported first, or the
 Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, several
 models with differences to the first. The same command again does what is missing, and nothing
 else.
+
+    python tools/eval.py dpa_internlm2_7b --benchmarks text
+
+asks the original LLM, the proxy and the tuned LLM text-only questions; the table is text.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import subprocess
@@ -35,7 +40,8 @@ def main() -> int:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="config or LLaVA folder")
     parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
                         help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
-                        "(default)")  # fmt: skip
+                        "(default); text-only: mmlu arc boolq gsm8k arc_likelihood hellaswag "
+                        "piqa, or text")  # fmt: skip
     parser.add_argument("--data", type=Path,
                         default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
@@ -57,7 +63,7 @@ def main() -> int:
                         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
     try:
-        return _evaluate(arguments)
+        return _with_texts(arguments)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
         return 130
@@ -73,6 +79,43 @@ def _positive(text: str) -> int:
     return number
 
 
+def _with_texts(arguments: argparse.Namespace) -> int:
+    """Evaluate: what has pictures, then what is text alone and has a table of its own."""
+    from dpa_xtuner.evaluation import text
+
+    texts, arguments.benchmarks = text.choose(arguments.benchmarks)
+    if not texts:
+        return _evaluate(arguments)
+    _need("opencompass", "vlmeval")
+    there, left_out = text.with_files(texts, arguments.data)
+    for line in left_out:
+        print(f"Left out: {line}", file=sys.stderr, flush=True)
+    code = _evaluate(arguments) if arguments.benchmarks else 0
+    if not there:
+        raise DPAError(f"--data {arguments.data} has the files of none of the text benchmarks.")
+    llms = []
+    for model in map(_model, arguments.models):
+        if model.suffix == ".py":
+            llms += text.llms_of_config(model, _exported(model))
+        else:
+            llms.append(text.llm_of_folder(model))
+    evaluated = text.evaluate(
+        llms, there, arguments.data, arguments.work_dir,
+        limit=arguments.limit, batch_size=arguments.batch_size, gpus=_gpus(arguments.gpus),
+    )  # fmt: skip
+    table = text.save(evaluated, arguments.work_dir, arguments.limit, left_out)
+    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
+    for line in evaluated.trouble:
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return 1 if evaluated.trouble else code
+
+
+def _need(*packages: str) -> None:
+    for package in packages:
+        if not find_spec(package):
+            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
@@ -86,9 +129,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     benchmarks = find_benchmarks(arguments.benchmarks)
     models = [_model(name) for name in arguments.models]
     left_out, there = _files(benchmarks, arguments.data)
-    for package in ("opencompass", "vlmeval"):
-        if not find_spec(package):
-            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
+    _need("opencompass", "vlmeval")
     gpus = _gpus(arguments.gpus)
     folders = [_exported(m) if m.suffix == ".py" else m for m in models]
     for folder in folders:
@@ -145,6 +186,7 @@ def _gpus(wanted: int | None) -> int:
     return wanted
 
 
+@functools.cache
 def _exported(config: Path) -> Path:
     """The folder of a config's finished run, exported by a process that may import XTuner."""
     folder = Path("work_dirs", config.stem, "tune", "hf")

@@ -1,6 +1,15 @@
-"""The models: XTuner's, with the loss, the adapter and the projector at their seams."""
+"""The models: XTuner's, with the loss, the adapter and the projector at their seams.
 
-from dpa_xtuner.model.dpa_llava import DPALLaVAModel
-from dpa_xtuner.model.proxy_llm import ProxyLLM
+Without XTuner (see :mod:`dpa_xtuner`) there are the loaders of LLMs, such as
+:mod:`dpa_xtuner.model.internlm2`, and nothing else.
+"""
 
-__all__ = ["DPALLaVAModel", "ProxyLLM"]
+import os
+
+__all__ = []
+
+if os.environ.get("DPA_WITHOUT_XTUNER") != "1":
+    from dpa_xtuner.model.dpa_llava import DPALLaVAModel
+    from dpa_xtuner.model.proxy_llm import ProxyLLM
+
+    __all__ += ["DPALLaVAModel", "ProxyLLM"]

@@ -1,0 +1,246 @@
+"""A language model and a scorer for OpenCompass's text-only data sets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from opencompass.models.base import BaseModel, LMTemplateParser
+from opencompass.models.base_api import APITemplateParser
+from opencompass.openicl.icl_evaluator import BaseEvaluator
+from opencompass.registry import ICL_EVALUATORS, TEXT_POSTPROCESSORS
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from dpa_xtuner import compat
+from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.model import LlavaFolder
+
+_ROLES = {"HUMAN": "user", "BOT": "assistant"}
+_ROUND = [  # as OpenCompass's own wrapper of chat models
+    {"role": "HUMAN", "api_role": "HUMAN"},
+    {"role": "SYSTEM", "api_role": "HUMAN"},
+    {"role": "BOT", "api_role": "BOT", "generate": True},
+]
+
+
+class LanguageModel(LlavaFolder):
+    """A causal language model, or that of a LLaVA folder, asked as :class:`LlavaFolder` is.
+
+    Answers are written in the chat template; likelihoods are those of plain text, as OpenCompass
+    takes them of base models.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        source: str | None = None,
+        adapter: str | None = None,
+        max_seq_len: int | None = None,
+    ) -> None:
+        """Load it.
+
+        Args:
+            path: folder of the LLM, or of a LLaVA.
+            source: folder of tokenizer, chat template and generation config; ``path`` where it
+                is None.
+            adapter: a PEFT folder to merge into the LLM.
+            max_seq_len: longest prompt in tokens; OpenCompass leaves out examples beyond it.
+        """
+        BaseModel.__init__(self, path=path, max_seq_len=max_seq_len or 2048, generation_kwargs={})
+        source = source or path
+        processor = AutoProcessor.from_pretrained(source)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.processor = None if self.tokenizer is processor else processor
+        self.template, self.as_text = self._template()
+        # No text of these data sets is a picture.
+        self.image_token, self.image_id, self.image_tokens = "<image>", -1, 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_llm(path, adapter)
+        if model.dtype == torch.float16 and self.device.type == "cpu":  # slow there
+            model.to(torch.bfloat16)
+        with suppress(OSError):  # the end of a turn belongs to the chat template
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        self.model = model.to(self.device).eval()
+        self.longest = getattr(model.config, "max_position_embeddings", None)
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad_id = next(i for i in ends if i is not None)
+        self.chat, self.plain = APITemplateParser({"round": _ROUND}), LMTemplateParser()
+
+    def parse_template(self, prompt_template: Any, mode: str) -> Any:
+        """Messages for an answer (``gen``), plain text for a likelihood (``ppl``)."""
+        parser = self.chat if mode == "gen" else self.plain
+        return parser.parse_template(prompt_template, mode)
+
+    def encode_messages(self, messages: list[dict] | str) -> tuple[list[int], list[Tensor]]:
+        """Turn a prompt of OpenCompass into token ids.
+
+        Args:
+            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. One without
+                text is left out, as OpenCompass does; its parser puts such in.
+
+        Returns:
+            Token ids, and no pictures.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "HUMAN", "prompt": messages}]
+        turns: list[dict] = []
+        for message in filter(lambda message: message["prompt"], messages):
+            role, text = _ROLES[message["role"]], message["prompt"]
+            if turns and turns[-1]["role"] == role:  # templates refuse two of the same in a row
+                turns[-1]["content"][0]["text"] += f"\n{text}"
+            else:
+                turns.append({"role": role, "content": [{"type": "text", "text": text}]})
+        return super().encode_messages(turns)
+
+    @torch.inference_mode()
+    def get_ppl(self, inputs: Sequence[str], mask_length: None = None) -> np.ndarray:
+        """Nats of each text, by its number of tokens; smaller is more probable.
+
+        OpenCompass's own wrapper pads at the left without leaving the padding out, so that its
+        numbers depend on what else is in the batch; these don't, and are its numbers at batch 1.
+
+        Args:
+            inputs: plain texts.
+            mask_length: not supported.
+
+        Returns:
+            (N,) float64.
+        """
+        assert mask_length is None, "only whole texts"
+        tokens = [self.tokenizer(text)["input_ids"][: self.longest] for text in inputs]
+        longest = max(map(len, tokens))
+        ids = torch.full((len(tokens), longest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, found in enumerate(tokens):
+            ids[row, : len(found)] = torch.tensor(found)
+            mask[row, : len(found)] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        nats = [
+            functional.cross_entropy(
+                rows[: len(found) - 1].float(), row[1 : len(found)], reduction="sum"
+            ).item()
+            / len(found)
+            for rows, row, found in zip(logits, ids, tokens, strict=True)
+        ]
+        return np.array(nats)
+
+
+def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
+    """A causal language model in its own type; InternLM's without remote code.
+
+    Args:
+        path: its folder, or that of a LLaVA, whose language model is given.
+        adapter: a PEFT folder to merge into it.
+    """
+    kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    if kind == "llava":
+        llm = LlavaForConditionalGeneration.from_pretrained(path, torch_dtype="auto").language_model
+    elif kind == "internlm2":
+        from dpa_xtuner.model.internlm2 import InternLM2ForCausalLM
+
+        llm = InternLM2ForCausalLM.from_pretrained(path, torch_dtype="auto")
+    elif kind == "internlm3":
+        from dpa_xtuner.model.internlm3 import InternLM3ForCausalLM
+
+        llm = InternLM3ForCausalLM.from_pretrained(path, torch_dtype="auto")
+    else:
+        llm = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto")
+    if adapter is None:
+        return llm
+    compat.triton_without_ops()  # before peft imports bitsandbytes
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(llm, adapter).merge_and_unload()
+
+
+class TextEvaluator(BaseEvaluator):
+    """Scores as a data set's own evaluator does, and keeps each sample.
+
+    A sample that failed has the empty answer: OpenCompass would look for an option's letter, or a
+    number, in the reason.
+    """
+
+    def __init__(self, evaluator: dict, postprocessor: dict | None = None) -> None:
+        """Set up the data set's own scoring.
+
+        Args:
+            evaluator: config of its evaluator, which gives ``accuracy``, 0 - 100.
+            postprocessor: config of the function that finds the answer in what was written.
+        """
+        super().__init__()
+        self.inner, self.postprocessor = ICL_EVALUATORS.build(evaluator), postprocessor
+
+    def evaluate(self, k: int, n: int, original_dataset: Any, **columns: Any) -> dict:
+        """:meth:`score`, without OpenCompass's repeated runs."""
+        return self.score(**columns)
+
+    def score(
+        self, predictions: list, references: list, origin_prompt: list, test_set: Any
+    ) -> dict:
+        """Score the samples of a data set.
+
+        Returns:
+            ``score`` (0 - 100), ``metrics``, ``samples`` (their number), ``failed`` (a list of
+            index and reason) and ``details`` (index, question, answer, prediction, extracted,
+            correct).
+        """
+        failed = [
+            {"index": i, "reason": given.removeprefix(NO_ANSWER).removeprefix(": ")}
+            for i, given in enumerate(predictions)
+            if str(given).startswith(NO_ANSWER)
+        ]
+        without = {sample["index"] for sample in failed}
+        answers = [
+            "" if i in without else self._extracted(given) for i, given in enumerate(predictions)
+        ]
+        columns = {
+            "predictions": answers,
+            "references": references,
+            "origin_prompt": origin_prompt,
+            "test_set": test_set,
+        }
+        wanted = inspect.signature(self.inner.score).parameters
+        result = self.inner.score(**{name: columns[name] for name in wanted})
+        details = [
+            {
+                "index": i,
+                "question": origin_prompt[i],
+                "answer": references[i],
+                "prediction": predictions[i],
+                "extracted": answers[i],
+                "correct": self._correct(answers[i], references[i]),
+            }
+            for i in range(len(answers))
+        ]
+        score = float(result["accuracy"])
+        return {
+            "score": score,
+            "metrics": {"accuracy": score},
+            "samples": len(answers),
+            "failed": failed,
+            "details": details,
+        }
+
+    def _extracted(self, given: Any) -> Any:
+        if self.postprocessor is None:
+            return given
+        kwargs = dict(self.postprocessor)
+        return TEXT_POSTPROCESSORS.get(kwargs.pop("type"))(given, **kwargs)
+
+    def _correct(self, answer: Any, reference: Any) -> bool:
+        equal = getattr(self.inner, "is_equal", lambda one, other: str(one) == str(other))
+        return bool(equal(answer, reference))

@@ -1,0 +1,357 @@
+"""Text-only data sets in their real formats, on a tiny LLM, through OpenCompass."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation import text
+from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.text_model import LanguageModel, load_llm
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+MMLU_SUBJECTS = 57
+POSITIONS = 8192  # GSM8K's prompt has 5000 bytes
+SUBJECTS_RUN = 3
+
+
+def llama(**changes) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.3,
+        bos_token_id=None, eos_token_id=2, pad_token_id=0, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory) -> Path:
+    """A random LLaMA with a byte tokenizer and ChatML."""
+    folder = tmp_path_factory.mktemp("llm")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some text"], vocab_size=259, special_tokens=SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama()).save_pretrained(folder)
+    return folder
+
+
+def lines(path: Path, records: list) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+ARC = [  # stem, options, answer
+    ("Which of these is a bird?", ["cat", "crow", "carp", "cow"], "B"),
+    ("What is ice made of?", ["sand", "iron", "water", "wood"], "C"),
+    ("Which is the largest?", ["Sun", "Moon", "Earth", "Mars"], "A"),
+    ("What do bees make?", ["milk", "silk", "wool", "honey"], "D"),
+]
+HELLASWAG = [
+    ("Cooking: A man cuts bread.", ["He eats it.", "He flies.", "He swims home.", "No."], 0),
+    ("Sport: She runs.", ["The tree sings.", "She stops.", "Bread.", "It is a fish."], 1),
+    ("Music: They play.", ["A stone.", "They paint.", "People clap.", "It rains up."], 2),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """All files, laid out as OpenCompass's archives are."""
+    root = tmp_path_factory.mktemp("data")
+    lines(
+        root / "ARC/ARC-c/ARC-Challenge-Dev.jsonl",
+        [
+            {
+                "id": f"Mercury_{i}",
+                "question": {
+                    "stem": stem,
+                    "choices": [
+                        {"text": t, "label": letter}
+                        for t, letter in zip(options, "ABCD", strict=True)
+                    ],
+                },
+                "answerKey": answer,
+            }
+            for i, (stem, options, answer) in enumerate(ARC)
+        ],
+    )
+    lines(
+        root / "SuperGLUE/BoolQ/val.jsonl",
+        [
+            {"question": "is iron a metal", "passage": "Iron -- It is.", "idx": 0, "label": "true"},
+            {"question": "is ice hot", "passage": "Ice -- It is cold.", "idx": 1, "label": "false"},
+        ],
+    )
+    for split in ("train", "test"):
+        lines(
+            root / f"gsm8k/{split}.jsonl",
+            [
+                {"question": "2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"},
+                {"question": "1000 * 2?", "answer": "It is 2000.\n#### 2,000"},
+            ],
+        )
+    lines(
+        root / "hellaswag/hellaswag.jsonl",
+        [{"query": q, "choices": choices, "gold": gold} for q, choices, gold in HELLASWAG],
+    )
+    for split in ("train", "dev"):
+        lines(
+            root / f"piqa/{split}.jsonl",
+            [
+                {"id": "a", "goal": "To cut bread,", "sol1": "use a knife.", "sol2": "use soup."},
+                {"id": "b", "goal": "To boil water,", "sol1": "freeze it.", "sol2": "heat it."},
+            ],
+        )
+        (root / f"piqa/{split}-labels.lst").write_text("0\n1\n")
+    for config in text.configs(text.TEXT_BENCHMARKS["mmlu"]):
+        for split, count in (("dev", 5), ("test", 2)):
+            file = root / "mmlu" / split / f"{config['name']}_{split}.csv"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("w", newline="") as out:
+                csv.writer(out).writerows(
+                    [[f"Question {i}, of many?", "one", "two", "three", "four", "ABCD"[i % 4]]
+                     for i in range(count)]
+                )  # fmt: skip
+    return root
+
+
+def plain(llm: Path) -> list[text.TextLLM]:
+    return [text.TextLLM("an LLM", "", "original", llm, llm)]
+
+
+def benchmarks(*names: str) -> list[text.TextBenchmark]:
+    return [text.TEXT_BENCHMARKS[name] for name in names]
+
+
+def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
+    said = {
+        "bird": "B",
+        "ice": "The answer is C, since ice is water.",
+        # A letter in the reason of a failure is no answer, though A were right.
+        "largest": f"{NO_ANSWER}: A CUDA error",
+        "bees": "A",
+        "2 + 3": "2 + 3 = 5\nThe answer is 5\n",
+        "1000": "The answer is 200.",
+    }
+
+    def generate(self, inputs, max_out_len):
+        questions = [[m["prompt"] for m in prompt if m["prompt"]][-1] for prompt in inputs]
+        return [next(a for word, a in said.items() if word in q) for q in questions]
+
+    monkeypatch.setattr(LanguageModel, "generate", generate)
+    asked = benchmarks("arc", "gsm8k")
+    evaluated = text.evaluate(plain(llm), asked, data, tmp_path)
+    (row,) = evaluated.rows
+    # ARC: two of four. GSM8K: one of two.
+    assert row.scores == {"arc": 50.0, "gsm8k": 50.0} and row.samples == {"arc": 4, "gsm8k": 2}
+    assert row.failed == 1 and evaluated.trouble == []
+    (result,) = (tmp_path / "results" / "results").glob("original-*/arc-*.json")
+    details = json.loads(result.read_text())["details"]
+    assert [d["correct"] for d in details] == [True, True, False, False]
+    assert [d["extracted"] for d in details] == ["B", "C", "", "A"]
+
+
+def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
+    config = json.loads((llm / "config.json").read_text()) | {"max_position_embeddings": 64}
+    short = tmp_path / "short"
+    shutil.copytree(llm, short)
+    (short / "config.json").write_text(json.dumps(config))
+    evaluated = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
+    assert evaluated.rows[0].failed == 2 and evaluated.rows[0].scores == {"boolq": 0.0}
+    assert (
+        len(evaluated.trouble) == 1 and "nothing was answered (a prompt of" in evaluated.trouble[0]
+    )
+
+
+def nats(llm, tokenizer, words: str) -> float:
+    ids = tokenizer(words, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = llm(input_ids=ids, labels=ids).loss
+    return float(loss) * (ids.shape[1] - 1) / ids.shape[1]
+
+
+def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llm), AutoTokenizer.from_pretrained(llm)
+    found = []
+    for query, choices, _ in HELLASWAG:
+        context = query.split(": ", 2)[-1]
+        cost = [nats(model, tokenizer, f"{context}\n{choice}") for choice in choices]
+        found.append(cost.index(min(cost)))
+    evaluated = text.evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, batch_size=3)
+    right = sum(one == gold for one, (_, _, gold) in zip(found, HELLASWAG, strict=True))
+    assert evaluated.rows[0].scores["hellaswag"] == pytest.approx(100 * right / 3)
+    (result,) = (tmp_path / "results" / "results").glob("original-*/hellaswag-*.json")
+    details = json.loads(result.read_text())["details"]
+    assert [int(d["prediction"]) for d in details] == found and len(set(found)) > 1
+    wrapper, texts = LanguageModel(str(llm)), ["hello", "a longer text", "xy"]
+    expected = [nats(model, tokenizer, words) for words in texts]
+    assert wrapper.get_ppl(texts) == pytest.approx(expected, rel=1e-5)  # whatever the padding
+    assert [wrapper.get_ppl([t])[0] for t in texts] == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
+    all_configs = text.configs
+    monkeypatch.setattr(text, "configs", lambda benchmark: all_configs(benchmark)[:SUBJECTS_RUN])
+    asked = list(text.TEXT_BENCHMARKS.values())
+    evaluated = text.evaluate(plain(llm), asked, data, tmp_path, limit=2)
+    (row,) = evaluated.rows
+    assert evaluated.trouble == [] and set(row.scores) == set(text.TEXT_BENCHMARKS)
+    assert row.samples == dict.fromkeys(text.TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
+    assert all(0 <= score <= 100 for score in row.scores.values())
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("loaded again")
+
+    monkeypatch.setattr(LanguageModel, "__init__", refuse)
+    assert text.evaluate(plain(llm), asked, data, tmp_path, limit=2) == evaluated
+
+
+def test_what_changes_is_asked_again(llm, data, tmp_path):
+    (benchmark,) = benchmarks("arc")
+    names = {
+        text.data_sets(benchmark, data, None)[0]["abbr"],
+        text.data_sets(benchmark, data, 2)[0]["abbr"],
+        text.data_sets(benchmarks("arc_likelihood")[0], data, None)[0]["abbr"],
+    }
+    file = tmp_path / benchmark.path
+    lines(file, [{"other": "content"}])
+    names.add(text.data_sets(benchmark, tmp_path, None)[0]["abbr"])
+    assert len(names) == 4
+    before = text.model_config(plain(llm)[0], 8, 0)["abbr"]
+    assert text.model_config(plain(llm)[0], 4, 0)["abbr"] == before
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer_config.json").write_text("{}")
+    changed = text.TextLLM("an LLM", "", "original", llm, source)
+    assert text.model_config(changed, 8, 0)["abbr"] != before
+
+
+def test_missing_files_are_named_with_their_place(data, tmp_path):
+    (benchmark,) = benchmarks("mmlu")
+    assert text.missing_files(benchmark, data) == []
+    missing = text.missing_files(benchmark, tmp_path)
+    assert len(missing) == 2 * MMLU_SUBJECTS
+    line = text.left_out(benchmark, tmp_path, missing)
+    assert f"{missing[0]} and 113 more not there" in line and "/mmlu.zip" in line
+    assert text.with_files(benchmarks("mmlu", "piqa"), tmp_path)[0] == []
+    assert text.with_files(benchmarks("mmlu", "piqa"), data) == (benchmarks("mmlu", "piqa"), [])
+    assert text.choose(["mmvp", "piqa", "all"]) == (benchmarks("piqa"), ["mmvp", "all"])
+    assert text.choose(["text"]) == (list(text.TEXT_BENCHMARKS.values()), [])
+
+
+def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
+    proxy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llm),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    proxy.save_pretrained(tmp_path / "proxy" / "llm_adapter")
+    config, exported = tmp_path / "some_run.py", tmp_path / "tune" / "hf"
+    config.write_text(f"llm_name_or_path = {str(llm)!r}")
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    llava = LlavaForConditionalGeneration(LlavaConfig(vision, llama(), image_token_index=259))
+    llava.save_pretrained(exported)
+    AutoTokenizer.from_pretrained(llm).save_pretrained(exported)
+    original, adapted, tuned = text.llms_of_config(config, exported)
+    assert (original.role, adapted.role, tuned.role) == ("original", "proxy", "tuned")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        merged = load_llm(str(adapted.llm), str(adapted.adapter))(ids).logits
+        torch.testing.assert_close(merged, proxy.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+        found = load_llm(str(tuned.llm))(ids).logits
+        torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
+    assert text.model_config(tuned, 8, 0)["max_seq_len"] == POSITIONS
+    assert tuned.label == "some_run: tuned LLM"
+    assert text.llm_of_folder(exported).role == "given"
+    config.write_text("llm_name_or_path = 'no/such-model'")
+    with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
+        text.llms_of_config(config, exported)
+    with pytest.raises(DPAError, match=r"has no config\.json"):
+        text.llm_of_folder(tmp_path)
+
+
+def test_the_table_shows_differences_to_the_original(tmp_path):
+    asked = benchmarks("arc", "boolq", "hellaswag")
+    rows = [
+        text.Row("an LLM", "run", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, 0),
+        text.Row("another", "run", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, 1),
+    ]
+    markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4, ["PIQA"])
+    found = list(csv.reader((tmp_path / "text.csv").open()))
+    assert found == [
+        ["LLM", "ARC-c, answer", "BoolQ, answer", "mean, answer", "HellaSwag, likelihood",
+         "mean, likelihood"],
+        ["chance", "25.0", "50.0", "37.5", "25.0", "25.0"],
+        ["an LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
+        ["another", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
+    ]  # fmt: skip
+    assert "- another: 1 answers failed" in markdown and "- Left out: PIQA" in markdown
+    assert json.loads((tmp_path / "text.json").read_text())["llms"][1]["scores"]["arc"] == 45.5
+
+
+def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
+    code = (
+        "import sys, torch; from dpa_xtuner.evaluation.text_model import load_llm;"
+        "llm = load_llm(sys.argv[1]); print(type(llm).__name__);"
+        "print([name for name in ('xtuner', 'deepspeed') if name in sys.modules])"
+    )
+    from dpa_xtuner.model.internlm2 import to_internlm2
+
+    llm = LlamaForCausalLM(llama(num_key_value_heads=1))
+    llm.save_pretrained(tmp_path, state_dict=to_internlm2(llm.state_dict(), llm.config))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout.split("\n")[:2] == ["LlamaForCausalLM", "[]"], done.stderr[-2000:]
+
+
+def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path):
+    shutil.copytree(data / "piqa", tmp_path / "data" / "piqa")
+    command = [sys.executable, Path(__file__).with_name("run_eval.py"), llm, "--work-dir", tmp_path]
+    done = subprocess.run(
+        [*command, "--benchmarks", "piqa", "mmlu", "--data", tmp_path / "data"],
+        env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Left out: MMLU (mmlu): " in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("imported: opencompass torch transformers")
+    assert (tmp_path / "text.md").read_text() in done.stdout + "\n"
+    assert f"| {llm} |" in (tmp_path / "text.md").read_text()
