@@ -119,7 +119,7 @@ def _need(*packages: str) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
-    from dpa_xtuner.evaluation.report import save
+    from dpa_xtuner.evaluation.report import save, save_beside_runs
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
     for module in arguments.modules:
@@ -139,6 +139,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size, left_out=left_out,
     )  # fmt: skip
     print(f"\n{save(report, arguments.work_dir)}\n{arguments.work_dir / 'table.md'}")
+    if arguments.limit is None:
+        save_beside_runs(report)
     if arguments.show:
         page = arguments.work_dir / "wrong_answers.html"
         show.save(details, arguments.show, page)

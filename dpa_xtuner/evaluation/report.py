@@ -57,7 +57,7 @@ class Report:
         limit: Questions or groups asked of each data set at most; None for all.
         left_out: Lines on benchmarks that were asked for and have no files.
         notes: Other lines for who reads the table.
-        sources: Label -> folder and hash.
+        sources: Label -> ``folder``, and ``abbr``, OpenCompass's name of it.
     """
 
     models: dict[str, dict[str, Result]]
@@ -65,7 +65,7 @@ class Report:
     limit: int | None = None
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def columns(self) -> list[tuple[str, list[str]]]:
         """Titles and the benchmarks whose scores' mean each shows: one, a kind's, or all."""
@@ -234,3 +234,16 @@ def save(report: Report, folder: Path) -> str:
         content["paper_means"] = PAPER_MEANS
     write_json(folder / "table.json", content)
     return text
+
+
+def save_beside_runs(report: Report) -> None:
+    """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
+
+    A run's export is ``<run>/<stage>/hf``; of other folders nothing is written.
+    """
+    for label, source in report.sources.items():
+        folder = Path(source["folder"])
+        if folder.name == "hf" and (folder.parent / "stage.json").is_file():
+            results = report.models[label]
+            scores = {name: r.score for name, r in results.items() if r.score is not None}
+            write_json(folder.parents[1] / "scores.json", scores)

@@ -233,7 +233,9 @@ def evaluate(
         for model in models
         if not _has_template(model.folder)
     ]
-    sources = {model.label: f"{model.folder.resolve()} ({model.abbr})" for model in models}
+    sources = {
+        model.label: {"folder": str(model.folder.resolve()), "abbr": model.abbr} for model in models
+    }
     return Report(table, benchmarks, limit, list(left_out), notes, sources), details
 
 

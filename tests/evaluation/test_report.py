@@ -117,3 +117,19 @@ def test_files(tmp_path):
 
 def test_titles_fit_a_markdown_table():
     assert not any("|" in benchmark.title for benchmark in BENCHMARKS.values())
+
+
+def test_a_runs_scores_are_where_a_sweep_looks_for_them(tmp_path):
+    (tmp_path / "run/tune/hf").mkdir(parents=True)
+    (tmp_path / "run/tune/stage.json").write_text("{}")
+    (tmp_path / "foreign/hf").mkdir(parents=True)
+    found = made(mmvp=Result(None, error="log"))
+    found.sources.update(
+        dpa={"folder": str(tmp_path / "run/tune/hf"), "abbr": "dpa-1"},
+        vanilla={"folder": str(tmp_path / "foreign/hf"), "abbr": "vanilla-1"},
+    )
+    report.save_beside_runs(found)
+    (written,) = tmp_path.rglob("scores.json")
+    assert written == tmp_path / "run/scores.json"
+    expected = {name: score for name, score in SECOND.items() if name != "mmvp"}
+    assert json.loads(written.read_text()) == expected
