@@ -48,9 +48,10 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
     Raises:
         DPAError: unknown name or argument.
     """
-    keywords = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    keywords = dict(cfg) if isinstance(cfg, dict) else {"type": cfg}
     name = keywords.pop("type", None)
-    found = registry.get(name) if isinstance(name, str) else None
+    registry.import_from_location()
+    found = registry.module_dict.get(name) if isinstance(name, str) else None
     if found is None:
         known = sorted(registry.module_dict)
         raise DPAError(

@@ -106,8 +106,9 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["family=qwen"], "family: family='qwen' is not a known family; did you mean 'qwen2'"),
+        (["family=qwen"], "family: 'qwen' is not a known family; did you mean 'qwen2'"),
         (["encoder=clipp"], "encoder: 'clipp' is not a known encoder; did you mean 'clip'"),
+        (["encoder=siglip2.0"], "encoder: 'siglip2.0' is not a known encoder; did you mean"),
         (["encoder.leyer=1"], "encoder: The encoder 'clip' has no 'leyer'; did you mean 'layer'"),
         (["projector=mpl"], "projector: 'mpl' is not a known projector; did you mean 'mlp'"),
         (
