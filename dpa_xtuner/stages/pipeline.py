@@ -101,6 +101,11 @@ def run_facts(config: Config) -> dict:
     }
 
 
+def samples_of(config: Config) -> str:
+    """The fingerprint of the samples that a stage's config trains on."""
+    return next(h["samples"] for h in config.custom_hooks if h["type"] == "ProxyLLMHook")
+
+
 def hold(config: Config) -> FileLock:
     """Take a stage's folder for this run.
 
@@ -126,13 +131,20 @@ def agree(config: Config) -> None:
     """See that all ranks are about to do the same.
 
     Raises:
-        DPAError: they read other files, since the work dir is not shared by all nodes.
+        DPAError: they read other files, since the work dir or the images are not shared by all
+            nodes.
     """
     plans = all_gather_object((config.work_dir, config.load_from))
     if any(plan != plans[0] for plan in plans):
         raise DPAError(
             f"The processes don't see the same work dir: they would start {sorted(set(plans))}. "
             f"It must be on storage that all nodes share."
+        )
+    samples = all_gather_object(samples_of(config))
+    if len(set(samples)) > 1:
+        raise DPAError(
+            "The processes don't see the same samples: an image can be read on one node and not on "
+            "another. Images must be the same on all nodes."
         )
 
 
@@ -238,6 +250,14 @@ def _resume(
         raise DPAError(
             f"{checkpoint} was written by a run with {before}, this one has {run}: its optimizer "
             f"state and sample order don't fit. Start it as before, or remove {folder}."
+        )
+    if state.get("samples") != samples_of(config):
+        raise DPAError(
+            f"The data files and settings of stage {stage.name} are those that {checkpoint} was "
+            f"trained on, and yet they give other samples: the tokenizer has changed, or images "
+            f"that could not be read when the data was tokenised can be read by now (with "
+            f"max_tiles above 1, an image's size decides its tokens). Remove {folder} to train the "
+            f"stage again; to go on, put back what was there and give an empty DPA_CACHE."
         )
     print_log(f"Stage {stage.name} goes on from {checkpoint}", "current")
 
