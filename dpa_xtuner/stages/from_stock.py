@@ -20,6 +20,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.data.templates import resolve_template, to_pieces
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.files import write_text
 from dpa_xtuner.registry import FAMILIES
 
 _WIDTH = 100
@@ -571,5 +572,5 @@ def write_config(stock: Stock, output: Path, base: Path) -> Converted:
     inside = folder.is_relative_to(checkout)
     path = os.path.relpath(base, folder) if inside else str(base.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    output.write_text(source(converted, Path(path).as_posix()))
+    write_text(output, source(converted, Path(path).as_posix()))
     return converted

@@ -1,6 +1,5 @@
 """Which stage comes next, and the change from one to the other."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -16,7 +15,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.files import file_sha256
+from dpa_xtuner.files import file_sha256, read_json
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.models import complete
@@ -80,15 +79,7 @@ def read_state(folder: Path) -> dict:
     Raises:
         DPAError: the record is broken.
     """
-    try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise DPAError(
-            f"{folder / STATE} is broken ({error}). Restore it, or remove {folder} to train the "
-            f"stage again."
-        ) from None
+    return read_json(folder / STATE, f"Restore it, or remove {folder} to train the stage again.")
 
 
 def run_facts(config: Config) -> dict:
