@@ -339,7 +339,7 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         type="DPADataset",
         **data.model_dump(exclude_defaults=True),
         tokenizer=config.tokenizer,
-        image_processor=config.image_processor,
+        image_processor=config.image_processor if "visual_encoder" in stage.builds else None,
         view=stage.view,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,

@@ -143,7 +143,7 @@ def find_stock(name: str | Path) -> Stock:
         if str(name) not in stock_names():
             raise DPAError(
                 f"{str(name)!r} is neither a file nor a LLaVA config of XTuner"
-                f"{nearest(str(name), stock_names())}. Known: {', '.join(stock_names())}."
+                f"{nearest(str(name), stock_names()) or '.'} Known: {', '.join(stock_names())}."
             )
         path = Path(cfgs_name_path[str(name)])
     cfg = Config.fromfile(path)
