@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dpa_xtuner.errors import DPAError
+
 
 def write_text(path: Path, content: str) -> None:
     """Write a text file whole or not at all."""
@@ -22,14 +24,39 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path, advice: str) -> dict:
+    """Read a JSON file; empty where there is none.
+
+    Args:
+        path: the file.
+        advice: what to do if it is broken, for the message.
+
+    Raises:
+        DPAError: it is broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise DPAError(f"{path} is broken ({error}). {advice}") from None
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to write to, renamed to it when all of it is on disk."""
+    """A folder beside ``folder`` to write to, renamed to it when all of it is on disk.
+
+    What a failure leaves is removed at once, what a killed process left at the next try.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    move_into_place(partial, folder)
+    try:
+        yield partial
+        move_into_place(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def move_into_place(partial: Path, final: Path) -> None:

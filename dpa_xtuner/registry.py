@@ -46,24 +46,31 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
         What is registered, and the keyword arguments to call it with.
 
     Raises:
-        DPAError: unknown name or argument.
+        DPAError: unknown name or argument, or one is missing.
     """
-    keywords = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
+    keywords = dict(cfg) if isinstance(cfg, dict) else {"type": cfg}
     name = keywords.pop("type", None)
-    found = registry.get(name) if isinstance(name, str) else None
+    registry.import_from_location()
+    found = registry.module_dict.get(name) if isinstance(name, str) else None
     if found is None:
         known = sorted(registry.module_dict)
         raise DPAError(
-            f"{name!r} is not a known {registry.name}{nearest(str(name), known)}. Known: "
+            f"{name!r} is not a known {registry.name}{nearest(str(name), known) or '.'} Known: "
             f"{', '.join(known)}. One of your own needs its file in custom_imports."
         )
-    names = list(signature(found).parameters)[positional:]
+    parameters = list(signature(found).parameters.values())[positional:]
+    names = [parameter.name for parameter in parameters]
     for key in keywords:
         if key not in names:
             takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
             raise DPAError(
                 f"The {registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
             )
+    missing = [p.name for p in parameters
+               if p.name not in keywords and p.default is p.empty and p.kind is not p.VAR_KEYWORD
+               and p.kind is not p.VAR_POSITIONAL]  # fmt: skip
+    if missing:
+        raise DPAError(f"The {registry.name} {name!r} needs {', '.join(missing)}.")
     return found, keywords
 
 

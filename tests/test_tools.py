@@ -1,5 +1,6 @@
 """What the tools print, and their exit codes."""
 
+import importlib
 import json
 import os
 import shutil
@@ -42,6 +43,34 @@ def test_training_that_fails_says_so_by_its_exit_code(tiny, tmp_path):
     assert result.returncode == 1
     assert "proxy.lr: Input should be greater than 0" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("finished", "shown"),
+    [
+        ([], []),
+        (["proxy"], ["proxy", "align", "tune"]),
+        (["align"], ["align", "tune"]),  # of a method without a proxy
+        (["proxy", "align", "tune"], ["proxy", "align", "tune"]),
+    ],
+    ids=str,
+)
+def test_the_summary_has_the_stages_of_the_method(finished, shown, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    summary = importlib.import_module("train").summary
+    for stage in finished:
+        (tmp_path / stage).mkdir()
+        state = {"status": "finished", "steps": 7, "seconds": 1.5, "writes": {"x": f"{stage}/x"}}
+        (tmp_path / stage / "stage.json").write_text(json.dumps(state))
+    lines = summary(tmp_path).splitlines()
+    if not shown:
+        assert lines == ["No stage has begun."]
+        return
+    assert [line.split()[0] for line in lines[1:]] == shown
+    for line, stage in zip(lines[1:], shown, strict=True):
+        assert line.split()[1:] == (
+            ["finished", "7", "1.5", f"{stage}/x"] if stage in finished else ["-"] * 3
+        )
 
 
 def test_broken_and_missing_images_are_found_with_their_records(tiny, tmp_path):

@@ -38,17 +38,30 @@ def command(config: Path, arguments: list[str]) -> list[str]:
 
 def summary(work_dir: Path) -> str:
     """A line a stage: steps, time, what was measured and written."""
+    states = {stage: _state(work_dir / stage / "stage.json") for stage in STAGES}
+    begun = [stage for stage in STAGES if states[stage]]
+    if not begun:
+        return "No stage has begun."
     lines = [f"{'stage':<7}{'status':<10}{'steps':>6}{'seconds':>9}  measured; written"]
-    for stage in STAGES:
-        path = work_dir / stage / "stage.json"
-        state = json.loads(path.read_text()) if path.is_file() else {"status": "-"}
+    # Stages begin in their order: one that is skipped at the start is none of the method's.
+    for stage in STAGES[STAGES.index(begun[0]) :]:
+        state = states[stage]
         measured = ", ".join(f"{k} {v:.3f}" for k, v in state.get("measured", {}).items())
         written = ", ".join(state.get("writes", {}).values())
         lines.append(
-            f"{stage:<7}{state['status']:<10}{state.get('steps', '-'):>6}"
+            f"{stage:<7}{state.get('status', '-'):<10}{state.get('steps', '-'):>6}"
             f"{state.get('seconds', '-'):>9}  {'; '.join(filter(None, (measured, written)))}"
         )
     return "\n".join(lines)
+
+
+def _state(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError:  # the run has said what to do about it
+        return {"status": "broken"}
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,6 +199,11 @@ class DPADataset(Dataset):
         """Returns a sample's record id; in a mixture, "file: id"."""
         file, row = self._find(index)
         return self._name(file, self.stores[file].names(row)[0])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hashes `encoding`: another one means other tokens, or other samples."""
+        return hashlib.sha256(json.dumps(self.encoding, sort_keys=True).encode()).hexdigest()
 
     @property
     def distinct(self) -> list[int]:

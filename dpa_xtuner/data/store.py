@@ -7,8 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ from dpa_xtuner.data.encode import Encoded, Encoder
 from dpa_xtuner.data.images import ImageProblem, read_size
 from dpa_xtuner.data.records import Problem, Record, read_records
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import whole_folder
 
 FORMAT = 3  # raise it whenever other bytes would be written for the same input
 _HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
@@ -212,20 +211,10 @@ def _build(
     data_path: Path, source: str, encoder: Encoder, image_folder: str | None, folder: Path
 ) -> None:
     """Builds a store beside its place and moves it there; the caller holds its lock."""
-    for leftover in folder.parent.glob(f"{folder.name}*.part"):  # of a build that was killed
-        shutil.rmtree(leftover)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
-    try:
+    with whole_folder(folder) as part:
         _write(data_path, encoder, image_folder, part)
         if _identify(data_path) != source:
             raise DPAError(f"data file {data_path} changed while it was read; start again.")
-        part.rename(folder)
-        _sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _write(data_path: Path, encoder: Encoder, image_folder: str | None, part: Path) -> None:
@@ -259,12 +248,9 @@ def _write(data_path: Path, encoder: Encoder, image_folder: str | None, part: Pa
             "records": progress.n,
             "sizes": {name: file.tell() for name, file in files.items()},
         }
-        for file in files.values():
-            _sync(file)
     _write_json(part / "problems.json", [[p.record_id, p.reason] for p in problems])
     _write_json(part / "unread.json", unread)
     _write_json(part / "meta.json", meta)
-    _sync_folder(part)
 
 
 def _measure(
@@ -357,19 +343,4 @@ def _append(file: IO[bytes], values: np.ndarray) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file)
-        _sync(file)
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    path.write_text(json.dumps(value))

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.templates import resolve_template
-from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.registry import FAMILIES
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.registry import FAMILIES, find_named
 
 LLAMA_LAYERS = (
     "q_proj",
@@ -50,13 +50,7 @@ def find_family(name: str) -> type[Family]:
         DPAError: unknown, and the message has the nearest and the known ones; or one that does
             not say what a family must.
     """
-    families = dict(_families())
-    if name not in families:
-        raise DPAError(
-            f"family={name!r} is not a known family{nearest(str(name), families)}. Known: "
-            f"{', '.join(families)}. A family of your own needs its file in custom_imports."
-        )
-    family = families[name]
+    family, _ = find_named(FAMILIES, name)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
         raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
     return family

@@ -50,9 +50,12 @@ class GlobalNormalizationHook(Hook):
             else:
                 optimizer = engine.optimizer
                 counts = engine.gradient_accumulation_steps()
-                optimizer.loss_scale = self._divisor(counts).item()
-                step(**kwargs)
-                optimizer.loss_scale = 1.0
+                divisor = self._divisor(counts).item()
+                optimizer.loss_scale *= divisor
+                try:
+                    step(**kwargs)
+                finally:  # float16's may have been adapted meanwhile, so not to what it was
+                    optimizer.loss_scale /= divisor
 
         wrapper.step = divided_step
 

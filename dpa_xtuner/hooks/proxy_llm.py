@@ -40,6 +40,7 @@ class ProxyLLMHook(Hook):
         loads: part -> folder that the model was built from.
         writes: part -> folder to write when the stage is done.
         origin: what the stage is trained from, for the records.
+        samples: fingerprint of the data set, which a resumed run has to find again.
         held_out: config of the held-out captions, or None.
     """
 
@@ -52,10 +53,11 @@ class ProxyLLMHook(Hook):
         loads: dict,
         writes: dict,
         origin: dict,
+        samples: str,
         held_out: dict | None,
     ):
         self.stage, self.stages, self.loads, self.writes = stage, stages, loads, writes
-        self.origin, self.held_out_cfg = origin, held_out
+        self.origin, self.samples, self.held_out_cfg = origin, samples, held_out
         self.measured: dict[str, float] = {}
 
     def before_train(self, runner) -> None:
@@ -167,6 +169,7 @@ class ProxyLLMHook(Hook):
             "status": status,
             "origin": self.origin,
             "run": run_facts(runner.cfg),
+            "samples": self.samples,
             "measured": self.measured,
         }
         if status == "finished":

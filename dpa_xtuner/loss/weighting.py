@@ -1,7 +1,6 @@
 """How much each supervised token counts: weighting schemes, by name."""
 
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn.functional import avg_pool1d
 
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.loss.scores import TokenScores
-from dpa_xtuner.registry import SCHEMES
+from dpa_xtuner.registry import SCHEMES, build_named
 
 BOUNDARIES = ("sample", "flat")
 
@@ -168,18 +167,4 @@ def build_scheme(cfg: str | dict[str, Any]):
     Raises:
         DPAError: unknown name or argument, or a value out of range.
     """
-    arguments = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
-    name = arguments.pop("type", None)
-    scheme = SCHEMES.get(name) if isinstance(name, str) else None
-    if scheme is None:
-        known = sorted(SCHEMES.module_dict)
-        raise DPAError(
-            f"{name!r} is not a known weighting scheme{nearest(str(name), known)}. Known: "
-            f"{', '.join(known)}. A scheme of your own needs its file in custom_imports."
-        )
-    names = list(signature(scheme).parameters)
-    for key in arguments:
-        if key not in names:
-            takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
-            raise DPAError(f"scheme {name!r} has no {key!r}{nearest(key, names)}; {takes}.")
-    return scheme(**arguments)
+    return build_named(SCHEMES, cfg)

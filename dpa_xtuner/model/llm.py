@@ -35,7 +35,7 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
 
     Raises:
-        DPAError: it does not take one of the arguments, or weights are missing.
+        DPAError: it does not take one of the arguments or its value, or weights are missing.
     """
     if isinstance(cfg, nn.Module):
         return cfg
@@ -48,7 +48,9 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
     with LoadWoInit():
         try:
             built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
-        except TypeError as error:
+        except DPAError:
+            raise
+        except (TypeError, ValueError, ImportError) as error:  # an option that it can't take
             raise DPAError(
                 f"model: {error}. Check the keys beside its type in the config."
             ) from error

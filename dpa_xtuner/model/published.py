@@ -30,7 +30,8 @@ def published_config(setting: str, loader: dict, local_only: bool = False) -> Pr
     try:
         return read_config(setting, loader, local_only)
     except NotFound:
-        sizes = _sizes().get(loader["pretrained_model_name_or_path"])
+        name = loader["pretrained_model_name_or_path"]
+        sizes = _sizes().get(name) or _sizes().get(Path(name).name)  # the demo's, not yet made
         if sizes is None:
             raise
     with tempfile.TemporaryDirectory() as folder:  # so that its class reads it as any other

@@ -201,7 +201,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
         config, own, schedule(own, len(built), world_size(cfg.launcher), stage.name), deepspeed
     )
     config.custom_hooks = config.get("custom_hooks", []) + _hooks(
-        settings, stage, dataset, origin, base
+        settings, stage, dataset, built.fingerprint, origin, base
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
@@ -243,7 +243,9 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     config.default_hooks.checkpoint.interval = numbers.save_iters
 
 
-def _hooks(settings: Settings, stage: Stage, dataset: dict, origin: dict, base: Path) -> list[dict]:
+def _hooks(
+    settings: Settings, stage: Stage, dataset: dict, samples: str, origin: dict, base: Path
+) -> list[dict]:
     own: StageSettings = getattr(settings, stage.name)
     hooks = [dict(type="IterationSeedHook"), dict(type="ProgressBarHook")]
     if own.normalize == "global":
@@ -261,6 +263,7 @@ def _hooks(settings: Settings, stage: Stage, dataset: dict, origin: dict, base: 
             loads={part: str(base / folder) for part, folder in stage.loads.items()},
             writes={part: str(base / folder) for part, folder in stage.writes.items()},
             origin=origin,
+            samples=samples,
             held_out=dict(dataset, part="held_out") if dataset.get("held_out") else None,
         ),
     ]
@@ -336,7 +339,7 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         type="DPADataset",
         **data.model_dump(exclude_defaults=True),
         tokenizer=config.tokenizer,
-        image_processor=config.image_processor,
+        image_processor=config.image_processor if "visual_encoder" in stage.builds else None,
         view=stage.view,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,

@@ -20,6 +20,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 from dpa_xtuner.data.records import Problem, Record
 from dpa_xtuner.data.templates import resolve_template, to_pieces
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.files import write_text
 from dpa_xtuner.registry import FAMILIES
 
 _WIDTH = 100
@@ -142,7 +143,7 @@ def find_stock(name: str | Path) -> Stock:
         if str(name) not in stock_names():
             raise DPAError(
                 f"{str(name)!r} is neither a file nor a LLaVA config of XTuner"
-                f"{nearest(str(name), stock_names())}. Known: {', '.join(stock_names())}."
+                f"{nearest(str(name), stock_names()) or '.'} Known: {', '.join(stock_names())}."
             )
         path = Path(cfgs_name_path[str(name)])
     cfg = Config.fromfile(path)
@@ -571,5 +572,5 @@ def write_config(stock: Stock, output: Path, base: Path) -> Converted:
     inside = folder.is_relative_to(checkout)
     path = os.path.relpath(base, folder) if inside else str(base.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    output.write_text(source(converted, Path(path).as_posix()))
+    write_text(output, source(converted, Path(path).as_posix()))
     return converted

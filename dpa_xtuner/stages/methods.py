@@ -36,7 +36,7 @@ def find_method(name: str) -> Method:
     """
     if name not in METHODS:
         raise DPAError(
-            f"{name!r} is not a known method{nearest(str(name), METHODS)}. Known: "
+            f"{name!r} is not a known method{nearest(str(name), METHODS) or '.'} Known: "
             f"{', '.join(METHODS)}."
         )
     return METHODS[name]

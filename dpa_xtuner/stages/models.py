@@ -4,9 +4,11 @@ import copy
 
 import torch
 from mmengine.config import Config
+from mmengine.utils import get_object_from_string
 from transformers import PretrainedConfig
 from xtuner.registry import BUILDER
 
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.families import check_model_type, check_template
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.model.configs import image_tokens, read_config
@@ -99,10 +101,28 @@ def check_models(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     if settings.prompt_template is not None:
         is_name = isinstance(settings.prompt_template, str)
         name = settings.prompt_template if is_name else "prompt_template"
-    check_template(settings.template, BUILDER.build(cfg.tokenizer.to_dict()), name)
+    check_template(settings.template, _loaded("tokenizer", "llm_name_or_path", cfg), name)
     if any("projector" in stage.builds for stage in stages):
         encoder = encoder_config(settings)
-        hidden_size = build_encoder(settings.encoder).hidden_size(encoder)
+        _loaded("image_processor", "visual_encoder_name_or_path", cfg)
+        kind = build_encoder(settings.encoder)
+        kind.check_layer(encoder, cfg.model.get("visual_select_layer"))
+        hidden_size = kind.hidden_size(encoder)
         with torch.device("meta"):
             build_projector(settings.projector, hidden_size, llm.hidden_size)
         tiles(settings)
+
+
+def _loaded(part: str, setting: str, cfg: Config):
+    """A tokenizer or image processor; a message that names its settings where it can't be had."""
+    how = cfg[part].to_dict()
+    if isinstance(how["type"], str) and get_object_from_string(how["type"]) is None:
+        raise DPAError(f"{part}.type={how['type']!r} can't be imported: mend it, or leave it out.")
+    try:
+        return BUILDER.build(how)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DPAError(
+            f"The {part} of {setting}={cfg[setting]!r} can't be loaded ({reason}). Give a local "
+            f"folder that has it with --cfg-options {setting}=FOLDER, or connect to the hub."
+        ) from None

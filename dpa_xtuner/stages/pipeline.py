@@ -1,6 +1,5 @@
 """Which stage comes next, and the change from one to the other."""
 
-import json
 import multiprocessing
 import os
 import re
@@ -16,7 +15,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.files import file_sha256
+from dpa_xtuner.files import file_sha256, read_json
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.models import complete
@@ -80,15 +79,7 @@ def read_state(folder: Path) -> dict:
     Raises:
         DPAError: the record is broken.
     """
-    try:
-        return json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise DPAError(
-            f"{folder / STATE} is broken ({error}). Restore it, or remove {folder} to train the "
-            f"stage again."
-        ) from None
+    return read_json(folder / STATE, f"Restore it, or remove {folder} to train the stage again.")
 
 
 def run_facts(config: Config) -> dict:
@@ -99,6 +90,11 @@ def run_facts(config: Config) -> dict:
         "batch_size": config.train_dataloader.batch_size,
         "zero": zero,
     }
+
+
+def samples_of(config: Config) -> str:
+    """The fingerprint of the samples that a stage's config trains on."""
+    return next(h["samples"] for h in config.custom_hooks if h["type"] == "ProxyLLMHook")
 
 
 def hold(config: Config) -> FileLock:
@@ -126,13 +122,20 @@ def agree(config: Config) -> None:
     """See that all ranks are about to do the same.
 
     Raises:
-        DPAError: they read other files, since the work dir is not shared by all nodes.
+        DPAError: they read other files, since the work dir or the images are not shared by all
+            nodes.
     """
     plans = all_gather_object((config.work_dir, config.load_from))
     if any(plan != plans[0] for plan in plans):
         raise DPAError(
             f"The processes don't see the same work dir: they would start {sorted(set(plans))}. "
             f"It must be on storage that all nodes share."
+        )
+    samples = all_gather_object(samples_of(config))
+    if len(set(samples)) > 1:
+        raise DPAError(
+            "The processes don't see the same samples: an image can be read on one node and not on "
+            "another. Images must be the same on all nodes."
         )
 
 
@@ -238,6 +241,14 @@ def _resume(
         raise DPAError(
             f"{checkpoint} was written by a run with {before}, this one has {run}: its optimizer "
             f"state and sample order don't fit. Start it as before, or remove {folder}."
+        )
+    if state.get("samples") != samples_of(config):
+        raise DPAError(
+            f"The data files and settings of stage {stage.name} are those that {checkpoint} was "
+            f"trained on, and yet they give other samples: the tokenizer has changed, or images "
+            f"that could not be read when the data was tokenised can be read by now (with "
+            f"max_tiles above 1, an image's size decides its tokens). Remove {folder} to train the "
+            f"stage again; to go on, put back what was there and give an empty DPA_CACHE."
         )
     print_log(f"Stage {stage.name} goes on from {checkpoint}", "current")
 

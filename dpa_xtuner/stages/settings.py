@@ -259,11 +259,14 @@ class Settings(_Strict):
     @property
     def idle(self) -> dict[str, str]:
         """Settings that this method or scheme does not read, by prefix, and why."""
+        found, with_llm = {}, ["proxy", "tune"]
         if not self.recipe.proxy:
-            return {"proxy.": f"method={self.method!r} has no stage proxy"}
-        if self.proxy.train_llm == "full":
-            return {"proxy.lora.": "proxy.train_llm='full' trains no LoRA"}
-        return {}
+            found["proxy."] = f"method={self.method!r} has no stage proxy"
+            with_llm.remove("proxy")
+        for name in with_llm:
+            if getattr(self, name).train_llm == "full":
+                found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"
+        return found
 
 
 def _complete_loss(loss: str | dict | None, scheme: str) -> Any:

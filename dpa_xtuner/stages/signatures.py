@@ -31,6 +31,9 @@ _REGISTRIES = (
     VISBACKENDS,
     VISUALIZERS,
 )
+# Their types are names of our own registries, which the settings were held against; above, they
+# may stand for something else: pixel_shuffle is a layer of mmcv's too, once that is imported.
+_OURS = ("encoder", "loss", "origin", "projector")
 
 
 def refuse_unknown_arguments(config: dict, filename: str) -> None:
@@ -53,7 +56,8 @@ def _unknown(node, place: str) -> Iterator[str]:
     if not isinstance(node, dict):
         return
     for key, value in dict.items(node):
-        yield from _unknown(value, f"{place}{key}.")
+        if key not in _OURS:
+            yield from _unknown(value, f"{place}{key}.")
     known = _arguments(node.get("type"))
     if known is None:
         return

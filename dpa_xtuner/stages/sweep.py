@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config, DictAction
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import write_json, write_text
+from dpa_xtuner.files import read_json, write_json, write_text
 from dpa_xtuner.stages.pipeline import read_state
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import STAGE_NAMES
@@ -123,15 +123,8 @@ def read_record(work_dir: Path) -> dict[str, dict]:
     Raises:
         DPAError: it is broken.
     """
-    try:
-        return json.loads((work_dir / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise DPAError(
-            f"{work_dir / RECORD} is broken ({error}). Remove it: finished runs are then looked "
-            f"at again, which takes seconds each."
-        ) from None
+    advice = "Remove it: finished runs are then looked at again, which takes seconds each."
+    return read_json(work_dir / RECORD, advice)
 
 
 def note(work_dir: Path, run: Run, status: str) -> None:

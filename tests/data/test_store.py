@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from dpa_xtuner import files
 from dpa_xtuner.data import open_store, store
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Problem, parse_record
@@ -152,10 +153,14 @@ def test_two_processes_at_once_build_once(data, tokenizer, tmp_path, monkeypatch
     assert (tmp_path / "builds").read_text() == "x"
 
 
-@pytest.mark.parametrize("step", ["_columns", "_write_json", "_sync_folder"])
-def test_a_killed_build_is_never_trusted(data, tokenizer, built, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [(store, "_columns"), (store, "_write_json"), (files, "move_into_place")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_killed_build_is_never_trusted(data, tokenizer, built, module, step):
     def die():
-        setattr(store, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(module, step, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
         open_store(data, encoder(tokenizer))
 
     process = FORK.Process(target=die)
@@ -163,9 +168,9 @@ def test_a_killed_build_is_never_trusted(data, tokenizer, built, monkeypatch, st
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
     root = store.cache_root() / "tokens"
-    assert len(list(root.glob("*.part"))) == 1
+    assert len(list(root.glob(".*.partial"))) == 1
     assert len(open_store(data, encoder(tokenizer))) == 29
-    assert len(built) == 1 and not list(root.glob("*.part"))
+    assert len(built) == 1 and not list(root.glob(".*.partial"))
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "meta.json"])

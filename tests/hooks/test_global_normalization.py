@@ -1,5 +1,7 @@
 """A step does not depend on how its batch is cut; with DeepSpeed as without it."""
 
+import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import deepspeed
@@ -7,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from harness import Processes
+from harness import Processes, free_port
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
@@ -60,11 +62,13 @@ def cut(samples: list[dict], size: int) -> list[list[dict]]:
 
 def on_two_ranks(folder, body) -> None:
     """Run body(rank) in two processes with gloo between them."""
+    port = str(free_port())
 
     def rank(number: int):
         def run() -> None:
-            store = f"file://{folder / 'store'}"
-            dist.init_process_group("gloo", init_method=store, rank=number, world_size=2)
+            os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2")
+            os.environ.update(LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            dist.init_process_group("gloo")
             body(number)
             dist.destroy_process_group()
 
@@ -203,9 +207,46 @@ def test_deepspeed_divides_and_clips_as_plain_training_does(stage, whole, tmp_pa
     assert similar(clipped, {name: 0.5 * update for name, update in whole.items()})
 
 
+@pytest.mark.parametrize("size", [4, 2], ids=["whole", "accumulated"])
+def test_zero2_on_two_ranks_makes_the_step_of_one(size, whole, tmp_path):
+    def body(rank: int) -> None:
+        micro_batches = cut(EIGHT[4 * rank : 4 * rank + 4], size)
+        torch.save(deepspeed_step(2, micro_batches, 0.0), tmp_path / f"{rank}.pt")
+
+    on_two_ranks(tmp_path, body)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert distance(*ranks) == 0
+    assert similar(ranks[0], whole)
+    assert not similar(step("micro_batch", cut(EIGHT, 4)), whole)
+
+
 def similar(one: Updates, other: Updates) -> bool:
     """Within what bfloat16 leaves of the direction and of the length."""
     return distance(one, other) < 0.1 * max(update.abs().max().item() for update in other.values())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_deepspeeds_loss_scale_is_its_own_again_after_the_step(fails):
+    model, seen = make("global"), []
+    optimizer = SimpleNamespace(loss_scaler=None, loss_scale=4.0)  # of float16; 1 in bfloat16
+    engine = SimpleNamespace(
+        optimizer=optimizer,
+        is_gradient_accumulation_boundary=lambda: True,
+        gradient_accumulation_steps=lambda: 2,
+    )
+
+    def optimizer_step() -> None:
+        seen.append(optimizer.loss_scale)
+        if fails:
+            raise RuntimeError("out of memory")
+
+    wrapper = SimpleNamespace(model=engine, step=optimizer_step)
+    GlobalNormalizationHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    model.objective.weight_sum += 6
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        wrapper.step()
+    assert seen == [pytest.approx(4.0 * 6 / 2)]
+    assert optimizer.loss_scale == pytest.approx(4.0)
 
 
 def test_an_optimizer_without_a_loss_scale_is_refused(tmp_path):

@@ -106,8 +106,9 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["family=qwen"], "family: family='qwen' is not a known family; did you mean 'qwen2'"),
+        (["family=qwen"], "family: 'qwen' is not a known family; did you mean 'qwen2'"),
         (["encoder=clipp"], "encoder: 'clipp' is not a known encoder; did you mean 'clip'"),
+        (["encoder=siglip2.0"], "encoder: 'siglip2.0' is not a known encoder; did you mean"),
         (["encoder.leyer=1"], "encoder: The encoder 'clip' has no 'leyer'; did you mean 'layer'"),
         (["projector=mpl"], "projector: 'mpl' is not a known projector; did you mean 'mlp'"),
         (
@@ -120,6 +121,11 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
         (["projector.type=avg_pool", "projector.factor=3"], "does not divide the encoder's 2 x 2"),
         (["projector.type=resampler", "projector.queries=0"], "projector.queries=0 is not"),
         (["model.projector_depth=3"], "set projector.depth instead"),
+        (["encoder.layer=-9"], "The feature layer -9 is not one of the 4 hidden states of CLIP"),
+        (["model.visual_select_layer=7"], "The feature layer 7 is not one of the 4 hidden states"),
+        (["visual_encoder_name_or_path=no/where"], "visual_encoder_name_or_path=FOLDER, or"),
+        (["tokenizer.type=transformers.AutoTokeniser.from_pretrained"], "can't be imported: mend"),
+        (["image_processor.type=transformers.Non.from_pretrained"], "can't be imported: mend it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -127,6 +133,34 @@ def test_models_that_do_not_fit_are_refused_before_the_first_stage(
     options, message, tiny, tmp_path
 ):
     assert message in refusal(tmp_path / "run", *options)
+
+
+@pytest.mark.parametrize(
+    ("side", "file", "part"),
+    [("llm", "tokenizer*", "tokenizer"), ("visual_encoder", "preprocessor*", "image_processor")],
+)
+def test_a_folder_that_lacks_a_part_is_refused_before_the_first_stage(
+    side, file, part, tiny, tmp_path
+):
+    folder = shutil.copytree(tiny / side, tmp_path / side)
+    for found in [*folder.glob(file), *folder.glob("special_tokens*")]:
+        found.unlink()
+    setting = f"{side}_name_or_path"
+    message = refusal(tmp_path / "run", f"{setting}={folder}")
+    assert message.startswith(f"The {part} of {setting}='{folder}' can't be loaded (")
+    assert f"--cfg-options {setting}=FOLDER, or connect to the hub" in message
+
+
+def test_the_proxy_alone_needs_no_encoder(tiny, tmp_path):
+    option = "visual_encoder_name_or_path=no/where"
+    harness.finish("proxy", tmp_path / "run", option, "proxy.max_steps=1")
+
+
+def test_an_option_of_the_llm_that_it_can_not_take_is_told(tiny, tmp_path):
+    option = "model.llm.torch_dtype=torch.bfloat61"
+    code, output = harness.run("proxy", tmp_path / "run", option)
+    assert code == 1 and "Traceback" not in output, output[-3000:]
+    assert "Check the keys beside its type in the config" in output
 
 
 def test_a_template_of_the_configs_own_stands_before_the_familys():

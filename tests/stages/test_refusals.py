@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import harness
@@ -139,6 +140,25 @@ def test_resuming_with_another_number_of_processes_is_refused(copied):
     (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
     message = refusal("proxy", folder, ranks=2)
     assert "'processes': 1" in message and "'processes': 2" in message
+
+
+def test_resuming_with_a_mended_image_that_changes_the_samples_is_refused(tiny, tmp_path):
+    images = shutil.copytree(tiny / "images", tmp_path / "images")
+    image = images / f"{harness.held_out_split(tiny)[1][0]}.png"
+    whole = image.read_bytes()
+    options = ["method=cmo", "max_tiles=4", f"captions.image_folder={images}"]
+    options += ["captions.skip_limit=0.5"]
+    image.write_bytes(b"")  # with tiles its size is needed, so its record makes no sample
+    harness.finish("align", tmp_path / "run", *options)
+    file = tmp_path / "run/align/stage.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+
+    image.write_bytes(whole)
+    message = refusal("align", tmp_path / "run", *options)
+    assert "yet they give other samples" in message and "iter_12.pth" in message
+    image.write_bytes(b"")
+    env = {"DPA_CACHE": str(tmp_path / "cache")}
+    assert "goes on from" in harness.finish("align", tmp_path / "run", *options, env=env)
 
 
 @pytest.mark.parametrize("stage", ["align", "tune"])

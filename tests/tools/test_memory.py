@@ -1,5 +1,6 @@
 """Bytes and parameters, against published numbers and numbers worked out by hand."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -172,3 +173,16 @@ def test_the_tool_prints_a_row_for_each_stage():
     # 7,615,616,512 and a projector of 16.5 million: 2 bytes each, beside 0.6 GB of CLIP.
     assert tune[1] == "7,632.1 M" and tune[3] == "14.8"
     assert tune[4:6] == ["1.8", "10.7"]
+
+
+def test_the_documented_table_is_the_tools_own(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tool, configs = (importlib.import_module(name) for name in ("memory", "_configs"))
+    documented = (ROOT / "docs/memory.md").read_text().splitlines()
+    made = tool.page(["dpa_internlm2_7b_qlora", "dpa_qwen2_5_1_5b"]).splitlines()
+    assert sum(line.startswith("| dpa_") for line in made) == 2 * (1 + 3)
+    assert [line for line in made if line not in documented] == []
+    rows = [line.split("|")[1].strip() for line in documented if line.startswith("| dpa_")]
+    assert rows == configs.config_names() + sorted(3 * configs.config_names())
+    meant = [line for line in documented if "_qlora | 1 x 24 GB |" in line]
+    assert len(meant) == sum(name.endswith("_qlora") for name in configs.config_names())

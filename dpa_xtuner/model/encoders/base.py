@@ -135,12 +135,23 @@ class Encoder:
         if self.layer is None:
             return module(pixel_values).last_hidden_state
         states = module(pixel_values, output_hidden_states=True).hidden_states
-        if not -len(states) <= self.layer < len(states):
-            raise DPAError(
-                f"The feature layer {self.layer} is not one of the {len(states)} hidden states of "
-                f"{type(module).__name__}; give a layer from {-len(states)} to {len(states) - 1}."
-            )
+        _check_layer(self.layer, len(states), type(module).__name__)
         return states[self.layer]
+
+    def check_layer(self, config: PretrainedConfig, chosen: int | None = None) -> None:
+        """Look ahead whether the module will have the features' layer.
+
+        Args:
+            config: the published configuration; one that tells no number of layers passes.
+            chosen: the ``visual_select_layer`` of a stock config, which goes before the own.
+
+        Raises:
+            DPAError: it will not.
+        """
+        layer = self.layer if chosen is None else chosen
+        layers = getattr(config, "num_hidden_layers", None)
+        if layer is not None and layers is not None:
+            _check_layer(layer, layers + 1, type(self).__name__)
 
     def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
         """Write a tiny module of random weights, and its image processor, for a rehearsal.
@@ -162,6 +173,14 @@ class Encoder:
         if hasattr(processor, "crop_size"):
             processor.crop_size = dict.fromkeys(processor.crop_size, size)
         processor.save_pretrained(folder)
+
+
+def _check_layer(layer: int, states: int, name: str) -> None:
+    if type(layer) is not int or not -states <= layer < states:
+        raise DPAError(
+            f"The feature layer {layer!r} is not one of the {states} hidden states of {name}; give "
+            f"a layer from {-states} to {states - 1}."
+        )
 
 
 def build_encoder(cfg: str | dict) -> Encoder:

@@ -79,7 +79,7 @@ class MMPretrainConfig(PretrainedConfig):
         if name.lower() not in known:
             raise DPAError(
                 f"{SETTING}={name!r} is neither a folder nor the name of an MMPretrain config"
-                f"{nearest(name, known)}. mmpretrain.list_models() lists all {len(known)}."
+                f"{nearest(name, known) or '.'} mmpretrain.list_models() lists all {len(known)}."
             )
         info = get_model_info(name)
         model, colours = info.config.model, info.config.data_preprocessor
