@@ -1,0 +1,155 @@
+"""Held-out OpenMoji questions as benchmarks: files in VLMEvalKit's format.
+
+No drawing in them was seen in training. A pair asks one question of two pictures, a group two
+questions of two, and the answers differ: as in MMVP and NaturalBench, who does not look is right
+about half of the answers and about no pair and no group.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dpa_xtuner.demo.scenes import ANSWERS, Question, Sampler, Scene, draw, questions
+from dpa_xtuner.files import whole_folder
+
+# Multiple choice leaves places out, since VLMEvalKit finds "top" in "top left" too.
+COMPARED = ("kind", "colour", "count")
+# As in `scenes.ASKED`, but for counts, which have a file of their own.
+SHORT = ("kind", "colour", "kind", "colour", "place")
+
+Row = dict[str, str | int]
+
+
+def _row(scene: Scene, question: Question, **columns: str) -> Row:
+    """Make one line: VLMEvalKit's columns, with the picture as base64 of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw(scene)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    row = {"image": picture, "question": question.text, "answer": question.answer}
+    return row | {"category": question.kind} | columns
+
+
+def _asked(sampler: Sampler, kinds: Sequence[str], count: int) -> list[tuple[Scene, Question]]:
+    """Pick scenes and questions; kinds and, within a kind, answers take turns."""
+    return [
+        sampler.scene_with(
+            kind := kinds[number % len(kinds)],
+            ANSWERS[kind][number // len(kinds) % len(ANSWERS[kind])],
+        )
+        for number in range(count)
+    ]
+
+
+def _contrast(sampler: Sampler, kind: str) -> tuple[tuple[Scene, Question], ...]:
+    """Pick two scenes, and a question of this kind that they answer differently."""
+    while True:
+        one, other = sampler.scene(), sampler.scene()
+        for first in questions(one):
+            for second in questions(other):
+                same = first.kind == second.kind == kind and first.text == second.text
+                if same and first.answer != second.answer:
+                    return (one, first), (other, second)
+
+
+def choice(sampler: Sampler) -> list[Row]:
+    """60 questions with four options; the right one's letter takes turns."""
+    rows = []
+    for number, (scene, question) in enumerate(_asked(sampler, COMPARED, 60)):
+        others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
+        options = sampler.rng.sample(others, 3)
+        options.insert(number % 4, question.answer)
+        letters = dict(zip("ABCD", options, strict=True))
+        rows.append(_row(scene, question, **letters, answer="ABCD"[number % 4]))
+    return rows
+
+
+def pairs(sampler: Sampler) -> list[Row]:
+    """30 pairs of lines in MMVP's manner: one yes/no question, two pictures, options A and B."""
+    rows = []
+    for number in range(30):
+        options = ("Yes", "No") if number % 2 else ("No", "Yes")
+        scenes = _contrast(sampler, COMPARED[number % len(COMPARED)])
+        text = scenes[0][1].checked(scenes[0][1].answer)
+        pair = [
+            _row(*asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(said)])
+            for asked, said in zip(scenes, ("Yes", "No"), strict=True)
+        ]
+        rows += sampler.rng.sample(pair, 2)
+    return rows
+
+
+def groups(sampler: Sampler) -> list[Row]:
+    """15 groups of four lines in NaturalBench's manner, in its order.
+
+    Question 0 of picture 0 (yes) and of picture 1 (no), question 1 of picture 0 (no) and of
+    picture 1 (yes).
+    """
+    rows = []
+    for number in range(15):
+        scenes = _contrast(sampler, COMPARED[number % len(COMPARED)])
+        for _, asked in scenes:
+            text = asked.checked(asked.answer)
+            for scene, shown in scenes:
+                said = "Yes" if shown is asked else "No"
+                rows.append(_row(scene, shown, question=text, answer=said, type="yes_no"))
+    return rows
+
+
+def short(sampler: Sampler) -> list[Row]:
+    """60 questions as they are asked in training, to be answered by a word or two."""
+    return [_row(*asked) for asked in _asked(sampler, SHORT, 60)]
+
+
+def count(sampler: Sampler) -> list[Row]:
+    """54 times "How many things are there?", six times each answer."""
+    return [_row(*asked) for asked in _asked(sampler, ("count",), 54)]
+
+
+FILES: dict[str, Callable[[Sampler], list[Row]]] = {
+    "OpenMojiChoice": choice,
+    "OpenMojiPairs": pairs,
+    "OpenMojiGroups": groups,
+    "OpenMojiShort": short,
+    "OpenMojiCount": count,
+}
+
+# Scores, 0 - 100, of picking among the possible answers at random: one of four options, both of a
+# pair, all of a group, one of `ANSWERS`.
+CHANCE = {
+    "OpenMojiChoice": 100 / 4,
+    "OpenMojiPairs": 100 / 2**2,
+    "OpenMojiGroups": 100 / 2**4,
+    "OpenMojiShort": sum(100 / len(ANSWERS[kind]) for kind in SHORT) / len(SHORT),
+    "OpenMojiCount": 100 / len(ANSWERS["count"]),
+}
+
+
+def write(folder: Path, seed: int) -> bool:
+    """Write the files, all or none.
+
+    Args:
+        folder: Folder to make, in the folder of the demo's data.
+        seed: Seed of every choice.
+
+    Returns:
+        True if the files were made, False if the folder was there already.
+    """
+    if folder.is_dir():
+        return False
+    with whole_folder(folder) as partial:
+        for name, make in FILES.items():
+            rows = make(Sampler(True, random.Random(f"{seed}-{name}")))
+            with open(partial / f"{name}.tsv", "w", encoding="utf-8", newline="") as file:
+                table = csv.DictWriter(
+                    file, ["index", *rows[0]], delimiter="\t", lineterminator="\n"
+                )
+                table.writeheader()
+                table.writerows({"index": i} | row for i, row in enumerate(rows, 1))
+    return True
