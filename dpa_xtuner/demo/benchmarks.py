@@ -27,13 +27,13 @@ SHORT = ("kind", "colour", "kind", "colour", "place")
 Row = dict[str, str | int]
 
 
-def _row(scene: Scene, question: Question, **columns: str) -> Row:
+def _row(scene: Scene, asked: Question, /, **columns: str) -> Row:
     """Make one line: VLMEvalKit's columns, with the picture as base64 of a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(draw(scene)).save(buffer, "PNG")
     picture = base64.b64encode(buffer.getvalue()).decode()
-    row = {"image": picture, "question": question.text, "answer": question.answer}
-    return row | {"category": question.kind} | columns
+    row = {"image": picture, "question": asked.text, "answer": asked.answer}
+    return row | {"category": asked.kind} | columns
 
 
 def _asked(sampler: Sampler, kinds: Sequence[str], count: int) -> list[tuple[Scene, Question]]:
@@ -78,7 +78,9 @@ def pairs(sampler: Sampler) -> list[Row]:
         scenes = _contrast(sampler, COMPARED[number % len(COMPARED)])
         text = scenes[0][1].checked(scenes[0][1].answer)
         pair = [
-            _row(*asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(said)])
+            _row(
+                *asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(said)]
+            )
             for asked, said in zip(scenes, ("Yes", "No"), strict=True)
         ]
         rows += sampler.rng.sample(pair, 2)

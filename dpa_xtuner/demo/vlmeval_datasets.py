@@ -7,7 +7,7 @@ This module is apart from `dpa_xtuner.demo.benchmarks` because importing VLMEval
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import vlmeval.dataset as known
@@ -23,20 +23,20 @@ from vlmeval.smp import d2df, dump, get_intermediate_file_path, load
 class OpenMojiChoice(ImageMCQDataset):
     """Multiple choice, as MMBench without circles."""
 
-    DATASET_URL = {"OpenMojiChoice": ""}
-    DATASET_MD5: dict[str, str] = {}
+    DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiChoice": ""}
 
 
 class OpenMojiPairs(ImageMCQDataset):
     """Pairs of lines, as MMVP: "Overall" counts pairs with two right answers."""
 
-    DATASET_URL = {"OpenMojiPairs": ""}
-    DATASET_MD5: dict[str, str] = {}
+    DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiPairs": ""}
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
         """Score each line as multiple choice, then the pairs as for the name "MMVP"."""
         super().evaluate(eval_file, **judge_kwargs)
-        record = get_intermediate_file_path(eval_file, f"_{judge_kwargs['model']}_result")
+        record = get_intermediate_file_path(
+            eval_file, f"_{judge_kwargs.get('model', 'exact_matching')}_result"
+        )
         scores = report_acc_MMVP(load(record))
         dump(scores, get_intermediate_file_path(eval_file, "_acc", "csv"))
         return scores
@@ -45,8 +45,7 @@ class OpenMojiPairs(ImageMCQDataset):
 class OpenMojiGroups(NaturalBenchDataset):
     """Groups of four lines, as NaturalBench, whose own class takes 1,900 groups and no others."""
 
-    DATASET_URL = {"OpenMojiGroups": ""}
-    DATASET_MD5: dict[str, str] = {}
+    DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiGroups": ""}
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
         """Score as NaturalBench: shares of answers, of questions, of pictures and of groups."""
@@ -69,8 +68,7 @@ class OpenMojiShort(ImageVQADataset):
     for VQA data needs ten answers of ten people.
     """
 
-    DATASET_URL = {"OpenMojiShort": "", "OpenMojiCount": ""}
-    DATASET_MD5: dict[str, str] = {}
+    DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiShort": "", "OpenMojiCount": ""}
     build_prompt = ImageBaseDataset.build_prompt
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
