@@ -11,18 +11,22 @@ import base64
 import csv
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from dpa_xtuner.demo.scenes import ANSWERS, Question, Sampler, Scene, draw, questions
-from dpa_xtuner.files import whole_folder
+from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark
+from dpa_xtuner.files import whole_folder, write_json
 
 # Multiple choice leaves places out, since VLMEvalKit finds "top" in "top left" too.
 COMPARED = ("kind", "colour", "count")
-# As in `scenes.ASKED`, but for counts, which have a file of their own.
-SHORT = ("kind", "colour", "kind", "colour", "place")
+# How often each answer is right. Colours, the best seen, are asked for more often.
+SHORT = {"kind": 1, "colour": 2, "place": 1}
+COUNT = {"count": 6}
 
 Row = dict[str, str | int]
 
@@ -34,17 +38,6 @@ def _row(scene: Scene, asked: Question, /, **columns: str) -> Row:
     picture = base64.b64encode(buffer.getvalue()).decode()
     row = {"image": picture, "question": asked.text, "answer": asked.answer}
     return row | {"category": asked.kind} | columns
-
-
-def _asked(sampler: Sampler, kinds: Sequence[str], count: int) -> list[tuple[Scene, Question]]:
-    """Pick scenes and questions; kinds and, within a kind, answers take turns."""
-    return [
-        sampler.scene_with(
-            kind := kinds[number % len(kinds)],
-            ANSWERS[kind][number // len(kinds) % len(ANSWERS[kind])],
-        )
-        for number in range(count)
-    ]
 
 
 def _contrast(sampler: Sampler, kind: str) -> tuple[tuple[Scene, Question], ...]:
@@ -59,11 +52,13 @@ def _contrast(sampler: Sampler, kind: str) -> tuple[tuple[Scene, Question], ...]
 
 
 def choice(sampler: Sampler) -> list[Row]:
-    """60 questions with four options; the right one's letter takes turns."""
+    """60 questions with four options; the right one and its letter take turns."""
     rows = []
-    for number, (scene, question) in enumerate(_asked(sampler, COMPARED, 60)):
-        others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
-        options = sampler.rng.sample(others, 3)
+    for number in range(60):
+        kind = COMPARED[number % 3]
+        answers = ANSWERS[kind]
+        scene, question = sampler.scene_with(kind, answers[number // 3 % len(answers)])
+        options = sampler.rng.sample([x for x in answers if x != question.answer], 3)
         options.insert(number % 4, question.answer)
         letters = dict(zip("ABCD", options, strict=True))
         rows.append(_row(scene, question, **letters, answer="ABCD"[number % 4]))
@@ -104,37 +99,56 @@ def groups(sampler: Sampler) -> list[Row]:
     return rows
 
 
-def short(sampler: Sampler) -> list[Row]:
-    """60 questions as they are asked in training, to be answered by a word or two."""
-    return [_row(*asked) for asked in _asked(sampler, SHORT, 60)]
-
-
-def count(sampler: Sampler) -> list[Row]:
-    """54 times "How many things are there?", six times each answer."""
-    return [_row(*asked) for asked in _asked(sampler, ("count",), 54)]
+def _short(times: dict[str, int], sampler: Sampler) -> list[Row]:
+    """Questions as they are asked in training, to be answered by a word or two."""
+    kinds = [kind for kind, count in times.items() for _ in range(count)]
+    asked = [sampler.scene_with(kind, answer) for kind in kinds for answer in ANSWERS[kind]]
+    sampler.rng.shuffle(asked)
+    return [_row(scene, question) for scene, question in asked]
 
 
 FILES: dict[str, Callable[[Sampler], list[Row]]] = {
     "OpenMojiChoice": choice,
     "OpenMojiPairs": pairs,
     "OpenMojiGroups": groups,
-    "OpenMojiShort": short,
-    "OpenMojiCount": count,
+    "OpenMojiShort": partial(_short, SHORT),
+    "OpenMojiCount": partial(_short, COUNT),
 }
+
+
+def _short_chance(times: dict[str, int]) -> float:
+    rows = sum(count * len(ANSWERS[kind]) for kind, count in times.items())
+    return 100 * sum(times.values()) / rows
+
 
 # Scores, 0 - 100, of picking among the possible answers at random: one of four options, both of a
 # pair, all of a group, one of `ANSWERS`.
 CHANCE = {
-    "OpenMojiChoice": 100 / 4,
-    "OpenMojiPairs": 100 / 2**2,
-    "OpenMojiGroups": 100 / 2**4,
-    "OpenMojiShort": sum(100 / len(ANSWERS[kind]) for kind in SHORT) / len(SHORT),
-    "OpenMojiCount": 100 / len(ANSWERS["count"]),
+    "openmoji-choice": 100 / 4,
+    "openmoji-pairs": 100 / 2**2,
+    "openmoji-groups": 100 / 2**4,
+    "openmoji-short": _short_chance(SHORT),
+    "openmoji-count": _short_chance(COUNT),
 }
 
 
+def _register(name: str, kind: str, **how: Any) -> None:
+    file = DataFile(f"OpenMoji{name.capitalize()}")
+    module = "dpa_xtuner.demo.vlmeval_datasets"
+    register_benchmark(
+        Benchmark(f"openmoji-{name}", f"OpenMoji {name}", kind, (file,), module=module, **how)
+    )
+
+
+_register("choice", "general", judge="exact matching")
+_register("pairs", "vision-centric", group=2, judge="exact matching")
+_register("groups", "vision-centric", group=4, metric="G_Acc")
+_register("short", "general", scale=1)
+_register("count", "vision-centric", scale=1)
+
+
 def write(folder: Path, seed: int) -> bool:
-    """Write the files, all or none.
+    """Write the files, and `CHANCE` as chance.json, all or none.
 
     Args:
         folder: Folder to make, in the folder of the demo's data.
@@ -145,10 +159,11 @@ def write(folder: Path, seed: int) -> bool:
     """
     if folder.is_dir():
         return False
-    with whole_folder(folder) as partial:
+    with whole_folder(folder) as unfinished:
+        write_json(unfinished / "chance.json", CHANCE)
         for name, make in FILES.items():
             rows = make(Sampler(True, random.Random(f"{seed}-{name}")))
-            with open(partial / f"{name}.tsv", "w", encoding="utf-8", newline="") as file:
+            with open(unfinished / f"{name}.tsv", "w", encoding="utf-8", newline="") as file:
                 table = csv.DictWriter(
                     file, ["index", *rows[0]], delimiter="\t", lineterminator="\n"
                 )
