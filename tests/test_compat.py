@@ -137,3 +137,10 @@ def test_importing_adds_less_than_half_a_second_to_xtuners_own():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     ).stdout
     assert float(out.split("seconds")[1]) < 0.5
+
+
+def test_overwritten_files_of_mmengine_are_spoken_of(monkeypatch):
+    compat.mmengine_overwritten()  # says nothing here, or the environment is not as installed
+    monkeypatch.setattr("mmengine.__version__", "0.11.0rc3")
+    with pytest.warns(UserWarning, match="pip install --no-deps --force-reinstall mmengine=="):
+        compat.mmengine_overwritten()

@@ -74,7 +74,9 @@ class Benchmark:
     def __post_init__(self) -> None:
         """Refuse a kind that the table has no place for."""
         if self.kind not in KINDS:
-            raise DPAError(f"kind={self.kind!r} of benchmark {self.name!r}; expected one of {KINDS}.")
+            raise DPAError(
+                f"kind={self.kind!r} of benchmark {self.name!r}; expected one of {KINDS}."
+            )
 
     @property
     def datasets(self) -> tuple[str, ...]:

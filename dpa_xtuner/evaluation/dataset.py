@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib
+import multiprocessing.dummy
 import os
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,33 @@ import vlmeval.dataset as known
 from datasets import Dataset
 from opencompass.datasets.vlmevalkit.dataset import VLMEvalKitDataset
 from opencompass.registry import LOAD_DATASET
+from vlmeval.dataset import image_vqa
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset, NaturalBenchDataset
-from vlmeval.dataset.image_vqa import OCRBench
+from vlmeval.dataset.utils import multiple_choice
 from vlmeval.dataset.utils.naturalbench import extract_answer, get_scores
-from vlmeval.smp import LMUDataRoot, load
+from vlmeval.smp import LMUDataRoot, dump, load
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR
 
 _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that make a prompt
 _NO_PICTURE = "no picture in the data file".ljust(80, ".")  # VLMEvalKit takes <= 64 for an index
+
+
+def _all_at_once(
+    func: Callable, tasks: list[dict], nproc: int, save: str, keys: list, **options: Any
+) -> list:
+    results = [func(**task) for task in tasks]
+    dump(dict(zip(keys, results, strict=True)), save)
+    return results
+
+
+# VLMEvalKit 0.0.20 scores multiple choice in a thread, and writes the results so far to a file
+# after each row: 50 s for AI2D. It scores ANLS in 16 forks of this process, which may hold a model
+# and run threads, and never ends them.
+multiple_choice.track_progress_rich = _all_at_once
+image_vqa.mp = multiprocessing.dummy
 
 
 @LOAD_DATASET.register_module()
@@ -63,7 +81,7 @@ class EvaluationDataset(VLMEvalKitDataset):
             A row for each sample, with the columns that OpenCompass's bridge makes.
 
         Raises:
-            DPAError: There is no such file, or a group in it is incomplete.
+            DPAError: There is no such file, a group in it is incomplete, or the limit is below 1.
         """
         known_to_vlmevalkit(dataset_name, module)
         return VLMEvalKitDataset.load(
@@ -101,7 +119,11 @@ class _WholeFile:
         if "image" not in line:
             return super().dump_image(line)  # type: ignore[misc]
         pictures = line["image"] if isinstance(line["image"], list) else [line["image"]]
-        return [self._unpack(p, f"{line['index']}_{n}") for n, p in enumerate(pictures)]
+        numbers = [f"_{n}" for n in range(len(pictures))] if len(pictures) > 1 else [""]
+        return [
+            self._unpack(picture, f"{line['index']}{number}")
+            for picture, number in zip(pictures, numbers, strict=True)
+        ]
 
     def _unpack(self, picture: str, name: str) -> str:
         if picture == _NO_PICTURE:
@@ -131,7 +153,7 @@ class _Groups(_WholeFile, NaturalBenchDataset):
         return get_scores([read[i : i + 4] for i in range(0, len(read), 4)])
 
 
-class _Shares(_WholeFile, OCRBench):
+class _Shares(_WholeFile, image_vqa.OCRBench):
     """OCRBench of any number of questions: VLMEvalKit's norm is that of 1,000."""
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
@@ -156,7 +178,7 @@ def known_to_vlmevalkit(dataset_name: str, module: str | None = None) -> None:
         return
     if not issubclass(base, ImageBaseDataset):
         raise DPAError(f"{dataset_name!r} is no data set of single pictures.")
-    ours = {NaturalBenchDataset: _Groups, OCRBench: _Shares}.get(base)
+    ours = {NaturalBenchDataset: _Groups, image_vqa.OCRBench: _Shares}.get(base)
     supported = {"supported_datasets": classmethod(lambda cls: [dataset_name])}
     bases = (ours,) if ours else (_WholeFile, base)
     known.DATASET_CLASSES.insert(0, type(f"{base.__name__}WholeFile", bases, supported))
@@ -172,10 +194,10 @@ def group_keys(data: pd.DataFrame, group: int | str) -> pd.Series:
     return order // int(group)
 
 
-def _chosen(
-    data: pd.DataFrame, dataset: str, limit: int | None, group: int | str
-) -> pd.DataFrame:
+def _chosen(data: pd.DataFrame, dataset: str, limit: int | None, group: int | str) -> pd.DataFrame:
     """Whole groups, evenly spread, as many as asked for; longest first."""
+    if limit is not None and limit < 1:
+        raise DPAError(f"limit={limit}; expected 1 or more, or None for all questions.")
     keys = group_keys(data, group)
     sizes = keys.value_counts()
     if group == CIRCULAR:
@@ -202,7 +224,6 @@ def _chosen(
 def _resolved(data: pd.DataFrame) -> list[str]:
     """Pictures in place of references to another row's, and a mark where there is none."""
     pictures = dict(zip(data["index"].map(str), data["image"], strict=True))
-
     resolved = []
     for picture in data["image"]:
         if len(str(picture)) <= 64:

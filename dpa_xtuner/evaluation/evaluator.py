@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from vlmeval.dataset.image_mcq import NaturalBenchDataset
 from vlmeval.dataset.image_vqa import OCRBench
 from vlmeval.dataset.utils.multiple_choice import prefetch_answer
 from vlmeval.dataset.utils.naturalbench import extract_answer
-from vlmeval.dataset.utils.vqa_eval import hit_calculate, process_line
+from vlmeval.dataset.utils.vqa_eval import hit_calculate
 from vlmeval.smp import get_intermediate_file_path, load
 from vlmeval.smp.status_report import flatten_summary_metrics
 
@@ -83,7 +84,8 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
         for index, prediction in zip(test_set["vlmeval_index"], predictions, strict=True):
             text = _UNWRITABLE.sub(" ", str(prediction or ""))[:_LONGEST]
             if not text.strip() or text.startswith(NO_ANSWER):
-                reason = text.removeprefix(NO_ANSWER).strip(" :") or "empty answer"
+                reason = text.removeprefix(NO_ANSWER).strip().removeprefix(":").strip()
+                reason = reason or "empty answer"
                 failed.append({"index": index, "reason": reason})
                 text = NO_ANSWER
             answers.append(text)
@@ -115,8 +117,9 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
         file = Path(self.output_dir, f"{self.dataset_name}.xlsx")
         frame = load(str(file))  # the answers as VLMEvalKit has read them
         keys = group_keys(frame, self.group_rows)
-        correct = dict(zip(frame["index"].map(str), _correct(self._dataset, frame, file)))
-        groups = dict(zip(frame["index"].map(str), keys.tolist()))
+        indices = [str(index) for index in frame["index"]]
+        correct = dict(zip(indices, _correct(self._dataset, frame, file), strict=True))
+        groups = dict(zip(indices, keys.tolist(), strict=True))
         details = []
         for row, prediction in zip(test_set, predictions, strict=True):
             blocks = [block for message in row["prompt"] for block in message["content"]]
@@ -149,6 +152,13 @@ def _correct(dataset: Any, frame: pd.DataFrame, file: Path) -> list[bool | float
     """What VLMEvalKit made of each row: from its records, or else by its functions."""
     if rule := _rule(dataset):
         return [rule(line) for _, line in frame.iterrows()]
+    name = dataset.dataset_name
+    if (
+        "DocVQA" in name or "InfoVQA" in name
+    ):  # the record has distances, the scores are made of them
+        distances = _record(file, "_results", "eval_match")
+        matches = [{"match": ast.literal_eval(distances[str(index)])} for index in frame["index"]]
+        return [float(hit) for hit in hit_calculate(matches, name)]
     if isinstance(dataset, NaturalBenchDataset):  # yes, no, no, yes, in the order of the index
         rank = frame["index"].rank(method="first").astype(int) - 1
         return [
@@ -156,27 +166,26 @@ def _correct(dataset: Any, frame: pd.DataFrame, file: Path) -> list[bool | float
             for said, kind, place in zip(frame["prediction"], frame["type"], rank, strict=True)
         ]
     for suffix, column in _RECORDS:
-        record = Path(get_intermediate_file_path(str(file), suffix))
-        if record.is_file():
-            table = load(str(record))
-            made = dict(zip(table["index"].map(str), table[column], strict=True))
+        if made := _record(file, suffix, column):
             return [_plain(made.get(str(index))) for index in frame["index"]]
     return [None] * len(frame)
 
 
+def _record(file: Path, suffix: str, column: str) -> dict[str, Any]:
+    """A column of a file that VLMEvalKit left, by index; empty where there is none."""
+    record = Path(get_intermediate_file_path(str(file), suffix))
+    if not record.is_file():
+        return {}
+    table = load(str(record))
+    return dict(zip(table["index"].map(str), table[column], strict=True))
+
+
 def _rule(dataset: Any) -> Callable[[pd.Series], bool | float] | None:
-    name = dataset.dataset_name
-    if "DocVQA" in name or "InfoVQA" in name:
-        return lambda line: float(hit_calculate([process_line(_as_text(line), "anls")], name)[0])
     if isinstance(dataset, OCRBench):
         return _ocr_hit
-    if getattr(dataset, "group", 1) == CIRCULAR:  # its records have one row for each group
-        return lambda line: prefetch_answer(_as_text(line)) == line["answer"]
+    if dataset.group == CIRCULAR:  # its records have one row for each group
+        return lambda line: prefetch_answer(line) == line["answer"]
     return None
-
-
-def _as_text(line: pd.Series) -> pd.Series:
-    return pd.concat([line.drop("prediction"), pd.Series({"prediction": str(line["prediction"])})])
 
 
 def _ocr_hit(line: pd.Series) -> bool:

@@ -1,0 +1,158 @@
+"""Data files from a server on this machine."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from dpa_xtuner.evaluation import benchmarks as table
+from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import get_benchmarks  # noqa: E402
+
+CONTENT = bytes(range(256)) * 8000  # two blocks
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves CONTENT, and remembers from where on it was asked for."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[int] = []
+        self.knows_ranges = True
+        self.breaks_off_at = len(CONTENT)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-").split("=")[1].rstrip("-"))
+        self.server.asked.append(start)
+        if self.path == "/gone.tsv":
+            return self.send_error(404)
+        if start and not self.server.knows_ranges:
+            start = 0
+        if start >= len(CONTENT):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        self.wfile.write(CONTENT[start : self.server.breaks_off_at])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def register(server, monkeypatch):
+    """Gives a benchmark whose file is on the server."""
+    monkeypatch.setattr(table, "BENCHMARKS", dict(table.BENCHMARKS))
+
+    def make(name="made", md5=MD5, host=None):
+        host = host or f"http://127.0.0.1:{server.server_port}"
+        file = DataFile(name, md5, f"{host}/{name}.tsv")
+        table.register_benchmark(Benchmark(name, name, "general", (file,)))
+
+    return make
+
+
+def test_fetched_whole(register, server, tmp_path, capsys):
+    register()
+    assert get_benchmarks.get(["made"], tmp_path / "new") is False
+    assert (tmp_path / "new/made.tsv").read_bytes() == CONTENT
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["made.tsv"]
+    assert "1 of 1 files are in" in capsys.readouterr().out
+    assert get_benchmarks.get(["made"], tmp_path / "new") is False
+    assert server.asked == [0]  # not fetched again
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_goes_on_after_a_stop(knows_ranges, register, server, tmp_path, capsys):
+    register()
+    server.knows_ranges = knows_ranges
+    server.breaks_off_at = 1_500_000
+    assert get_benchmarks.get(["made"], tmp_path) is True
+    assert not (tmp_path / "made.tsv").exists()
+    assert "1,500,000 of 2,048,000 bytes" in capsys.readouterr().out
+    server.breaks_off_at = len(CONTENT)
+    assert get_benchmarks.get(["made"], tmp_path) is False
+    assert (tmp_path / "made.tsv").read_bytes() == CONTENT
+    assert server.asked == [0, 1_500_000]
+
+
+def test_stopped_after_the_last_byte(register, tmp_path):
+    register()
+    (tmp_path / "made.tsv.partial").write_bytes(CONTENT)
+    assert get_benchmarks.get(["made"], tmp_path) is False
+    assert (tmp_path / "made.tsv").read_bytes() == CONTENT
+
+
+def test_another_content_is_not_taken(register, tmp_path, capsys):
+    register(md5="0" * 32)
+    assert get_benchmarks.get(["made"], tmp_path) is True
+    assert list(tmp_path.iterdir()) == []
+    assert f"md5 {MD5}, expected {'0' * 32}" in capsys.readouterr().out
+
+
+def test_a_file_with_another_md5_is_left_alone(register, server, tmp_path, capsys):
+    register()
+    (tmp_path / "made.tsv").write_text("mine")
+    assert get_benchmarks.get(["made"], tmp_path) is True
+    assert (tmp_path / "made.tsv").read_text() == "mine"
+    assert server.asked == []
+    out = capsys.readouterr().out
+    assert hashlib.md5(b"mine").hexdigest() in out and "Move it away" in out
+
+
+def test_one_that_is_gone_does_not_stop_the_others(register, tmp_path, capsys):
+    register("gone")
+    register("made")
+    assert get_benchmarks.get(["gone", "made"], tmp_path) is True
+    assert (tmp_path / "made.tsv").exists()
+    out = capsys.readouterr().out
+    assert "Not Found" in out and "1 of 2 files are in" in out
+
+
+def test_without_a_network(register, tmp_path, capsys):
+    register("one", host="http://127.0.0.1:9")
+    register("two", host="http://127.0.0.1:9")
+    assert get_benchmarks.get(["one", "two"], tmp_path) is True
+    out = capsys.readouterr().out
+    assert out.count("Connection refused") == 2
+    assert f"put it at {tmp_path / 'two.tsv'}" in out
+    assert f"md5       {MD5}" in out
+    assert "from      http://127.0.0.1:9/two.tsv" in out
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/get_benchmarks.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_from_a_shell(tmp_path):
+    listed = run("all", "--list", "--data", str(tmp_path))
+    assert listed.returncode == 1
+    assert "0 of 8 files are in" in listed.stdout
+    for benchmark in table.find_benchmarks(["all"]):
+        for file in benchmark.files:
+            assert f"missing  {file.name}" in listed.stdout
+            assert file.md5 in listed.stdout and file.url in listed.stdout
+    unknown = run("mmbnch", "--data", str(tmp_path))
+    assert unknown.returncode == 1
+    assert unknown.stderr.startswith(
+        "error: There is no benchmark 'mmbnch'; did you mean 'mmbench'?"
+    )
