@@ -73,7 +73,7 @@ class Recipe:
             answered by yes or no.
         text_only: Training conversations without a picture.
         seed: Seed of every choice.
-        version: Raised when the code that makes the data changes.
+        version: Raised when the code that makes the data, or the benchmarks beside it, changes.
     """
 
     captions: int = 4000
