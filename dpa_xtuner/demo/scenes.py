@@ -3,7 +3,7 @@
 The captions all share one flowery manner that a chat model would never choose by itself, while
 the words that matter (which thing, of what kind and colour, how many, where) can be read off the
 picture only. That is the situation in which a language prior conflict shows. The questions ask
-for the same facts plainly.
+for the same facts plainly, and some of them as multiple choice or to be answered by yes or no.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,18 +69,21 @@ class Recipe:
         questions: Training pictures with questions.
         held_out: Pictures of held-out drawings, for captions and again for questions.
         turns: Questions asked of one training picture.
+        other_forms: Share of the training questions that are asked as multiple choice or to be
+            answered by yes or no.
         text_only: Training conversations without a picture.
         seed: Seed of every choice.
-        version: Raised when the code that makes the data changes.
+        version: Raised when the code that makes the data, or the benchmarks beside it, changes.
     """
 
     captions: int = 4000
     questions: int = 4000
     held_out: int = 180
     turns: int = 4
+    other_forms: float = 0.3
     text_only: int = 40
     seed: int = 0
-    version: int = 4
+    version: int = 5
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its short answer; `kind` is a key of `ANSWERS`."""
+    """A question with its short answer.
+
+    Attributes:
+        kind: What it asks for, a key of `ANSWERS`.
+        text: The question.
+        answer: The answer.
+        check: The same as a yes/no question, with {} where a possible answer goes.
+    """
 
     kind: str
     text: str
     answer: str
+    check: str
+
+    def checked(self, answer: str) -> str:
+        """Return the yes/no question whether `answer` is the answer."""
+        return self.check.format(_article(answer) if self.kind == "kind" else answer)
 
 
 def draw(scene: Scene) -> np.ndarray:
@@ -149,6 +164,14 @@ class Sampler:
         cells = self.rng.sample(range(len(CELLS)), len(kinds))
         return Scene(tuple(self.drawing(kind) for kind in kinds), tuple(cells))
 
+    def scene_with(self, kind: str, answer: str) -> tuple[Scene, Question]:
+        """Pick a scene of which a question of this kind has this answer, and the question."""
+        while True:
+            scene = self.scene()
+            asked = [q for q in questions(scene) if (q.kind, q.answer) == (kind, answer)]
+            if asked:
+                return scene, self.rng.choice(asked)
+
 
 def _article(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
@@ -196,25 +219,71 @@ def caption(scene: Scene, rng: random.Random) -> str:
 def questions(scene: Scene) -> list[Question]:
     """List everything that can be asked of a scene."""
     first = scene.drawings[0]
-    found = []
-    if len(set(scene.drawings)) == 1:
-        found.append(Question("kind", "What kind of thing is shown?", first.kind))
-        if first.colour:
-            found.append(Question("colour", f"Which colour is the {first.kind}?", first.colour))
-        if scene.cells[0] is not None:
-            found.append(
-                Question("count", "How many things are there?", COUNTS[len(scene.cells) - 1])
+
+    def kind_of(drawing: Drawing, what: str) -> Question:
+        return Question(
+            "kind", f"What kind of thing is {what}?", drawing.kind, f"Is the thing {what} {{}}?"
+        )
+
+    def place_of(drawing: Drawing, cell: int) -> Question:
+        thing = f"the {drawing.kind}"
+        return Question("place", f"Where is {thing}?", CELLS[cell], f"Is {thing} at the {{}}?")
+
+    def colour_of(drawing: Drawing) -> list[Question]:
+        if drawing.colour is None:
+            return []
+        thing = f"the {drawing.kind}"
+        text = f"Which colour is {thing}?"
+        return [Question("colour", text, drawing.colour, f"Is {thing} {{}}?")]
+
+    if len(set(scene.drawings)) > 1:
+        return [
+            question
+            for drawing, cell in zip(scene.drawings, scene.cells, strict=True)
+            for question in (
+                kind_of(drawing, f"at the {CELLS[cell]}"),
+                place_of(drawing, cell),
+                *colour_of(drawing),
             )
-        if len(scene.cells) == 1 and scene.cells[0] is not None:
-            found.append(Question("place", f"Where is the {first.kind}?", CELLS[scene.cells[0]]))
-        return found
-    for drawing, cell in zip(scene.drawings, scene.cells, strict=True):
-        place = CELLS[cell]
-        found.append(Question("kind", f"What kind of thing is at the {place}?", drawing.kind))
-        found.append(Question("place", f"Where is the {drawing.kind}?", place))
-        if drawing.colour:
-            found.append(Question("colour", f"Which colour is the {drawing.kind}?", drawing.colour))
+        ]
+    found = [kind_of(first, "shown"), *colour_of(first)]
+    if scene.cells[0] is not None:
+        count = COUNTS[len(scene.cells) - 1]
+        check = "Is the number of things {}?"
+        found.append(Question("count", "How many things are there?", count, check))
+        if len(scene.cells) == 1:
+            found.append(place_of(first, scene.cells[0]))
     return found
+
+
+def as_choice(text: str, options: Sequence[str]) -> str:
+    """Word a question as VLMEvalKit's `ImageMCQDataset` does, but for the space at its end."""
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
+    end = "Please select the correct answer from the options above."
+    return "\n".join([f"Question: {text}", "Options:", *lines, end])
+
+
+def as_yes_no(text: str) -> str:
+    """Word a yes/no question as VLMEvalKit's `NaturalBenchDataset` does."""
+    return f"{text} Please answer Yes or No."
+
+
+def in_other_form(question: Question, rng: random.Random) -> Question:
+    """Ask the same as multiple choice, or ask to be answered by yes or no.
+
+    A choice is answered by the option's text, which VLMEvalKit takes as well as its letter: to
+    find the letter that stands before the answer is more than so small a model learns here.
+    """
+    others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
+    if rng.random() < 0.5:
+        options = [question.answer, *rng.sample(others, 3)]
+        rng.shuffle(options)
+        return replace(question, text=as_choice(question.text, options))
+    answer = rng.choice(("Yes", "No"))
+    text = question.checked(question.answer if answer == "Yes" else rng.choice(others))
+    if rng.random() < 0.5:
+        return replace(question, text=as_yes_no(text), answer=answer)
+    return replace(question, text=as_choice(text, rng.sample(("Yes", "No"), 2)), answer=answer)
 
 
 def _turn(text: str, answer: str) -> list[dict[str, str]]:
@@ -268,12 +337,17 @@ def _caption_records(
 
 def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
     rng = random.Random(f"{recipe.seed}-questions")
+    # Of its own, so that pictures and facts are the same whatever the share of other forms.
+    forms = random.Random(f"{recipe.seed}-forms")
     sampler = Sampler(False, rng)
     records = []
     for number in range(recipe.questions):
         scene = sampler.scene()
         asked = questions(scene)
-        asked = rng.sample(asked, min(recipe.turns, len(asked)))
+        asked = [
+            in_other_form(question, forms) if forms.random() < recipe.other_forms else question
+            for question in rng.sample(asked, min(recipe.turns, len(asked)))
+        ]
         picture = folder.save(f"question-{number:05d}", scene)
         records.append(
             {
@@ -301,15 +375,7 @@ def _held_out_question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
     for number in range(recipe.held_out):
         kind = kinds[number % len(kinds)]
         answer = ANSWERS[kind][number // len(kinds) % len(ANSWERS[kind])]
-        asked: list[Question] = []
-        while not asked:
-            scene = sampler.scene()
-            asked = [
-                question
-                for question in questions(scene)
-                if (question.kind, question.answer) == (kind, answer)
-            ]
-        question = rng.choice(asked)
+        scene, question = sampler.scene_with(kind, answer)
         records.append(
             {
                 "id": f"heldout-{number:05d}",

@@ -1,0 +1,172 @@
+"""Held-out OpenMoji questions as benchmarks: files in VLMEvalKit's format.
+
+No drawing in them was seen in training. A pair asks one question of two pictures, a group two
+questions of two, and the answers differ: as in MMVP and NaturalBench, who does not look is right
+about half of the answers and about no pair and no group.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dpa_xtuner.demo.scenes import ANSWERS, Question, Sampler, Scene, draw, questions
+from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark
+from dpa_xtuner.files import whole_folder, write_json
+
+# Multiple choice leaves places out, since VLMEvalKit finds "top" in "top left" too.
+COMPARED = ("kind", "colour", "count")
+# How often each answer is right. Colours, the best seen, are asked for more often.
+SHORT = {"kind": 1, "colour": 2, "place": 1}
+COUNT = {"count": 6}
+
+Row = dict[str, str | int]
+
+
+def _row(scene: Scene, asked: Question, /, **columns: str) -> Row:
+    """Make one line: VLMEvalKit's columns, with the picture as base64 of a PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw(scene)).save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    row = {"image": picture, "question": asked.text, "answer": asked.answer}
+    return row | {"category": asked.kind} | columns
+
+
+def _contrast(sampler: Sampler, kind: str) -> tuple[tuple[Scene, Question], ...]:
+    """Pick two scenes, and a question of this kind that they answer differently."""
+    while True:
+        one, other = sampler.scene(), sampler.scene()
+        for first in questions(one):
+            for second in questions(other):
+                same = first.kind == second.kind == kind and first.text == second.text
+                if same and first.answer != second.answer:
+                    return (one, first), (other, second)
+
+
+def choice(sampler: Sampler) -> list[Row]:
+    """60 questions with four options; the right one and its letter take turns."""
+    rows = []
+    for number in range(60):
+        kind = COMPARED[number % 3]
+        answers = ANSWERS[kind]
+        scene, question = sampler.scene_with(kind, answers[number // 3 % len(answers)])
+        options = sampler.rng.sample([x for x in answers if x != question.answer], 3)
+        options.insert(number % 4, question.answer)
+        letters = dict(zip("ABCD", options, strict=True))
+        rows.append(_row(scene, question, **letters, answer="ABCD"[number % 4]))
+    return rows
+
+
+def pairs(sampler: Sampler) -> list[Row]:
+    """30 pairs of lines in MMVP's manner: one yes/no question, two pictures, options A and B."""
+    rows = []
+    for number in range(30):
+        options = ("Yes", "No") if number % 2 else ("No", "Yes")
+        scenes = _contrast(sampler, COMPARED[number % len(COMPARED)])
+        text = scenes[0][1].checked(scenes[0][1].answer)
+        pair = [
+            _row(
+                *asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(said)]
+            )
+            for asked, said in zip(scenes, ("Yes", "No"), strict=True)
+        ]
+        rows += sampler.rng.sample(pair, 2)
+    return rows
+
+
+def groups(sampler: Sampler) -> list[Row]:
+    """15 groups of four lines in NaturalBench's manner, in its order.
+
+    Question 0 of picture 0 (yes) and of picture 1 (no), question 1 of picture 0 (no) and of
+    picture 1 (yes).
+    """
+    rows = []
+    for number in range(15):
+        scenes = _contrast(sampler, COMPARED[number % len(COMPARED)])
+        for _, asked in scenes:
+            text = asked.checked(asked.answer)
+            for scene, shown in scenes:
+                said = "Yes" if shown is asked else "No"
+                rows.append(_row(scene, shown, question=text, answer=said, type="yes_no"))
+    return rows
+
+
+def _short(times: dict[str, int], sampler: Sampler) -> list[Row]:
+    """Questions as they are asked in training, to be answered by a word or two."""
+    kinds = [kind for kind, count in times.items() for _ in range(count)]
+    asked = [sampler.scene_with(kind, answer) for kind in kinds for answer in ANSWERS[kind]]
+    sampler.rng.shuffle(asked)
+    return [_row(scene, question) for scene, question in asked]
+
+
+FILES: dict[str, Callable[[Sampler], list[Row]]] = {
+    "OpenMojiChoice": choice,
+    "OpenMojiPairs": pairs,
+    "OpenMojiGroups": groups,
+    "OpenMojiShort": partial(_short, SHORT),
+    "OpenMojiCount": partial(_short, COUNT),
+}
+
+
+def _short_chance(times: dict[str, int]) -> float:
+    rows = sum(count * len(ANSWERS[kind]) for kind, count in times.items())
+    return 100 * sum(times.values()) / rows
+
+
+# Scores, 0 - 100, of picking among the possible answers at random: one of four options, both of a
+# pair, all of a group, one of `ANSWERS`.
+CHANCE = {
+    "openmoji-choice": 100 / 4,
+    "openmoji-pairs": 100 / 2**2,
+    "openmoji-groups": 100 / 2**4,
+    "openmoji-short": _short_chance(SHORT),
+    "openmoji-count": _short_chance(COUNT),
+}
+
+
+def _register(name: str, kind: str, **how: Any) -> None:
+    file = DataFile(f"OpenMoji{name.capitalize()}")
+    module = "dpa_xtuner.demo.vlmeval_datasets"
+    register_benchmark(
+        Benchmark(f"openmoji-{name}", f"OpenMoji {name}", kind, (file,), module=module, **how)
+    )
+
+
+_register("choice", "general", judge="exact matching")
+_register("pairs", "vision-centric", group=2, judge="exact matching")
+_register("groups", "vision-centric", group=4, metric="G_Acc")
+_register("short", "general", scale=1)
+_register("count", "vision-centric", scale=1)
+
+
+def write(folder: Path, seed: int) -> bool:
+    """Write the files, and `CHANCE` as chance.json, all or none.
+
+    Args:
+        folder: Folder to make, in the folder of the demo's data.
+        seed: Seed of every choice.
+
+    Returns:
+        True if the files were made, False if the folder was there already.
+    """
+    if folder.is_dir():
+        return False
+    with whole_folder(folder) as unfinished:
+        write_json(unfinished / "chance.json", CHANCE)
+        for name, make in FILES.items():
+            rows = make(Sampler(True, random.Random(f"{seed}-{name}")))
+            with open(unfinished / f"{name}.tsv", "w", encoding="utf-8", newline="") as file:
+                table = csv.DictWriter(
+                    file, ["index", *rows[0]], delimiter="\t", lineterminator="\n"
+                )
+                table.writeheader()
+                table.writerows({"index": i} | row for i, row in enumerate(rows, 1))
+    return True
