@@ -1,9 +1,6 @@
 """One command: from a config's run to a folder that other programs open."""
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,25 +63,12 @@ def export_config(
     if record is not None and all(record.get(key) == made_from[key] for key in made_from):
         print_log(f"{out} is up to date", "current")
         return out
-    with torch.no_grad(), _all_or_nothing(out) as partial:
+    with torch.no_grad(), whole_folder(out) as partial:
         about = _WRITERS[fmt](source, Weights(source), partial, DTYPES[dtype])
         write_json(partial / ORIGIN, {"config": str(config), **made_from, **about})
     for line in _told(source, fmt, out, about):
         print_log(line, "current")
     return out
-
-
-@contextmanager
-def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """As :func:`whole_folder`, and what did not become whole is removed: it may be large."""
-    partial = None
-    try:
-        with whole_folder(out) as partial:
-            yield partial
-    except BaseException:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _made_from(source: Source, fmt: str, dtype: str) -> dict[str, Any]:

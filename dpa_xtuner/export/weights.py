@@ -193,7 +193,10 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"--checkpoint {path} is neither a .pth file nor a DeepSpeed folder of a run "
             f"(iter_N.pth in the stage's folder): {reason}"
         ) from None
-    return content.get("state_dict", content)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DPAError(f"--checkpoint {path} holds no state dict: it is no checkpoint of a run.")
+    return state
 
 
 def read_adapter(folder: Path) -> Adapter:

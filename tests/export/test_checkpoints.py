@@ -151,3 +151,7 @@ def test_a_file_that_is_no_checkpoint_is_answered(vicuna, tmp_path):
         export_config(vicuna.config, **how, checkpoint=tmp_path / "text.pth")
     with pytest.raises(DPAError, match=r"neither a .pth file nor a DeepSpeed folder"):
         export_config(vicuna.config, **how, checkpoint=tmp_path)
+    for content in ([1, 2], {"state_dict": [3]}, {"state_dict": {"llm": 3}}, torch.ones(2)):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(DPAError, match=r"other.pth holds no state dict"):
+            export_config(vicuna.config, **how, checkpoint=tmp_path / "other.pth")
