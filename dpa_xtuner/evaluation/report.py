@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
-from dpa_xtuner.files import write_json, write_text
+from dpa_xtuner.files import read_json, write_json, write_text
 
 PAPER_MEANS = {
     "Qwen2.5-7B": {"vanilla": 49.0, "CAL": 51.0, "DPA": 51.7},
@@ -239,11 +239,14 @@ def save(report: Report, folder: Path) -> str:
 def save_beside_runs(report: Report) -> None:
     """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
 
-    A run's export is ``<run>/<stage>/hf``; of other folders nothing is written.
+    A run's export is ``<run>/<stage>/hf``; of other folders nothing is written. Scores of the same
+    model on benchmarks that were not asked this time stay.
     """
     for label, source in report.sources.items():
         folder = Path(source["folder"])
         if folder.name == "hf" and (folder.parent / "stage.json").is_file():
-            results = report.models[label]
-            scores = {name: r.score for name, r in results.items() if r.score is not None}
-            write_json(folder.parents[1] / "scores.json", scores)
+            file, results = folder.parents[1] / "scores.json", report.models[label]
+            before = read_json(file, "Remove it.")
+            kept = before if before.get("model") == source["abbr"] else {"model": source["abbr"]}
+            scores = kept | {name: result.score for name, result in results.items()}
+            write_json(file, {name: s for name, s in scores.items() if s is not None})

@@ -132,4 +132,14 @@ def test_a_runs_scores_are_where_a_sweep_looks_for_them(tmp_path):
     (written,) = tmp_path.rglob("scores.json")
     assert written == tmp_path / "run/scores.json"
     expected = {name: score for name, score in SECOND.items() if name != "mmvp"}
-    assert json.loads(written.read_text()) == expected
+    assert json.loads(written.read_text()) == {"model": "dpa-1", **expected}
+
+    def again(abbr, **results):
+        found = report.Report({"dpa": results}, [])
+        found.sources["dpa"] = {"folder": str(tmp_path / "run/tune/hf"), "abbr": abbr}
+        report.save_beside_runs(found)
+        return json.loads(written.read_text())
+
+    # Other benchmarks of the same model stay, a new model's begin anew.
+    assert again("dpa-1", mmvp=Result(31.0, 2)) == {"model": "dpa-1", **expected, "mmvp": 31.0}
+    assert again("dpa-2", mmvp=Result(32.0, 2)) == {"model": "dpa-2", "mmvp": 32.0}
