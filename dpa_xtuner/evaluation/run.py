@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpa_xtuner import __version__
@@ -86,7 +87,9 @@ def check_folder(folder: Path) -> None:
         ) from None
     except ValueError as error:
         raise DPAError(f"{folder / 'config.json'} is broken ({error}).") from None
-    vision = config.get("vision_config", {}).get("model_type")
+    if not isinstance(config, dict):
+        raise DPAError(f"{folder / 'config.json'} is broken (no object in it).")
+    vision = (config.get("vision_config") or {}).get("model_type")
     if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
         kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
         raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
@@ -114,14 +117,15 @@ def describe_models(folders: list[Path]) -> list[Model]:
     """Name models by their folders, and hash these.
 
     A label has as many last parts of the path as tell the models apart; ``hf``, the name of an
-    exported folder, does not count as a part.
+    exported folder, does not count as a part. The abbr does not depend on the other models: in
+    another company a model's answers are found again.
     """
     found = []
     for folder, label in zip(folders, _labels(folders), strict=True):
         files = sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder))
         names = [str(file.relative_to(folder)) for file in files]
         digest = content_hash([*files, _HERE / "model.py"], names)
-        found.append(Model(label, folder, f"{label}-{digest}"))
+        found.append(Model(label, folder, f"{_labels([folder])[0]}-{digest}"))
     return found
 
 
@@ -130,13 +134,17 @@ def _counts(file: Path, folder: Path) -> bool:
 
 
 def _labels(folders: list[Path]) -> list[str]:
-    parts = [[p for p in folder.resolve().parts[1:] if p != "hf"] for folder in folders]
+    parts = [[p for p in folder.resolve().parts if p != "hf"] for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["-".join(names[-length:]) for names in parts]
         stage_alone = any(label in ("proxy", "align", "tune") for label in labels)
         if len(set(labels)) == len(labels) and not stage_alone:
             break
-    return [re.sub(r"[^\w.-]", "_", label) for label in labels]
+    found: list[str] = []
+    for label in (re.sub(r"[^\w.-]", "_", label) for label in labels):
+        others = (f"{label}-{number}" for number in itertools.count(2))  # x and x/hf, "a b" and a_b
+        found.append(next(n for n in itertools.chain([label], others) if n not in found))
+    return found
 
 
 def model_config(model: Model, batch_size: int, gpus: int) -> dict:
@@ -177,6 +185,8 @@ def dataset_config(
     tokens = ANSWER_TOKENS.get(benchmark.name, SHORT_ANSWER)
     config["infer_cfg"]["inferencer"]["max_out_len"] = tokens
     code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
+    if benchmark.module and (spec := find_spec(benchmark.module)) and spec.origin:
+        code.append(Path(spec.origin))
     settings = {**config, "data_root": None, "eval_cfg": None}
     digest = content_hash(code, folder.name, settings, benchmark.metric, benchmark.scale)
     return dict(config, abbr=f"{name}-{digest}")
@@ -214,8 +224,8 @@ def evaluate(
         for benchmark in benchmarks
         for name in benchmark.datasets
     }
-    configs = [model_config(model, batch_size, gpus) for model in models]
-    outcome = run(configs, list(datasets.values()), work_dir, workers=max(gpus, 1))
+    configs = {model.abbr: model_config(model, batch_size, gpus) for model in models}
+    outcome = run(list(configs.values()), list(datasets.values()), work_dir, workers=max(gpus, 1))
     table: dict[str, dict[str, Result]] = {}
     details = {}
     for model in models:

@@ -1,5 +1,6 @@
 """One call of OpenCompass: what it finds, what a rerun does, and what makes it start afresh."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -111,6 +112,22 @@ def test_what_changed_is_asked_again_and_nothing_else(folder, other, data, tmp_p
     assert again(copy)[0] == 10
 
     assert again(copy, other)[0] == 10  # a second model, and nothing of the first
+    namesake = shutil.copytree(other, tmp_path / "else/tiny")
+    (namesake / "README.md").write_text("other content")
+    report = run.evaluate([copy, namesake], find_benchmarks(["ai2d"]), data, tmp_path / "work")[0]
+    assert [label.endswith("-tiny") for label in report.models] == [True, True]  # not "tiny" now
+    assert sum(map(len, answered)) == 10 + 6  # and yet the first one's answers are found again
+
+
+def test_a_changed_module_of_ones_own_benchmark_is_asked_again(data, tmp_path, monkeypatch):
+    """It makes the data set's prompts."""
+    monkeypatch.syspath_prepend(tmp_path)
+    own = dataclasses.replace(BENCHMARKS["ai2d"], module="module_of_prompts")
+    names = []
+    for content in ("", "", "changed = True"):
+        (tmp_path / "module_of_prompts.py").write_text(content)
+        names.append(run.dataset_config(own, "AI2D_TEST", data, tmp_path / "work", None)["abbr"])
+    assert names[0] == names[1] != names[2]
 
 
 def test_several_models_are_compared_under_short_names(folder, other, data, tmp_path, answered):
@@ -120,6 +137,21 @@ def test_several_models_are_compared_under_short_names(folder, other, data, tmp_
     labels = [f"{x}-run-{y}" for x, y in (("a", "tune"), ("b", "tune"), ("b", "align"))]
     assert run._labels([tmp_path / p for p in places]) == labels
     assert run._labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
+    assert run._labels([Path("/hf")]) == ["_"]
+    places = [tmp_path / "m", tmp_path / "m/hf", tmp_path / "a b", tmp_path / "a_b"]
+    assert len(set(run._labels(places))) == 4  # a model that shares a row's label would be lost
+
+
+def test_models_of_one_label_or_one_content_have_rows_of_their_own(
+    folder, other, data, tmp_path, answered
+):
+    model = shutil.copytree(folder, tmp_path / "m")
+    shutil.copytree(other, model / "hf")
+    same = shutil.copytree(other, tmp_path / "copy/hf")
+    folders = [model, model / "hf", same, tmp_path / "x/copy"]
+    shutil.copytree(other, folders[-1])
+    report, _ = evaluate(folders, data, tmp_path / "work", ["ai2d"])
+    assert len(report.models) == 4 and not report.failures()
 
 
 def test_never_two_models_in_memory(folder, other, data, tmp_path, monkeypatch):
