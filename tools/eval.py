@@ -47,8 +47,8 @@ def main() -> int:
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
                         "$LMUData or data/benchmarks")  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N",
-                        help="questions or groups of each data set, evenly spread; default: "
-                        "all")  # fmt: skip
+                        help="questions or groups of each data set, evenly spread (text-only: the "
+                        "first); default: all")  # fmt: skip
     parser.add_argument("--gpus", type=int, metavar="N",
                         help="GPUs that answer at a time; default: one, or the CPU where there is "
                         "none")  # fmt: skip
@@ -63,7 +63,7 @@ def main() -> int:
                         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
     try:
-        return _with_texts(arguments)
+        return _evaluate(arguments)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
         return 130
@@ -79,35 +79,38 @@ def _positive(text: str) -> int:
     return number
 
 
-def _with_texts(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate: what has pictures, then what is text alone and has a table of its own."""
     from dpa_xtuner.evaluation import text
+    from dpa_xtuner.evaluation.benchmarks import find_benchmarks
 
-    texts, arguments.benchmarks = text.choose(arguments.benchmarks)
-    if not texts:
-        return _evaluate(arguments)
+    for module in arguments.modules:
+        _import(module)
+    texts, names = text.choose(arguments.benchmarks)
+    benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
+    models = [_model(name) for name in arguments.models]
     _need("opencompass", "vlmeval")
-    there, left_out = text.with_files(texts, arguments.data)
-    for line in left_out:
+    there, left_out = _with_files(benchmarks, arguments.data)
+    texts_there, texts_left_out = text.with_files(texts, arguments.data)
+    for line in (*left_out, *texts_left_out):
         print(f"Left out: {line}", file=sys.stderr, flush=True)
-    code = _evaluate(arguments) if arguments.benchmarks else 0
-    if not there:
-        raise DPAError(f"--data {arguments.data} has the files of none of the text benchmarks.")
-    llms = []
-    for model in map(_model, arguments.models):
-        if model.suffix == ".py":
-            llms += text.llms_of_config(model, _exported(model))
-        else:
-            llms.append(text.llm_of_folder(model))
-    evaluated = text.evaluate(
-        llms, there, arguments.data, arguments.work_dir,
-        limit=arguments.limit, batch_size=arguments.batch_size, gpus=_gpus(arguments.gpus),
-    )  # fmt: skip
-    table = text.save(evaluated, arguments.work_dir, arguments.limit, left_out)
-    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
-    for line in evaluated.trouble:
-        print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return 1 if evaluated.trouble else code
+    if not there and not texts_there:
+        raise DPAError(
+            f"--data {arguments.data} has the files of none of these benchmarks, see above."
+        )
+    code = _evaluate_pictures(arguments, models, there, left_out) if there else 0
+    if texts_there:
+        code = _evaluate_texts(arguments, models, texts_there, texts_left_out) or code
+    return code
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise DPAError(f"--import {module}: there is no such module.") from None
+        raise
 
 
 def _need(*packages: str) -> None:
@@ -116,20 +119,13 @@ def _need(*packages: str) -> None:
             raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate_pictures(
+    arguments: argparse.Namespace, models: list[Path], there: list, left_out: list[str]
+) -> int:
     from dpa_xtuner.evaluation import show
-    from dpa_xtuner.evaluation.benchmarks import find_benchmarks
     from dpa_xtuner.evaluation.report import save, save_beside_runs
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
-    for module in arguments.modules:
-        if not find_spec(module):
-            raise DPAError(f"--import {module}: there is no such module.")
-        importlib.import_module(module)
-    benchmarks = find_benchmarks(arguments.benchmarks)
-    models = [_model(name) for name in arguments.models]
-    left_out, there = _files(benchmarks, arguments.data)
-    _need("opencompass", "vlmeval")
     gpus = _gpus(arguments.gpus)
     folders = [_exported(m) if m.suffix == ".py" else m for m in models]
     for folder in folders:
@@ -150,6 +146,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 1 if report.failures() else 0
 
 
+def _evaluate_texts(
+    arguments: argparse.Namespace, models: list[Path], there: list, left_out: list[str]
+) -> int:
+    from dpa_xtuner.evaluation import text
+
+    llms = []
+    for model in models:
+        if model.suffix == ".py":
+            llms += text.llms_of_config(model, _exported(model))
+        else:
+            llms.append(text.llm_of_folder(model))
+    evaluated = text.evaluate(
+        llms, there, arguments.data, arguments.work_dir,
+        limit=arguments.limit, batch_size=arguments.batch_size, gpus=_gpus(arguments.gpus),
+    )  # fmt: skip
+    table = text.save(evaluated, arguments.work_dir, arguments.limit, left_out)
+    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
+    for line in evaluated.trouble:
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return 1 if evaluated.trouble else 0
+
+
 def _model(name: str) -> Path:
     """A LLaVA folder, or the file of a config."""
     if Path(name).is_dir():
@@ -162,19 +180,14 @@ def _model(name: str) -> Path:
     )
 
 
-def _files(benchmarks: list, data: Path) -> tuple[list[str], list]:
-    """What is left out for want of its files, and why; and the benchmarks that remain."""
+def _with_files(benchmarks: list, data: Path) -> tuple[list, list[str]]:
+    """Benchmarks whose files are there; and what is left out for want of its files, and why."""
     from dpa_xtuner.evaluation.benchmarks import missing_files
 
     missing = missing_files(benchmarks, data)
-    left_out = [f"{file.benchmark.title}: {file}" for file in missing]
-    for line in left_out:
-        print(f"Left out: {line}", file=sys.stderr, flush=True)
     lacking = {file.benchmark.name for file in missing}
-    there = [benchmark for benchmark in benchmarks if benchmark.name not in lacking]
-    if not there:
-        raise DPAError(f"--data {data} has the files of none of these benchmarks, see above.")
-    return left_out, there
+    left_out = [f"{file.benchmark.title}: {file}" for file in missing]
+    return [benchmark for benchmark in benchmarks if benchmark.name not in lacking], left_out
 
 
 def _gpus(wanted: int | None) -> int:

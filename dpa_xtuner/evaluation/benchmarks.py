@@ -225,8 +225,12 @@ def register_benchmark(benchmark: Benchmark) -> None:
         raise DPAError(f"There is another benchmark {benchmark.name!r}. Choose another name.")
 
 
-def find_benchmarks(names: Iterable[str]) -> list[Benchmark]:
-    """Look names up; "all" stands for the paper's seven.
+def find_benchmarks(names: Iterable[str], also: Iterable[str] = ()) -> list[Benchmark]:
+    """Look names up, in the table's order; "all" stands for the paper's seven.
+
+    Args:
+        names: Of benchmarks.
+        also: Names that the caller takes besides, for the message.
 
     Raises:
         DPAError: A name is unknown; the message has the nearest and the known ones.
@@ -234,11 +238,11 @@ def find_benchmarks(names: Iterable[str]) -> list[Benchmark]:
     found = dict.fromkeys(n for name in names for n in (PAPER if name == "all" else (name,)))
     for name in found:
         if name not in BENCHMARKS:
+            known = ["all", *BENCHMARKS, *also]
             raise DPAError(
-                f"There is no benchmark {name!r}{nearest(name, BENCHMARKS)}. "
-                f"Known: all, {', '.join(BENCHMARKS)}."
+                f"There is no benchmark {name!r}{nearest(name, known)}. Known: {', '.join(known)}."
             )
-    return [BENCHMARKS[name] for name in found]
+    return [benchmark for name, benchmark in BENCHMARKS.items() if name in found]
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,7 @@ def model_config(llm: TextLLM, batch_size: int, gpus: int) -> dict:
         "source": str(llm.source.resolve()),
         "adapter": llm.adapter and str(llm.adapter.resolve()),
         "max_seq_len": _positions(llm.llm),
+        "device": "cuda" if gpus else "cpu",
         "batch_size": batch_size,
         "run_cfg": {"num_gpus": min(gpus, 1)},
     }

@@ -49,6 +49,7 @@ class LanguageModel(LlavaFolder):
         source: str | None = None,
         adapter: str | None = None,
         max_seq_len: int | None = None,
+        device: str | None = None,
     ) -> None:
         """Load it.
 
@@ -58,6 +59,7 @@ class LanguageModel(LlavaFolder):
                 is None.
             adapter: a PEFT folder to merge into the LLM.
             max_seq_len: longest prompt in tokens; OpenCompass leaves out examples beyond it.
+            device: as of :class:`LlavaFolder`.
         """
         BaseModel.__init__(self, path=path, max_seq_len=max_seq_len or 2048, generation_kwargs={})
         source = source or path
@@ -67,7 +69,7 @@ class LanguageModel(LlavaFolder):
         self.template, self.as_text = self._template()
         # No text of these data sets is a picture.
         self.image_token, self.image_id, self.image_tokens = "<image>", -1, 0
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_llm(path, adapter)
         if model.dtype == torch.float16 and self.device.type == "cpu":  # slow there
             model.to(torch.bfloat16)

@@ -58,7 +58,7 @@ def test_the_table_is_light():
 
 
 def test_find():
-    assert [b.name for b in find_benchmarks(["mmvp", "ai2d", "mmvp"])] == ["mmvp", "ai2d"]
+    assert [b.name for b in find_benchmarks(["mmvp", "ai2d", "mmvp"])] == ["ai2d", "mmvp"]
     assert len(find_benchmarks(["all", "mmvp"])) == 7
     with pytest.raises(DPAError, match=r"no benchmark 'ocrbnch'; did you mean 'ocrbench'\?.*mmvp"):
         find_benchmarks(["ocrbnch"])

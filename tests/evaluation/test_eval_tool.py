@@ -67,6 +67,7 @@ def test_typos_are_told_in_one_line(call, folder, data, tmp_path):
     where = ["--data", data]
     line = refused(call(folder, "--benchmarks", "mmpv", *where))
     assert "'mmpv'; did you mean 'mmvp'?" in line and "naturalbench" in line
+    assert "'mmul'; did you mean 'mmlu'?" in refused(call(folder, "--benchmarks", "mmul", *where))
     assert "did you mean 'dpa_internlm2_7b'?" in refused(call("dpa_internlm_7b", *where))
     assert "'no/where' is neither a folder nor a config" in refused(call("no/where", *where))
     assert "has no config.json" in refused(call(tmp_path, "--benchmarks", "ai2d", *where))
@@ -84,6 +85,7 @@ def test_typos_are_told_in_one_line(call, folder, data, tmp_path):
     [
         (dict(model_type="qwen2"), "a model of type 'qwen2'"),
         (dict(vision_config={"model_type": "pixtral"}), "'llava' with Pixtral"),
+        (dict(vision_config=None, model_type="gpt2"), "a model of type 'gpt2'"),
         ("preprocessor_config.json", "no preprocessor_config.json"),
         ("model.safetensors", "no *.safetensors or *.bin"),
     ],
@@ -106,6 +108,19 @@ def test_missing_files_are_left_out_and_nothing_is_an_error(call, folder, data):
     code, out, err = call(folder, "--data", data, "--benchmarks", "docvqa", "ocrbench")
     assert code == 1 and not out and err.count("Left out: ") == 2
     assert "has the files of none of these benchmarks" in err
+
+
+def test_pictures_and_text_don_t_wait_for_each_others_files(call, tool, folder, data, monkeypatch):
+    """What is there is evaluated, whichever of the two kinds has no file."""
+    from dpa_xtuner.evaluation import text
+
+    code, out, err = call(folder, "--data", data, "--benchmarks", "ai2d", "piqa", "--limit", "2")
+    assert code == 0 and "AI2D" in out and "Left out: PIQA (piqa): " in err
+    asked = []
+    monkeypatch.setattr(text, "with_files", lambda benchmarks, root: (benchmarks, []))
+    monkeypatch.setattr(tool, "_evaluate_texts", lambda *found: asked.append(found[2]) or 3)
+    code, out, err = call(folder, "--data", data, "--benchmarks", "docvqa", "piqa")
+    assert code == 3 and "Left out: DocVQA" in err and [b.name for b in asked[0]] == ["piqa"]
 
 
 def test_a_failed_task_is_exit_code_1(call, folder, data, tmp_path):
@@ -137,9 +152,9 @@ def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     write_data(data, "MyQuestions", rows("AI2D_TEST", 2))
     arguments = [folder, "--data", data, "--benchmarks", "mine"]
-    assert "--import my_benchmark: there is no such" in refused(
-        call(*arguments, "--import", "my_benchmark")
-    )
+    for wrong in ("my_benchmark", "no.such", "my_benchmarks.more"):
+        line = refused(call(*arguments, "--import", wrong))
+        assert f"--import {wrong}: there is no such" in line
     code, out, _ = call(*arguments, "--import", "my_benchmarks")
     assert code == 0 and "Mine" in out
 
