@@ -299,8 +299,8 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
         if file.is_file():
             outcome.results[pair] = json.loads(file.read_text(encoding="utf-8"))
         else:
-            logs = _logs(folder, *pair)
-            where = str(logs[-1]) if logs else f"no log of its own in {folder / 'logs'}"
+            log = _telling_log(folder, *pair)
+            where = str(log or f"no log of its own in {folder / 'logs'}")
             outcome.failures[pair] = f"{where}{trouble and f'; OpenCompass: {trouble}'}"
     return outcome
 
@@ -384,6 +384,20 @@ def _logs(folder: Path, model: str, dataset: str) -> list[Path]:
     names = (f"{dataset}.out", f"{dataset}_[0-9]*.out")
     found = [p for name in names for p in (folder / "logs").glob(f"*/{model}/{name}")]
     return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _telling_log(folder: Path, model: str, dataset: str) -> Path | None:
+    """The log that says why there is no result: that of the answers, where these are missing.
+
+    Scoring then fails as well, and its log says no more than that there are no answers.
+    """
+    logs = _logs(folder, model, dataset)
+    answers = folder / "predictions" / model
+    unanswered = [
+        log for log in logs
+        if log.parts[-3] == "infer" and not (answers / f"{log.stem}.json").is_file()
+    ]  # fmt: skip
+    return next(iter(unanswered + logs[::-1]), None)
 
 
 def _remove_useless(folder: Path, model: str, dataset: str) -> None:

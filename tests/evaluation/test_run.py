@@ -209,6 +209,8 @@ def test_a_model_that_cannot_be_loaded_fails_alone(folder, data, tmp_path, answe
         "broken, ai2d",
         "broken, mmvp",
     ]
+    for line in report.failures():  # the log of scoring would say that there are no answers
+        assert "SafetensorError" in Path(line.rpartition("see ")[2]).read_text()
     assert report.models["tiny"]["ai2d"].score is not None
 
 
