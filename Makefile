@@ -1,4 +1,4 @@
-# make demo    all three stages on a laptop, and what came of them
+# make demo    all three stages on a laptop, what came of them, and against vanilla alignment
 # make test    the linters and all tests
 # STEPS=20     a quick demo that shows nothing but that it runs
 PYTHON ?= python3
@@ -10,7 +10,10 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export DPA_DATA := $(DATA)
 CONFIG := dpa_smollm2_135m_openmoji
 WORK_DIR := work_dirs/$(CONFIG)$(if $(STEPS),-$(STEPS)-steps)
-OPTIONS := $(if $(STEPS),--cfg-options $(foreach stage,proxy align tune,$(stage).max_steps=$(STEPS)))
+SETTINGS := $(foreach stage,proxy align tune,$(if $(STEPS),$(stage).max_steps=$(STEPS)))
+DPA := $(CONFIG).py --work-dir $(WORK_DIR) --cfg-options method=dpa $(SETTINGS)
+VANILLA := $(CONFIG).py --work-dir $(WORK_DIR)-vanilla --cfg-options method=vanilla $(SETTINGS)
+BENCHMARKS := $(addprefix openmoji-,choice pairs groups short count)
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test install clean
@@ -30,8 +33,14 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	python tools/prepare_demo.py $(DATA)
-	xtuner train configs/$(CONFIG).py --work-dir $(WORK_DIR) $(OPTIONS)
+	xtuner train configs/$(DPA)
 	python tools/demo_report.py $(DATA) $(WORK_DIR)
+	xtuner train configs/$(VANILLA)
+	python tools/export.py configs/$(DPA)
+	python tools/export.py configs/$(VANILLA)
+	python tools/eval.py $(WORK_DIR)-vanilla/tune/hf $(WORK_DIR)/tune/hf --benchmarks $(BENCHMARKS) \
+		--import dpa_xtuner.demo.benchmarks --data $(DATA)/openmoji/benchmarks --show 12 \
+		--work-dir $(WORK_DIR)-eval
 
 test: $(INSTALLED)
 	ruff check

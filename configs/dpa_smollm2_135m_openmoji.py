@@ -1,6 +1,6 @@
 # The demo (make demo): a real 135M language model and drawings, on two CPU cores.
 # tools/prepare_demo.py makes the models and the data. All numbers are [ours], chosen for
-# what the picture is used for after some ten minutes.
+# what the picture is used for when DPA and vanilla alignment share a quarter of an hour.
 _base_ = ['_base_/dpa.py']
 
 llm_name_or_path = '{{$DPA_DATA:data}}/models/smollm2-135m-instruct'
@@ -19,11 +19,11 @@ instructions = dict(
     image_folder='{{$DPA_DATA:data}}/openmoji')
 
 proxy = dict(
-    lr=5e-4, batch_size=16, global_batch_size=16, max_length=256, max_steps=20,
+    lr=5e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=20,
     lora=dict(r=64, lora_alpha=128))
-align = dict(lr=2e-3, batch_size=16, global_batch_size=16, max_length=256, max_steps=20)
+align = dict(lr=2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=20)
 tune = dict(
-    lr=1e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=200, save_steps=50,
+    lr=2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=140, save_steps=50,
     train_llm='lora', lora=dict(r=32, lora_alpha=64))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.

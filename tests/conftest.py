@@ -3,7 +3,7 @@
 import functools
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from dpa_xtuner.stages import rehearsal
 from dpa_xtuner.stages.settings import Settings
 
 torch.set_num_threads(1)
+# XTuner sets it to true when it is imported; forked children, as the harness makes them, would
+# then wait for threads that their parent has and they have not.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @pytest.fixture(scope="session")

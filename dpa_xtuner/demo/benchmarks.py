@@ -135,9 +135,8 @@ CHANCE = {
 def _register(name: str, kind: str, **how: Any) -> None:
     file = DataFile(f"OpenMoji{name.capitalize()}")
     module = "dpa_xtuner.demo.vlmeval_datasets"
-    register_benchmark(
-        Benchmark(f"openmoji-{name}", f"OpenMoji {name}", kind, (file,), module=module, **how)
-    )
+    how |= {"module": module, "chance": CHANCE[f"openmoji-{name}"]}
+    register_benchmark(Benchmark(f"openmoji-{name}", f"OpenMoji {name}", kind, (file,), **how))
 
 
 _register("choice", "general", judge="exact matching")

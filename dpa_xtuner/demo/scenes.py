@@ -80,10 +80,10 @@ class Recipe:
     questions: int = 4000
     held_out: int = 180
     turns: int = 4
-    other_forms: float = 0.3
+    other_forms: float = 0.15
     text_only: int = 40
     seed: int = 0
-    version: int = 5
+    version: int = 6
 
 
 @dataclass(frozen=True)
@@ -275,13 +275,13 @@ def in_other_form(question: Question, rng: random.Random) -> Question:
     find the letter that stands before the answer is more than so small a model learns here.
     """
     others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         options = [question.answer, *rng.sample(others, 3)]
         rng.shuffle(options)
         return replace(question, text=as_choice(question.text, options))
     answer = rng.choice(("Yes", "No"))
     text = question.checked(question.answer if answer == "Yes" else rng.choice(others))
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         return replace(question, text=as_yes_no(text), answer=answer)
     return replace(question, text=as_choice(text, rng.sample(("Yes", "No"), 2)), answer=answer)
 

@@ -59,6 +59,7 @@ class Benchmark:
         judge: What takes a judge model's place where VLMEvalKit would ask one.
         module: Imported before a data set is built; puts classes of VLMEvalKit's kind into
             ``vlmeval.dataset.DATASET_CLASSES``.
+        chance: The score, 0 - 100, of answering at random; None where the table need not say it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Benchmark:
     group: int | str = 1
     judge: str = ""
     module: str | None = None
+    chance: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a kind that the table has no place for."""
@@ -275,13 +277,13 @@ def missing_files(benchmarks: Iterable[Benchmark], root: str | Path) -> list[Mis
     for benchmark in benchmarks:
         for file in benchmark.files:
             path = Path(root, file.name)
+            get = f"python tools/get_benchmarks.py {benchmark.name}"
             if not path.is_file():
-                problem = "not there; get it with: python tools/get_benchmarks.py " + benchmark.name
+                problem = f"not there; get it with: {get}" if file.url else "not there"
             elif file.md5 and (found := file_md5(path)) != file.md5:
                 problem = (
                     f"its md5 is {found}, expected {file.md5}: cut short, or another version. "
-                    "Move it away and get it again: python tools/get_benchmarks.py "
-                    + benchmark.name
+                    f"Move it away and get it again: {get}"
                 )
             else:
                 continue

@@ -113,6 +113,10 @@ def markdown(report: Report) -> str:
         if first is not None:
             rows.append(["difference", *(_difference(*p) for p in zip(scores, first, strict=True))])
         first = first or scores
+    chance = {benchmark.name: benchmark.chance for benchmark in report.benchmarks}
+    if None not in chance.values():
+        means = [mean([chance[name] for name in names]) for _, names in columns]
+        rows.append(["chance", *map(_number, means)])
     if report.is_papers():
         for llm, means in PAPER_MEANS.items():
             empty = [""] * (len(columns) - 1)

@@ -97,7 +97,7 @@ def _inputs(
         slots = places[:, 0] * text.shape[1] + places[:, 1]
     else:
         masks_pairs = takes_pairs(config)
-        packed = pack(text, share_rows=share_rows and masks_pairs)
+        packed = pack(text, config.hidden_size, share_rows and masks_pairs)
         inputs = packed.lay_out(inputs, text)
         if masks_pairs:
             dtype = llm.get_input_embeddings().weight.dtype

@@ -222,7 +222,7 @@ def _without_padding(
     ours = type(base).__module__.startswith("transformers.") and takes_pairs(base.config)
     if not ours or depends_on_length(base.config, mask.shape[1]):
         return inputs, places
-    packed = pack(mask)
+    packed = pack(mask, base.config.hidden_size)
     if packed.segments.numel() == mask.numel():
         return inputs, places
     tokens = {key: value for key, value in inputs.items() if key != "attention_mask"}

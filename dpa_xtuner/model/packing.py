@@ -39,35 +39,54 @@ class Packed(NamedTuple):
         return torch.where(seen, 0.0, lowest).to(dtype).unsqueeze(1)
 
 
-def pack(kept: Tensor, share_rows: bool = True) -> Packed:
+def pack(kept: Tensor, hidden_size: int, share_rows: bool = True) -> Packed:
     """Lay the true places of ``kept`` (B, T) side by side, sample by sample, in order.
 
-    No row is longer than the longest sample; the longest are placed first, each in the first
-    row that has room.
+    The longest samples are placed first, each in the first row that has room. Of the widths that
+    a row may have, from the longest sample's to twice that, the one is taken that costs least: a
+    decoder layer of width H takes some 4 H (6 H + W) operations for each place of a row of W
+    (linear layers of 12 H², and its attention to the W places of the row).
 
     Args:
         kept: (B, T) bool.
+        hidden_size: H, of the LLM.
         share_rows: whether several samples may stand in a row.
     """
     lengths = kept.sum(1).tolist()
-    longest = max([1, *lengths])
+    longest, total = max([1, *lengths]), sum(lengths)
+    widths = {longest}
+    if share_rows:
+        widths |= {min(max(longest, -(-total // n)), 2 * longest) for n in range(1, len(lengths))}
+
+    def cost(layout: tuple[list[int], list[int]]) -> int:
+        columns = max(layout[0], default=1)
+        return len(layout[0]) * columns * (6 * hidden_size + columns)
+
+    filled, starts = min((_rows(lengths, w, share_rows) for w in sorted(widths)), key=cost)
+    columns = max(filled, default=1)
+    samples, _ = kept.nonzero(as_tuple=True)
+    begins = [row * columns + start for row, start in starts]
+    slots = torch.tensor(begins, device=kept.device)[samples] + (kept.cumsum(1) - 1)[kept]
+    segments = torch.zeros(max(1, len(filled)), columns, dtype=torch.int64, device=kept.device)
+    segments.view(-1)[slots] = samples + 1
+    return Packed(slots, segments)
+
+
+def _rows(lengths: list[int], width: int, share: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    # How far each row is filled; and of each sample its row and where it begins there.
     filled: list[int] = []
-    starts = [0] * len(lengths)  # of each sample in the flattened rows
+    starts = [(0, 0)] * len(lengths)
     for sample in sorted(range(len(lengths)), key=lambda b: -lengths[b]):
         length = lengths[sample]
         if not length:
             break
-        fits = (row for row, used in enumerate(filled) if share_rows and used + length <= longest)
+        fits = (row for row, used in enumerate(filled) if share and used + length <= width)
         row = next(fits, len(filled))
         if row == len(filled):
             filled.append(0)
-        starts[sample] = row * longest + filled[row]
+        starts[sample] = row, filled[row]
         filled[row] += length
-    samples, _ = kept.nonzero(as_tuple=True)
-    slots = torch.tensor(starts, device=kept.device)[samples] + (kept.cumsum(1) - 1)[kept]
-    segments = torch.zeros(max(1, len(filled)), longest, dtype=torch.int64, device=kept.device)
-    segments.view(-1)[slots] = samples + 1
-    return Packed(slots, segments)
+    return filled, starts
 
 
 def takes_pairs(config: PretrainedConfig) -> bool:

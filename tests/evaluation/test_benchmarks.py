@@ -77,7 +77,7 @@ def test_register():
 
 def test_missing_files(tmp_path):
     absent, other = missing_files([MADE], tmp_path)
-    assert str(absent).startswith(f"{tmp_path / 'one.tsv'}: not there; get it with")
+    assert str(absent).startswith(f"{tmp_path / 'one.tsv'}: not there")
     assert other.path == tmp_path / "two.tsv"
 
     (tmp_path / "one.tsv").write_text("another")

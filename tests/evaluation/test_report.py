@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_papers_rows_only_beside_the_papers_benchmarks():
     for other in (made(limit=100), made(names=PAPER[1:])):
         assert "paper" not in report.markdown(other)
     assert "100 questions or groups at most" in report.markdown(made(limit=100))
+
+
+def test_chance_where_all_columns_have_one():
+    known = [
+        replace(b, chance=c) for b, c in zip(find_benchmarks(PAPER[:2]), (25, 30), strict=True)
+    ]
+    for benchmarks, row in ((known, ["25.0", "30.0", "27.5"]), (find_benchmarks(PAPER[:2]), None)):
+        text = report.markdown(replace(made(names=PAPER[:2]), benchmarks=benchmarks))
+        assert (cells(text, "chance") if "chance" in text else None) == row
 
 
 def test_one_kind_and_one_benchmark_have_no_means_to_tell():

@@ -81,7 +81,7 @@ def test_where_nothing_is_saved_the_batch_stays_as_it_is():
     llm = build()
     shapes = rows_seen(llm)
     with torch.no_grad():
-        supervised_scores(llm, *batch((11, 9, 3)))
+        supervised_scores(llm, *batch((11, 10, 9)))
     assert shapes == [(3, T)]
 
 
@@ -105,7 +105,17 @@ def test_a_spoilt_sample_is_named_without_its_neighbour():
         supervised_scores(build(), inputs, data)
 
 
+def laid(lengths: tuple[int, ...], hidden_size: int = 64) -> list[list[int]]:
+    kept = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return pack(kept, hidden_size).segments.tolist()
+
+
 def test_the_longest_come_first_and_rows_are_filled():
-    kept = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
-    segments = pack(kept).segments.tolist()
-    assert segments == [[2] * 11, [4] * 6 + [1] * 5, [3] * 4 + [0] * 7]
+    assert laid((5, 11, 6)) == [[2] * 11, [3] * 6 + [1] * 5]
+
+
+def test_rows_are_wider_than_the_longest_sample_where_that_saves_padding():
+    # 10 + 8 and 9 + 8 in two rows of 18; in rows of 10 there would be four.
+    assert laid((10, 8, 9, 8)) == [[1] * 10 + [2] * 8, [3] * 9 + [4] * 8 + [0]]
+    # Attention to twice as many places would cost more than the padding of a very narrow LLM.
+    assert len(laid((1000, 990, 990, 990), hidden_size=1)) == 4

@@ -253,15 +253,15 @@ def test_other_forms_are_the_lesser_share_of_the_training(trained_on: tuple[Path
     plain, mixed = map(_turns, trained_on)
     assert len(plain) == len(mixed)
     changed = [new for old, new in zip(plain, mixed, strict=True) if old != new]
-    assert 0.25 < len(changed) / len(mixed) < 0.35
+    assert 0.1 < len(changed) / len(mixed) < 0.2
     choices = [turn for turn in changed if "\nC. " in turn[0]]
     checks = [turn for turn in changed if turn not in choices]
-    assert 0.4 < len(choices) / len(changed) < 0.6
+    assert 0.2 < len(choices) / len(changed) < 0.4
     assert all(f". {answer}\n" in text for text, answer in choices)
     shares = Counter(answer for _, answer in checks)
     assert set(shares) == {"Yes", "No"}
     assert 0.4 < shares["Yes"] / shares.total() < 0.6
-    assert 0.4 < sum(text.startswith("Question: ") for text, _ in checks) / len(checks) < 0.6
+    assert 0.2 < sum(text.startswith("Question: ") for text, _ in checks) / len(checks) < 0.4
 
 
 def test_held_out_questions_and_pictures_stay(trained_on: tuple[Path, Path]) -> None:
