@@ -21,6 +21,12 @@ torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, some of which train
+def pytest_runtest_setup() -> None:
+    """Undo what importing VLMEvalKit does to the whole process: it turns gradients off."""
+    torch.set_grad_enabled(True)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with llm, visual_encoder, captions.json, instructions.json and images."""
