@@ -139,12 +139,7 @@ def measure(args: argparse.Namespace) -> dict:
         ways[f"batch {size}"] = lambda size=size: batched(size)
     with torch.inference_mode():
         answers = {way: answer() for way, answer in ways.items()}  # warms up
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(args.repeats):
-            for way, answer in ways.items():
-                begin = time.perf_counter()
-                answer()
-                seconds[way].append(time.perf_counter() - begin)
+        seconds = time_in_turn(ways, args.repeats)
     tokens = [len(wrapper.tokenizer(answer)["input_ids"]) for answer in answers[ONE_BY_ONE]]
     rows = {
         way: {
@@ -165,6 +160,17 @@ def measure(args: argparse.Namespace) -> dict:
         "threads": torch.get_num_threads(),
         "rows": rows,
     }
+
+
+def time_in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way, one of each in every turn."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, answer in ways.items():
+            begin = time.perf_counter()
+            answer()
+            seconds[way].append(time.perf_counter() - begin)
+    return seconds
 
 
 def machine(load: float) -> str:

@@ -105,6 +105,7 @@ class _WholeFile:
         self.data = _chosen(self.data, dataset, limit, group)
 
     def load_data(self, dataset: str) -> pd.DataFrame:
+        """Read ``<LMUData>/<dataset>.tsv``, each row with pictures or a mark for none."""
         path = Path(LMUDataRoot(), f"{dataset}.tsv")
         if not path.is_file():
             raise DPAError(f"{path} is not there; see tools/get_benchmarks.py.")

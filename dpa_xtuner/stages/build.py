@@ -277,7 +277,9 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
     """
     own = getattr(settings, stage.name)
     data = _data(settings, stage)
-    unread = {"batch_size", "save_steps", "contrast_cache"}  # they change no weight
+    # The last two change no weight. batch_size does under normalize="micro_batch", and has to be
+    # free all the same, for a run that goes on with other GPUs or less memory.
+    unread = {"batch_size", "save_steps", "contrast_cache"}
     if "llm_adapter" not in stage.trains:
         unread.add("lora")
     origin = {

@@ -1,6 +1,5 @@
 """The small tokenizers and encoders of other tests, and runs as training leaves them."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,9 +9,6 @@ for folder in ("families", "model"):
 
 import pytest  # noqa: E402
 import runs  # noqa: E402
-
-# Importing xtuner sets it to "true", and a forked child then waits for the parent's threads.
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 @pytest.fixture(scope="session")
