@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,30 +142,12 @@ class LlavaFolder(BaseModel):
             try:
                 prepared.append((place, *self.encode_messages(messages)))
             except Exception as error:  # whatever is wrong with one sample is that sample's
-                answers[place] = _failure(error)
-        for place, answer in self._answer(prepared, max_out_len):
-            answers[place] = answer
+                answers[place] = failure(error)
+        empty = f"{NO_ANSWER}: empty answer"
+        texts = in_halves(lambda some: self._generate(some, max_out_len), prepared)
+        for (place, *_), text in zip(prepared, texts, strict=True):
+            answers[place] = text or empty
         return answers
-
-    def _answer(self, prepared: list[tuple], max_out_len: int) -> list[tuple[int, str]]:
-        if not prepared:
-            return []
-        try:
-            texts = self._generate(prepared, max_out_len)
-        except Exception as error:
-            if "CUDA error" in str(error):  # not "CUDA out of memory": the context is lost
-                raise
-            if len(prepared) == 1:
-                return [(prepared[0][0], _failure(error))]
-        else:
-            empty = f"{NO_ANSWER}: empty answer"
-            return [(p[0], text or empty) for p, text in zip(prepared, texts, strict=True)]
-        # Out of the except block, so that the failed attempt's tensors are freed.
-        torch.cuda.empty_cache()
-        half = len(prepared) // 2
-        return self._answer(prepared[:half], max_out_len) + self._answer(
-            prepared[half:], max_out_len
-        )
 
     def _generate(self, prepared: list[tuple], max_out_len: int) -> list[str]:
         longest = max(len(ids) for _, ids, _ in prepared)
@@ -281,7 +263,36 @@ def _opened(path: str | None) -> Image.Image:
         return picture.convert("RGB")
 
 
-def _failure(error: Exception) -> str:
+def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
+    """What `run` gives for samples; a batch that raises is halved until the culprit is alone.
+
+    Args:
+        run: Takes some of the samples and returns a result for each.
+        samples: All of them.
+
+    Returns:
+        The results in order; that of a culprit is its `failure`.
+
+    Raises:
+        RuntimeError: The GPU is in a state that no later sample would survive.
+    """
+    if not samples:
+        return []
+    try:
+        return list(run(samples))
+    except Exception as error:
+        if "CUDA error" in str(error):  # not "CUDA out of memory": the context is lost
+            raise
+        if len(samples) == 1:
+            return [failure(error)]
+    # Out of the except block, so that the failed attempt's tensors are freed.
+    torch.cuda.empty_cache()
+    half = len(samples) // 2
+    return in_halves(run, samples[:half]) + in_halves(run, samples[half:])
+
+
+def failure(error: Exception) -> str:
+    """The answer that stands for none: `NO_ANSWER` and the reason."""
     reason = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
     return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]

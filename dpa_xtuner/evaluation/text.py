@@ -232,6 +232,9 @@ def _data_set(
         }
     if benchmark.kind == "answer":
         config["infer_cfg"]["inferencer"].setdefault("max_out_len", ANSWER_TOKENS)
+    else:
+        kind = "dpa_xtuner.evaluation.text_model.LikelihoodInferencer"
+        config["infer_cfg"]["inferencer"]["type"] = kind
     scoring = config["eval_cfg"]
     evaluator = {
         "type": "dpa_xtuner.evaluation.text_model.TextEvaluator",

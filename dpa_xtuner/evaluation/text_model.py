@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from opencompass.models.base import BaseModel, LMTemplateParser
 from opencompass.models.base_api import APITemplateParser
 from opencompass.openicl.icl_evaluator import BaseEvaluator
+from opencompass.openicl.icl_inferencer import PPLInferencer
 from opencompass.registry import ICL_EVALUATORS, TEXT_POSTPROCESSORS
 from torch import Tensor
 from torch.nn import functional
@@ -25,8 +29,10 @@ from transformers import (
 )
 
 from dpa_xtuner import compat
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.model import LlavaFolder
+from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves
+from dpa_xtuner.files import write_json
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
 _ROUND = [  # as OpenCompass's own wrapper of chat models
@@ -41,6 +47,9 @@ class LanguageModel(LlavaFolder):
 
     Answers are written in the chat template; likelihoods are those of plain text, as OpenCompass
     takes them of base models.
+
+    Attributes:
+        failures: texts whose likelihood could not be computed, and why.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class LanguageModel(LlavaFolder):
         self.longest = getattr(model.config, "max_position_embeddings", None)
         ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad_id = next(i for i in ends if i is not None)
+        self.failures: dict[str, str] = {}
         self.chat, self.plain = APITemplateParser({"round": _ROUND}), LMTemplateParser()
 
     def parse_template(self, prompt_template: Any, mode: str) -> Any:
@@ -107,7 +117,6 @@ class LanguageModel(LlavaFolder):
                 turns.append({"role": role, "content": [{"type": "text", "text": text}]})
         return super().encode_messages(turns)
 
-    @torch.inference_mode()
     def get_ppl(self, inputs: Sequence[str], mask_length: None = None) -> np.ndarray:
         """Nats of each text, by its number of tokens; smaller is more probable.
 
@@ -119,10 +128,18 @@ class LanguageModel(LlavaFolder):
             mask_length: not supported.
 
         Returns:
-            (N,) float64.
+            (N,) float64; infinite for a text that failed, whose reason is then in ``failures``.
         """
         assert mask_length is None, "only whole texts"
-        tokens = [self.tokenizer(text)["input_ids"][: self.longest] for text in inputs]
+        found = in_halves(self._nats, inputs)
+        self.failures |= {
+            text: value for text, value in zip(inputs, found, strict=True) if isinstance(value, str)
+        }
+        return np.array([math.inf if isinstance(value, str) else value for value in found])
+
+    @torch.inference_mode()
+    def _nats(self, texts: Sequence[str]) -> list[float | str]:
+        tokens = [self.tokenizer(text)["input_ids"][: self.longest] for text in texts]
         longest = max(map(len, tokens))
         ids = torch.full((len(tokens), longest), self.pad_id)
         mask = torch.zeros_like(ids)
@@ -138,7 +155,10 @@ class LanguageModel(LlavaFolder):
             / len(found)
             for rows, row, found in zip(logits, ids, tokens, strict=True)
         ]
-        return np.array(nats)
+        return [
+            value if math.isfinite(value) else failure(DPAError(f"its likelihood is {value}"))
+            for value in nats
+        ]
 
 
 def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
@@ -167,6 +187,52 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(llm, adapter).merge_and_unload()
+
+
+class LikelihoodInferencer(PPLInferencer):
+    """Picks the most probable candidate; a sample of which one failed has no answer.
+
+    Left to itself, OpenCompass would credit a sample with a candidate that nothing was compared to.
+    """
+
+    def inference(
+        self,
+        retriever: Any,
+        *,
+        output_json_filepath: str,
+        output_json_filename: str,
+        **templates: Any,
+    ) -> list[str]:
+        """Ask for all likelihoods and write the predictions.
+
+        Args:
+            retriever: of the examples before a question.
+            output_json_filepath: folder of the predictions.
+            output_json_filename: their file; it appears when they are complete.
+            templates: ``ice_template``, ``prompt_template``.
+
+        Returns:
+            The predictions.
+        """
+        unchecked = f"{output_json_filename}.unchecked"
+        super().inference(
+            retriever,
+            output_json_filepath=output_json_filepath,
+            output_json_filename=unchecked,
+            **templates,
+        )
+        if not self.is_main_process:
+            return []
+        file = Path(output_json_filepath, unchecked)
+        samples = json.loads(file.read_text(encoding="utf-8"))
+        for sample in samples.values():
+            asked = [value["prompt"] for value in sample.values() if isinstance(value, dict)]
+            failed = [self.model.failures[text] for text in asked if text in self.model.failures]
+            if failed:
+                sample["prediction"] = failed[0]
+        write_json(file.with_name(output_json_filename), samples)
+        file.unlink()
+        return [sample["prediction"] for sample in samples.values()]
 
 
 class TextEvaluator(BaseEvaluator):

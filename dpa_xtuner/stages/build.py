@@ -291,6 +291,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         "seed": cfg.randomness.seed,
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
+        "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),
         "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
     }
     if "visual_encoder" in stage.builds:

@@ -34,6 +34,8 @@ _REGISTRIES = (
 # Their types are names of our own registries, which the settings were held against; above, they
 # may stand for something else: pixel_shuffle is a layer of mmcv's too, once that is imported.
 _OURS = ("encoder", "loss", "origin", "projector")
+# MMEngine's build_optim_wrapper takes these for itself.
+_BUILDER_TAKES = {"optim_wrapper": {"constructor", "paramwise_cfg"}}
 
 
 def refuse_unknown_arguments(config: dict, filename: str) -> None:
@@ -61,6 +63,7 @@ def _unknown(node, place: str) -> Iterator[str]:
     known = _arguments(node.get("type"))
     if known is None:
         return
+    known |= _BUILDER_TAKES.get(place.removesuffix("."), set())
     for key in dict.keys(node) - known - {"type"}:
         name = node["type"]
         yield f"  {place}{key}: {name} has no argument {key!r}{nearest(key, known)}"

@@ -215,6 +215,50 @@ def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
     assert [wrapper.get_ppl([t])[0] for t in texts] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path, monkeypatch):
+    # ARC's likelihoods. The first question has one candidate that raises, among those of a batch;
+    # all of the third's, whose right one is the first, do or give no number.
+    forward = LlamaForCausalLM.forward
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+
+    def failing(self, input_ids, **kwargs):
+        texts = tokenizer.batch_decode(input_ids)
+        if any(("largest" in t and "Sun" in t) or ("bird" in t and "carp" in t) for t in texts):
+            raise ValueError("such a text is too much")
+        output = forward(self, input_ids, **kwargs)
+        for row, words in enumerate(texts):
+            if "largest" in words:
+                output.logits[row] = torch.nan
+        return output
+
+    asked = benchmarks("arc_likelihood")
+    before = text.evaluate(plain(llm), asked, data, tmp_path / "before").rows[0]
+    monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
+    evaluated = text.evaluate(plain(llm), asked, data, tmp_path / "after")
+    (row,) = evaluated.rows
+    assert before.failed == 0 and row.failed == 2 and row.samples == {"arc_likelihood": 4}
+    assert evaluated.trouble == []
+    found = [
+        json.loads(
+            next((tmp_path / run / "results/results").rglob("arc_likelihood-*.json")).read_text()
+        )
+        for run in ("before", "after")
+    ]
+    assert [(f["index"], f["reason"]) for f in found[1]["failed"]] == [
+        (0, "ValueError: such a text is too much"),
+        (2, "ValueError: such a text is too much"),
+    ]
+    correct = [d["correct"] for d in found[1]["details"]]
+    assert correct == [
+        False,
+        found[0]["details"][1]["correct"],
+        False,
+        found[0]["details"][3]["correct"],
+    ]
+    assert row.scores == {"arc_likelihood": 25.0 * sum(correct)}
+    assert not list(tmp_path.rglob("*.unchecked"))
+
+
 def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
     all_configs = text.configs

@@ -97,10 +97,12 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
 
 def test_a_finished_stage_with_other_settings_is_refused_with_the_differences(copied):
     folder = copied("proxy", "align")
-    message = refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2")
+    decay = "optim_wrapper.paramwise_cfg.norm_decay_mult=0.0"
+    message = refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2", decay)
     assert f"{folder / 'proxy'} was trained with other settings" in message
     assert "settings.lr: was 0.01, is 0.005" in message
     assert "settings.lora.r: was 4, is 2" in message
+    assert "paramwise_cfg: was None, is {'norm_decay_mult': 0.0}" in message
 
 
 def test_a_started_stage_with_other_settings_is_refused_with_the_differences(copied):
