@@ -15,9 +15,10 @@ from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset, NaturalBenchDataset
 from vlmeval.dataset.image_vqa import ImageVQADataset
 from vlmeval.dataset.utils.multiple_choice import report_acc_MMVP
-from vlmeval.dataset.utils.naturalbench import extract_answer, get_scores
 from vlmeval.dataset.utils.vqa_eval import process_answer
 from vlmeval.smp import d2df, dump, get_intermediate_file_path, load
+
+from dpa_xtuner.evaluation.dataset import naturalbench_scores
 
 
 class OpenMojiChoice(ImageMCQDataset):
@@ -49,12 +50,7 @@ class OpenMojiGroups(NaturalBenchDataset):
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
         """Score as NaturalBench: shares of answers, of questions, of pictures and of groups."""
-        data = load(eval_file).sort_values(by="index")
-        given = [
-            extract_answer(str(text), kind)
-            for text, kind in zip(data["prediction"], data["type"], strict=True)
-        ]
-        scores = get_scores([given[start : start + 4] for start in range(0, len(given), 4)])
+        scores = naturalbench_scores(load(eval_file))
         table = pd.DataFrame(list(scores.items()), columns=["Metric", "Score"])
         dump(table, get_intermediate_file_path(eval_file, "_acc", "csv"))
         return scores

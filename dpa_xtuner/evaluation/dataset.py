@@ -146,12 +146,21 @@ class _Groups(_WholeFile, NaturalBenchDataset):
     """NaturalBench of any number of groups: VLMEvalKit's class takes 1,900 and no others."""
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        data = load(eval_file).sort_values(by="index")
-        read = [
-            extract_answer(str(said), kind)
-            for said, kind in zip(data["prediction"], data["type"], strict=True)
-        ]
-        return get_scores([read[i : i + 4] for i in range(0, len(read), 4)])
+        return naturalbench_scores(load(eval_file))
+
+
+def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
+    """VLMEvalKit's shares (0 - 1) of answers, questions, pictures and groups that are right.
+
+    Args:
+        data: Any number of groups of four lines, with ``index``, ``type`` and ``prediction``.
+    """
+    data = data.sort_values(by="index")
+    read = [
+        extract_answer(str(said), kind)
+        for said, kind in zip(data["prediction"], data["type"], strict=True)
+    ]
+    return get_scores([read[i : i + 4] for i in range(0, len(read), 4)])
 
 
 class _Shares(_WholeFile, image_vqa.OCRBench):
