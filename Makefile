@@ -39,7 +39,7 @@ demo: $(INSTALLED)
 	python tools/export.py configs/$(DPA)
 	python tools/export.py configs/$(VANILLA)
 	python tools/eval.py $(WORK_DIR)-vanilla/tune/hf $(WORK_DIR)/tune/hf --benchmarks $(BENCHMARKS) \
-		--import dpa_xtuner.demo.benchmarks --data $(DATA)/openmoji/benchmarks --batch-size 30 --show 12 \
+		--import dpa_xtuner.demo.benchmarks --data $(DATA)/openmoji/benchmarks --show 12 \
 		--work-dir $(WORK_DIR)-eval
 
 test: $(INSTALLED)

@@ -6,14 +6,8 @@ _base_ = ['_base_/dpa.py']
 llm_name_or_path = '{{$DPA_DATA:data}}/models/smollm2-135m-instruct'
 visual_encoder_name_or_path = '{{$DPA_DATA:data}}/models/openmoji-vit'
 family = 'smollm2'
-# ChatML in SmolLM2's own template takes more tokens than question and answer together.
-prompt_template = dict(
-    SYSTEM='<|im_start|>{system}\n',
-    INSTRUCTION='<|im_start|>{input}\n',
-    SUFFIX='<|im_end|>',
-    SUFFIX_AS_EOS=True,
-    SEP='',
-    STOP_WORDS=['<|im_end|>'])
+# Without the system prompt of SmolLM2's own template, which would be longer than the questions.
+prompt_template = 'qwen_chat'
 tokenizer = dict(chat_template='')
 
 captions = dict(
@@ -27,9 +21,9 @@ instructions = dict(
 proxy = dict(
     lr=5e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=20,
     lora=dict(r=64, lora_alpha=128))
-align = dict(lr=6e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=10)
+align = dict(lr=2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=20)
 tune = dict(
-    lr=1.5e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=125, save_steps=50,
+    lr=2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=140, save_steps=50,
     train_llm='lora', lora=dict(r=32, lora_alpha=64))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.

@@ -24,7 +24,7 @@ from transformers import (
 from dpa_xtuner.demo.drawings import ATTRIBUTION
 
 IMAGE = "<image>"
-PROMPT = "<|im_start|>{input}\n"  # as the config's prompt_template
+PROMPT = "<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 BATCH = 40
 LONGEST_ANSWER = 6

@@ -3,8 +3,7 @@
 The captions all share one flowery manner that a chat model would never choose by itself, while
 the words that matter (which thing, of what kind and colour, how many, where) can be read off the
 picture only. That is the situation in which a language prior conflict shows. The questions ask
-for kind, colour and number plainly, and some of them as multiple choice or to be answered by yes or
-no. Where a thing is they don't ask: a quarter of an hour teaches none of it.
+for the same facts plainly, and some of them as multiple choice or to be answered by yes or no.
 """
 
 from __future__ import annotations
@@ -37,10 +36,11 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "kind": tuple(sorted(KINDS)),
     "colour": COLOURS,
     "count": COUNTS,
+    "place": CELLS,
 }
 
 # Held-out questions take turns: as in training, kind and colour are asked about most.
-ASKED = ("kind", "colour", "count", "kind", "colour")
+ASKED = ("kind", "colour", "count", "kind", "colour", "place")
 
 CAPTIONS = "captions.json"
 QUESTIONS = "questions.json"
@@ -80,10 +80,10 @@ class Recipe:
     questions: int = 4000
     held_out: int = 180
     turns: int = 4
-    other_forms: float = 0.1
+    other_forms: float = 0.15
     text_only: int = 40
     seed: int = 0
-    version: int = 8
+    version: int = 6
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,10 @@ def questions(scene: Scene) -> list[Question]:
             "kind", f"What kind of thing is {what}?", drawing.kind, f"Is the thing {what} {{}}?"
         )
 
+    def place_of(drawing: Drawing, cell: int) -> Question:
+        thing = f"the {drawing.kind}"
+        return Question("place", f"Where is {thing}?", CELLS[cell], f"Is {thing} at the {{}}?")
+
     def colour_of(drawing: Drawing) -> list[Question]:
         if drawing.colour is None:
             return []
@@ -238,6 +242,7 @@ def questions(scene: Scene) -> list[Question]:
             for drawing, cell in zip(scene.drawings, scene.cells, strict=True)
             for question in (
                 kind_of(drawing, f"at the {CELLS[cell]}"),
+                place_of(drawing, cell),
                 *colour_of(drawing),
             )
         ]
@@ -246,6 +251,8 @@ def questions(scene: Scene) -> list[Question]:
         count = COUNTS[len(scene.cells) - 1]
         check = "Is the number of things {}?"
         found.append(Question("count", "How many things are there?", count, check))
+        if len(scene.cells) == 1:
+            found.append(place_of(first, scene.cells[0]))
     return found
 
 
@@ -274,7 +281,9 @@ def in_other_form(question: Question, rng: random.Random) -> Question:
         return replace(question, text=as_choice(question.text, options))
     answer = rng.choice(("Yes", "No"))
     text = question.checked(question.answer if answer == "Yes" else rng.choice(others))
-    return replace(question, text=as_yes_no(text), answer=answer)
+    if rng.random() < 0.7:
+        return replace(question, text=as_yes_no(text), answer=answer)
+    return replace(question, text=as_choice(text, rng.sample(("Yes", "No"), 2)), answer=answer)
 
 
 def _turn(text: str, answer: str) -> list[dict[str, str]]:

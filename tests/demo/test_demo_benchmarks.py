@@ -75,7 +75,7 @@ def test_same_seed_gives_the_same_files_once(folder: Path, tmp_path: Path) -> No
         ("OpenMojiChoice", 60),
         ("OpenMojiPairs", 60),
         ("OpenMojiGroups", 60),
-        ("OpenMojiShort", 43),
+        ("OpenMojiShort", 52),
         ("OpenMojiCount", 54),
     ],
 )
@@ -177,12 +177,12 @@ def test_groups_by_hand(known: Any, tmp_path: Path) -> None:
 def test_short_answers_by_hand(known: Any, tmp_path: Path) -> None:
     dataset = known("OpenMojiShort")
     right = dict(zip(dataset.data["category"], dataset.data["answer"], strict=True))
-    answers = ["nothing"] * 43
-    for kind, said in (("kind", "An {}."), ("colour", "{}ish")):
+    answers = ["nothing"] * 52
+    for kind, said in (("kind", "An {}."), ("colour", "{}ish"), ("place", " {}")):
         row = list(dataset.data["answer"]).index(right[kind])
         answers[row] = said.format(right[kind].upper())
     scores = _score(dataset, answers, tmp_path / "a")
-    expected = {"Overall": 100 / 43, "kind": 100 / 23, "colour": 0}
+    expected = {"Overall": 100 * 2 / 52, "kind": 100 / 23, "colour": 0, "place": 100 / 9}
     assert scores == pytest.approx(expected)
     counts = known("OpenMojiCount")
     digits = [str(scenes.COUNTS.index(answer) + 1) for answer in counts.data["answer"]]
@@ -253,7 +253,7 @@ def test_other_forms_are_the_lesser_share_of_the_training(trained_on: tuple[Path
     plain, mixed = map(_turns, trained_on)
     assert len(plain) == len(mixed)
     changed = [new for old, new in zip(plain, mixed, strict=True) if old != new]
-    assert 0.06 < len(changed) / len(mixed) < 0.14
+    assert 0.1 < len(changed) / len(mixed) < 0.2
     choices = [turn for turn in changed if "\nC. " in turn[0]]
     checks = [turn for turn in changed if turn not in choices]
     assert 0.2 < len(choices) / len(changed) < 0.4
@@ -261,7 +261,7 @@ def test_other_forms_are_the_lesser_share_of_the_training(trained_on: tuple[Path
     shares = Counter(answer for _, answer in checks)
     assert set(shares) == {"Yes", "No"}
     assert 0.4 < shares["Yes"] / shares.total() < 0.6
-    assert all(text.endswith("? Please answer Yes or No.") for text, _ in checks)
+    assert 0.2 < sum(text.startswith("Question: ") for text, _ in checks) / len(checks) < 0.4
 
 
 def test_held_out_questions_and_pictures_stay(trained_on: tuple[Path, Path]) -> None:
