@@ -123,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict:
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i][1]))
 
     def batched(size: int) -> list[str]:
+        """The answers in the order of the questions, asked so many at a time."""
         answers = [""] * len(questions)
         for start in range(0, len(order), size):
             places = order[start : start + size]
@@ -232,6 +233,7 @@ def watch_imports(seconds: dict[str, float]) -> None:
     plain, stack = builtins.__import__, []
 
     def timed(name: str, *args, **kwargs):
+        """Imports, and counts what a watched package takes without the others it imports."""
         top = name.partition(".")[0]
         level = args[3] if len(args) > 3 else kwargs.get("level", 0)
         if level or top not in WATCHED or (stack and stack[-1][0] == top):
@@ -264,7 +266,10 @@ def first_answer(arguments: list[str], out: Path, begun: float) -> None:
     sys.path.insert(0, str(TOOLS))
 
     def counted(what: str, function: Callable, last: bool = False) -> Callable:
+        """`function`, its seconds without imports added to `spent`; the last one writes `out`."""
+
         def call(*args, **kwargs):
+            """Calls it."""
             begin, before = time.perf_counter(), sum(imports.values())
             result = function(*args, **kwargs)
             spent[what] += time.perf_counter() - begin - (sum(imports.values()) - before)

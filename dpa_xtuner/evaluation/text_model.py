@@ -139,8 +139,10 @@ class LanguageModel(LlavaFolder):
 
     @torch.inference_mode()
     def _nats(self, texts: Sequence[str]) -> list[float | str]:
-        tokens = [self.tokenizer(text)["input_ids"][: self.longest] for text in texts]
+        tokens = [self.tokenizer(text)["input_ids"] for text in texts]
         longest = max(map(len, tokens))
+        if self.longest is not None and longest > self.longest:
+            raise DPAError(f"a text of {longest} tokens; the model has {self.longest} positions")
         ids = torch.full((len(tokens), longest), self.pad_id)
         mask = torch.zeros_like(ids)
         for row, found in enumerate(tokens):
@@ -212,7 +214,7 @@ class LikelihoodInferencer(PPLInferencer):
             templates: ``ice_template``, ``prompt_template``.
 
         Returns:
-            The predictions.
+            The predictions; none on ranks that write no file.
         """
         unchecked = f"{output_json_filename}.unchecked"
         super().inference(
