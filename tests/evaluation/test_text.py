@@ -259,6 +259,15 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
     assert not list(tmp_path.rglob("*.unchecked"))
 
 
+def test_a_text_longer_than_the_positions_is_not_cut(llm):
+    wrapper = LanguageModel(str(llm))
+    alone = wrapper.get_ppl(["hello"])[0]
+    wrapper.longest = len("hello")
+    assert list(wrapper.get_ppl(["hello", "a longer text"])) == pytest.approx([alone, float("inf")])
+    reason = f"{NO_ANSWER}: a text of 13 tokens; the model has 5 positions"
+    assert wrapper.failures == {"a longer text": reason}
+
+
 def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
     all_configs = text.configs
