@@ -228,16 +228,19 @@ def test_chance_of_short_answers(known: Any, tmp_path: Path, name: str) -> None:
     assert benchmarks.CHANCE[name.replace("OpenMoji", "openmoji-").lower()] == pytest.approx(chance)
 
 
-def _turns(root: Path) -> list[tuple[str, str]]:
+def _asked(root: Path) -> dict[str, list[tuple[str, str]]]:
+    """Questions and answers of each training picture."""
     records = json.loads((root / scenes.QUESTIONS).read_text())
-    return [
-        (human["value"].replace("<image>\n", ""), gpt["value"])
+    return {
+        record["id"]: [
+            (human["value"].replace("<image>\n", ""), gpt["value"])
+            for human, gpt in zip(
+                record["conversations"][::2], record["conversations"][1::2], strict=True
+            )
+        ]
         for record in records
         if "image" in record
-        for human, gpt in zip(
-            record["conversations"][::2], record["conversations"][1::2], strict=True
-        )
-    ]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +253,12 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_other_forms_are_the_lesser_share_of_the_training(trained_on: tuple[Path, Path]) -> None:
-    plain, mixed = map(_turns, trained_on)
-    assert len(plain) == len(mixed)
-    changed = [new for old, new in zip(plain, mixed, strict=True) if old != new]
-    assert 0.1 < len(changed) / len(mixed) < 0.2
+    plain, mixed = map(_asked, trained_on)
+    assert plain.keys() == mixed.keys()
+    conversations = [mixed[picture] for picture in mixed if plain[picture] != mixed[picture]]
+    assert 0.1 < len(conversations) / len(mixed) < 0.2
+    assert {len(turns) for turns in conversations} == {1}
+    changed = [turns[0] for turns in conversations]
     choices = [turn for turn in changed if "\nC. " in turn[0]]
     checks = [turn for turn in changed if turn not in choices]
     assert 0.2 < len(choices) / len(changed) < 0.4
@@ -262,6 +267,21 @@ def test_other_forms_are_the_lesser_share_of_the_training(trained_on: tuple[Path
     assert set(shares) == {"Yes", "No"}
     assert 0.4 < shares["Yes"] / shares.total() < 0.6
     assert 0.2 < sum(text.startswith("Question: ") for text, _ in checks) / len(checks) < 0.4
+
+
+def test_held_out_questions_are_of_the_kinds_asked_in_training(
+    trained_on: tuple[Path, Path],
+) -> None:
+    def kind_of(text: str) -> str:
+        words = {"kind": "kind", "Which": "colour", "many": "count", "Where": "place"}
+        return next(kind for word, kind in words.items() if word in text)
+
+    plain, _ = trained_on
+    kinds = Counter(kind_of(text) for turns in _asked(plain).values() for text, _ in turns)
+    assert set(kinds) == set(scenes.ANSWERS)
+    for kind, count in kinds.items():
+        share = scenes.ASKED.count(kind) / len(scenes.ASKED)
+        assert count / kinds.total() == pytest.approx(share, abs=0.1)
 
 
 def test_held_out_questions_and_pictures_stay(trained_on: tuple[Path, Path]) -> None:
@@ -277,7 +297,7 @@ def test_yes_no_questions_are_answered_from_the_scene() -> None:
     checked = {asked.kind: asked.checked(asked.answer) for asked in scenes.questions(scene)}
     assert checked == {
         "kind": "Is the thing shown a food?",
-        "colour": "Is the food red?",
+        "colour": "Is the thing shown red?",
         "count": "Is the number of things three?",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,10 +135,29 @@ def test_questions_of_a_scene_are_answered_from_it() -> None:
         (known["red apple"], known["frog"]),
         (scenes.CELLS.index("top"), scenes.CELLS.index("bottom right")),
     )
-    answers = {question.text: question.answer for question in scenes.questions(scene)}
-    assert answers["Where is the animal?"] == "bottom right"
-    assert answers["What kind of thing is at the top?"] == "food"
-    assert answers["Which colour is the animal?"] == "green"
+    assert {question.text: question.answer for question in scenes.questions(scene)} == {
+        "What kind of thing is at the top?": "food",
+        "Which colour is the thing at the top?": "red",
+        "What kind of thing is at the bottom right?": "animal",
+        "Which colour is the thing at the bottom right?": "green",
+    }
+    alone = scenes.Scene((known["frog"],), (scenes.CELLS.index("left"),))
+    assert {question.text: question.answer for question in scenes.questions(alone)} == {
+        "What kind of thing is shown?": "animal",
+        "Which colour is the thing shown?": "green",
+        "How many things are there?": "one",
+        "Where is the thing?": "left",
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_question_tells_a_fact_that_is_asked_for(seed: int) -> None:
+    """Places of several drawings are told, to say which is meant, and then not asked for."""
+    asked = scenes.questions(scenes.Sampler(False, random.Random(seed)).scene())
+    for question in asked:
+        words = question.text.rstrip("?").split()
+        facts = {other.answer for other in asked if other.kind != "place"}
+        assert not facts & set(words), question.text
 
 
 def test_held_out_questions_carry_kind_and_choices(data: Path) -> None:
