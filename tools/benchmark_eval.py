@@ -194,6 +194,8 @@ def machine(load: float) -> str:
 
 def throughput_table(result: dict) -> str:
     """The ways under a line that says what they did."""
+    from dpa_xtuner.tables import markdown
+
     rows = [
         [
             way,
@@ -209,17 +211,7 @@ def throughput_table(result: dict) -> str:
         f"threads; median of {len(result['rows'][ONE_BY_ONE]['all_s'])}\n{result['machine']}"
     )
     header = ["way", "samples/s", "times one by one", "same answers"]
-    return f"{title}\n\n{table(header, rows)}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Lays cells out as a Markdown table that also reads well as text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in (header, ruler, *rows)
-    )
+    return f"{title}\n\n{markdown(header, rows)}"
 
 
 WATCHED = ("torch", "transformers", "datasets", "mmengine", "opencompass", "vlmeval")
@@ -326,6 +318,8 @@ def measure_startup(args: argparse.Namespace) -> dict:
 
 def startup_table(result: dict) -> str:
     """What comes before the first answer, the longest first."""
+    from dpa_xtuner.tables import markdown
+
     seconds = dict(result["seconds"])
     total = seconds.pop("total")
     rows = [
@@ -334,7 +328,7 @@ def startup_table(result: dict) -> str:
     ]
     rows.append(["total", f"{total:.1f}", "100%"])
     title = f"To the first batch's answers; median of {result['repeats']}\n{result['machine']}"
-    return f"{title}\n\n{table(['part', 's', 'share'], rows)}"
+    return f"{title}\n\n{markdown(['part', 's', 'share'], rows)}"
 
 
 def main() -> int:

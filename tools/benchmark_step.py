@@ -39,6 +39,7 @@ from dpa_xtuner.data import collate
 from dpa_xtuner.loss import token_scores
 from dpa_xtuner.loss.scores import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
 from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.tables import markdown
 
 ROWS = ("stock", "uniform", "cmo", "cal", "plain")
 GROWTH_ROWS = ("stock", "uniform", "cmo", "plain")
@@ -431,17 +432,6 @@ def describe(args: argparse.Namespace) -> str:
     )
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Lays cells out as a Markdown table that also reads well as text."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in (header, ruler, *rows)
-    ]
-    return "\n".join(lines)
-
-
 def shape_table(name: str, results: dict) -> str:
     """The rows of a shape under its description."""
     shape = results["shapes"][name]
@@ -456,7 +446,7 @@ def shape_table(name: str, results: dict) -> str:
         for row, result in shape["rows"].items()
     ]
     header = ["step", "s", "ratio to stock", "peak memory, MB", "ratio to plain"]
-    return f"`{name}`: {shape['shape']}\n\n{table(header, rows)}"
+    return f"`{name}`: {shape['shape']}\n\n{markdown(header, rows)}"
 
 
 def head_table(results: dict) -> str:
@@ -468,7 +458,7 @@ def head_table(results: dict) -> str:
         for size, times in results["head"].items()
     ]
     title = "Head and cross entropy of 1024 tokens, hidden 512, vocabulary 49152, head frozen"
-    return f"{title}\n\n{table([*header, 'plain PyTorch, ms'], rows)}"
+    return f"{title}\n\n{markdown([*header, 'plain PyTorch, ms'], rows)}"
 
 
 def growth_tables(results: dict) -> str:
@@ -482,7 +472,7 @@ def growth_tables(results: dict) -> str:
         shape = shape_of(256)
         title = f"Step, s; hidden {shape.hidden}, {shape.layers} layers, "
         title += f"vocabulary {shape.vocabulary}, batch {len(shape.text)}"
-        parts.append(f"{title}\n\n{table([axis, *GROWTH_ROWS], rows)}")
+        parts.append(f"{title}\n\n{markdown([axis, *GROWTH_ROWS], rows)}")
     return "\n\n".join(parts)
 
 

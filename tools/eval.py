@@ -46,6 +46,9 @@ def main() -> int:
                         default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
                         help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
                         "$LMUData or data/benchmarks")  # fmt: skip
+    parser.add_argument("--ignore-md5", action="store_true",
+                        help="evaluate files that are not the published ones as well; the table "
+                        "says which")  # fmt: skip
     parser.add_argument("--limit", type=_positive, metavar="N",
                         help="questions or groups of each data set, evenly spread (text-only: the "
                         "first); default: all")  # fmt: skip
@@ -90,17 +93,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
     models = [_model(name) for name in arguments.models]
     _need("opencompass", "vlmeval")
-    there, left_out = _with_files(benchmarks, arguments.data)
+    there, left_out, other_files = _with_files(benchmarks, arguments.data, arguments.ignore_md5)
     texts_there, texts_left_out = text.with_files(texts, arguments.data)
-    for line in (*left_out, *texts_left_out):
+    left_out += texts_left_out
+    for line in left_out:
         print(f"Left out: {line}", file=sys.stderr, flush=True)
+    for line in other_files:
+        print(line, file=sys.stderr, flush=True)
     if not there and not texts_there:
         raise DPAError(
             f"--data {arguments.data} has the files of none of these benchmarks, see above."
         )
-    code = _evaluate_pictures(arguments, models, there, left_out) if there else 0
+    code = _evaluate_pictures(arguments, models, there, left_out, other_files) if there else 0
     if texts_there:
-        code = _evaluate_texts(arguments, models, texts_there, texts_left_out) or code
+        code = _evaluate_texts(arguments, models, texts_there, left_out) or code
     return code
 
 
@@ -120,7 +126,11 @@ def _need(*packages: str) -> None:
 
 
 def _evaluate_pictures(
-    arguments: argparse.Namespace, models: list[Path], there: list, left_out: list[str]
+    arguments: argparse.Namespace,
+    models: list[Path],
+    there: list,
+    left_out: list[str],
+    other_files: list[str],
 ) -> int:
     from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.report import save, save_beside_runs
@@ -132,10 +142,11 @@ def _evaluate_pictures(
         check_folder(folder)
     report, details = evaluate(
         folders, there, arguments.data, arguments.work_dir,
-        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size, left_out=left_out,
+        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size,
+        left_out=left_out, other_files=other_files,
     )  # fmt: skip
     print(f"\n{save(report, arguments.work_dir)}\n{arguments.work_dir / 'table.md'}")
-    if arguments.limit is None:
+    if arguments.limit is None and not other_files:
         save_beside_runs(report)
     if arguments.show:
         page = arguments.work_dir / "wrong_answers.html"
@@ -180,14 +191,26 @@ def _model(name: str) -> Path:
     )
 
 
-def _with_files(benchmarks: list, data: Path) -> tuple[list, list[str]]:
-    """Benchmarks whose files are there; and what is left out for want of its files, and why."""
+def _with_files(
+    benchmarks: list, data: Path, ignore_md5: bool
+) -> tuple[list, list[str], list[str]]:
+    """Benchmarks whose files are there; what is left out for want of them; files of another md5."""
     from dpa_xtuner.evaluation.benchmarks import missing_files
 
     missing = missing_files(benchmarks, data)
+    others = [file for file in missing if file.md5 and ignore_md5]
+    missing = [file for file in missing if file not in others]
     lacking = {file.benchmark.name for file in missing}
-    left_out = [f"{file.benchmark.title}: {file}" for file in missing]
-    return [benchmark for benchmark in benchmarks if benchmark.name not in lacking], left_out
+    return (
+        [benchmark for benchmark in benchmarks if benchmark.name not in lacking],
+        [f"{file.benchmark.title}: {file}" for file in missing],
+        [
+            f"{file.benchmark.title}: {file.path} is not the published file (its md5 is "
+            f"{file.md5}, expected {file.file.md5}); compare its scores with those of this file "
+            f"alone."
+            for file in others
+        ],
+    )
 
 
 def _gpus(wanted: int | None) -> int:

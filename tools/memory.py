@@ -75,9 +75,10 @@ def totals(cfg: Config, length: int) -> dict[tuple[str, str], list[float | None]
 
 def page(names: list[str]) -> str:
     """What these configs need and are meant for, as Markdown."""
+    from dpa_xtuner.tables import markdown
+
     named = [f"{gpus} GPU{'s' * (gpus > 1)}{_with(zero)}" for gpus, zero in SETUPS]
-    meant = [("config", "meant for", *named)]
-    needs = [("config", "stage", "samples x tokens", *named)]
+    meant, needs = [], []
     for name in names:
         print(name, flush=True)
         found = totals(Config.fromfile(find_config(name)), LENGTH)
@@ -89,8 +90,13 @@ def page(names: list[str]) -> str:
         meant.append((name, goal, *(card or "-" for card in cards)))
         for (stage, batch), sizes in found.items():
             needs.append((name, stage, batch, *(_gb(s) if s is not None else "-" for s in sizes)))
-    return TEXT.format(length=LENGTH, usable=f"{USABLE:.0%}", cards=", ".join(map(str, CARDS)),
-                       meant=_markdown(meant), needs=_markdown(needs))  # fmt: skip
+    return TEXT.format(
+        length=LENGTH,
+        usable=f"{USABLE:.0%}",
+        cards=", ".join(map(str, CARDS)),
+        meant=markdown(["config", "meant for", *named], meant),
+        needs=markdown(["config", "stage", "samples x tokens", *named], needs),
+    )
 
 
 TEXT = """# What the configs need
@@ -120,11 +126,6 @@ meant for the first set-up that there is, which has the fewest GPUs.
 
 def _with(zero: int) -> str:
     return f", ZeRO-{zero}" if zero else ""
-
-
-def _markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = (rows[0], ("---",) * len(rows[0]), *rows[1:])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _card(size: float) -> str | None:
@@ -170,13 +171,15 @@ def main() -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the table of one config."""
+    from dpa_xtuner.tables import markdown
+
     cfg = Config.fromfile(find_config(arguments.config))
     cfg.merge_from_dict(arguments.cfg_options)
     rows = table(cfg, arguments.gpus, arguments.zero, arguments.length)
     how = f"ZeRO-{arguments.zero}" if arguments.zero else "no DeepSpeed"
     length = f"{arguments.length} tokens" if arguments.length else "samples of max_length"
     print(f"{cfg.llm_name_or_path}: GB on each of {arguments.gpus} GPUs, {how}, {length}\n")
-    print(_markdown([COLUMNS, *rows]))
+    print(markdown(COLUMNS, rows))
     kept = "kept" if cfg.model.get("use_activation_checkpointing", True) else "computed again"
     print(f"\nIn brackets: the activations if they were {kept}.")
     print(f"A stage fits into a card where it takes at most {USABLE:.0%} of it.")

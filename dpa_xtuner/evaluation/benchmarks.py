@@ -256,12 +256,14 @@ class Missing:
         file: What is expected.
         path: Where.
         problem: What is wrong with it.
+        md5: Of the file that is there, where another is expected; else empty.
     """
 
     benchmark: Benchmark
     file: DataFile
     path: Path
     problem: str
+    md5: str = ""
 
     def __str__(self) -> str:
         """What is wrong, and what to do."""
@@ -277,17 +279,18 @@ def missing_files(benchmarks: Iterable[Benchmark], root: str | Path) -> list[Mis
     for benchmark in benchmarks:
         for file in benchmark.files:
             path = Path(root, file.name)
-            get = f"python tools/get_benchmarks.py {benchmark.name}"
+            get, found = f"python tools/get_benchmarks.py {benchmark.name}", ""
             if not path.is_file():
                 problem = f"not there; get it with: {get}" if file.url else "not there"
             elif file.md5 and (found := file_md5(path)) != file.md5:
                 problem = (
                     f"its md5 is {found}, expected {file.md5}: cut short, or another version. "
-                    f"Move it away and get it again: {get}"
+                    f"Move it away and get it again: {get}; or evaluate it as it is: tools/eval.py "
+                    f"--ignore-md5"
                 )
             else:
                 continue
-            missing.append(Missing(benchmark, file, path, problem))
+            missing.append(Missing(benchmark, file, path, problem, found))
     return missing
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpa_xtuner import tables
 from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
 from dpa_xtuner.files import read_json, write_json, write_text
 
@@ -56,6 +57,7 @@ class Report:
         benchmarks: The columns, in order.
         limit: Questions or groups asked of each data set at most; None for all.
         left_out: Lines on benchmarks that were asked for and have no files.
+        other_files: Lines on data files that are not the published ones.
         notes: Other lines for who reads the table.
         sources: Label -> ``folder``, and ``abbr``, OpenCompass's name of it.
     """
@@ -64,6 +66,7 @@ class Report:
     benchmarks: list[Benchmark]
     limit: int | None = None
     left_out: list[str] = field(default_factory=list)
+    other_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -82,7 +85,8 @@ class Report:
 
     def is_papers(self) -> bool:
         """Whether the paper's means are means of the same benchmarks, asked in full."""
-        return self.limit is None and {b.name for b in self.benchmarks} == set(PAPER)
+        whole = self.limit is None and not self.other_files
+        return whole and {b.name for b in self.benchmarks} == set(PAPER)
 
     def failures(self) -> list[str]:
         """What should make the command fail: a line for each task that did."""
@@ -121,7 +125,11 @@ def markdown(report: Report) -> str:
         for llm, means in PAPER_MEANS.items():
             empty = [""] * (len(columns) - 1)
             rows += [[f"paper: {llm}, {method}", *empty, f"{m:.1f}"] for method, m in means.items()]
-    parts = [_table(header, rows), _table(*_asked(report)), "\n".join(_lines(report))]
+    parts = [
+        tables.markdown(header, rows),
+        tables.markdown(*_asked(report)),
+        "\n".join(_lines(report)),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -151,7 +159,7 @@ def _lines(report: Report) -> list[str]:
             "scores of single benchmarks are not listed here."
         )
     lines += [f"- Left out: {line}" for line in report.left_out]
-    lines += [f"- {line}" for line in report.notes]
+    lines += [f"- {line}" for line in (*report.other_files, *report.notes)]
     lines += [f"- Failed: {line}" for line in report.failures()]
     for label, results in report.models.items():
         for name, result in results.items():
@@ -162,17 +170,6 @@ def _lines(report: Report) -> list[str]:
             if (more := len(result.failed) - LISTED) > 0:
                 lines.append(f"- {more} more of them are listed in table.json: {label}, {name}")
     return lines
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Iterable[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return " | ".join([f"| {first[0]:<{first[1]}}", *(f"{c:>{w}}" for c, w in others)]) + " |"
-
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def _number(score: float | None) -> str:
@@ -231,6 +228,7 @@ def save(report: Report, folder: Path) -> str:
         "sources": report.sources,
         "limit": report.limit,
         "left_out": report.left_out,
+        "other_files": report.other_files,
         "notes": report.notes,
         "failures": report.failures(),
     }

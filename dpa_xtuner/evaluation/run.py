@@ -202,6 +202,7 @@ def evaluate(
     gpus: int = 0,
     batch_size: int = 8,
     left_out: Iterable[str] = (),
+    other_files: Iterable[str] = (),
 ) -> tuple[Report, dict[tuple[str, str], list[dict]]]:
     """Evaluate models on benchmarks whose files are there.
 
@@ -213,7 +214,8 @@ def evaluate(
         limit: See `dataset_config`.
         gpus: How many answer at a time; 0 for the CPU.
         batch_size: Samples in a batch.
-        left_out: Lines for the report.
+        left_out: Lines for the report, see there.
+        other_files: Lines for the report, see there.
 
     Returns:
         The report; and (model's label, data set) -> samples, see `BenchmarkEvaluator.score`.
@@ -246,7 +248,8 @@ def evaluate(
     sources = {
         model.label: {"folder": str(model.folder.resolve()), "abbr": model.abbr} for model in models
     }
-    return Report(table, benchmarks, limit, list(left_out), notes, sources), details
+    report = Report(table, benchmarks, limit, list(left_out), list(other_files), notes, sources)
+    return report, details
 
 
 def _result(benchmark: Benchmark, pairs: dict[str, tuple[str, str]], outcome: Outcome) -> Result:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.run import content_hash, run
 from dpa_xtuner.files import write_json, write_text
@@ -416,13 +417,7 @@ def save(evaluated: Evaluated, folder: Path, limit: int | None, without: list[st
         The table as Markdown, and what a reader must know beside it.
     """
     table = cells(evaluated)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    ruler = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in (table[0], ruler, *table[1:])
-    ]
-    lines.append("")
+    lines = [tables.markdown(table[0], table[1:]), ""]
     if limit is not None:
         lines.append(f"- Of each data set {limit} questions were asked, the first ones.")
     lines += [f"- Left out: {line}" for line in without]

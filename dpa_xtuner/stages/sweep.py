@@ -12,6 +12,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
+from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, write_json, write_text
 from dpa_xtuner.stages.pipeline import read_state
@@ -202,12 +203,7 @@ def save_table(work_dir: Path, suffix: str = "") -> str:
     found = rows(work_dir, suffix)
     columns = list(dict.fromkeys(key for row in found for key in row))
     text = [[_cell(row.get(column)) for column in columns] for row in found]
-    widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
-    lines = [columns, ["-" * width for width in widths], *text]
-    markdown = "\n".join(
-        f"| {' | '.join(cell.ljust(w) for cell, w in zip(line, widths, strict=True))} |"
-        for line in lines
-    )
+    markdown = tables.markdown(columns, text, numbers=False)
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()

@@ -1,5 +1,6 @@
 """tools/eval.py: what it prints, its exit codes and what it imports."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,6 +11,8 @@ import sys
 import pytest
 from run_eval import TOOL
 from tiny_folder import rows, write_data
+
+from dpa_xtuner.evaluation.benchmarks import BENCHMARKS
 
 HERE = os.path.dirname(__file__)
 
@@ -110,17 +113,36 @@ def test_missing_files_are_left_out_and_nothing_is_an_error(call, folder, data):
     assert "has the files of none of these benchmarks" in err
 
 
+def test_a_file_that_is_not_the_published_one(call, folder, data, tmp_path):
+    file = dataclasses.replace(BENCHMARKS["ai2d"].files[0], md5="0" * 32)
+    BENCHMARKS["ai2d"] = dataclasses.replace(BENCHMARKS["ai2d"], files=(file,))
+    arguments = folder, "--data", data, "--benchmarks", "ai2d", "mmvp", "--limit", "2"
+    table = tmp_path / "work_dirs/eval/table.json"
+    code, out, err = call(*arguments)
+    assert code == 0 and "Left out: AI2D: " in err and "--ignore-md5" in err
+    assert {row["benchmark"] for row in json.loads(table.read_text())["rows"]} == {"mmvp"}
+    code, out, err = call(*arguments, "--ignore-md5")
+    assert code == 0 and "Left out" not in err + out
+    line = f"AI2D: {data / 'AI2D_TEST.tsv'} is not the published file (its md5 is "
+    assert line in err and f"- {line}" in out and "MMVP: " not in err
+    found = json.loads(table.read_text())
+    assert {"ai2d", "mmvp"} < {row["benchmark"] for row in found["rows"]}
+    assert [text.startswith(line) for text in found["other_files"]] == [True]
+
+
 def test_pictures_and_text_don_t_wait_for_each_others_files(call, tool, folder, data, monkeypatch):
     """What is there is evaluated, whichever of the two kinds has no file."""
     from dpa_xtuner.evaluation import text
 
     code, out, err = call(folder, "--data", data, "--benchmarks", "ai2d", "piqa", "--limit", "2")
     assert code == 0 and "AI2D" in out and "Left out: PIQA (piqa): " in err
+    assert "- Left out: PIQA (piqa): " in out
     asked = []
     monkeypatch.setattr(text, "with_files", lambda benchmarks, root: (benchmarks, []))
-    monkeypatch.setattr(tool, "_evaluate_texts", lambda *found: asked.append(found[2]) or 3)
+    monkeypatch.setattr(tool, "_evaluate_texts", lambda *found: asked.extend(found[2:]) or 3)
     code, out, err = call(folder, "--data", data, "--benchmarks", "docvqa", "piqa")
     assert code == 3 and "Left out: DocVQA" in err and [b.name for b in asked[0]] == ["piqa"]
+    assert len(asked[1]) == 1 and asked[1][0].startswith("DocVQA: ")  # for the table that there is
 
 
 def test_a_failed_task_is_exit_code_1(call, folder, data, tmp_path):

@@ -50,7 +50,7 @@ def test_papers_rows_only_beside_the_papers_benchmarks():
     assert cells(text, "paper: Qwen2.5-7B, DPA")[-1] == "51.7"
     assert cells(text, "paper: Llama-3.1-8B, CAL")[-1] == "46.0"
     assert cells(text, "paper: Gemma-2-9B, vanilla") == [""] * 9 + ["48.2"]
-    for other in (made(limit=100), made(names=PAPER[1:])):
+    for other in (made(limit=100), made(names=PAPER[1:]), replace(made(), other_files=["one"])):
         assert "paper" not in report.markdown(other)
     assert "100 questions or groups at most" in report.markdown(made(limit=100))
 

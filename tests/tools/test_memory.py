@@ -168,7 +168,7 @@ def test_the_tool_prints_a_row_for_each_stage():
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
-    assert [row[0].strip() for row in rows] == ["stage", "---", "proxy", "align", "tune"]
+    assert [row[0].strip(" :-") for row in rows] == ["stage", "", "proxy", "align", "tune"]
     tune = [cell.strip() for cell in rows[-1]]
     # 7,615,616,512 and a projector of 16.5 million: 2 bytes each, beside 0.6 GB of CLIP.
     assert tune[1] == "7,632.1 M" and tune[3] == "14.8"
