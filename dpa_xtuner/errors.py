@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class DPAError(ValueError):
@@ -10,6 +11,17 @@ class DPAError(ValueError):
     The message says what was wrong (argument, value, file or record id), what was
     expected, and what to do.
     """
+
+
+def check_installed(extra: str, *packages: str) -> None:
+    """Refuse to go on without packages of an extra of this project's.
+
+    Raises:
+        DPAError: one is not installed; the message says how it is.
+    """
+    for package in packages:
+        if not find_spec(package):
+            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[{extra}]'")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

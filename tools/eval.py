@@ -20,14 +20,13 @@ import importlib
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
 
 from _configs import config_names, find_config
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError, check_installed, nearest
 
 EXPORT = Path(__file__).with_name("export.py")
 
@@ -92,7 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     texts, names = text.choose(arguments.benchmarks)
     benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
     models = [_model(name) for name in arguments.models]
-    _need("opencompass", "vlmeval")
+    check_installed("eval", "opencompass", "vlmeval")
     there, left_out, other_files = _with_files(benchmarks, arguments.data, arguments.ignore_md5)
     texts_there, texts_left_out = text.with_files(texts, arguments.data)
     left_out += texts_left_out
@@ -117,12 +116,6 @@ def _import(module: str) -> None:
         if error.name and f"{module}.".startswith(f"{error.name}."):
             raise DPAError(f"--import {module}: there is no such module.") from None
         raise
-
-
-def _need(*packages: str) -> None:
-    for package in packages:
-        if not find_spec(package):
-            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[eval]'")
 
 
 def _evaluate_pictures(

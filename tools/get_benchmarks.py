@@ -1,10 +1,10 @@
 """Fetch the benchmarks' data files, and say what is missing.
 
-Usage: python tools/get_benchmarks.py [NAMES ... | all] [--data DIR] [--list]
+Usage: python tools/get_benchmarks.py [NAMES ... | all | text] [--data DIR] [--list]
 
 A file appears under its name when it is whole and its md5 is right. What was fetched before a stop
-is kept in NAME.tsv.partial and gone on with. Without a network, put the files that are listed into
-the folder by other means.
+is kept in NAME.partial and gone on with. Text-only data sets come in archives, which are unpacked.
+Without a network, put the files that are listed into the folder by other means, and call it again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,14 +23,16 @@ os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
 
 from tqdm import tqdm
 
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.errors import DPAError, check_installed
+from dpa_xtuner.evaluation import text
 from dpa_xtuner.evaluation.benchmarks import (
+    Benchmark,
     DataFile,
-    Missing,
     file_md5,
     find_benchmarks,
     missing_files,
 )
+from dpa_xtuner.evaluation.text import Archive
 from dpa_xtuner.files import move_into_place
 
 TIMEOUT = 30  # seconds without a byte
@@ -40,7 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", default=["all"], help="benchmarks; all by default")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        default=["all"],
+        help="benchmarks, all (default) for those with pictures, text",
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -56,13 +64,28 @@ def main() -> None:
     sys.exit(1 if missing else 0)
 
 
+@dataclass(frozen=True)
+class Item:
+    """What one of the benchmarks is read from.
+
+    Attributes:
+        file: What is fetched.
+        path: What has to be there: the file itself, or the folder of an archive.
+        problem: Why it can't be used; empty if it can.
+    """
+
+    file: DataFile | Archive
+    path: Path
+    problem: str
+
+
 def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
-    """Fetch what is not there, and print what there is.
+    """Fetch what is not there, unpack archives, and print what there is.
 
     Args:
-        names: Of benchmarks, or "all".
+        names: Of benchmarks; "all" and "text" stand for those with pictures and without.
         folder: Of the data files; made where it is not there.
-        fetch_them: Whether to fetch.
+        fetch_them: Whether to fetch, and to unpack.
 
     Returns:
         Whether something is missing.
@@ -70,38 +93,67 @@ def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
     Raises:
         DPAError: A name is unknown.
     """
-    benchmarks = find_benchmarks(names)
-    refused = fetch_missing(missing_files(benchmarks, folder)) if fetch_them else {}
+    texts, names = text.choose(names)
+    benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
+    if texts:
+        check_installed("eval", "opencompass")
+    refused: dict[str, str] = {}
+    if fetch_them:
+        lacking = [item for item in survey(benchmarks, texts, folder) if item.problem]
+        refused = fetch_missing(lacking, folder)
+        refused |= unpack_missing(
+            [item for item in lacking if isinstance(item.file, Archive)], folder
+        )
+    items = survey(benchmarks, texts, folder)
+    for item in items:
+        print(f"{'missing' if item.problem else 'here':8} {item.file.name}")
+        if item.problem:
+            print(f"         put it at {(folder / item.file.name).resolve()}")
+            print(f"         md5       {item.file.md5 or 'any'}")
+            print(f"         from      {item.file.url or 'nowhere: it is made on this machine'}")
+            print(f"         problem   {refused.get(item.file.name, item.problem)}")
+    here = sum(not item.problem for item in items)
+    print(f"{here} of {len(items)} files are in {folder.resolve()}.")
+    return here < len(items)
+
+
+def survey(
+    benchmarks: list[Benchmark], texts: list[text.TextBenchmark], folder: Path
+) -> list[Item]:
+    """List what benchmarks are read from, and what is wrong with it."""
     problems = {item.file: item.problem for item in missing_files(benchmarks, folder)}
-    for file in (file for benchmark in benchmarks for file in benchmark.files):
-        print(f"{'missing' if file in problems else 'here':8} {file.name}")
-        if file in problems:
-            print(f"         put it at {(folder / file.name).resolve()}")
-            print(f"         md5       {file.md5 or 'any'}")
-            print(f"         from      {file.url or 'nowhere: it is made on this machine'}")
-            print(f"         problem   {refused.get(file.name, problems[file])}")
-    count = sum(len(benchmark.files) for benchmark in benchmarks)
-    print(f"{count - len(problems)} of {count} files are in {folder.resolve()}.")
-    return bool(problems)
+    items = [
+        Item(file, folder / file.name, problems.get(file, ""))
+        for benchmark in benchmarks
+        for file in benchmark.files
+    ]
+    for archive, lacking in text.archives(texts, folder).items():
+        path, problem = folder / archive.folder, ""
+        if lacking:
+            problem = f"{path} is not there; this command unpacks a zip at this place"
+        if lacking and path.exists():
+            problem = f"{path} lacks {lacking[0].relative_to(path)}; move it away and try again"
+        items.append(Item(archive, path, problem))
+    return items
 
 
-def fetch_missing(missing: list[Missing]) -> dict[str, str]:
-    """Fetch what is not there: a file with another md5 is the user's to move away.
+def fetch_missing(items: list[Item], folder: Path) -> dict[str, str]:
+    """Fetch what is not there: what is there and wrong is the user's to move away.
 
     Returns:
         Why a file could not be fetched, by its name.
     """
     refused: dict[str, str] = {}
     unreachable: dict[str, str] = {}  # hosts: each is waited for once
-    for item in missing:
-        host = urlsplit(item.file.url).netloc
-        if item.path.exists() or not item.file.url:
+    for item in items:
+        path, host = folder / item.file.name, urlsplit(item.file.url).netloc
+        if item.path.exists() or path.exists() or not item.file.url:
             continue
         if host in unreachable:
             refused[item.file.name] = unreachable[host]
             continue
         try:
-            fetch(item.file, item.path)
+            fetch(item.file, path)
         except (OSError, http.client.HTTPException, DPAError) as error:
             reason = str(getattr(error, "reason", "") or error)
             refused[item.file.name] = reason
@@ -110,7 +162,23 @@ def fetch_missing(missing: list[Missing]) -> dict[str, str]:
     return refused
 
 
-def fetch(file: DataFile, path: Path) -> None:
+def unpack_missing(items: list[Item], folder: Path) -> dict[str, str]:
+    """Unpack archives that are there where their folders are not.
+
+    Returns:
+        Why an archive could not be unpacked, by its name.
+    """
+    refused: dict[str, str] = {}
+    for item in items:
+        if (folder / item.file.name).is_file() and not item.path.exists():
+            try:
+                text.unpack(item.file, folder)
+            except (OSError, DPAError) as error:
+                refused[item.file.name] = str(error)
+    return refused
+
+
+def fetch(file: DataFile | Archive, path: Path) -> None:
     """Fetch a file, going on with what an earlier call has got.
 
     Args:

@@ -13,14 +13,16 @@ import csv
 import importlib
 import io
 import math
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation.benchmarks import file_md5
 from dpa_xtuner.evaluation.run import content_hash, run
-from dpa_xtuner.files import write_json, write_text
+from dpa_xtuner.files import move_into_place, write_json, write_text
 
 ANSWER_TOKENS = 128
 """Longest answer in tokens, where a data set's config does not say it; ours."""
@@ -74,8 +76,42 @@ TEXT_BENCHMARKS = {
 }  # fmt: skip
 """By name, in the table's order. None needs a judge."""
 
-ARCHIVES = "http://opencompass.oss-cn-shanghai.aliyuncs.com/datasets/data"
-"""Where OpenCompass 0.5.4 gets them (``opencompass.utils.datasets_info``), as FOLDER.zip."""
+
+@dataclass(frozen=True)
+class Archive:
+    """A zip of OpenCompass's that holds a folder of data sets.
+
+    Attributes:
+        folder: in the archive, and below the data folder once it is unpacked.
+        md5: of the archive.
+    """
+
+    folder: str
+    md5: str
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.folder}.zip"
+
+    @property
+    def url(self) -> str:
+        """Where it can be fetched."""
+        return f"http://opencompass.oss-cn-shanghai.aliyuncs.com/datasets/data/{self.name}"
+
+
+ARCHIVES = {
+    archive.folder: archive
+    for archive in (
+        Archive("mmlu", "761310671509a239e41c4b717f7fab9c"),
+        Archive("ARC", "d720629b69f1a51cfe78bf65b00b44f6"),
+        Archive("SuperGLUE", "b60904915b0b61d1a04ea52280169936"),
+        Archive("gsm8k", "901e5dc93a2889789a469da9850cdca8"),
+        Archive("hellaswag", "2b700a02ffb58571c7df8d8d0619256f"),
+        Archive("piqa", "39374924aec45f2f7efdffb1977ce2ba"),
+    )
+}
+"""By folder: those of OpenCompass 0.5.4 (``opencompass.utils.datasets_info``; a test compares)."""
 
 
 @dataclass(frozen=True)
@@ -172,9 +208,7 @@ def with_files(
 ) -> tuple[list[TextBenchmark], list[str]]:
     """Those whose files are there; and a line for each other, see :func:`left_out`."""
     missing = {benchmark: missing_files(benchmark, root) for benchmark in benchmarks}
-    lines = [
-        left_out(benchmark, root, lacking) for benchmark, lacking in missing.items() if lacking
-    ]
+    lines = [left_out(benchmark, lacking) for benchmark, lacking in missing.items() if lacking]
     return [benchmark for benchmark, lacking in missing.items() if not lacking], lines
 
 
@@ -198,14 +232,45 @@ def missing_files(benchmark: TextBenchmark, root: Path) -> list[Path]:
     return [file for file in dict.fromkeys(needed) if not file.is_file()]
 
 
-def left_out(benchmark: TextBenchmark, root: Path, missing: list[Path]) -> str:
-    """A line that says what is missing and where to get it."""
-    folder = benchmark.path.partition("/")[0]
+def left_out(benchmark: TextBenchmark, missing: list[Path]) -> str:
+    """A line that says what is missing and how to get it."""
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     return (
-        f"{benchmark.title} ({benchmark.name}): {missing[0]}{more} not there; unpack {ARCHIVES}/"
-        f"{folder}.zip so that {root / folder} is"
+        f"{benchmark.title} ({benchmark.name}): {missing[0]}{more} not there; get it with: python "
+        f"tools/get_benchmarks.py {benchmark.name}"
     )
+
+
+def archives(benchmarks: list[TextBenchmark], root: Path) -> dict[Archive, list[Path]]:
+    """The archives that benchmarks' files come in, with those of the files that are not there."""
+    found: dict[Archive, list[Path]] = {}
+    for benchmark in benchmarks:
+        archive = ARCHIVES[benchmark.path.partition("/")[0]]
+        found.setdefault(archive, []).extend(missing_files(benchmark, root))
+    return {archive: list(dict.fromkeys(files)) for archive, files in found.items()}
+
+
+def unpack(archive: Archive, root: Path) -> None:
+    """Unpack an archive that is in the data folder; its folder appears whole or not at all.
+
+    Raises:
+        DPAError: the archive is another one or does not hold its folder.
+    """
+    packed = root / archive.name
+    if (found := file_md5(packed)) != archive.md5:
+        raise DPAError(
+            f"its md5 is {found}, expected {archive.md5}: cut short, or another version. Move it "
+            f"away and get it again."
+        )
+    partial = root / f".{archive.folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    try:
+        shutil.unpack_archive(packed, partial)
+        if not (partial / archive.folder).is_dir():
+            raise DPAError(f"it holds no folder {archive.folder}.")
+        move_into_place(partial / archive.folder, root / archive.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def data_sets(benchmark: TextBenchmark, root: Path, limit: int | None) -> list[dict]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 
 from dpa_xtuner.evaluation import benchmarks as table
+from dpa_xtuner.evaluation import text
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,12 +26,13 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT, and remembers from where on it was asked for."""
+    """Serves its content, and remembers from where on it was asked for."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[int] = []
         self.knows_ranges = True
+        self.content = CONTENT
         self.breaks_off_at = len(CONTENT)
 
 
@@ -41,12 +44,13 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_error(404)
         if start and not self.server.knows_ranges:
             start = 0
-        if start >= len(CONTENT):
+        content = self.server.content
+        if start >= len(content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        self.wfile.write(CONTENT[start : self.server.breaks_off_at])
+        self.wfile.write(content[start : self.server.breaks_off_at])
 
     def log_message(self, *_):
         pass
@@ -141,6 +145,72 @@ def test_without_a_network(register, tmp_path, capsys):
     assert "from      http://127.0.0.1:9/two.tsv" in out
 
 
+@pytest.fixture
+def archive(server, monkeypatch, tmp_path):
+    """GSM8K's archive, with small files in it, on the server."""
+    packed = tmp_path / "packed.zip"
+    with zipfile.ZipFile(packed, "w") as file:
+        for name in ("train.jsonl", "test.jsonl", "more/beside.txt"):
+            file.writestr(f"gsm8k/{name}", name)
+    server.content = packed.read_bytes()
+    md5 = hashlib.md5(server.content).hexdigest()
+    monkeypatch.setitem(text.ARCHIVES, "gsm8k", text.Archive("gsm8k", md5))
+    url = property(lambda archive: f"http://127.0.0.1:{server.server_port}/{archive.name}")
+    monkeypatch.setattr(text.Archive, "url", url)
+    return packed
+
+
+def test_text_comes_in_archives(archive, server, tmp_path, capsys):
+    folder = tmp_path / "new"
+    assert get_benchmarks.get(["gsm8k"], folder) is False
+    for name in ("train.jsonl", "test.jsonl", "more/beside.txt"):
+        assert (folder / "gsm8k" / name).read_text() == name
+    assert sorted(p.name for p in folder.iterdir()) == ["gsm8k", "gsm8k.zip"]
+    assert "1 of 1 files are in" in capsys.readouterr().out
+    assert get_benchmarks.get(["gsm8k"], folder) is False
+    assert server.asked == [0]
+    assert text.with_files([text.TEXT_BENCHMARKS["gsm8k"]], folder)[1] == []
+
+
+def test_an_archive_that_was_put_there(archive, server, tmp_path, capsys):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / ".gsm8k.partial/gsm8k").mkdir(parents=True)  # of a killed process
+    (folder / "gsm8k.zip").write_bytes(archive.read_bytes()[:-1])
+    assert get_benchmarks.get(["gsm8k"], folder) is True
+    assert not (folder / "gsm8k").exists()
+    assert f"expected {text.ARCHIVES['gsm8k'].md5}: cut short" in capsys.readouterr().out
+    (folder / "gsm8k.zip").write_bytes(archive.read_bytes())
+    assert get_benchmarks.get(["gsm8k"], folder, fetch_them=False) is True
+    assert get_benchmarks.get(["gsm8k"], folder) is False
+    assert sorted(p.name for p in folder.iterdir()) == ["gsm8k", "gsm8k.zip"]
+    (folder / "gsm8k/test.jsonl").unlink()
+    capsys.readouterr()
+    assert get_benchmarks.get(["gsm8k"], folder) is True
+    assert f"{folder / 'gsm8k'} lacks test.jsonl; move it away" in capsys.readouterr().out
+    assert (folder / "gsm8k/train.jsonl").is_file() and server.asked == []
+
+
+def test_an_archive_without_its_folder(archive, monkeypatch, tmp_path, capsys):
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("other/train.jsonl", "")
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(text.ARCHIVES, "gsm8k", text.Archive("gsm8k", md5))
+    archive.rename(tmp_path / "gsm8k.zip")
+    assert get_benchmarks.get(["gsm8k"], tmp_path) is True
+    assert "problem   it holds no folder gsm8k" in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["gsm8k.zip"]
+
+
+def test_archives_are_opencompasss():
+    from opencompass.utils.datasets_info import DATASETS_URL
+
+    known = [(entry["url"], entry["md5"]) for entry in DATASETS_URL.values()]
+    assert {b.path.partition("/")[0] for b in text.TEXT_BENCHMARKS.values()} == {*text.ARCHIVES}
+    for folder, archive in text.ARCHIVES.items():
+        assert archive.folder == folder and (archive.url, archive.md5) in known
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools/get_benchmarks.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -154,6 +224,11 @@ def test_from_a_shell(tmp_path):
         for file in benchmark.files:
             assert f"missing  {file.name}" in listed.stdout
             assert file.md5 in listed.stdout and file.url in listed.stdout
+    listed = run("text", "--list", "--data", str(tmp_path))
+    assert listed.returncode == 1 and "0 of 6 files are in" in listed.stdout
+    for archive in text.ARCHIVES.values():
+        assert f"put it at {tmp_path / archive.name}" in listed.stdout
+        assert archive.md5 in listed.stdout and archive.url in listed.stdout
     unknown = run("mmbnch", "--data", str(tmp_path))
     assert unknown.returncode == 1
     assert unknown.stderr.startswith(
