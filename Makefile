@@ -48,4 +48,5 @@ test: $(INSTALLED)
 	python -m pytest
 
 clean:
-	rm -rf work_dirs $(DATA)/openmoji $(DATA)/models
+	rm -rf work_dirs/$(CONFIG) $(wildcard work_dirs/$(CONFIG)-*) $(DATA)/openmoji \
+		$(DATA)/models/smollm2-135m-instruct $(DATA)/models/openmoji-vit

@@ -112,6 +112,33 @@ def _without_methods(buffer) -> dict:
     return {key: value for key, value in vars(buffer).items() if key != "statistics_methods"}
 
 
+def vlmeval_scoring() -> None:
+    """VLMEvalKit 0.0.20 scores slowly, and in processes that it never ends.
+
+    Multiple choice is scored in a thread that writes the results so far to a file after each row:
+    50 s for AI2D. ANLS is scored in 16 forks of this process, which may hold a model and run
+    threads. Only processes that evaluate need this; where VLMEvalKit has neither function any
+    more, nothing is done.
+    """
+    import multiprocessing.dummy
+
+    from vlmeval.dataset import image_vqa
+    from vlmeval.dataset.utils import multiple_choice
+
+    if hasattr(multiple_choice, "track_progress_rich"):
+        multiple_choice.track_progress_rich = _all_at_once
+    if hasattr(image_vqa, "mp"):
+        image_vqa.mp = multiprocessing.dummy
+
+
+def _all_at_once(func, tasks, nproc, save, keys, **options) -> list:
+    from vlmeval.smp import dump
+
+    results = [func(**task) for task in tasks]
+    dump(dict(zip(keys, results, strict=True)), save)
+    return results
+
+
 def apply() -> None:
     """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
     mmengine_overwritten()

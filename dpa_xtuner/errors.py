@@ -1,8 +1,14 @@
-"""The error that is meant for the person at the keyboard."""
+"""The error that is meant for the person at the keyboard, and how it is shown."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+
+from safetensors import SafetensorError
 
 
 class DPAError(ValueError):
@@ -21,10 +27,45 @@ def check_installed(extra: str, *packages: str) -> None:
     """
     for package in packages:
         if not find_spec(package):
-            raise DPAError(f"{package} is not installed: pip install 'dpa_xtuner[{extra}]'")
+            raise DPAError(f"{package} is not installed: {install(extra)}")
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this project's, in the versions tested together."""
+    return f"pip install -c constraints.txt -e '.[{extra}]' (see the README's Install)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing where nothing is near."""
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+# What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.
+_MENDABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
+    None,  # transformers: a model or a file of it is missing
+}  # fmt: skip
+
+
+@contextmanager
+def told_plainly(every_rank: bool = False) -> Iterator[None]:
+    """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
+
+    Args:
+        every_rank: any rank may be the only one in trouble, so each speaks for itself.
+            Without it all are in the same trouble and the first of each node speaks.
+    """
+    try:
+        yield
+    except (DPAError, OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _MENDABLE:
+            raise
+        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        if every_rank or local_rank == "0":
+            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\nStopped. To go on, call the same command again.", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

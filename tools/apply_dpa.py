@@ -25,14 +25,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the config to write")
     arguments = parser.parse_args()
 
-    from dpa_xtuner import DPAError
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.stages.from_stock import find_stock, write_config
 
-    try:
+    with told_plainly():
         stock = find_stock(arguments.stock)
         converted = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
-    except DPAError as error:
-        raise SystemExit(str(error)) from None
     print("\n".join(converted.header))
     if converted.not_kept:
         print("Not kept:", *converted.not_kept, sep="\n  - ")

@@ -21,8 +21,8 @@ def main() -> int:
     arguments = parser.parse_args()
     path = find_config(arguments.config)
 
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.stages.check import check_config
-    from dpa_xtuner.stages.runner import told_plainly
 
     with told_plainly():
         return 0 if check_config(path, arguments.cfg_options, arguments.sample) else 1

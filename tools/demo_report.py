@@ -7,6 +7,7 @@ was answered once is kept: a second call prints it again.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -19,17 +20,22 @@ def main() -> int:
     arguments = parser.parse_args()
     table = arguments.work_dir / "report.txt"
     picture = arguments.work_dir / "answers.png"
-    if not table.is_file():
+    finished = arguments.work_dir / "tune" / "stage.json"
+    if not table.is_file() or _changed(finished) > _changed(table):
         _evaluate(arguments.root, arguments.work_dir, table, picture)
     print(f"\n{table.read_text(encoding='utf-8')}\n\n{picture.resolve()}")
     return 0
 
 
+def _changed(file: Path) -> float:
+    return file.stat().st_mtime if file.is_file() else math.inf
+
+
 def _evaluate(root: Path, work_dir: Path, table: Path, picture: Path) -> None:
     from dpa_xtuner.demo import report, trained
     from dpa_xtuner.demo.prepare import DATA_FOLDER
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.files import write_text
-    from dpa_xtuner.stages.runner import told_plainly
 
     with told_plainly():
         after = trained.after_training(root, work_dir)

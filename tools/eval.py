@@ -26,7 +26,7 @@ os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's,
 
 from _configs import config_names, find_config
 
-from dpa_xtuner.errors import DPAError, check_installed, nearest
+from dpa_xtuner.errors import DPAError, check_installed, nearest, told_plainly
 
 EXPORT = Path(__file__).with_name("export.py")
 
@@ -64,14 +64,8 @@ def main() -> int:
                         help="Python modules that register benchmarks of your own "
                         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
-    try:
+    with told_plainly():
         return _evaluate(arguments)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
-        return 130
-    except (DPAError, OSError) as error:
-        print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
-        return 1
 
 
 def _positive(text: str) -> int:

@@ -36,8 +36,8 @@ def main() -> None:
     arguments["config"] = find_config(arguments["config"])
     arguments["options"] = arguments.pop("cfg_options")
 
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.export import export_config
-    from dpa_xtuner.stages.runner import told_plainly
 
     with told_plainly():
         export_config(**arguments)

@@ -23,7 +23,7 @@ os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
 
 from tqdm import tqdm
 
-from dpa_xtuner.errors import DPAError, check_installed
+from dpa_xtuner.errors import DPAError, check_installed, told_plainly
 from dpa_xtuner.evaluation import text
 from dpa_xtuner.evaluation.benchmarks import (
     Benchmark,
@@ -57,10 +57,8 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="fetch nothing")
     args = parser.parse_args()
-    try:
+    with told_plainly():
         missing = get(args.names, args.data, fetch_them=not args.list)
-    except DPAError as error:
-        raise SystemExit(f"error: {error}") from None
     sys.exit(1 if missing else 0)
 
 

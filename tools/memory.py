@@ -157,16 +157,14 @@ def main() -> None:
     if arguments.gpus < 1 or (arguments.length or 1) < 1:
         parser.error("--gpus and --length are numbers from 1 on")
 
-    from dpa_xtuner import DPAError
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.files import write_text
 
-    try:
+    with told_plainly():
         if arguments.table:
             write_text(arguments.table, page(config_names()))
         else:
             show(arguments)
-    except DPAError as error:
-        raise SystemExit(str(error)) from None
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -41,8 +41,8 @@ def main() -> int:
     suffix = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
     work_dir = Path(f"{work_dir}{suffix}")
 
+    from dpa_xtuner.errors import told_plainly
     from dpa_xtuner.stages import sweep
-    from dpa_xtuner.stages.runner import told_plainly
 
     with told_plainly():
         if not known.table:

@@ -77,7 +77,9 @@ def main() -> int:
     if any(o.startswith("--deepspeed") for o in others) and not importlib.util.find_spec(
         "deepspeed"
     ):
-        raise SystemExit("--deepspeed needs DeepSpeed: pip install 'dpa_xtuner[deepspeed]'")
+        from dpa_xtuner.errors import install
+
+        raise SystemExit(f"--deepspeed needs DeepSpeed: {install('deepspeed')}")
     work_dir = (known.work_dir or f"work_dirs/{config.stem}").rstrip("/")
     code = subprocess.run(command(config, ["--work-dir", work_dir, *others])).returncode
     rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dpa_xtuner.demo.scenes import ANSWERS, Question, Sampler, Scene, draw, questions
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark
-from dpa_xtuner.files import whole_folder, write_json
+from dpa_xtuner.files import whole_folder
 
 # Multiple choice leaves places out, since VLMEvalKit finds "top" in "top left" too.
 COMPARED = ("kind", "colour", "count")
@@ -147,7 +147,7 @@ _register("count", "vision-centric", scale=1)
 
 
 def write(folder: Path, seed: int) -> bool:
-    """Write the files, and `CHANCE` as chance.json, all or none.
+    """Write the files, all or none.
 
     Args:
         folder: Folder to make, in the folder of the demo's data.
@@ -159,7 +159,6 @@ def write(folder: Path, seed: int) -> bool:
     if folder.is_dir():
         return False
     with whole_folder(folder) as unfinished:
-        write_json(unfinished / "chance.json", CHANCE)
         for name, make in FILES.items():
             rows = make(Sampler(True, random.Random(f"{seed}-{name}")))
             with open(unfinished / f"{name}.tsv", "w", encoding="utf-8", newline="") as file:

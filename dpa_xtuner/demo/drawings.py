@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dpa_xtuner.errors import DPAError
+
 ATTRIBUTION = (
     "Drawings: OpenMoji - the open-source emoji and icon project. License: CC BY-SA 4.0"
     " (https://creativecommons.org/licenses/by-sa/4.0/), arranged into scenes."
@@ -111,13 +113,11 @@ def require(package: str) -> Path:
     we do.
 
     Raises:
-        ModuleNotFoundError: If the package is missing; the message names the extra to install.
+        DPAError: If the package is missing; the message says how to install it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f"the demo needs the package {package!r}: pip install 'dpa_xtuner[demo]'", name=package
-        )
+        raise DPAError(f"The demo needs the package {package!r}, which `make install` installs.")
     return Path(spec.origin).parent
 
 

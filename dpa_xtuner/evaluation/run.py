@@ -33,13 +33,6 @@ PARTS = 8
 """Parts that a data set is cut into for several GPUs: the same for any number of them, since
 OpenCompass would join parts of one cut with parts of another."""
 
-SHORT_ANSWER = 64
-"""Tokens that an answer may have: an option, "yes", a few words. VLMEvalKit gives XTuner's LLaVA 5
-for choices and 512 else; what ends the turn ends the answer anyway."""
-
-ANSWER_TOKENS = {"docvqa": 128, "ocrbench": 256}
-"""The same for benchmarks whose answers may be longer: fields of forms, formulas."""
-
 _HERE = Path(__file__).parent
 
 
@@ -182,8 +175,6 @@ def dataset_config(
         link.unlink(missing_ok=True)
         link.symlink_to(file)
     config = benchmark.config(name, folder, limit)
-    tokens = ANSWER_TOKENS.get(benchmark.name, SHORT_ANSWER)
-    config["infer_cfg"]["inferencer"]["max_out_len"] = tokens
     code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
     if benchmark.module and (spec := find_spec(benchmark.module)) and spec.origin:
         code.append(Path(spec.origin))

@@ -21,6 +21,7 @@ from typing import Any
 from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import file_md5
+from dpa_xtuner.evaluation.report import LISTED
 from dpa_xtuner.evaluation.run import content_hash, run
 from dpa_xtuner.files import move_into_place, write_json, write_text
 
@@ -367,14 +368,15 @@ class Row:
         group: see :class:`TextLLM`.
         scores: benchmark name -> score, 0 - 100.
         samples: benchmark name -> how many questions.
-        failed: how many questions could not be answered; they count as wrong.
+        failed: those that could not be answered, and count as wrong: ``dataset``, ``index`` and
+            ``reason`` of each.
     """
 
     label: str
     group: str
     scores: dict[str, float]
     samples: dict[str, int]
-    failed: int
+    failed: list[dict]
 
 
 @dataclass(frozen=True)
@@ -419,17 +421,22 @@ def evaluate(
     trouble = [f"{m} on {d}: {reason}" for (m, d), reason in outcome.failures.items()]
     rows = []
     for llm, model in zip(llms, models, strict=True):
-        scores, samples, failed = {}, {}, 0
+        scores, samples, failed = {}, {}, []
         for name, found in sets.items():
             pairs = [(model["abbr"], config["abbr"]) for config in found]
             if all(pair in outcome.results for pair in pairs):
                 results = [outcome.results[pair] for pair in pairs]
                 scores[name] = sum(result["score"] for result in results) / len(results)
                 samples[name] = sum(result["samples"] for result in results)
-                reasons = [f["reason"] for result in results for f in result["failed"]]
-                failed += len(reasons)
-                if len(reasons) == samples[name]:
-                    trouble.append(f"{llm.label} on {name}: nothing was answered ({reasons[0]})")
+                own = [
+                    {"dataset": config["abbr"].rpartition("-")[0], **f}
+                    for config, result in zip(found, results, strict=True)
+                    for f in result["failed"]
+                ]
+                failed += own
+                if len(own) == samples[name]:
+                    reason = own[0]["reason"]
+                    trouble.append(f"{llm.label} on {name}: nothing was answered ({reason})")
         rows.append(Row(llm.label, llm.group, scores, samples, failed))
     return Evaluated(benchmarks, rows, trouble)
 
@@ -486,11 +493,13 @@ def save(evaluated: Evaluated, folder: Path, limit: int | None, without: list[st
     if limit is not None:
         lines.append(f"- Of each data set {limit} questions were asked, the first ones.")
     lines += [f"- Left out: {line}" for line in without]
-    lines += [
-        f"- {row.label}: {row.failed} answers failed and count as wrong."
-        for row in evaluated.rows
-        if row.failed
-    ]
+    for row in evaluated.rows:
+        lines += [
+            f"- Sample without an answer: {row.label}, {f['dataset']} {f['index']}: {f['reason']}"
+            for f in row.failed[:LISTED]
+        ]
+        if (more := len(row.failed) - LISTED) > 0:
+            lines.append(f"- {more} more of them are listed in text.json: {row.label}")
     lines += [f"- Failed: {line}" for line in evaluated.trouble]
     markdown = "\n".join(lines).rstrip()
     folder.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,8 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
         llm = InternLM3ForCausalLM.from_pretrained(path, torch_dtype="auto")
     else:
         llm = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto")
+    if getattr(llm.config, "attn_logit_softcapping", None) is not None:
+        llm.config._attn_implementation = "eager"  # SDPA leaves the cap out, see LlavaFolder
     if adapter is None:
         return llm
     compat.triton_without_ops()  # before peft imports bitsandbytes

@@ -18,7 +18,7 @@ from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.stages.artifacts import ORIGIN
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-_WRITERS = dict(zip(FORMATS, (write_hf, write_xtuner, write_parts), strict=True))
+_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts}
 
 
 def export_config(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from xtuner.model.utils import traverse_dict
 
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.errors import DPAError, install
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
@@ -185,7 +185,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except ImportError:
         raise DPAError(
-            f"{path} is a DeepSpeed checkpoint: pip install 'dpa_xtuner[deepspeed]'"
+            f"{path} is a DeepSpeed checkpoint, and DeepSpeed is not installed: "
+            f"{install('deepspeed')}"
         ) from None
     except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]

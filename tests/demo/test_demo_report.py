@@ -140,6 +140,8 @@ def test_cross_entropy_equals_the_plain_one(
 
 
 def test_blank_picture_is_white(parts: report.Parts, questions: list[report.HeldOut]) -> None:
+    seen, blank = (report.answer_cross_entropy(parts, questions, b) for b in (False, True))
+    assert all(one != other for one, other in zip(seen, blank, strict=True))
     white = [Image.new("RGB", (32, 32), "white").save(q.image) or q for q in questions]
     assert report.answer_cross_entropy(parts, white, False) == report.answer_cross_entropy(
         parts, white, True

@@ -231,6 +231,6 @@ def test_from_a_shell(tmp_path):
         assert archive.md5 in listed.stdout and archive.url in listed.stdout
     unknown = run("mmbnch", "--data", str(tmp_path))
     assert unknown.returncode == 1
-    assert unknown.stderr.startswith(
-        "error: There is no benchmark 'mmbnch'; did you mean 'mmbench'?"
+    assert unknown.stderr.strip().startswith(
+        "dpa_xtuner: There is no benchmark 'mmbnch'; did you mean 'mmbench'?"
     )

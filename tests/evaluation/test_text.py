@@ -170,7 +170,7 @@ def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
     (row,) = evaluated.rows
     # ARC: two of four. GSM8K: one of two.
     assert row.scores == {"arc": 50.0, "gsm8k": 50.0} and row.samples == {"arc": 4, "gsm8k": 2}
-    assert row.failed == 1 and evaluated.trouble == []
+    assert [f["reason"] for f in row.failed] == ["A CUDA error"] and evaluated.trouble == []
     (result,) = (tmp_path / "results" / "results").glob("original-*/arc-*.json")
     details = json.loads(result.read_text())["details"]
     assert [d["correct"] for d in details] == [True, True, False, False]
@@ -183,7 +183,7 @@ def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
     shutil.copytree(llm, short)
     (short / "config.json").write_text(json.dumps(config))
     evaluated = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
-    assert evaluated.rows[0].failed == 2 and evaluated.rows[0].scores == {"boolq": 0.0}
+    assert len(evaluated.rows[0].failed) == 2 and evaluated.rows[0].scores == {"boolq": 0.0}
     assert (
         len(evaluated.trouble) == 1 and "nothing was answered (a prompt of" in evaluated.trouble[0]
     )
@@ -236,7 +236,7 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
     evaluated = text.evaluate(plain(llm), asked, data, tmp_path / "after")
     (row,) = evaluated.rows
-    assert before.failed == 0 and row.failed == 2 and row.samples == {"arc_likelihood": 4}
+    assert before.failed == [] and len(row.failed) == 2 and row.samples == {"arc_likelihood": 4}
     assert evaluated.trouble == []
     found = [
         json.loads(
@@ -354,9 +354,10 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
 
 def test_the_table_shows_differences_to_the_original(tmp_path):
     asked = benchmarks("arc", "boolq", "hellaswag")
+    failed = [{"dataset": "arc", "index": 3, "reason": "too long"}]
     rows = [
-        text.Row("an LLM", "run", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, 0),
-        text.Row("another", "run", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, 1),
+        text.Row("an LLM", "run", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, []),
+        text.Row("another", "run", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, failed),
     ]
     markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4, ["PIQA"])
     found = list(csv.reader((tmp_path / "text.csv").open()))
@@ -367,7 +368,10 @@ def test_the_table_shows_differences_to_the_original(tmp_path):
         ["an LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
         ["another", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
     ]  # fmt: skip
-    assert "- another: 1 answers failed" in markdown and "- Left out: PIQA" in markdown
+    assert (
+        "- Sample without an answer: another, arc 3: too long" in markdown
+        and "- Left out: PIQA" in markdown
+    )
     assert json.loads((tmp_path / "text.json").read_text())["llms"][1]["scores"]["arc"] == 45.5
 
 

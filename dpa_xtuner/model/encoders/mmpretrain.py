@@ -15,7 +15,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError, install, nearest
 from dpa_xtuner.model.encoders.base import SETTING, Encoder
 from dpa_xtuner.registry import ENCODERS
 
@@ -256,8 +256,8 @@ def _mmpretrain():
         from mmpretrain.apis import ModelHub
     except ImportError as error:
         raise DPAError(
-            f"The encoder 'mmpretrain' needs the package mmpretrain ({error}). Install the extra: "
-            f"pip install -c constraints.txt 'dpa_xtuner[mmpretrain]'."
+            f"The encoder 'mmpretrain' needs the package mmpretrain ({error}). Install it: "
+            f"{install('mmpretrain')}."
         ) from None
     return ModelHub.get, list_models()
 
