@@ -21,12 +21,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
 
 from _configs import config_names, find_config
 
 from dpa_xtuner.errors import DPAError, check_installed, nearest, told_plainly
+
+if TYPE_CHECKING:
+    from dpa_xtuner.evaluation.report import Details, Report
 
 EXPORT = Path(__file__).with_name("export.py")
 
@@ -77,7 +81,7 @@ def _positive(text: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate: what has pictures, then what is text alone and has a table of its own."""
-    from dpa_xtuner.evaluation import text
+    from dpa_xtuner.evaluation import text_benchmarks as text
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
 
     for module in arguments.modules:
@@ -104,12 +108,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _import(module: str) -> None:
+    """Import a module that registers benchmarks; from the current folder as well."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
-            raise DPAError(f"--import {module}: there is no such module.") from None
-        raise
+    except Exception as error:  # whatever is wrong with it
+        raise DPAError(
+            f"--import {module}: {type(error).__name__}: {error}. Expected the name of a module on "
+            f"PYTHONPATH or in the current folder, such as my_package.my_benchmarks."
+        ) from error
 
 
 def _evaluate_pictures(
@@ -119,12 +127,11 @@ def _evaluate_pictures(
     left_out: list[str],
     other_files: list[str],
 ) -> int:
-    from dpa_xtuner.evaluation import show
-    from dpa_xtuner.evaluation.report import save, save_beside_runs
+    from dpa_xtuner.evaluation.report import save_beside_runs
     from dpa_xtuner.evaluation.run import check_folder, evaluate
 
     gpus = _gpus(arguments.gpus)
-    folders = [_exported(m) if m.suffix == ".py" else m for m in models]
+    folders = [_folder(model) for model in models]
     for folder in folders:
         check_folder(folder)
     report, details = evaluate(
@@ -132,16 +139,9 @@ def _evaluate_pictures(
         limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size,
         left_out=left_out, other_files=other_files,
     )  # fmt: skip
-    print(f"\n{save(report, arguments.work_dir)}\n{arguments.work_dir / 'table.md'}")
     if arguments.limit is None and not other_files:
         save_beside_runs(report)
-    if arguments.show:
-        page = arguments.work_dir / "wrong_answers.html"
-        show.save(details, arguments.show, page)
-        print(page)
-    for line in report.failures():
-        print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return 1 if report.failures() else 0
+    return _told(arguments, report, details, "table", "wrong_answers.html")
 
 
 def _evaluate_texts(
@@ -149,21 +149,30 @@ def _evaluate_texts(
 ) -> int:
     from dpa_xtuner.evaluation import text
 
-    llms = []
-    for model in models:
-        if model.suffix == ".py":
-            llms += text.llms_of_config(model, _exported(model))
-        else:
-            llms.append(text.llm_of_folder(model))
-    evaluated = text.evaluate(
+    gpus = _gpus(arguments.gpus)
+    llms = text.llms_of([_folder(model) for model in models])
+    report, details = text.evaluate(
         llms, there, arguments.data, arguments.work_dir,
-        limit=arguments.limit, batch_size=arguments.batch_size, gpus=_gpus(arguments.gpus),
+        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size, left_out=left_out,
     )  # fmt: skip
-    table = text.save(evaluated, arguments.work_dir, arguments.limit, left_out)
-    print(f"\n{table}\n\n{arguments.work_dir / 'text.md'}")
-    for line in evaluated.trouble:
+    return _told(arguments, report, details, "text", "wrong_answers_text.html")
+
+
+def _told(
+    arguments: argparse.Namespace, report: Report, details: Details, table: str, page: str
+) -> int:
+    """Save and print the table, draw wrong answers; exit code 1 if something failed."""
+    from dpa_xtuner.evaluation import show
+    from dpa_xtuner.evaluation.report import save
+
+    folder = arguments.work_dir
+    print(f"\n{save(report, folder, table)}\n{folder / f'{table}.md'}")
+    if arguments.show:
+        show.save(details, arguments.show, folder / page)
+        print(folder / page)
+    for line in report.failures():
         print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return 1 if evaluated.trouble else 0
+    return 1 if report.failures() else 0
 
 
 def _model(name: str) -> Path:
@@ -212,8 +221,11 @@ def _gpus(wanted: int | None) -> int:
 
 
 @functools.cache
-def _exported(config: Path) -> Path:
-    """The folder of a config's finished run, exported by a process that may import XTuner."""
+def _folder(model: Path) -> Path:
+    """A model's folder: a config's finished run is exported by a process that may import XTuner."""
+    if model.suffix != ".py":
+        return model
+    config = model
     folder = Path("work_dirs", config.stem, "tune", "hf")
     others = {k: v for k, v in os.environ.items() if k != "DPA_WITHOUT_XTUNER"}
     command = [sys.executable, str(EXPORT), str(config), "-o", str(folder)]

@@ -24,7 +24,7 @@ os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
 from tqdm import tqdm
 
 from dpa_xtuner.errors import DPAError, check_installed, told_plainly
-from dpa_xtuner.evaluation import text
+from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import (
     Benchmark,
     DataFile,
@@ -32,7 +32,7 @@ from dpa_xtuner.evaluation.benchmarks import (
     find_benchmarks,
     missing_files,
 )
-from dpa_xtuner.evaluation.text import Archive
+from dpa_xtuner.evaluation.text_benchmarks import Archive
 from dpa_xtuner.files import move_into_place
 
 TIMEOUT = 30  # seconds without a byte
@@ -213,8 +213,10 @@ def fetch(file: DataFile | Archive, path: Path) -> None:
         raise DPAError(f"the connection broke off after {size:,} of {total:,} bytes; try again")
     if file.md5 and (found := file_md5(partial)) != file.md5:
         partial.unlink()
+        if got:  # what was kept was of another version, or broken
+            return fetch(file, path)
         raise DPAError(f"{file.url} gave {size:,} bytes with md5 {found}, expected {file.md5}")
-    move_into_place(partial, path)
+    return move_into_place(partial, path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpa_xtuner import tables
 from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
+from dpa_xtuner.evaluation.text_benchmarks import TEXT_KINDS, TextBenchmark
 from dpa_xtuner.files import read_json, write_json, write_text
 
 PAPER_MEANS = {
@@ -21,11 +22,13 @@ PAPER_MEANS = {
 """Means over the seven benchmarks as reported (arXiv 2509.14735), captions from ShareGPT4V-PT."""
 
 OWN_METRIC = "its metric"
-"""Says that VLMEvalKit scores a benchmark without a judge model anyway."""
+"""Says that a benchmark is scored without a judge model anyway."""
 
+Details = dict[tuple[str, str], list[dict]]
+"""(model's label, data set) -> samples, as the evaluators list them."""
 
 LISTED = 20
-"""Failed samples of a benchmark that the Markdown lists; table.json has all."""
+"""Failed samples of a benchmark that the Markdown lists; the JSON has all."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Result:
         samples: How many were asked.
         failed: Those that could not be answered, and count as wrong: ``dataset``, ``index`` and
             ``reason`` of each.
-        metrics: VLMEvalKit's numbers by data set.
-        error: The tasks that failed, with their log files.
+        metrics: The evaluator's numbers by data set.
+        error: What should make the command fail: tasks that failed, with their log files, and
+            data sets of which no sample could be answered.
     """
 
     score: float | None
@@ -53,32 +57,37 @@ class Report:
     """An evaluation of models.
 
     Attributes:
-        models: Label -> benchmark's name -> result; the first one is compared to.
+        models: Label -> benchmark's name -> result.
         benchmarks: The columns, in order.
         limit: Questions or groups asked of each data set at most; None for all.
         left_out: Lines on benchmarks that were asked for and have no files.
         other_files: Lines on data files that are not the published ones.
         notes: Other lines for who reads the table.
         sources: Label -> ``folder``, and ``abbr``, OpenCompass's name of it.
+        compared: Label -> label of the model that it is compared to; else the first.
     """
 
     models: dict[str, dict[str, Result]]
-    benchmarks: list[Benchmark]
+    benchmarks: Sequence[Benchmark | TextBenchmark]
     limit: int | None = None
     left_out: list[str] = field(default_factory=list)
     other_files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    compared: dict[str, str] = field(default_factory=dict)
 
     def columns(self) -> list[tuple[str, list[str]]]:
-        """Titles and the benchmarks whose scores' mean each shows: one, a kind's, or all."""
+        """Titles and the benchmarks whose scores' mean each shows: one, a kind's, or all.
+
+        Answers and likelihoods have no common mean: their difference is what they are asked for.
+        """
         columns = []
-        for kind in KINDS:
+        for kind in (*KINDS, *TEXT_KINDS):
             of_kind = [b for b in self.benchmarks if b.kind == kind]
             columns += [(b.title, [b.name]) for b in of_kind]
             if len(of_kind) > 1:
                 columns.append((f"{kind} ({len(of_kind)})", [b.name for b in of_kind]))
-        if len({b.kind for b in self.benchmarks}) > 1:
+        if {b.kind for b in self.benchmarks} == set(KINDS):
             names = [b.name for b in self.benchmarks]
             columns.append((f"all ({len(names)})", names))
         return columns
@@ -88,16 +97,23 @@ class Report:
         whole = self.limit is None and not self.other_files
         return whole and {b.name for b in self.benchmarks} == set(PAPER)
 
+    def scores(self, label: str) -> list[float | None]:
+        """A model's scores, one for each of the columns."""
+        results = self.models[label]
+        return [mean([results[name].score for name in names]) for _, names in self.columns()]
+
+    def reference(self, label: str) -> str | None:
+        """The model that another is compared to; None if it is that one itself."""
+        reference = self.compared.get(label, next(iter(self.models)))
+        return None if reference == label else reference
+
     def failures(self) -> list[str]:
-        """What should make the command fail: a line for each task that did."""
+        """What should make the command fail: a line for each model and benchmark in trouble."""
         lines = []
         for label, results in self.models.items():
             for name, result in results.items():
                 if result.error:
-                    lines.append(f"{label}, {name}: failed, see {result.error}")
-                elif result.samples == len(result.failed):
-                    reason = result.failed[0]["reason"] if result.failed else "there are none"
-                    lines.append(f"{label}, {name}: no sample could be answered ({reason})")
+                    lines.append(f"{label}, {name}: {result.error}")
         return lines
 
 
@@ -110,13 +126,13 @@ def markdown(report: Report) -> str:
     """The report as Markdown, for the screen and for a file."""
     columns = report.columns()
     header = ["", *(title for title, _ in columns)]
-    rows, first = [], None
-    for label, results in report.models.items():
-        scores = [mean([results[name].score for name in names]) for _, names in columns]
+    rows = []
+    for label in report.models:
+        scores = report.scores(label)
         rows.append([label, *map(_number, scores)])
-        if first is not None:
-            rows.append(["difference", *(_difference(*p) for p in zip(scores, first, strict=True))])
-        first = first or scores
+        if reference := report.reference(label):
+            pairs = zip(scores, report.scores(reference), strict=True)
+            rows.append(["difference", *(_difference(*pair) for pair in pairs)])
     chance = {benchmark.name: benchmark.chance for benchmark in report.benchmarks}
     if None not in chance.values():
         means = [mean([chance[name] for name in names]) for _, names in columns]
@@ -168,7 +184,7 @@ def _lines(report: Report) -> list[str]:
                 for f in result.failed[:LISTED]
             ]
             if (more := len(result.failed) - LISTED) > 0:
-                lines.append(f"- {more} more of them are listed in table.json: {label}, {name}")
+                lines.append(f"- {more} more of them are listed in the JSON: {label}, {name}")
     return lines
 
 
@@ -182,18 +198,17 @@ def _difference(score: float | None, first: float | None) -> str:
 
 def rows(report: Report) -> list[dict[str, Any]]:
     """A row for each model and column: model, benchmark, score, difference, samples, ..."""
-    found, first = [], next(iter(report.models.values()), {})
+    found = []
     for label, results in report.models.items():
-        for title, names in report.columns():
-            score = mean([results[name].score for name in names])
-            base = mean([first[name].score for name in names])
-            both = score is not None and base is not None
+        scores, reference = report.scores(label), report.reference(label)
+        bases = report.scores(reference) if reference else [None] * len(scores)
+        for (title, names), score, base in zip(report.columns(), scores, bases, strict=True):
             found.append(
                 {
                     "model": label,
                     "benchmark": names[0] if len(names) == 1 else title,
                     "score": score,
-                    "difference": score - base if both and results is not first else None,
+                    "difference": None if None in (score, base) else score - base,
                     "samples": sum(results[name].samples for name in names),
                     "failed": sum(len(results[name].failed) for name in names),
                     "limit": report.limit,
@@ -203,21 +218,21 @@ def rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _judges(benchmarks: list[Benchmark], names: list[str]) -> str:
+def _judges(benchmarks: Sequence[Benchmark | TextBenchmark], names: list[str]) -> str:
     found = [b.judge or OWN_METRIC for b in benchmarks if b.name in names]
     return ", ".join(dict.fromkeys(found))
 
 
-def save(report: Report, folder: Path) -> str:
-    """Write ``table.md``, ``table.csv`` and ``table.json``; returns the Markdown."""
+def save(report: Report, folder: Path, name: str = "table") -> str:
+    """Write ``<name>.md``, ``<name>.csv`` and ``<name>.json``; returns the Markdown."""
     text = markdown(report)
-    write_text(folder / "table.md", text)
+    write_text(folder / f"{name}.md", text)
     table = io.StringIO()
     found = rows(report)
     writer = csv.DictWriter(table, list(found[0]) if found else ["model"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
-    write_text(folder / "table.csv", table.getvalue())
+    write_text(folder / f"{name}.csv", table.getvalue())
     results = {
         label: {name: vars(result) for name, result in results.items()}
         for label, results in report.models.items()
@@ -234,20 +249,26 @@ def save(report: Report, folder: Path) -> str:
     }
     if report.is_papers():
         content["paper_means"] = PAPER_MEANS
-    write_json(folder / "table.json", content)
+    write_json(folder / f"{name}.json", content)
     return text
+
+
+def run_of_export(folder: Path) -> Path | None:
+    """The run whose export a folder is, ``<run>/<stage>/hf``; None for any other folder."""
+    folder = folder.resolve()
+    exported = folder.name == "hf" and (folder.parent / "stage.json").is_file()
+    return folder.parents[1] if exported else None
 
 
 def save_beside_runs(report: Report) -> None:
     """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
 
-    A run's export is ``<run>/<stage>/hf``; of other folders nothing is written. Scores of the same
-    model on benchmarks that were not asked this time stay.
+    Of other folders nothing is written. Scores of the same model on benchmarks that were not asked
+    this time stay.
     """
     for label, source in report.sources.items():
-        folder = Path(source["folder"])
-        if folder.name == "hf" and (folder.parent / "stage.json").is_file():
-            file, results = folder.parents[1] / "scores.json", report.models[label]
+        if run := run_of_export(Path(source["folder"])):
+            file, results = run / "scores.json", report.models[label]
             before = read_json(file, "Remove it.")
             kept = before if before.get("model") == source["abbr"] else {"model": source["abbr"]}
             scores = kept | {name: result.score for name, result in results.items()}

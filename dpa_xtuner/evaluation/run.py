@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,8 @@ from pathlib import Path
 from dpa_xtuner import __version__
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import Benchmark
-from dpa_xtuner.evaluation.report import Report, Result
+from dpa_xtuner.evaluation.report import Details, Report, Result
+from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
 from dpa_xtuner.files import write_json, write_text
 
 RUN = "results"
@@ -57,7 +58,7 @@ class Outcome:
 
     Attributes:
         results: What the evaluator found.
-        failures: Where there is none: why, and the log file.
+        failures: Where there is none: the log file, and its last line.
     """
 
     results: dict[tuple[str, str], dict]
@@ -109,16 +110,15 @@ def content_hash(paths: Iterable[Path], *settings: object) -> str:
 def describe_models(folders: list[Path]) -> list[Model]:
     """Name models by their folders, and hash these.
 
-    A label has as many last parts of the path as tell the models apart; ``hf``, the name of an
-    exported folder, does not count as a part. The abbr does not depend on the other models: in
-    another company a model's answers are found again.
+    The abbr does not depend on the other models: in another company a model's answers are found
+    again.
     """
     found = []
-    for folder, label in zip(folders, _labels(folders), strict=True):
+    for folder, label in zip(folders, labels(folders), strict=True):
         files = sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder))
         names = [str(file.relative_to(folder)) for file in files]
         digest = content_hash([*files, _HERE / "model.py"], names)
-        found.append(Model(label, folder, f"{_labels([folder])[0]}-{digest}"))
+        found.append(Model(label, folder, f"{labels([folder])[0]}-{digest}"))
     return found
 
 
@@ -126,15 +126,19 @@ def _counts(file: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _labels(folders: list[Path]) -> list[str]:
+def labels(folders: list[Path]) -> list[str]:
+    """Short names of folders, all different: as many last parts of the paths as tell them apart.
+
+    ``hf``, the name of an exported folder, does not count as a part, and a stage's is not enough.
+    """
     parts = [[p for p in folder.resolve().parts if p != "hf"] for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
-        labels = ["-".join(names[-length:]) for names in parts]
-        stage_alone = any(label in ("proxy", "align", "tune") for label in labels)
-        if len(set(labels)) == len(labels) and not stage_alone:
+        short = ["-".join(names[-length:]) for names in parts]
+        stage_alone = any(label in ("proxy", "align", "tune") for label in short)
+        if len(set(short)) == len(short) and not stage_alone:
             break
     found: list[str] = []
-    for label in (re.sub(r"[^\w.-]", "_", label) for label in labels):
+    for label in (re.sub(r"[^\w.-]", "_", label) for label in short):
         others = (f"{label}-{number}" for number in itertools.count(2))  # x and x/hf, "a b" and a_b
         found.append(next(n for n in itertools.chain([label], others) if n not in found))
     return found
@@ -194,7 +198,7 @@ def evaluate(
     batch_size: int = 8,
     left_out: Iterable[str] = (),
     other_files: Iterable[str] = (),
-) -> tuple[Report, dict[tuple[str, str], list[dict]]]:
+) -> tuple[Report, Details]:
     """Evaluate models on benchmarks whose files are there.
 
     Args:
@@ -209,28 +213,21 @@ def evaluate(
         other_files: Lines for the report, see there.
 
     Returns:
-        The report; and (model's label, data set) -> samples, see `BenchmarkEvaluator.score`.
+        The report; and the samples, see `BenchmarkEvaluator.score`.
     """
     models = describe_models(list({folder.resolve(): folder for folder in folders}.values()))
     datasets = {
-        (benchmark.name, name): dataset_config(benchmark, name, data, work_dir, limit)
+        benchmark.name: {
+            name: dataset_config(benchmark, name, data, work_dir, limit)
+            for name in benchmark.datasets
+        }
         for benchmark in benchmarks
-        for name in benchmark.datasets
     }
     configs = {model.abbr: model_config(model, batch_size, gpus) for model in models}
-    outcome = run(list(configs.values()), list(datasets.values()), work_dir, workers=max(gpus, 1))
-    table: dict[str, dict[str, Result]] = {}
-    details = {}
-    for model in models:
-        table[model.label] = {}
-        for benchmark in benchmarks:
-            pairs = {
-                d: (model.abbr, datasets[benchmark.name, d]["abbr"]) for d in benchmark.datasets
-            }
-            table[model.label][benchmark.name] = _result(benchmark, pairs, outcome)
-            for name, pair in pairs.items():
-                if pair in outcome.results:
-                    details[model.label, name] = outcome.results[pair]["details"]
+    asked = [config for found in datasets.values() for config in found.values()]
+    outcome = run(list(configs.values()), asked, work_dir, workers=max(gpus, 1))
+    abbrs = {model.label: model.abbr for model in models}
+    table, details = results_of(abbrs, benchmarks, datasets, outcome)
     notes = [
         f"{model.label} has no chat template: it is asked in that of LLaVA-1.5."
         for model in models
@@ -243,15 +240,53 @@ def evaluate(
     return report, details
 
 
-def _result(benchmark: Benchmark, pairs: dict[str, tuple[str, str]], outcome: Outcome) -> Result:
-    if errors := [outcome.failures[pair] for pair in pairs.values() if pair in outcome.failures]:
-        return Result(None, error=" and ".join(dict.fromkeys(errors)))
-    found = {name: outcome.results[pair] for name, pair in pairs.items()}
+def results_of(
+    models: Mapping[str, str],
+    benchmarks: Sequence[Benchmark | TextBenchmark],
+    datasets: Mapping[str, Mapping[str, dict]],
+    outcome: Outcome,
+) -> tuple[dict[str, dict[str, Result]], Details]:
+    """Sort what OpenCompass left by what a report shows.
+
+    Args:
+        models: Label -> abbr.
+        benchmarks: The columns.
+        datasets: Benchmark's name -> data set's name -> OpenCompass's config of it.
+        outcome: From `run`.
+
+    Returns:
+        Label -> benchmark's name -> result; and the samples.
+    """
+    table: dict[str, dict[str, Result]] = {}
+    details: Details = {}
+    for label, abbr in models.items():
+        table[label] = {}
+        for benchmark in benchmarks:
+            pairs = {d: (abbr, config["abbr"]) for d, config in datasets[benchmark.name].items()}
+            table[label][benchmark.name] = _result(benchmark, pairs, outcome)
+            for name, pair in pairs.items():
+                if pair in outcome.results:
+                    details[label, name] = outcome.results[pair]["details"]
+    return table, details
+
+
+def _result(
+    benchmark: Benchmark | TextBenchmark, pairs: dict[str, tuple[str, str]], outcome: Outcome
+) -> Result:
+    failures = [outcome.failures[pair] for pair in pairs.values() if pair in outcome.failures]
+    errors = [f"failed, see {failure}" for failure in failures]
+    found = {name: outcome.results[p] for name, p in pairs.items() if p in outcome.results}
+    for name, result in found.items():
+        if len(result["failed"]) == result["samples"]:
+            reason = result["failed"][0]["reason"] if result["failed"] else "there are none"
+            errors.append(f"no sample of {name} could be answered ({reason})")
+    complete = len(found) == len(pairs)
     return Result(
-        benchmark.score({name: result["score"] for name, result in found.items()}),
+        benchmark.score({n: r["score"] for n, r in found.items()}) if complete else None,
         sum(result["samples"] for result in found.values()),
         [{"dataset": name, **f} for name, result in found.items() for f in result["failed"]],
         {name: result["metrics"] for name, result in found.items()},
+        " and ".join(dict.fromkeys(errors)),
     )
 
 
@@ -294,7 +329,9 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
             outcome.results[pair] = json.loads(file.read_text(encoding="utf-8"))
         else:
             log = _telling_log(folder, *pair)
-            where = str(log or f"no log of its own in {folder / 'logs'}")
+            where = f"no log of its own in {folder / 'logs'}"
+            if log:
+                where = f"{log} ({_last_line(log)})"
             outcome.failures[pair] = f"{where}{trouble and f'; OpenCompass: {trouble}'}"
     return outcome
 
@@ -392,6 +429,12 @@ def _telling_log(folder: Path, model: str, dataset: str) -> Path | None:
         if log.parts[-3] == "infer" and not (answers / f"{log.stem}.json").is_file()
     ]  # fmt: skip
     return next(iter(unanswered + logs[::-1]), None)
+
+
+def _last_line(log: Path) -> str:
+    """Of a traceback the line that says what is wrong."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:300] if lines else "it is empty"
 
 
 def _remove_useless(folder: Path, model: str, dataset: str) -> None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
@@ -72,9 +73,9 @@ class LanguageModel(LlavaFolder):
         """
         BaseModel.__init__(self, path=path, max_seq_len=max_seq_len or 2048, generation_kwargs={})
         source = source or path
-        processor = AutoProcessor.from_pretrained(source)
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.processor = None if self.tokenizer is processor else processor
+        with_pictures = Path(source, "preprocessor_config.json").is_file()
+        self.processor = AutoProcessor.from_pretrained(source) if with_pictures else None
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
         self.template, self.as_text = self._template()
         # No text of these data sets is a picture.
         self.image_token, self.image_id, self.image_tokens = "<image>", -1, 0
@@ -193,6 +194,13 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
     return PeftModel.from_pretrained(llm, adapter).merge_and_unload()
 
 
+def _as_text(prompt: str | list[dict]) -> str:
+    """A prompt of OpenCompass to be read."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message["prompt"] for message in prompt)
+
+
 class LikelihoodInferencer(PPLInferencer):
     """Picks the most probable candidate; a sample of which one failed has no answer.
 
@@ -267,8 +275,8 @@ class TextEvaluator(BaseEvaluator):
 
         Returns:
             ``score`` (0 - 100), ``metrics``, ``samples`` (their number), ``failed`` (a list of
-            index and reason) and ``details`` (index, question, answer, prediction, extracted,
-            correct).
+            index and reason) and ``details`` (index, question, image, answer, prediction,
+            extracted, correct).
         """
         failed = [
             {"index": i, "reason": given.removeprefix(NO_ANSWER).removeprefix(": ")}
@@ -290,7 +298,8 @@ class TextEvaluator(BaseEvaluator):
         details = [
             {
                 "index": i,
-                "question": origin_prompt[i],
+                "question": _as_text(origin_prompt[i]),
+                "image": None,
                 "answer": references[i],
                 "prediction": predictions[i],
                 "extracted": answers[i],

@@ -132,7 +132,7 @@ def test_a_file_that_is_not_the_published_one(call, folder, data, tmp_path):
 
 def test_pictures_and_text_don_t_wait_for_each_others_files(call, tool, folder, data, monkeypatch):
     """What is there is evaluated, whichever of the two kinds has no file."""
-    from dpa_xtuner.evaluation import text
+    from dpa_xtuner.evaluation import text_benchmarks as text
 
     code, out, err = call(folder, "--data", data, "--benchmarks", "ai2d", "piqa", "--limit", "2")
     assert code == 0 and "AI2D" in out and "Left out: PIQA (piqa): " in err
@@ -171,12 +171,13 @@ def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
         "files = (DataFile('MyQuestions'),)\n"
         "register_benchmark(Benchmark('mine', 'Mine', 'general', files, judge='exact matching'))\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("1 +")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != os.getcwd()])
     write_data(data, "MyQuestions", rows("AI2D_TEST", 2))
     arguments = [folder, "--data", data, "--benchmarks", "mine"]
-    for wrong in ("my_benchmark", "no.such", "my_benchmarks.more"):
+    for wrong in ("my_benchmark", "no.such", "my_benchmarks.more", "./my_benchmarks.py", "broken"):
         line = refused(call(*arguments, "--import", wrong))
-        assert f"--import {wrong}: there is no such" in line
+        assert f"--import {wrong}: " in line and "a module on PYTHONPATH or in the current" in line
     code, out, _ = call(*arguments, "--import", "my_benchmarks")
     assert code == 0 and "Mine" in out
 

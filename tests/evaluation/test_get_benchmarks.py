@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from dpa_xtuner.evaluation import benchmarks as table
-from dpa_xtuner.evaluation import text
+from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,7 @@ import pytest
 from dpa_xtuner.evaluation import report
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, PAPER, find_benchmarks
 from dpa_xtuner.evaluation.report import Report, Result
+from dpa_xtuner.evaluation.run import Outcome, results_of
 
 FIRST = dict(zip(PAPER, (60.0, 50.0, 20.0, 30.0, 40.0, 10.0, 70.0), strict=True))
 SECOND = dict(zip(PAPER, (62.0, 50.0, 21.0, 35.0, 40.0, 12.5, 65.5), strict=True))
@@ -85,11 +86,11 @@ def test_many_failed_samples_are_listed_in_json_alone():
     failed = [{"dataset": "MMVP", "index": i, "reason": "broken"} for i in range(50)]
     text = report.markdown(made(mmvp=Result(12.5, 100, failed)))
     assert text.count("Sample without an answer") == report.LISTED
-    assert "- 30 more of them are listed in table.json: dpa, mmvp" in text
+    assert "- 30 more of them are listed in the JSON: dpa, mmvp" in text
 
 
 def test_a_failed_task_has_no_score_and_no_mean():
-    broken = made(mmvp=Result(None, error="logs/x.out"))
+    broken = made(mmvp=Result(None, error="failed, see logs/x.out"))
     assert broken.failures() == ["dpa, mmvp: failed, see logs/x.out"]
     text = report.markdown(broken)
     assert cells(text, "dpa")[-4:] == ["failed", "65.5", "failed", "failed"]
@@ -97,10 +98,21 @@ def test_a_failed_task_has_no_score_and_no_mean():
     assert "- Failed: dpa, mmvp: failed, see logs/x.out" in text
 
 
-def test_no_answer_at_all_is_a_failure():
-    failed = [{"dataset": "MMVP", "index": i, "reason": "no picture"} for i in (1, 2)]
-    broken = made(mmvp=Result(0.0, 2, failed))
-    assert broken.failures() == ["dpa, mmvp: no sample could be answered (no picture)"]
+def test_a_data_set_without_any_answer_is_a_failure():
+    """Though the benchmark has another data set, all of whose samples were answered."""
+
+    def left(samples, failed):
+        failed = [{"index": i, "reason": "no picture"} for i in range(failed)]
+        return {"score": 0.0, "samples": samples, "failed": failed, "metrics": {}, "details": []}
+
+    datasets = {"cvbench": {d: {"abbr": d} for d in ("CV-Bench-2D", "CV-Bench-3D")}}
+    outcome = Outcome({("m", "CV-Bench-2D"): left(2, 2), ("m", "CV-Bench-3D"): left(4, 1)}, {})
+    models, details = results_of({"dpa": "m"}, find_benchmarks(["cvbench"]), datasets, outcome)
+    found = models["dpa"]["cvbench"]
+    assert found.samples == 6 and len(found.failed) == 3 and found.score == 0.0
+    line = "dpa, cvbench: no sample of CV-Bench-2D could be answered (no picture)"
+    assert Report(models, find_benchmarks(["cvbench"])).failures() == [line]
+    assert details == {("dpa", "CV-Bench-2D"): [], ("dpa", "CV-Bench-3D"): []}
 
 
 def test_files(tmp_path):

@@ -135,11 +135,11 @@ def test_several_models_are_compared_under_short_names(folder, other, data, tmp_
     assert list(report.models) == ["tiny", "other"]
     places = [Path("a/run/tune/hf"), Path("b/run/tune/hf"), Path("b/run/align/hf")]
     labels = [f"{x}-run-{y}" for x, y in (("a", "tune"), ("b", "tune"), ("b", "align"))]
-    assert run._labels([tmp_path / p for p in places]) == labels
-    assert run._labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
-    assert run._labels([Path("/hf")]) == ["_"]
+    assert run.labels([tmp_path / p for p in places]) == labels
+    assert run.labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
+    assert run.labels([Path("/hf")]) == ["_"]
     places = [tmp_path / "m", tmp_path / "m/hf", tmp_path / "a b", tmp_path / "a_b"]
-    assert len(set(run._labels(places))) == 4  # a model that shares a row's label would be lost
+    assert len(set(run.labels(places))) == 4  # a model that shares a row's label would be lost
 
 
 def test_models_of_one_label_or_one_content_have_rows_of_their_own(
@@ -192,8 +192,8 @@ def test_a_failing_task_is_named_and_the_others_run(folder, data, tmp_path, answ
     assert report.models["tiny"]["mmvp"].score is None
     assert report.models["tiny"]["ai2d"].score is not None
     (line,) = report.failures()
-    log = Path(line.rpartition("see ")[2])
-    assert line.startswith("tiny, mmvp: failed") and "AssertionError" in log.read_text()
+    log, _, reason = line.removeprefix("tiny, mmvp: failed, see ").partition(" (")
+    assert reason == "AssertionError)" and "AssertionError" in Path(log).read_text()
     assert list(details) == [("tiny", "AI2D_TEST")]
 
     write_data(data, "MMVP", rows("MMVP", 4))
@@ -210,7 +210,8 @@ def test_a_model_that_cannot_be_loaded_fails_alone(folder, data, tmp_path, answe
         "broken, mmvp",
     ]
     for line in report.failures():  # the log of scoring would say that there are no answers
-        assert "SafetensorError" in Path(line.rpartition("see ")[2]).read_text()
+        log, _, reason = line.partition(": failed, see ")[2].partition(" (")
+        assert "SafetensorError" in reason and reason[:-1] in Path(log).read_text()
     assert report.models["tiny"]["ai2d"].score is not None
 
 
@@ -220,7 +221,7 @@ def test_no_sample_answered_is_a_failure_and_asked_again(folder, data, tmp_path,
         LlavaFolder, "generate", lambda self, inputs, max_out_len: [reason] * len(inputs)
     )
     report, _ = evaluate([folder], data, tmp_path / "work", ["ai2d"])
-    assert report.failures() == ["tiny, ai2d: no sample could be answered (broken)"]
+    assert report.failures() == ["tiny, ai2d: no sample of AI2D_TEST could be answered (broken)"]
     # Which is no fault of the samples: they are asked again.
     monkeypatch.setattr(LlavaFolder, "generate", lambda _, inputs, max_out_len: ["A"] * len(inputs))
     report, _ = evaluate([folder], data, tmp_path / "work", ["ai2d"])

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -24,8 +26,9 @@ from transformers import (
 )
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation import text
+from dpa_xtuner.evaluation import report, show, text, text_benchmarks
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.text_benchmarks import TEXT_BENCHMARKS, TextBenchmark
 from dpa_xtuner.evaluation.text_model import LanguageModel, load_llm
 
 CHATML = (
@@ -129,7 +132,7 @@ def data(tmp_path_factory) -> Path:
             ],
         )
         (root / f"piqa/{split}-labels.lst").write_text("0\n1\n")
-    for config in text.configs(text.TEXT_BENCHMARKS["mmlu"]):
+    for config in text_benchmarks.configs(TEXT_BENCHMARKS["mmlu"]):
         for split, count in (("dev", 5), ("test", 2)):
             file = root / "mmlu" / split / f"{config['name']}_{split}.csv"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +148,16 @@ def plain(llm: Path) -> list[text.TextLLM]:
     return [text.TextLLM("an LLM", "", "original", llm, llm)]
 
 
-def benchmarks(*names: str) -> list[text.TextBenchmark]:
-    return [text.TEXT_BENCHMARKS[name] for name in names]
+def benchmarks(*names: str) -> list[TextBenchmark]:
+    return [TEXT_BENCHMARKS[name] for name in names]
+
+
+def scores(row: dict) -> dict:
+    return {name: result.score for name, result in row.items()}
+
+
+def samples(row: dict) -> dict:
+    return {name: result.samples for name, result in row.items()}
 
 
 def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
@@ -166,11 +177,13 @@ def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "generate", generate)
     asked = benchmarks("arc", "gsm8k")
-    evaluated = text.evaluate(plain(llm), asked, data, tmp_path)
-    (row,) = evaluated.rows
+    found, _ = text.evaluate(plain(llm), asked, data, tmp_path)
+    (row,) = found.models.values()
     # ARC: two of four. GSM8K: one of two.
-    assert row.scores == {"arc": 50.0, "gsm8k": 50.0} and row.samples == {"arc": 4, "gsm8k": 2}
-    assert [f["reason"] for f in row.failed] == ["A CUDA error"] and evaluated.trouble == []
+    assert scores(row) == {"arc": 50.0, "gsm8k": 50.0}
+    assert samples(row) == {"arc": 4, "gsm8k": 2}
+    assert row["arc"].failed == [{"dataset": "arc", "index": 2, "reason": "A CUDA error"}]
+    assert row["gsm8k"].failed == found.failures() == []
     (result,) = (tmp_path / "results" / "results").glob("original-*/arc-*.json")
     details = json.loads(result.read_text())["details"]
     assert [d["correct"] for d in details] == [True, True, False, False]
@@ -182,11 +195,11 @@ def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(llm, short)
     (short / "config.json").write_text(json.dumps(config))
-    evaluated = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
-    assert len(evaluated.rows[0].failed) == 2 and evaluated.rows[0].scores == {"boolq": 0.0}
-    assert (
-        len(evaluated.trouble) == 1 and "nothing was answered (a prompt of" in evaluated.trouble[0]
-    )
+    found, _ = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
+    result = found.models["an LLM"]["boolq"]
+    assert len(result.failed) == 2 and result.score == 0.0
+    (line,) = found.failures()
+    assert "an LLM, boolq: no sample of boolq could be answered (a prompt of" in line
 
 
 def nats(llm, tokenizer, words: str) -> float:
@@ -203,9 +216,9 @@ def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
         context = query.split(": ", 2)[-1]
         cost = [nats(model, tokenizer, f"{context}\n{choice}") for choice in choices]
         found.append(cost.index(min(cost)))
-    evaluated = text.evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, batch_size=3)
+    made, _ = text.evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, batch_size=3)
     right = sum(one == gold for one, (_, _, gold) in zip(found, HELLASWAG, strict=True))
-    assert evaluated.rows[0].scores["hellaswag"] == pytest.approx(100 * right / 3)
+    assert made.models["an LLM"]["hellaswag"].score == pytest.approx(100 * right / 3)
     (result,) = (tmp_path / "results" / "results").glob("original-*/hellaswag-*.json")
     details = json.loads(result.read_text())["details"]
     assert [int(d["prediction"]) for d in details] == found and len(set(found)) > 1
@@ -232,12 +245,12 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
         return output
 
     asked = benchmarks("arc_likelihood")
-    before = text.evaluate(plain(llm), asked, data, tmp_path / "before").rows[0]
+    before, _ = text.evaluate(plain(llm), asked, data, tmp_path / "before")
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
-    evaluated = text.evaluate(plain(llm), asked, data, tmp_path / "after")
-    (row,) = evaluated.rows
-    assert before.failed == [] and len(row.failed) == 2 and row.samples == {"arc_likelihood": 4}
-    assert evaluated.trouble == []
+    after, _ = text.evaluate(plain(llm), asked, data, tmp_path / "after")
+    whole, result = (r.models["an LLM"]["arc_likelihood"] for r in (before, after))
+    assert whole.failed == [] and len(result.failed) == 2 and result.samples == 4
+    assert after.failures() == []
     found = [
         json.loads(
             next((tmp_path / run / "results/results").rglob("arc_likelihood-*.json")).read_text()
@@ -255,7 +268,7 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
         False,
         found[0]["details"][3]["correct"],
     ]
-    assert row.scores == {"arc_likelihood": 25.0 * sum(correct)}
+    assert result.score == 25.0 * sum(correct)
     assert not list(tmp_path.rglob("*.unchecked"))
 
 
@@ -272,12 +285,14 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
     monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
     all_configs = text.configs
     monkeypatch.setattr(text, "configs", lambda benchmark: all_configs(benchmark)[:SUBJECTS_RUN])
-    asked = list(text.TEXT_BENCHMARKS.values())
+    asked = list(TEXT_BENCHMARKS.values())
     evaluated = text.evaluate(plain(llm), asked, data, tmp_path, limit=2)
-    (row,) = evaluated.rows
-    assert evaluated.trouble == [] and set(row.scores) == set(text.TEXT_BENCHMARKS)
-    assert row.samples == dict.fromkeys(text.TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
-    assert all(0 <= score <= 100 for score in row.scores.values())
+    (row,) = evaluated[0].models.values()
+    assert evaluated[0].failures() == [] and set(row) == set(TEXT_BENCHMARKS)
+    assert samples(row) == dict.fromkeys(TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
+    assert all(0 <= score <= 100 for score in scores(row).values())
+    page = show.page(evaluated[1], 1)  # no picture, and prompts of several messages
+    assert "<h2>an LLM, gsm8k</h2>" in page and "2 + 3?" in page and "&#39;prompt&#39;" not in page
 
     def refuse(*args, **kwargs):
         raise AssertionError("loaded again")
@@ -289,13 +304,13 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
 def test_what_changes_is_asked_again(llm, data, tmp_path):
     (benchmark,) = benchmarks("arc")
     names = {
-        text.data_sets(benchmark, data, None)[0]["abbr"],
-        text.data_sets(benchmark, data, 2)[0]["abbr"],
-        text.data_sets(benchmarks("arc_likelihood")[0], data, None)[0]["abbr"],
+        text.data_sets(benchmark, data, None)["arc"]["abbr"],
+        text.data_sets(benchmark, data, 2)["arc"]["abbr"],
+        text.data_sets(*benchmarks("arc_likelihood"), data, None)["arc_likelihood"]["abbr"],
     }
     file = tmp_path / benchmark.path
     lines(file, [{"other": "content"}])
-    names.add(text.data_sets(benchmark, tmp_path, None)[0]["abbr"])
+    names.add(text.data_sets(benchmark, tmp_path, None)["arc"]["abbr"])
     assert len(names) == 4
     before = text.model_config(plain(llm)[0], 8, 0)["abbr"]
     assert text.model_config(plain(llm)[0], 4, 0)["abbr"] == before
@@ -308,15 +323,21 @@ def test_what_changes_is_asked_again(llm, data, tmp_path):
 
 def test_missing_files_are_named_with_their_place(data, tmp_path):
     (benchmark,) = benchmarks("mmlu")
-    assert text.missing_files(benchmark, data) == []
-    missing = text.missing_files(benchmark, tmp_path)
+    assert text_benchmarks.missing_files(benchmark, data) == []
+    missing = text_benchmarks.missing_files(benchmark, tmp_path)
     assert len(missing) == 2 * MMLU_SUBJECTS
-    line = text.left_out(benchmark, missing)
+    line = text_benchmarks.left_out(benchmark, missing)
     assert f"{missing[0]} and 113 more not there" in line and "get_benchmarks.py mmlu" in line
-    assert text.with_files(benchmarks("mmlu", "piqa"), tmp_path)[0] == []
-    assert text.with_files(benchmarks("mmlu", "piqa"), data) == (benchmarks("mmlu", "piqa"), [])
-    assert text.choose(["mmvp", "piqa", "all"]) == (benchmarks("piqa"), ["mmvp", "all"])
-    assert text.choose(["text"]) == (list(text.TEXT_BENCHMARKS.values()), [])
+    both = benchmarks("mmlu", "piqa")
+    assert text_benchmarks.with_files(both, tmp_path)[0] == []
+    assert text_benchmarks.with_files(both, data) == (both, [])
+    assert text_benchmarks.choose(["mmvp", "piqa", "all"]) == (both[1:], ["mmvp", "all"])
+    assert text_benchmarks.choose(["text"]) == (list(TEXT_BENCHMARKS.values()), [])
+    (tmp_path / "piqa").mkdir()
+    for name in ("train.jsonl", "train-labels.lst", "dev.jsonl", "dev-labels.lst"):
+        (tmp_path / "piqa" / name).write_text("x" * (name != "dev.jsonl"))
+    missing = text_benchmarks.missing_files(both[1], tmp_path)
+    assert missing == [tmp_path / "piqa/dev.jsonl"]  # it is empty
 
 
 def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
@@ -324,9 +345,9 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         AutoModelForCausalLM.from_pretrained(llm),
         LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
     )
-    proxy.save_pretrained(tmp_path / "proxy" / "llm_adapter")
-    config, exported = tmp_path / "some_run.py", tmp_path / "tune" / "hf"
-    config.write_text(f"llm_name_or_path = {str(llm)!r}")
+    run = tmp_path / "some_run"
+    proxy.save_pretrained(run / "proxy" / "llm_adapter")
+    exported = run / "tune" / "hf"
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         image_size=8, patch_size=4,
@@ -334,8 +355,13 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
     llava = LlavaForConditionalGeneration(LlavaConfig(vision, llama(), image_token_index=259))
     llava.save_pretrained(exported)
     AutoTokenizer.from_pretrained(llm).save_pretrained(exported)
-    original, adapted, tuned = text.llms_of_config(config, exported)
+    (exported / "dpa.json").write_text(json.dumps({"llm": str(llm)}))
+    (given,) = text.llms_of([exported])  # no run's: it may have been moved
+    assert given.role == "given" and given.label == "some_run-tune"
+    (run / "tune" / "stage.json").write_text("{}")
+    original, adapted, tuned, other = text.llms_of([exported, llm, exported])
     assert (original.role, adapted.role, tuned.role) == ("original", "proxy", "tuned")
+    assert (other.role, other.label) == ("given", llm.name)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         merged = load_llm(str(adapted.llm), str(adapted.adapter))(ids).logits
@@ -344,35 +370,70 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
     assert text.model_config(tuned, 8, 0)["max_seq_len"] == POSITIONS
     assert tuned.label == "some_run: tuned LLM"
-    assert text.llm_of_folder(exported).role == "given"
-    config.write_text("llm_name_or_path = 'no/such-model'")
+    (exported / "dpa.json").write_text(json.dumps({"llm": "no/such-model"}))
     with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
-        text.llms_of_config(config, exported)
+        text.llms_of([exported])
     with pytest.raises(DPAError, match=r"has no config\.json"):
-        text.llm_of_folder(tmp_path)
+        text.llms_of([tmp_path])
+
+
+def test_gemma2_keeps_its_attention_cap(tmp_path):
+    """Which SDPA, transformers' choice for a published folder, leaves out."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, attn_logit_softcapping=0.05,
+        query_pre_attn_scalar=1, initializer_range=1.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    capped = Gemma2ForCausalLM(config).eval()
+    capped.save_pretrained(tmp_path)
+    ids = torch.arange(2, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_llm(str(tmp_path)).eval()(ids).logits, capped(ids).logits)
+        without = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+        assert (without(ids).logits - capped(ids).logits).abs().max() > 0.1
 
 
 def test_the_table_shows_differences_to_the_original(tmp_path):
-    asked = benchmarks("arc", "boolq", "hellaswag")
+    """Each LLM of a run to that run's original; answers and likelihoods have no common mean."""
     failed = [{"dataset": "arc", "index": 3, "reason": "too long"}]
-    rows = [
-        text.Row("an LLM", "run", {"arc": 40.0, "boolq": 60.0, "hellaswag": 30.0}, {"arc": 4}, []),
-        text.Row("another", "run", {"arc": 45.5, "hellaswag": 20.0}, {"arc": 4}, failed),
-    ]
-    markdown = text.save(text.Evaluated(asked, rows, []), tmp_path, 4, ["PIQA"])
-    found = list(csv.reader((tmp_path / "text.csv").open()))
-    assert found == [
-        ["LLM", "ARC-c, answer", "BoolQ, answer", "mean, answer", "HellaSwag, likelihood",
-         "mean, likelihood"],
-        ["chance", "25.0", "50.0", "37.5", "25.0", "25.0"],
-        ["an LLM", "40.0", "60.0", "50.0", "30.0", "30.0"],
-        ["another", "45.5 (+5.5)", "-", "-", "20.0 (-10.0)", "20.0 (-10.0)"],
-    ]  # fmt: skip
-    assert (
-        "- Sample without an answer: another, arc 3: too long" in markdown
-        and "- Left out: PIQA" in markdown
+    asked = benchmarks("arc", "boolq", "hellaswag")
+    found = {
+        "a: original LLM": (40.0, 60.0, 30.0),
+        "a: tuned LLM": (45.5, None, 20.0),
+        "b: original LLM": (10.0, 20.0, 30.0),
+        "b: tuned LLM": (11.0, 22.0, 33.0),
+    }
+    models = {
+        label: {
+            b.name: report.Result(score, 4, failed if b.name == "arc" and score == 45.5 else [])
+            for b, score in zip(asked, values, strict=True)
+        }
+        for label, values in found.items()
+    }
+    compared = {label: f"{label[0]}: original LLM" for label in found}
+    markdown = report.save(
+        report.Report(models, asked, 4, ["PIQA"], compared=compared), tmp_path, "text"
     )
-    assert json.loads((tmp_path / "text.json").read_text())["llms"][1]["scores"]["arc"] == 45.5
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in markdown.split("\n")[:10]]
+    assert [cells[0], *cells[2:9]] == [
+        ["", "ARC-c", "BoolQ", "answer (2)", "HellaSwag"],
+        ["a: original LLM", "40.0", "60.0", "50.0", "30.0"],
+        ["a: tuned LLM", "45.5", "failed", "failed", "20.0"],
+        ["difference", "+5.5", "", "", "-10.0"],
+        ["b: original LLM", "10.0", "20.0", "15.0", "30.0"],
+        ["b: tuned LLM", "11.0", "22.0", "16.5", "33.0"],
+        ["difference", "+1.0", "+2.0", "+1.5", "+3.0"],
+        ["chance", "25.0", "50.0", "37.5", "25.0"],
+    ]
+    assert "- Sample without an answer: a: tuned LLM, arc 3: too long" in markdown
+    assert "- Left out: PIQA" in markdown
+    rows = list(csv.DictReader((tmp_path / "text.csv").open()))
+    assert [(r["difference"], r["failed"]) for r in rows if r["benchmark"] == "arc"] == [
+        ("", "0"), ("5.5", "1"), ("", "0"), ("1.0", "0"),
+    ]  # fmt: skip
+    results = json.loads((tmp_path / "text.json").read_text())["results"]
+    assert results["a: tuned LLM"]["arc"]["failed"] == failed
 
 
 def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
@@ -411,4 +472,4 @@ def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path)
     assert "Left out: MMLU (mmlu): " in done.stderr
     assert done.stdout.splitlines()[-1].startswith("imported: opencompass torch transformers")
     assert (tmp_path / "text.md").read_text() in done.stdout + "\n"
-    assert f"| {llm} |" in (tmp_path / "text.md").read_text()
+    assert f"| {llm.name} " in (tmp_path / "text.md").read_text()
