@@ -14,9 +14,9 @@ from pathlib import Path
 
 from dpa_xtuner.errors import DPAError, nearest
 
-NO_ANSWER = "∅∅∅"
-"""The answer of a sample that has none. Nothing in it is an option, "yes", "no" or a word: no
-benchmark takes it for right (tested for each)."""
+NO_ANSWER = "\ue0d0" * 3
+"""The answer of a sample that has none: characters of Unicode's private use. Nothing in it is an
+option, "yes", "no" or a word: no benchmark takes it for right (tested for each)."""
 
 KINDS = ("general", "vision-centric")
 CIRCULAR = "circular"

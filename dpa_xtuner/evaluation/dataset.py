@@ -19,11 +19,11 @@ from vlmeval.dataset import image_vqa
 from vlmeval.dataset.image_base import ImageBaseDataset
 from vlmeval.dataset.image_mcq import ImageMCQDataset, NaturalBenchDataset
 from vlmeval.dataset.utils.naturalbench import extract_answer, get_scores
-from vlmeval.smp import LMUDataRoot, load
+from vlmeval.smp import LMUDataRoot, dump, load
 
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation.benchmarks import CIRCULAR
+from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
 
 _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that make a prompt
 _NO_PICTURE = "no picture in the data file".ljust(80, ".")  # VLMEvalKit takes <= 64 for an index
@@ -81,13 +81,23 @@ class EvaluationDataset(VLMEvalKitDataset):
 class _WholeFile:
     """Before one of VLMEvalKit's classes in the order of bases: reads the file and no other.
 
+    Answers, where they are given by index, are scored as they are: OpenCompass hands them over in a
+    spreadsheet, which makes 3.0 of the answers "3" beside a missing one, 7 of "007", a formula of
+    "= 4" and nothing of "None".
+
     VLMEvalKit drops rows without picture, fails on rows that refer to a dropped one, and where the
     md5 is not the one it knows, fetches the file and writes over the one that is there.
     """
 
-    def __init__(self, dataset: str, limit: int | None = None, group: int | str = 1) -> None:
+    def __init__(
+        self,
+        dataset: str,
+        limit: int | None = None,
+        group: int | str = 1,
+        answers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(dataset)  # type: ignore[call-arg]
-        self.group = group
+        self.group, self.answers = group, answers
         self.data = _chosen(self.data, dataset, limit, group)
 
     def load_data(self, dataset: str) -> pd.DataFrame:
@@ -100,6 +110,20 @@ class _WholeFile:
         if "image" in data:
             data["image"] = _resolved(data)
         return data
+
+    def evaluate(self, eval_file: str, **judge_kwargs: Any) -> Any:
+        """Score as the data set's class does."""
+        return super().evaluate(self.exact(eval_file), **judge_kwargs)  # type: ignore[misc]
+
+    def exact(self, eval_file: str) -> str:
+        """A file beside a spreadsheet of answers, with these as they were given."""
+        if self.answers is None:
+            return eval_file
+        data = self.data.drop(columns="image", errors="ignore")
+        data["prediction"] = data["index"].map(lambda index: self.answers[str(index)])
+        file = str(answers_file(eval_file))
+        dump(data, file)
+        return file
 
     def dump_image(self, line: Any) -> list[str]:
         """Write a row's pictures as they are in the file, not decoded and encoded again."""
@@ -128,11 +152,16 @@ class _WholeFile:
         return str(path)
 
 
+def answers_file(eval_file: str | Path) -> Path:
+    """Where the answers of a spreadsheet are kept as they were given: a pickle of a DataFrame."""
+    return Path(eval_file).with_suffix(".pkl")
+
+
 class _Groups(_WholeFile, NaturalBenchDataset):
     """NaturalBench of any number of groups: VLMEvalKit's class takes 1,900 and no others."""
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        return naturalbench_scores(load(eval_file))
+        return naturalbench_scores(load(self.exact(eval_file)))
 
 
 def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
@@ -150,7 +179,18 @@ def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
 
 
 class _Shares(_WholeFile, image_vqa.OCRBench):
-    """OCRBench of any number of questions: VLMEvalKit's norm is that of 1,000."""
+    """OCRBench of any number of questions: VLMEvalKit's norm is that of 1,000.
+
+    A sample without an answer is wrong, although nothing is a part of it, and may be a gold answer.
+    """
+
+    def exact(self, eval_file: str) -> str:
+        file = super().exact(eval_file)
+        if self.answers is not None:
+            data = load(file)
+            data.loc[data["prediction"] == NO_ANSWER, "answer"] = "['none is right']"
+            dump(data, file)
+        return file
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
         counts = super().evaluate(eval_file, **judge_kwargs)

@@ -23,7 +23,7 @@ from vlmeval.smp.status_report import flatten_summary_metrics
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
-from dpa_xtuner.evaluation.dataset import group_keys, known_to_vlmevalkit
+from dpa_xtuner.evaluation.dataset import answers_file, group_keys, known_to_vlmevalkit
 
 # Where VLMEvalKit leaves what it made of each row, and in which column.
 _RECORDS = (("_exact_matching_result", "hit"), ("_auxmatch", "score"), ("_results", "eval_score"))
@@ -35,8 +35,8 @@ _LONGEST = 32_000  # a cell of a spreadsheet holds 32,767 characters
 class BenchmarkEvaluator(VLMEvalKitEvaluator):
     """Has VLMEvalKit score a data set, without a judge model.
 
-    The answers go through VLMEvalKit's own files and functions, so that the numbers are its; what
-    would lose it the data set is taken out of them (characters that a spreadsheet can't hold).
+    The answers go through VLMEvalKit's own functions, so that the numbers are its; what would lose
+    it the data set is taken out of them (characters that its spreadsheets can't hold).
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
                 failed.append({"index": index, "reason": reason})
                 text = NO_ANSWER
             answers.append(text)
+        indices = map(str, test_set["vlmeval_index"])
+        self.dataset_kwargs["answers"] = dict(zip(indices, answers, strict=True))
         # VLMEvalKit would go on with what it finds of an earlier evaluation.
         shutil.rmtree(self.output_dir, ignore_errors=True)
         metrics = {
@@ -114,7 +116,7 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
         return sum(found) / len(found)
 
     def _details(self, predictions: Sequence[str | None], test_set: Dataset) -> list[dict]:
-        file = Path(self.output_dir, f"{self.dataset_name}.xlsx")
+        file = answers_file(Path(self.output_dir, f"{self.dataset_name}.xlsx"))
         frame = load(str(file))  # the answers as VLMEvalKit has read them
         keys = group_keys(frame, self.group_rows)
         indices = [str(index) for index in frame["index"]]

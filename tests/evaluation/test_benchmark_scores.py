@@ -323,6 +323,43 @@ def test_no_answer_is_wrong(case, tmp_path):
     assert {failure["reason"] for failure in result["failed"]} == {reason}
 
 
+@pytest.mark.parametrize("name", ["DocVQA_VAL", "OCRBench"])
+def test_answers_that_a_spreadsheet_would_change(name, tmp_path):
+    """OpenCompass and VLMEvalKit hand answers over in one: "3" would be 3.0 beside the last row."""
+    case = CASES[name]
+    golds = ["3", "007", "12.50", "= 4", "None", "mailto:a", "0"]
+    rows = [
+        {**case.rows[0], "index": i, "question": f"What is it? ({i})", "answer": str([gold])}
+        for i, gold in enumerate(golds)
+    ]
+    case = Case(case.benchmark, name, rows, {}, {}, 0)
+    write(tmp_path, case)
+    said = dict(enumerate(golds[:-1])) | {6: "no number"}
+    result = score(case, tmp_path, said)
+    assert result["score"] == pytest.approx(100 * 6 / 7)
+    assert [bool(correct_of(result, i)) for i in range(7)] == [True] * 6 + [False]
+    counts = dict(enumerate("345")) | {3: "", 4: "4", 5: "5", 6: "6"}  # all numbers but for one
+    rows = [row | {"answer": str([counts[row["index"]] or "7"])} for row in rows]
+    case = Case(case.benchmark, name, rows, {}, {}, 0)
+    result = score(case, write(tmp_path / "numbers", case), counts)
+    assert result["score"] == pytest.approx(100 * 6 / 7) and len(result["failed"]) == 1
+
+
+def correct_of(result: dict, index: int) -> bool | float:
+    (found,) = (d["correct"] for d in result["details"] if d["index"] == index)
+    return found
+
+
+def test_nothing_is_no_part_of_an_ocr_answer(tmp_path):
+    """A gold answer may be empty, and the empty text is a part of any other."""
+    case = CASES["OCRBench"]
+    rows = [row | {"answer": "['', 'x']"} for row in case.rows[:2]]
+    case = Case(case.benchmark, case.dataset, rows, {}, {}, 0)
+    result = score(case, write(tmp_path, case), {0: NO_ANSWER, 1: "anything"})
+    assert result["score"] == 50.0
+    assert [correct_of(result, i) for i in (0, 1)] == [False, True]
+
+
 @pytest.mark.parametrize("name", ["MMBench_DEV_EN", "MMVP", NATURAL])
 def test_a_failed_member_costs_its_group(name, tmp_path):
     case = CASES[name]
