@@ -63,12 +63,17 @@ class Source:
 
     @property
     def record(self) -> Path:
-        """The folder whose ``stage.json`` tells of the training: a checkpoint lies in it."""
-        return self.base / self.stage.name if self.checkpoint is None else self.checkpoint.parent
+        """The folder whose ``stage.json`` tells of the training.
+
+        A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
+        """
+        if self.checkpoint is not None and (self.checkpoint.parent / STATE).is_file():
+            return self.checkpoint.parent
+        return self.base / self.stage.name
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the stage was trained from; empty for a checkpoint that lies elsewhere by itself.
+        """What the stage was trained from; empty for a checkpoint of which there is no record.
 
         Raises:
             DPAError: the record does not say it, or is of another stage.
