@@ -267,6 +267,9 @@ def test_what_is_written(qwen, tmp_path):
         AutoConfig.from_pretrained(out),
     )
     tokenizer = AutoTokenizer.from_pretrained(out)
+    # What the processor and the tokenizer make of messages is the same.
+    template = json.loads((out / "chat_template.json").read_text())["chat_template"]
+    assert tokenizer.chat_template == template != qwen.tokenizer.chat_template
     # Rows that no token used: one of them is the image's.
     assert config.text_config.vocab_size == published.vocab_size
     assert config.image_token_index == len(qwen.tokenizer) == tokenizer.vocab["<image>"]
