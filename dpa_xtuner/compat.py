@@ -11,6 +11,9 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 
 def deepspeed_short_names() -> None:
@@ -110,6 +113,25 @@ def checkpoint_globals() -> None:
 
 def _without_methods(buffer) -> dict:
     return {key: value for key, value in vars(buffer).items() if key != "statistics_methods"}
+
+
+@contextmanager
+def deepspeed_loads_safely() -> Iterator[None]:
+    """DeepSpeed 0.16.2 unpickles a checkpoint in full, and runs whatever code it holds.
+
+    Torch's own switch turns its ``torch.load(weights_only=False)`` into a safe one. The classes
+    that a checkpoint holds besides tensors are named as safe; those of MMEngine are already.
+    """
+    import torch
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from mmengine.config import ConfigDict
+
+    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, ConfigDict]
+    switch = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+    with torch.serialization.safe_globals(classes), patch.dict(os.environ, switch):
+        yield
 
 
 def vlmeval_scoring() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dpa_xtuner.errors import DPAError
 
 
@@ -35,11 +37,33 @@ def read_json(path: Path, advice: str) -> dict:
         DPAError: it is broken.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as error:
         raise DPAError(f"{path} is broken ({error}). {advice}") from None
+    if not isinstance(content, dict):
+        raise DPAError(f"{path} is broken (no object in it). {advice}")
+    return content
+
+
+def take(path: Path, taken: str) -> FileLock:
+    """Take a lock for this process; it goes with the process, however that ends.
+
+    Args:
+        path: the lock's file, which stays: removing it would let two in.
+        taken: the message where another process has it.
+
+    Raises:
+        DPAError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise DPAError(taken) from None
+    return lock
 
 
 @contextmanager

@@ -22,10 +22,9 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    found = [p for p in CONFIGS.rglob(f"{name.removesuffix('.py')}.py") if "_base_" not in p.parts]
-    if found:
-        return found[0]
     known = config_names()
+    if (stem := name.removesuffix(".py")) in known:
+        return next(CONFIGS.rglob(f"{stem}.py"))
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise SystemExit(f"{name!r} is neither a file nor a config.{hint} Known: {', '.join(known)}.")

@@ -148,38 +148,52 @@ def _image(tokenizer: PreTrainedTokenizerBase) -> str:
 _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It sleeps."))
 
 
-def disagreements(
-    jinja: str,
-    template: Mapping[str, Any],
-    exported: PreTrainedTokenizerBase,
-    trained: PreTrainedTokenizerBase,
-) -> list[str]:
-    """Kinds of conversations whose tokens are not those of training; none is as it should be.
-
-    A template of XTuner's whose pieces are tokenised one by one can't always be said as one text.
-
-    Args:
-        jinja: from :func:`chat_template`.
-        template: the training template.
-        exported: the tokenizer that the template is for.
-        trained: the tokenizer of the training.
-    """
-    encode = Encoder(trained, "chat", 1, template, 2**20)
-    image_id = exported.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
-    wrong = []
+def _examples(view: str) -> dict[str, Record]:
+    """A caption, or conversations of one turn and of two, without an image and with one."""
+    if view == "caption":
+        return {"an image": Record("", ("x",), None, ((DEFAULT_IMAGE_TOKEN, "A red balloon."),))}
+    found = {}
     for turns in (_TURNS[:1], _TURNS):
         for images in (0, 1):
             human = f"{DEFAULT_IMAGE_TOKEN}\n" * images + turns[0][0]
             record = Record("", ("x",) * images, None, ((human, turns[0][1]), *turns[1:]))
-            messages = []
-            for question, answer in record.turns:
-                messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": answer})
-            text = exported.apply_chat_template(messages, chat_template=jinja, tokenize=False)
-            tokens = encode([record]).tokens
-            tokens[tokens == IMAGE_TOKEN_INDEX] = image_id
-            if exported(text).input_ids != tokens.tolist():
-                wrong.append(f"{len(turns)} turn(s) {'with' if images else 'without'} an image")
+            found[f"{len(turns)} turn(s) {'with' if images else 'without'} an image"] = record
+    return found
+
+
+def disagreements(
+    template: Mapping[str, Any],
+    view: str,
+    exported: PreTrainedTokenizerBase,
+    trained: PreTrainedTokenizerBase,
+) -> list[str]:
+    """Kinds of prompts whose tokens are not those of training; none is as it should be.
+
+    A template of XTuner's whose pieces are tokenised one by one can't always be said as one text,
+    and a slow tokenizer may give other tokens than the fast one that transformers loads.
+
+    Args:
+        template: the training template.
+        view: ``chat``, or ``caption``, where what stands before the caption is compared.
+        exported: the tokenizer as transformers loads it, with its chat template.
+        trained: the tokenizer of the training.
+    """
+    encode = Encoder(trained, view, 1, template, 2**20)
+    image_id = exported.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
+    wrong = []
+    for name, record in _examples(view).items():
+        messages = []
+        for question, answer in record.turns:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        encoded = encode([record])
+        tokens = encoded.tokens
+        tokens[tokens == IMAGE_TOKEN_INDEX] = image_id
+        if view == "caption":
+            messages, tokens = messages[:1], tokens[~encoded.supervised]
+        text = exported.apply_chat_template(messages, tokenize=False)
+        if exported(text).input_ids != tokens.tolist():
+            wrong.append(name)
     return wrong
 
 

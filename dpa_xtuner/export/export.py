@@ -1,6 +1,7 @@
 """One command: from a config's run to a folder that other programs open."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import Weights
-from dpa_xtuner.files import whole_folder, write_json
+from dpa_xtuner.files import take, whole_folder, write_json
 from dpa_xtuner.stages.artifacts import ORIGIN
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
@@ -44,31 +45,46 @@ def export_config(
         options: as of ``--cfg-options``.
 
     Returns:
-        The folder. Its ``dpa.json`` says what it was made from; while that is so, and for the
-        same format and dtype, a second call finds it and does nothing.
+        The folder, links resolved. Its ``dpa.json`` says what it was made from; while that is
+        so, and for the same format and dtype, a second call finds it and does nothing.
 
     Raises:
         DPAError: there is nothing to export, the format can't hold it, or the folder is
-            somebody else's.
+            somebody else's, holds other files too, or is being written by another process.
     """
     for name, value, known in (("format", fmt, FORMATS), ("dtype", dtype, DTYPES)):
         if value not in known:
             hint = nearest(value, known) or "."
             raise DPAError(f"--{name} {value!r} is not known{hint} Known: {', '.join(known)}.")
     source = read_source(config, stage, work_dir, checkpoint, options)
-    out = out or source.base / stage / fmt
-    record = _existing(out)
+    out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
     made_from = _made_from(source, fmt, dtype)
-    if record is not None and all(record.get(key) == made_from[key] for key in made_from):
+    if _is_fresh(out, made_from):
         print_log(f"{out} is up to date", "current")
         return out
-    with torch.no_grad(), whole_folder(out) as partial:
-        about = _WRITERS[fmt](source, Weights(source), partial, DTYPES[dtype])
-        write_json(partial / ORIGIN, {"config": str(config), **made_from, **about})
+    lock = take(
+        out.with_name(f".{out.name}.lock"),
+        f"Another export is writing {out}. Wait for it, or export to another folder with -o.",
+    )
+    try:
+        _refuse_to_replace(out, source)
+        about = _write(source, fmt, dtype, out, {"config": str(config), **made_from})
+    finally:
+        lock.release()
     for line in _told(source, fmt, out, about):
         print_log(line, "current")
     return out
+
+
+def _write(
+    source: Source, fmt: str, dtype: str, out: Path, record: dict[str, Any]
+) -> dict[str, Any]:
+    with torch.no_grad(), whole_folder(out) as partial:
+        about = _WRITERS[fmt](source, Weights(source), partial, DTYPES[dtype])
+        known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
+        write_json(partial / ORIGIN, record | about | known)
+    return about
 
 
 def _made_from(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
@@ -76,17 +92,55 @@ def _made_from(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
     return json.loads(json.dumps(facts | source.facts()))  # as it is read back: no tuples
 
 
-def _existing(out: Path) -> dict | None:
-    """The record of what was exported to a folder before; None where there is nothing."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+def _sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each file but the record itself."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sizes.pop(ORIGIN, None)
+    return sizes
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """What an earlier export says of itself; empty where there is none."""
     try:
         record = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        record = {}
-    if "format" not in record:
-        raise DPAError(f"{out} exists, and is no earlier export. Choose another folder with -o.")
-    return record
+        return {}
+    return record if isinstance(record, dict) and {"format", "files"} <= record.keys() else {}
+
+
+def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
+    """Whether a folder was made from the same, and all that was written is still there."""
+    record = _record(out)
+    if not record or any(record.get(key) != made_from[key] for key in made_from):
+        return False
+    return record["files"].items() <= _sizes(out).items()
+
+
+def _refuse_to_replace(out: Path, source: Source) -> None:
+    """Refuse a folder that is not an earlier export of the same stage, and nothing else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    record = _record(out)
+    if not record:
+        raise DPAError(
+            f"{out} exists, and is no earlier export (whose {ORIGIN} lists its files). Remove it, "
+            f"or choose another folder with -o."
+        )
+    run = source.base.resolve()
+    # A run that was moved takes the exports inside it along.
+    same_run = record["run"] == str(run) or out.is_relative_to(run)
+    if not same_run or record["stage"] != source.stage.name:
+        raise DPAError(
+            f"{out} is an export of stage {record['stage']} of {record['run']}, not of stage "
+            f"{source.stage.name} of {run}. Choose another folder with -o."
+        )
+    if others := sorted(_sizes(out).keys() - record["files"].keys()):
+        raise DPAError(
+            f"{out} holds files that are not of the export, and would be lost: "
+            f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}. Move them away, or choose "
+            f"another folder with -o."
+        )
 
 
 def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[str]:
@@ -96,12 +150,20 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
             "Images were padded to a square in training, which no image processor of transformers "
             "4.48 does: pad them in the mean colour first (tools/eval.py does)"
         )
+    if fmt == "xtuner" and not source.own.pad_image_to_square:
+        lines.append(
+            "Images were not padded to a square in training, and xtuner chat pads every image: "
+            "only square ones are seen as in training"
+        )
     if about.get("template_differs"):
+        asker = "xtuner chat" if fmt == "xtuner" else "the exported chat template"
         listed = ", ".join(about["template_differs"])
         lines.append(
-            f"Not as in training: {listed}. The prompt template was tokenised piece by piece, "
-            f"which one text can't give with this tokenizer"
+            f"Not the tokens of training, as {asker} asks: {listed}. The prompt template was "
+            f"tokenised in another way, or can't be said in full"
         )
+    if "llm_adapter_on" in about:
+        lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
     if "command" in about:
-        lines.append(f"Open it: {about['command'].replace('FOLDER', str(out))}")
+        lines.append(f"Open it: {about['command'].replace('FOLDER', shlex.quote(str(out)))}")
     return lines

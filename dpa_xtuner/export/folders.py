@@ -1,5 +1,6 @@
 """XTuner's own LLaVA format, and a folder for each part."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from xtuner.registry import BUILDER
-from xtuner.utils import PROMPT_TEMPLATE
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.chat_template import chat_template
 from dpa_xtuner.export.hf import SHARD, load_tokenizer
-from dpa_xtuner.export.refusals import is_quantised, keeps_adapter
+from dpa_xtuner.export.refusals import caps_attention, is_quantised, keeps_adapter
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import Adapter, Weights
+from dpa_xtuner.export.xtuner_chat import chat_command
+from dpa_xtuner.files import write_json
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.artifacts import ORIGIN
 from dpa_xtuner.stages.models import encoder_config, llm_config
@@ -32,25 +34,20 @@ def write_xtuner(
     model, else the LLM itself, at the top of the folder; ``visual_encoder`` where it was trained.
 
     Returns:
-        The command that opens it.
+        The command that opens it, and how it asks otherwise than training.
     """
-    llm: str | Path = source.settings.llm_name_or_path
-    if not keeps_adapter(source):
+    own = not keeps_adapter(source)
+    if own:
         _write_llm(source, weights, folder, dtype)
-        llm = "FOLDER"
     elif "llm_adapter" in source.inputs():
         _copy(source.inputs()["llm_adapter"], folder / "llm_adapter")
     elif "llm_adapter" in source.stage.trains:
         write_adapter(source, weights, folder / "llm_adapter")
     _write_projector(source, weights, folder / "projector", dtype)
-    command = ["xtuner", "chat", str(llm), "--llava", "FOLDER"]
     if weights.has_encoder:
         _write_encoder(source, weights, folder / "visual_encoder", dtype)
-    else:
-        command += ["--visual-encoder", source.settings.visual_encoder_name_or_path]
-    if name := _stock_template(source):
-        command += ["--prompt-template", name]
-    return {"command": " ".join([*command, "--image", "IMAGE"])}
+    llm = None if own else source.settings.llm_name_or_path
+    return chat_command(source, llm, folder, weights.has_encoder)
 
 
 def write_parts(
@@ -63,11 +60,13 @@ def write_parts(
     a checkpoint holds one. A quantised LLM, to which no adapter can be added, is left out.
 
     Returns:
-        The parts.
+        The parts, and what the adapter belongs on where that is not the published LLM.
     """
-    trains = source.stage.trains
+    trains, about = source.stage.trains, {}
     if "llm_adapter" in trains:
         write_adapter(source, weights, folder / "llm_adapter")
+        if first := "".join(f" + {path}" for path in source.inputs().values()):
+            about["llm_adapter_on"] = source.settings.llm_name_or_path + first
     if {"llm", "llm_adapter"} & set(trains) and not is_quantised(source):
         (folder / "llm").mkdir()
         _write_llm(source, weights, folder / "llm", dtype)
@@ -75,7 +74,7 @@ def write_parts(
         _write_projector(source, weights, folder / "projector", dtype)
     if weights.has_encoder:
         _write_encoder(source, weights, folder / "visual_encoder", dtype)
-    return {"parts": sorted(path.name for path in folder.iterdir())}
+    return about | {"parts": sorted(path.name for path in folder.iterdir())}
 
 
 def write_adapter(source: Source, weights: Weights, folder: Path) -> None:
@@ -113,6 +112,10 @@ def _write_llm(source: Source, weights: Weights, folder: Path, dtype: torch.dtyp
     llm, tokenizer = weights.llm(dtype), load_tokenizer(source)
     need_room(folder, llm.state_dict())
     llm.save_pretrained(folder, max_shard_size=SHARD)
+    if caps_attention(llm.config):  # save_pretrained does not keep what is set in memory
+        file = folder / "config.json"
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, saved | {"_attn_implementation_autoset": True})
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = chat_template(source.settings.template, tokenizer)
     tokenizer.save_pretrained(folder)
@@ -141,9 +144,3 @@ def _write_encoder(source: Source, weights: Weights, folder: Path, dtype: torch.
     encoder: nn.Module = weights.visual_encoder(dtype)
     encoder.save_pretrained(folder)
     BUILDER.build(source.cfg.image_processor.to_dict()).save_pretrained(folder)
-
-
-def _stock_template(source: Source) -> str | None:
-    """The name of XTuner's template that asks as ours does; its answers end in STOP_WORDS."""
-    ours = source.template["INSTRUCTION"].removeprefix("<s>")
-    return next((n for n, t in PROMPT_TEMPLATE.items() if t.get("INSTRUCTION") == ours), None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AddedToken,
+    AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -24,7 +25,7 @@ from dpa_xtuner.export.chat_template import (
     end_of_turn,
     without_bos,
 )
-from dpa_xtuner.export.refusals import extra_tokens
+from dpa_xtuner.export.refusals import caps_attention, extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import Weights
@@ -64,6 +65,7 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
     model.to(dtype)  # what config.json says
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
     jinja = chat_template(source.template, tokenizer)
+    tokenizer.chat_template = jinja
     without_bos(tokenizer)
     LlavaProcessor(
         image_processor=BUILDER.build(source.cfg.image_processor.to_dict()),
@@ -73,11 +75,10 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
         num_additional_image_tokens=extra,
         chat_template=jinja,
     ).save_pretrained(folder)
+    loaded, trained = AutoTokenizer.from_pretrained(folder), load_tokenizer(source)
     return {
         "image_token_index": image_id,
-        "template_differs": disagreements(
-            jinja, source.template, tokenizer, load_tokenizer(source)
-        ),
+        "template_differs": disagreements(source.template, source.stage.view, loaded, trained),
     }
 
 
@@ -129,10 +130,7 @@ def _config(
     tokenizer: PreTrainedTokenizerBase,
     extra: int,
 ) -> LlavaConfig:
-    # A part that is saved with this set chooses no attention when it is loaded, and so gets the
-    # eager one. Gemma-2 needs that: SDPA, which would be chosen, does not cap (transformers 4.48).
-    caps = getattr(llm.config, "attn_logit_softcapping", None) is not None
-    llm.config._attn_implementation_autoset = caps
+    llm.config._attn_implementation_autoset = caps_attention(llm.config)
     encoder.config._attn_implementation_autoset = False
     config = LlavaConfig(
         vision_config=encoder.config,

@@ -1,7 +1,12 @@
 """What a format can't express, known before any weight is loaded."""
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PretrainedConfig,
+)
 from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
@@ -53,15 +58,26 @@ def is_quantised(source: Source) -> bool:
     return bool(source.cfg.model.llm.get("quantization_config") or published)
 
 
+def caps_attention(config: PretrainedConfig) -> bool:
+    """Whether an LLM must be saved with ``_attn_implementation_autoset``.
+
+    What is saved with that set chooses no attention when it is loaded, and so gets the eager one.
+    Gemma-2 needs it: SDPA, which would be chosen, does not cap (transformers 4.48).
+    """
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def keeps_adapter(source: Source) -> bool:
     """Whether the published LLM and one adapter beside it are what was trained.
 
-    The LLaMA names of an adapter are not those of InternLM's published weights.
+    The LLaMA names of an adapter are not those of InternLM's published weights, and published
+    weights of Gemma-2 are loaded without their cap on attention.
     """
     adapters = [p for p in (*source.inputs(), *source.stage.trains) if p == "llm_adapter"]
     whole = "llm" in source.stage.trains or "llm" in source.inputs()
     loader = str(source.cfg.model.llm.type)
-    return not whole and len(adapters) <= 1 and loader.startswith("transformers.")
+    ours = not loader.startswith("transformers.") or caps_attention(llm_config(source.cfg))
+    return not whole and len(adapters) <= 1 and not ours
 
 
 def extra_tokens(source: Source) -> int:

@@ -11,8 +11,14 @@ from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.stages.models import complete, encoder_config, llm_config
-from dpa_xtuner.stages.pipeline import newest_checkpoint, read_state
-from dpa_xtuner.stages.settings import Settings, StageSettings, differences, refuse_idle_options
+from dpa_xtuner.stages.pipeline import STATE, input_hashes, newest_checkpoint, read_state
+from dpa_xtuner.stages.settings import (
+    Settings,
+    StageSettings,
+    config_from_file,
+    differences,
+    refuse_idle_options,
+)
 from dpa_xtuner.stages.table import Stage, stage_table
 
 # Captions are learned as image, text, newline: a template without words of its own.
@@ -56,9 +62,35 @@ class Source:
         return kind
 
     @property
+    def record(self) -> Path:
+        """The folder whose ``stage.json`` tells of the training.
+
+        A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
+        """
+        if self.checkpoint is not None and (self.checkpoint.parent / STATE).is_file():
+            return self.checkpoint.parent
+        return self.base / self.stage.name
+
+    @property
     def origin(self) -> dict[str, Any]:
-        """What the finished stage was trained from; empty for a checkpoint."""
-        return {} if self.checkpoint else read_state(self.base / self.stage.name)["origin"]
+        """What the stage was trained from; empty for a checkpoint of which there is no record.
+
+        Raises:
+            DPAError: the record does not say it, or is of another stage.
+        """
+        state = read_state(self.record)
+        origin = state.get("origin", {} if self.checkpoint else None)
+        if not isinstance(origin, dict):
+            raise DPAError(
+                f"{self.record / STATE} does not say what the stage was trained from (no origin "
+                f"in it). Restore it, or remove {self.record} to train the stage again."
+            )
+        if origin.get("stage", self.stage.name) != self.stage.name:
+            raise DPAError(
+                f"{self.checkpoint or self.record} is of stage {origin['stage']}, not of "
+                f"{self.stage.name}: give --stage {origin['stage']}."
+            )
+        return origin
 
     @property
     def has_projector(self) -> bool:
@@ -91,6 +123,7 @@ class Source:
             "tokenizer": self.cfg.tokenizer.to_dict(),
             "prompt_template": self.template,
             "weights": _hashes([self.checkpoint] if self.checkpoint else folders),
+            "published": _published(self.cfg),
         }
         if self.has_projector:
             facts |= {
@@ -108,6 +141,15 @@ class Source:
 def _hashes(paths: list[Path]) -> dict[str, str]:
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     return {"/".join(file.parts[-3:]): file_sha256(file) for file in files}  # stage/part/file
+
+
+def _published(cfg: Config) -> dict[str, list[int]]:
+    """Size and time of the files in the published models' folders, which are large to hash."""
+    parts = [cfg.model.llm, cfg.tokenizer, cfg.model.visual_encoder, cfg.image_processor]
+    names = {str(part.get("pretrained_model_name_or_path")) for part in parts}
+    files = [file for name in names if Path(name).is_dir() for file in Path(name).iterdir()]
+    stats = {str(file): file.stat() for file in sorted(files) if file.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def read_source(
@@ -130,8 +172,7 @@ def read_source(
         DPAError: settings that can't be used or are not those of the run, an unknown or
             unfinished stage, or a folder or checkpoint that is missing.
     """
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(options or {})
+    cfg = config_from_file(config, options)
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
     table = stage_table(settings)
@@ -153,12 +194,13 @@ def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.base
     if source.checkpoint is None:
         _need_finished(base, name, f"the parts of stage {name} are exported")
-        _refuse_changed(source, source.origin)
         needed = [folder for part in source.stage.writes if (folder := source.folder(part))]
     else:
         if not source.checkpoint.exists():
             raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
         needed = []
+    if source.origin:
+        _refuse_changed(source, source.origin)
     for part, folder in source.inputs().items():
         _need_finished(base, folder.parent.name, f"stage {name} starts from its {part}")
         needed.append(folder)
@@ -167,6 +209,19 @@ def _need_inputs(source: Source) -> None:
             raise DPAError(
                 f"{folder}, which stage {folder.parent.name} wrote, is gone. Restore it, or remove "
                 f"{folder.parent} and train the stage again."
+            )
+    _refuse_other_inputs(source, source.origin.get("loads", {}))
+
+
+def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
+    """Refuse parts that were trained anew, or replaced, after the stage had started from them."""
+    now = input_hashes(source.stage, source.base) if before else {}
+    for name in sorted(before.keys() | now.keys()):
+        part = name.split("/")[0]
+        if part in source.inputs() and before.get(name) != now.get(name):
+            raise DPAError(
+                f"{source.inputs()[part]} is not what stage {source.stage.name} was trained on: "
+                f"{name} has changed since. Put it back, or train {source.stage.name} again."
             )
 
 
@@ -184,13 +239,13 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
 
 
 def _refuse_changed(source: Source, origin: dict) -> None:
-    settings, own = source.settings, source.own
+    settings, own, trained = source.settings, source.own, origin.get("settings", {})
     # Models may have moved: their names are not compared, see Weights.
     now = {
         "prompt_template": settings.template if source.stage.view == "chat" else "plain",
         "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
     }
-    if "lora" not in origin["settings"]:
+    if "lora" not in trained:
         now["settings"].pop("lora", None)
     if source.has_projector:
         now["settings"]["pad_image_to_square"] = own.pad_image_to_square
@@ -201,11 +256,11 @@ def _refuse_changed(source: Source, origin: dict) -> None:
             "max_tiles": settings.max_tiles,
         }
     before = {key: origin.get(key) for key in now}
-    before["settings"] = {key: origin["settings"].get(key) for key in now["settings"]}
+    before["settings"] = {key: trained.get(key) for key in now["settings"]}
     now = json.loads(json.dumps(now))  # as it was written: no tuples
     changes = [f"  {key}: was {a}, is {b}" for key, a, b in differences(before, now)]
     if changes:
         raise DPAError(
-            f"{source.base / source.stage.name} was trained with other settings than the config "
+            f"{source.record} was trained with other settings than the config "
             f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
         )

@@ -1,11 +1,13 @@
 """Loads what is exported: the LLM with its adapters added, the encoder, the projector."""
 
 import json
-import pickle
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from pickle import PickleError
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from mmengine.config import ConfigDict
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from xtuner.model.utils import traverse_dict
 
+from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError, install
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.model.configs import model_class, options_refused, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import CANONICAL
-from dpa_xtuner.stages.models import encoder_config, llm_config
+from dpa_xtuner.stages.models import encoder_config, llm_config, lora_targets
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
 
@@ -35,18 +38,32 @@ class Adapter(NamedTuple):
         """Add B A alpha / r to the layers' weights, in float32, rounded once.
 
         Raises:
-            DPAError: the module has no such layer.
+            DPAError: the module has no such layers, or of other sizes.
         """
+        self.refuse_other(module)
         for name, (a, b) in self.layers.items():
-            try:
-                weight = module.get_parameter(f"{name}.weight")
-            except AttributeError:
-                raise DPAError(
-                    f"The adapter is for a layer {name}, which a {type(module).__name__} has not: "
-                    f"it was trained on another model."
-                ) from None
+            weight = module.get_parameter(f"{name}.weight")
             delta = (b.float() @ a.float()) * (self.lora_alpha / self.r)
             weight.data = (weight.data.float() + delta).to(weight.dtype)
+
+    def refuse_other(self, module: nn.Module) -> None:
+        """Refuse a module whose layers are not those that the adapter is for.
+
+        Raises:
+            DPAError: it lacks layers, or they are of other sizes.
+        """
+        sizes = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
+        wrong = []
+        for name, (a, b) in self.layers.items():
+            own = sizes.get(f"{name}.weight")
+            if own != (len(b), a.shape[1]) or len(a) != b.shape[1]:
+                wrong.append(f"  {name}: A {tuple(a.shape)}, B {tuple(b.shape)}, weight {own}")
+        if wrong:
+            more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise DPAError(
+                f"The adapter does not fit a {type(module).__name__}: it was trained on another "
+                f"model, or is damaged.\n" + "\n".join(wrong[:5]) + more
+            )
 
 
 class Weights:
@@ -86,7 +103,23 @@ class Weights:
         if folder := self.source.folder("llm_adapter"):
             return read_adapter(folder)
         lora = getattr(self.source.own, "lora", None)
-        return _adapter(self._below("llm."), lora.r, lora.lora_alpha) if lora else None
+        adapter = _adapter(self._below("llm."), lora.r, lora.lora_alpha) if lora else None
+        if adapter:
+            self._refuse_partial(adapter)
+        return adapter
+
+    def _refuse_partial(self, adapter: Adapter) -> None:
+        """Refuse a checkpoint's adapter that is not for all layers that the stage adapts."""
+        source = self.source
+        llm = _on_meta(source.cfg.model.llm, llm_config(source.cfg))
+        adapter.refuse_other(llm)
+        targets, head = lora_targets(source.cfg, source.settings), llm.get_output_embeddings()
+        wanted = [
+            name for name, module in llm.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+            and (targets is None or name.rsplit(".", 1)[-1] in targets)
+        ]  # fmt: skip
+        _refuse_missing(f"{name}.lora_A and B" for name in wanted if name not in adapter.layers)
 
     def llm(self, dtype: torch.dtype) -> PreTrainedModel:
         """The LLM as the stage left it, its adapters added.
@@ -128,18 +161,12 @@ class Weights:
         return llm
 
     def _refuse_other(self, side: str, module: nn.Module, name: str) -> None:
-        """Refuse a model whose weights are not those that the stage was trained with.
-
-        They are only looked at where the model goes by another name now.
-        """
+        """Refuse a model whose weights are not those that the stage was trained with."""
         trained = self.source.origin.get(side, {})
-        if trained.get("name", name) != name and trained["fingerprint"] != fingerprint(
-            module, CANONICAL
-        ):
+        if trained.get("fingerprint", "") not in ("", fingerprint(module, CANONICAL)):
             raise DPAError(
-                f"{name} holds other weights than {trained['name']}, with which "
-                f"{self.source.base / self.source.stage.name} was trained. Set {side}_name_or_path "
-                f"to that model."
+                f"{name} holds other weights than {trained['name']} did when {self.source.record} "
+                f"was trained with it. Put them back, or set {side}_name_or_path to that model."
             )
 
     @property
@@ -172,6 +199,8 @@ class Weights:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict of a .pth file, or of a DeepSpeed folder (float32), frozen parts left out.
 
+    Neither is unpickled beyond tensors and plain values: no code in it is run.
+
     Raises:
         DPAError: it is none.
     """
@@ -179,17 +208,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         if path.is_dir():
             from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-            return get_fp32_state_dict_from_zero_checkpoint(
-                str(path.parent), path.name, exclude_frozen_parameters=True
-            )
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with compat.deepspeed_loads_safely():
+                return get_fp32_state_dict_from_zero_checkpoint(
+                    str(path.parent), path.name, exclude_frozen_parameters=True
+                )
+        zipped = is_zipfile(path)  # torch's old format is none, and can't be mapped
+        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except ImportError:
         raise DPAError(
             f"{path} is a DeepSpeed checkpoint, and DeepSpeed is not installed: "
             f"{install('deepspeed')}"
         ) from None
-    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, ValueError, LookupError, OSError, EOFError, PickleError) as error:
+        reason = (str(error).strip().splitlines() or ["it ends too early"])[0]
         raise DPAError(
             f"--checkpoint {path} is neither a .pth file nor a DeepSpeed folder of a run "
             f"(iter_N.pth in the stage's folder): {reason}"
@@ -211,13 +242,23 @@ def read_adapter(folder: Path) -> Adapter:
 def _adapter(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter | None:
     found = {m.groups(): t for name, t in state.items() if (m := _LORA.fullmatch(name))}
     names = sorted({name for name, _ in found})
-    layers = {name: (found[name, "A"], found[name, "B"]) for name in names}
-    if not layers:
+    if not names:
         return None
+    _refuse_missing(f"{n}.lora_{half}" for n in names for half in "AB" if (n, half) not in found)
+    layers = {name: (found[name, "A"], found[name, "B"]) for name in names}
     rank = len(next(iter(layers.values()))[0])
     if rank != r:
         raise DPAError(f"The adapter has rank {rank}, and the config says {r}: set it as trained.")
     return Adapter(layers, r, lora_alpha)
+
+
+def _refuse_missing(names: Iterable[str]) -> None:
+    if missing := list(names):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DPAError(
+            f"Part of the adapter is missing: {', '.join(missing[:5])}{more}. Without it the "
+            f"model would not be the one that was trained."
+        )
 
 
 def _without_lora(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,14 +274,17 @@ def load_pretrained(loader: dict, dtype: torch.dtype | None = None, **more) -> P
         more: other arguments.
 
     Raises:
-        DPAError: weights are missing.
+        DPAError: weights are missing, or its class does not take an argument.
     """
     options = ConfigDict(loader).to_dict() | more
-    traverse_dict(options)  # "torch.bfloat16" to the dtype
-    if dtype is not None:
-        options["torch_dtype"] = dtype
     owner = model_class({"type": options.pop("type")})
-    model, info = owner.from_pretrained(**options, low_cpu_mem_usage=True, output_loading_info=True)
+    with options_refused("model"):
+        traverse_dict(options)  # "torch.bfloat16" to the dtype
+        if dtype is not None:
+            options["torch_dtype"] = dtype
+        model, info = owner.from_pretrained(
+            **options, low_cpu_mem_usage=True, output_loading_info=True
+        )
     if missing := sorted(info["missing_keys"]):
         raise DPAError(
             f"{options['pretrained_model_name_or_path']} lacks {len(missing)} weights of a "

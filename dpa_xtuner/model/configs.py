@@ -1,5 +1,8 @@
 """What is known of a Hugging Face model before its weights are loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from mmengine.utils import get_object_from_string
 from transformers import AutoConfig, PretrainedConfig
 
@@ -59,6 +62,24 @@ def read_config(setting: str, cfg: dict, local_only: bool = False) -> Pretrained
             f"gives here ({reason}). Give a local folder with --cfg-options {setting}=FOLDER, or "
             f"connect to the hub."
         ) from None
+
+
+@contextmanager
+def options_refused(side: str) -> Iterator[None]:
+    """What a model's loader can't take, said as a mistake in the config.
+
+    Args:
+        side: the config's key that holds the loader, for the message.
+
+    Raises:
+        DPAError: an argument of the loader, or its value.
+    """
+    try:
+        yield
+    except DPAError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        raise DPAError(f"{side}: {error}. Check the keys beside its type in the config.") from error
 
 
 def architecture(config: PretrainedConfig) -> dict:

@@ -16,7 +16,7 @@ from xtuner.utils import IGNORE_INDEX
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenScores, token_scores
-from dpa_xtuner.model.configs import model_class
+from dpa_xtuner.model.configs import model_class, options_refused
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.last_layer import only_read
 from dpa_xtuner.model.packing import depends_on_length, pack, takes_pairs
@@ -45,15 +45,8 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
         cfg.setdefault("attn_implementation", "flash_attention_2")
     elif _caps_attention(owner):
         cfg.setdefault("attn_implementation", "eager")
-    with LoadWoInit():
-        try:
-            built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
-        except DPAError:
-            raise
-        except (TypeError, ValueError, ImportError) as error:  # an option that it can't take
-            raise DPAError(
-                f"model: {error}. Check the keys beside its type in the config."
-            ) from error
+    with LoadWoInit(), options_refused("model"):
+        built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
     if info["missing_keys"]:  # transformers only warns, and without initialisation they are noise
         missing = sorted(info["missing_keys"])
         raise DPAError(

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
 from dpa_xtuner.data import check_dataset
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.settings import Settings, refuse_idle_options
+from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_idle_options
 from dpa_xtuner.stages.table import stage_table
 
 
@@ -26,8 +25,7 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     Raises:
         DPAError: settings, models or data files can't be read.
     """
-    cfg = Config.fromfile(path)
-    cfg.merge_from_dict(options or {})
+    cfg = config_from_file(path, options)
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
     cfg = complete(cfg, settings)

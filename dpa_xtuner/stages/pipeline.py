@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.files import file_sha256, read_json
+from dpa_xtuner.files import file_sha256, read_json, take
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
 from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
 from dpa_xtuner.stages.models import complete
@@ -57,7 +57,7 @@ def next_stage(cfg: Config) -> Config | None:
     check_ahead(cfg, settings, stages)
     for stage in stages:
         _need_inputs(stage, base)
-        origin = origin_of(cfg, settings, stage) | {"loads": _hashes(stage, base)}
+        origin = origin_of(cfg, settings, stage) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
             own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
             refuse_foreign(base / folder, read_origin(base / folder), own, "architecture")
@@ -107,15 +107,10 @@ def hold(config: Config) -> FileLock:
         DPAError: another run trains in it, such as one whose parent alone was killed.
     """
     folder = Path(config.work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise DPAError(
-            f"Another run is training in {folder}. Wait for it, stop it, or use another --work-dir."
-        ) from None
-    return lock
+    return take(
+        folder / ".lock",
+        f"Another run is training in {folder}. Wait for it, stop it, or use another --work-dir.",
+    )
 
 
 def agree(config: Config) -> None:
@@ -198,7 +193,8 @@ def _need_inputs(stage: Stage, base: Path) -> None:
             )
 
 
-def _hashes(stage: Stage, base: Path) -> dict[str, str]:
+def input_hashes(stage: Stage, base: Path) -> dict[str, str]:
+    """SHA-256 of the weight files that a stage loads from a work dir, as part/file."""
     hashes = {}
     for part, folder in stage.loads.items():
         for file in sorted((base / folder).glob("*.safetensors")):

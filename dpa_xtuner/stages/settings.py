@@ -1,6 +1,7 @@
 """The method's part of a config, checked before anything is loaded."""
 
 from inspect import signature
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmengine.config import Config
@@ -341,6 +342,20 @@ def refuse_training_quantised(settings: Settings, where: str) -> None:
             f"{where} quantises the LLM, and quantised weights can't be changed:\n{listed}\n"
             f"Or leave the quantisation out."
         )
+
+
+def config_from_file(path: Path | str, options: dict | None = None) -> Config:
+    """Read a config file, and change it as ``--cfg-options`` say.
+
+    Raises:
+        DPAError: it can't be carried out.
+    """
+    try:
+        cfg = Config.fromfile(path)
+    except (SyntaxError, NameError, ImportError) as error:
+        raise DPAError(f"The config {path} can't be read: {error}. Mend that file.") from error
+    cfg.merge_from_dict(options or {})
+    return cfg
 
 
 def refuse_idle_options(cfg: Config, settings: Settings) -> None:

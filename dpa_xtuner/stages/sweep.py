@@ -16,7 +16,7 @@ from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, write_json, write_text
 from dpa_xtuner.stages.pipeline import read_state
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.settings import Settings, config_from_file
 from dpa_xtuner.stages.table import STAGE_NAMES
 
 RECORD = "sweep.json"
@@ -105,9 +105,8 @@ def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> 
 
 
 def _merged(config: Path, options: dict[str, str]) -> Config:
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict({key: DictAction._parse_iterable(v) for key, v in options.items()})
-    return cfg
+    parsed = {key: DictAction._parse_iterable(v) for key, v in options.items()}
+    return config_from_file(config, parsed)
 
 
 def _name(options: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
     model, info = LlavaForConditionalGeneration.from_pretrained(
         folder, torch_dtype="auto", output_loading_info=True
     )
-    found = {"info": info, "dtype": model.dtype, "logits": [], "ids": [], "said": []}
+    found = {"info": info, "dtype": model.dtype, "logits": [], "exact": [], "ids": [], "said": []}
     for messages in conversations:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=[image], text=text, return_tensors="pt")
@@ -26,6 +26,12 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
         said = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         found["ids"].append(inputs["input_ids"][0].tolist())
         found["said"].append(said[0, inputs["input_ids"].shape[1] :].tolist())
+    model.double()
+    for messages in conversations:
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(images=[image], text=text, return_tensors="pt").to(torch.float64)
+        with torch.no_grad():
+            found["exact"].append(model(**inputs).logits[0])
     found["attention"] = model.language_model.config._attn_implementation
     found["ends"] = model.generation_config.eos_token_id
     found["image_id"] = model.config.image_token_index

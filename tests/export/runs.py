@@ -1,5 +1,6 @@
 """Runs of tiny models as training leaves them on disk, with random weights in place of trained."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from dpa_xtuner.model.internlm2 import to_internlm2
 from dpa_xtuner.stages.artifacts import save_part
 from dpa_xtuner.stages.build import model_config, origin_of
 from dpa_xtuner.stages.models import complete, tiles
+from dpa_xtuner.stages.pipeline import input_hashes
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
 
@@ -132,11 +134,15 @@ class Run:
                   "pixel_values": [pixels]}  # fmt: skip
         return collate([sample])["data"]
 
-    @torch.no_grad()
     def logits(self, tokens: list[int], image: Path) -> torch.Tensor:
         """(T, V) of the training model, images expanded."""
-        model = self.model.eval()
-        return model.llm(**model.splice(self.batch(tokens, image)), use_cache=False).logits[0]
+        return _logits(self.model, self.batch(tokens, image))
+
+    def exact_logits(self, tokens: list[int], image: Path) -> torch.Tensor:
+        """The same in float64: of the weights alone, without the rounding of a pass in float32."""
+        batch = self.batch(tokens, image)
+        batch["pixel_values"] = batch["pixel_values"].double()
+        return _logits(copy.deepcopy(self.model).double(), batch)
 
     def greedy(self, tokens: list[int], image: Path, count: int, ends: list[int], never: int):
         """The next tokens, each by a whole pass."""
@@ -147,6 +153,11 @@ class Run:
                 scores[never] = -torch.inf
             found.append(int(scores.argmax()))
         return found
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: dict) -> torch.Tensor:
+    return model.eval().llm(**model.splice(batch), use_cache=False).logits[0]
 
 
 def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="target",
@@ -180,7 +191,8 @@ def _train(run: Run, row) -> nn.Module:
         if parameter.requires_grad:
             noise = torch.randn_like(parameter) * 0.1
             parameter.data = parameter.data + noise.to(parameter.dtype)
-    origin = origin_of(run.cfg, run.settings, row)
+    loads = input_hashes(row, run.work_dir)
+    origin = origin_of(run.cfg, run.settings, row) | {"loads": loads}
     for side, value in model.fingerprints.items():
         origin[side]["fingerprint"] = value
     for part, place in row.writes.items():

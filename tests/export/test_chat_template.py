@@ -135,12 +135,12 @@ def test_a_template_that_one_text_cant_say_is_told(pieces):
     """XTuner's pieces, each tokenised alone: a space before each, which one text has not."""
     trained, exported = both(pieces, "vicuna")
     template = PROMPT_TEMPLATE["vicuna"]
-    jinja = chat_template(template, exported)
+    exported.chat_template = chat_template(template, exported)
     without_bos(exported)
-    told = disagreements(jinja, template, exported, trained)
+    told = disagreements(template, "chat", exported, trained)
     assert "1 turn(s) with an image" in told
     trained, exported = both(pieces, "vicuna")
     family = find_family("vicuna").template
-    jinja = chat_template(family, exported)
+    exported.chat_template = chat_template(family, exported)
     without_bos(exported)
-    assert disagreements(jinja, family, exported, trained) == []
+    assert disagreements(family, "chat", exported, trained) == []

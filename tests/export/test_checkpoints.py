@@ -1,6 +1,7 @@
 """Exports from checkpoints against exports of what the finished stage wrote, and against peft."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import harness
@@ -12,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
+from dpa_xtuner.export.weights import read_checkpoint
 from dpa_xtuner.stages.pipeline import newest_checkpoint, read_state
 
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -132,6 +134,12 @@ def test_a_trained_visual_encoder_is_exported_as_trained(vicuna, tmp_path, lora)
         (lambda s: {k: v for k, v in s.items() if "lora_" not in k}, "holds no adapter"),
         (lambda s: s | {"llm.model.norm.weight": torch.ones(32)}, "does not fit a LlamaForCausal"),
         (lambda s: {k: v[:2] if "lora_A" in k else v for k, v in s.items()}, "rank 2, and the"),
+        (lambda s: {k: v[:, :3] if "q_proj.lora_A" in k else v for k, v in s.items()},
+         r"q_proj: A \(4, 3\), B \(32, 4\), weight \(32, 32\)"),
+        (lambda s: {k: v for k, v in s.items() if "1.self_attn.q_proj.lora_B" not in k},
+         "missing: model.layers.1.self_attn.q_proj.lora_B. Without"),
+        (lambda s: {k: v for k, v in s.items() if "lora_" not in k or "layers.1" not in k},
+         "missing: model.layers.1.self_attn.q_proj.lora_A and B, .* and 2 more"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_stage_or_model_is_refused(vicuna, tmp_path, change, message):
@@ -140,6 +148,44 @@ def test_a_checkpoint_of_another_stage_or_model_is_refused(vicuna, tmp_path, cha
         export_config(vicuna.config, work_dir=vicuna.work_dir, checkpoint=checkpoint,
                       out=tmp_path / "hf")  # fmt: skip
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_checkpoint_is_checked_as_the_finished_stage_is(vicuna, tmp_path):
+    file = save(vicuna.model.state_dict(), vicuna.work_dir / "tune" / "iter_1.pth")
+    for checkpoint in (file, shutil.copy(file, tmp_path)):
+        with pytest.raises(DPAError, match=r"lora_alpha: was 8.0, is 16.0"):
+            export_config(vicuna.config, work_dir=vicuna.work_dir, checkpoint=Path(checkpoint),
+                          options={"tune.lora.lora_alpha": 16})  # fmt: skip
+    with pytest.raises(DPAError, match=r"iter_1\.pth is of stage tune, not of align"):
+        export_config(vicuna.config, "align", work_dir=vicuna.work_dir, checkpoint=file)
+
+
+class Code:
+    """Pickled, a call of a function."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_code_in_a_checkpoint_is_not_run(vicuna, tmp_path):
+    torch.save({"x": Code(tmp_path / "ran")}, tmp_path / "iter_1.pth")
+    folder = tmp_path / "iter_2.pth"
+    folder.mkdir()
+    torch.save({"x": Code(tmp_path / "ran")}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    for name in ("iter_1.pth", "iter_2.pth"):
+        with pytest.raises(DPAError, match="Weights only load failed"):
+            export_config(vicuna.config, work_dir=vicuna.work_dir, checkpoint=tmp_path / name,
+                          out=tmp_path / "hf")  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+
+
+def test_torchs_old_format(vicuna, tmp_path):
+    state = {"state_dict": vicuna.model.state_dict()}
+    torch.save(state, tmp_path / "iter_1.pth", _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path / "iter_1.pth").keys() == state["state_dict"].keys()
 
 
 def test_a_file_that_is_no_checkpoint_is_answered(vicuna, tmp_path):

@@ -5,10 +5,12 @@ import runpy
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import runs
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -134,7 +136,7 @@ def test_a_full_disk_leaves_nothing_behind(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage(10_000))
     with pytest.raises(DPAError, match=r"there are 0.0 GB left. Make room"):
         export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "hf")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".hf.lock"]
 
 
 def test_a_fresh_export_is_found_and_a_stale_one_made_again(qwen, tmp_path):
@@ -155,7 +157,103 @@ def test_a_fresh_export_is_found_and_a_stale_one_made_again(qwen, tmp_path):
     save_file(weights, file, {"format": "pt"})
     second = made()
     assert second > first and made() == second
-    assert made(options={"tokenizer.chat_template": ""}) > second
+    third = made(options={"tokenizer.chat_template": ""})
+    assert third > second
+    (work_dir / "tune" / "hf" / "model.safetensors").unlink()
+    assert made(options={"tokenizer.chat_template": ""}) > third
+    assert (work_dir / "tune" / "hf" / "model.safetensors").is_file()
+
+
+def test_what_an_export_does_not_replace(qwen, tmp_path):
+    """Another stage, another run, own files beside it, and one that is being written."""
+    out = tmp_path / "hf"
+
+    def export(stage="tune", work_dir=qwen.work_dir, dtype="float16") -> str:
+        with pytest.raises(DPAError) as caught:
+            export_config(qwen.config, stage, out=out, work_dir=work_dir, dtype=dtype)
+        return str(caught.value)
+
+    with FileLock(tmp_path / ".hf.lock"):
+        assert f"Another export is writing {out}" in export()
+    export_config(qwen.config, out=out, work_dir=qwen.work_dir)
+    assert "hf is an export of stage tune of" in export("align")
+    copied = shutil.copytree(qwen.work_dir, tmp_path / "copied")
+    assert f"not of stage tune of {copied}" in export(work_dir=copied)
+    (out / "notes.txt").write_text("mine")
+    assert "holds files that are not of the export, and would be lost: notes.txt" in export()
+    (out / "notes.txt").unlink()
+    export_config(qwen.config, out=out, work_dir=qwen.work_dir, dtype="float16")
+    assert runs.record(out)["dtype"] == "float16"
+
+
+def test_a_link_stays_one(qwen, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "hf")
+    for dtype in ("bfloat16", "float16"):
+        out = export_config(qwen.config, out=tmp_path / "link", work_dir=qwen.work_dir, dtype=dtype)
+        assert out == tmp_path / "disk" / "hf" and (tmp_path / "link").is_symlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    out = export_config(qwen.config, out=Path(), work_dir=qwen.work_dir)
+    assert out == tmp_path / "here" and (out / "config.json").is_file()
+
+
+def test_models_and_parts_that_changed_in_place(run, tmp_path):
+    made = run("smollm2", start_from="proxy")
+
+    def spoilt(file: Path) -> str:
+        whole = file.read_bytes()
+        save_file({k: v * 1.5 for k, v in load_file(file).items()}, file, {"format": "pt"})
+        file_sha256.cache_clear()
+        message = refused(made)
+        file.write_bytes(whole)
+        return message
+
+    export_config(made.config, work_dir=made.work_dir)
+    for side, name in (("llm", "llm"), ("encoder", "visual_encoder")):
+        message = spoilt(made.folder / side / "model.safetensors")
+        assert f"/{side} holds other weights than" in message
+        assert f"or set {name}_name_or_path" in message
+    message = spoilt(made.work_dir / "proxy" / "llm_adapter" / "adapter_model.safetensors")
+    assert "llm_adapter is not what stage tune was trained on" in message
+    file_sha256.cache_clear()
+    parts = export_config(made.config, fmt="parts", work_dir=made.work_dir)
+    beside = made.work_dir / "proxy" / "llm_adapter"
+    assert runs.record(parts)["llm_adapter_on"] == f"{made.folder / 'llm'} + {beside}"
+
+
+def test_mistakes_are_told_without_a_traceback(qwen, tmp_path, monkeypatch):
+    message = refused(qwen, **{"model.llm.torch_dtype": "torch.bogus"})
+    assert "bogus" in message and "Check the keys beside its type in the config" in message
+    (tmp_path / "broken.py").write_text("a = (\n")
+    with pytest.raises(DPAError, match=r"The config .*broken.py can't be read: .*never closed"):
+        export_config(tmp_path / "broken.py")
+    work_dir = shutil.copytree(qwen.work_dir, tmp_path / "run")
+    for state, told in (
+        ("[]", r"broken \(no object"),
+        ('{"status": "finished"}', "no origin in it"),
+    ):
+        (work_dir / "tune" / "stage.json").write_text(state)
+        with pytest.raises(DPAError, match=told):
+            export_config(qwen.config, work_dir=work_dir)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    from _configs import find_config
+
+    with pytest.raises(SystemExit, match="neither a file nor a config"):
+        find_config(str(tmp_path / "nothing.py"))
+
+
+def test_tokens_that_the_exported_tokenizer_does_not_give(run, pieces, tmp_path):
+    """The slow tokenizer of the training is not the one that transformers loads."""
+    made = run("vicuna")
+    shutil.copy(pieces(True), made.folder / "llm" / "tokenizer.model")
+    slow = {"tokenizer.use_fast": False}
+    for options, told in ((None, 0), (slow, 4)):
+        out = export_config(made.config, work_dir=made.work_dir, out=tmp_path / "hf",
+                            options=options)  # fmt: skip
+        assert len(runs.record(out)["template_differs"]) == told
+    captions = export_config(made.config, "align", work_dir=made.work_dir)
+    assert runs.record(captions)["template_differs"] == []
 
 
 def test_what_is_written(qwen, tmp_path):
@@ -169,6 +267,9 @@ def test_what_is_written(qwen, tmp_path):
         AutoConfig.from_pretrained(out),
     )
     tokenizer = AutoTokenizer.from_pretrained(out)
+    # What the processor and the tokenizer make of messages is the same.
+    template = json.loads((out / "chat_template.json").read_text())["chat_template"]
+    assert tokenizer.chat_template == template != qwen.tokenizer.chat_template
     # Rows that no token used: one of them is the image's.
     assert config.text_config.vocab_size == published.vocab_size
     assert config.image_token_index == len(qwen.tokenizer) == tokenizer.vocab["<image>"]
@@ -229,5 +330,5 @@ def test_models_may_move_and_not_change(qwen, tmp_path, side):
     weights = load_file(moved / "model.safetensors")
     save_file({k: v * 1.5 for k, v in weights.items()}, moved / "model.safetensors",
               {"format": "pt"})  # fmt: skip
-    with pytest.raises(DPAError, match=f"moved holds other weights.*Set {name}_name_or_path"):
+    with pytest.raises(DPAError, match=f"moved holds other weights.*set {name}_name_or_path"):
         export_config(qwen.config, **how, out=tmp_path / "other")

@@ -1,5 +1,6 @@
 """XTuner's format in `xtuner chat` itself, and the parts in the libraries they are for."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from xtuner.model.modules import ProjectorModel
 from xtuner.tools import chat
 
-from dpa_xtuner.export import export_config
+from dpa_xtuner.export import export, export_config
+from dpa_xtuner.export.chat_template import end_of_turn
 
 QWEN_CHAT = {"prompt_template": "qwen_chat", "tokenizer.chat_template": ""}
 
@@ -26,7 +28,7 @@ def image(tmp_path_factory) -> Path:
 
 def said_by_chat(command: str, image: Path, log: Path) -> str:
     """What `xtuner chat` answers to one question, asked on its standard input."""
-    argv = command.replace("IMAGE", str(image)).split()[1:]
+    argv = shlex.split(command.replace("IMAGE", str(image)))[1:]
     argv += ["--torch-dtype", "fp32", "--temperature", "0", "--max-new-tokens", "8"]
 
     def ask() -> None:
@@ -45,6 +47,8 @@ def said_by_chat(command: str, image: Path, log: Path) -> str:
         ("internlm2", dict(train_llm="lora"), ["config.json", "model.safetensors", "projector"]),
         ("internlm2", dict(train_llm="full"), ["config.json", "model.safetensors", "projector"]),
         ("smollm2", dict(options=QWEN_CHAT), ["llm_adapter", "projector"]),
+        ("llama3_1", {}, ["llm_adapter", "projector"]),
+        ("gemma2", {}, ["config.json", "projector"]),
         ("smollm2", dict(options=QWEN_CHAT, start_from="proxy"), ["config.json", "projector"]),
     ],
 )
@@ -56,16 +60,32 @@ def test_xtuner_chat_says_what_the_trained_model_says(run, image, tmp_path, fami
     assert set(written) <= {path.name for path in out.iterdir()}
     assert (out / "llm_adapter").exists() == ("llm_adapter" in written)
     command = runs.record(out)["command"].replace("FOLDER", str(out))
-    assert "--prompt-template" in command
+    assert "--prompt-template" in command and runs.record(out)["template_differs"] == []
     tokens = made.prompt(RECORDS[0])
-    ends = [made.tokenizer.convert_tokens_to_ids("<|im_end|>"), made.tokenizer.eos_token_id]
+    ends = end_of_turn(made.settings.template, made.tokenizer)
     expected = made.tokenizer.decode(made.greedy(tokens, image, 8, ends, 10**6))
     assert expected.strip() in said_by_chat(command, image, tmp_path / "chat.log")
 
 
-def test_the_proxy_alone(run):
+def test_what_xtuner_chat_does_otherwise_is_said(run, monkeypatch):
+    told = []
+    monkeypatch.setattr(export, "print_log", lambda line, _: told.append(line))
+    made = run("vicuna", options={"tune.pad_image_to_square": False})
+    out = export_config(made.config, fmt="xtuner", work_dir=made.work_dir,
+                        options={"tune.pad_image_to_square": False})  # fmt: skip
+    asked = shlex.split(runs.record(out)["command"])
+    # XTuner's template says Vicuna's default prompt itself, and a newline behind it.
+    assert asked[asked.index("--system") + 1] == ""
+    assert runs.record(out)["template_differs"] == ["1 turn(s) with an image"]
+    assert "not padded to a square in training, and xtuner chat pads every image" in told[1]
+    assert "Not the tokens of training, as xtuner chat asks: 1 turn(s) with an image" in told[2]
+    assert told[3] == f"Open it: {runs.record(out)['command'].replace('FOLDER', str(out))}"
+
+
+@pytest.mark.parametrize("family", ["internlm2", "gemma2"])
+def test_the_proxy_alone(run, family):
     """As an LLM of transformers' own class, and as an adapter for the published one."""
-    made = run("internlm2", stage="proxy")
+    made = run(family, stage="proxy")
     out = export_config(made.config, stage="proxy", fmt="parts", work_dir=made.work_dir,
                         dtype="float32")  # fmt: skip
     assert sorted(p.name for p in out.iterdir()) == ["dpa.json", "llm", "llm_adapter"]

@@ -68,15 +68,21 @@ def test_logits_and_greedy_text_are_those_of_the_training_model(name, answers, i
     made, found = answers[0][name], answers[1][name]
     assert not any(found["info"].values()), found["info"]
     assert found["attention"] == ("eager" if name == "gemma2" else "sdpa")
-    for record, ids, logits, said in zip(
-        RECORDS, found["ids"], found["logits"], found["said"], strict=True
+    for record, ids, logits, exact, said in zip(
+        RECORDS, found["ids"], found["logits"], found["exact"], found["said"], strict=True
     ):
         tokens = made.prompt(record)
         place = ids.index(found["image_id"])
         count = ids.count(found["image_id"])
         assert ids[:place] + [IMAGE_TOKEN_INDEX] + ids[place + count :] == tokens
-        expected = made.logits(tokens, image)
+        trained = made.logits(tokens, image)
+        expected = made.exact_logits(tokens, image)
         assert expected.std() > 0.3
-        torch.testing.assert_close(logits[:, : expected.shape[1]], expected, atol=1e-5, rtol=1e-5)
+        rows = expected.shape[1]
+        torch.testing.assert_close(exact[:, :rows], expected, atol=5e-6, rtol=0)
+        # In float32 the training's own pass is up to 2e-5 off, and the export's rounds elsewhere
+        # where an adapter was added to the weights.
+        own_rounding = (trained - expected).abs().max().item()
+        torch.testing.assert_close(logits[:, :rows], trained, atol=1e-5 + own_rounding, rtol=0)
         ends = [found["ends"]] if isinstance(found["ends"], int) else found["ends"]
         assert said == made.greedy(tokens, image, 8, ends, found["image_id"])

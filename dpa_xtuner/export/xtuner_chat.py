@@ -1,0 +1,91 @@
+"""The ``xtuner chat`` command that asks an exported model as it was trained."""
+
+import shlex
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from xtuner.utils import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
+
+from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.records import Record
+from dpa_xtuner.export.hf import load_tokenizer
+from dpa_xtuner.export.source import Source
+
+_QUESTION = f"{DEFAULT_IMAGE_TOKEN}\nWhat is shown here?"
+
+
+def chat_command(
+    source: Source, llm: str | None, folder: Path, has_encoder: bool
+) -> dict[str, Any]:
+    """What opens an export in XTuner's format.
+
+    Args:
+        source: what is exported.
+        llm: the published LLM; None where ``folder`` has it.
+        folder: the export, written.
+        has_encoder: whether it holds the visual encoder.
+
+    Returns:
+        ``command``, the export's place given as FOLDER, and ``template_differs``: the kinds of
+        prompts for which xtuner chat gives other tokens than training.
+    """
+    command = ["xtuner", "chat", llm or "FOLDER", "--llava", "FOLDER"]
+    if not has_encoder:
+        command += ["--visual-encoder", source.settings.visual_encoder_name_or_path]
+    if source.stage.view == "chat":
+        options, differs = _prompt_options(source, llm or folder)
+    else:
+        options, differs = [], ["any question: captions were learned without one"]
+    command += [*options, "--image", "IMAGE"]
+    return {"command": shlex.join(command), "template_differs": differs}
+
+
+def _prompt_options(source: Source, llm: str | Path) -> tuple[list[str], list[str]]:
+    """The options of xtuner chat that ask nearest to training, and what they ask otherwise."""
+    remote = source.cfg.tokenizer.get("trust_remote_code", False)
+    loaded = AutoTokenizer.from_pretrained(
+        llm, trust_remote_code=remote, encode_special_tokens=True
+    )
+    trained = _trained_tokens(source)
+    nearest, options = 0.0, []
+    for name, stock in PROMPT_TEMPLATE.items():
+        if stock.get("INSTRUCTION") != source.template["INSTRUCTION"].removeprefix("<s>"):
+            continue
+        system = _system(source.template, stock)
+        tokens = _chat_tokens(loaded, stock, system)
+        near = SequenceMatcher(None, tokens, trained, autojunk=False).ratio()
+        if near > nearest:
+            nearest, options = near, ["--prompt-template", name]
+            options += [] if system is None else ["--system", system]
+    return options, [] if nearest == 1 else ["1 turn(s) with an image"]
+
+
+def _system(template: dict[str, Any], stock: dict[str, Any]) -> str | None:
+    """The system prompt with which XTuner's template writes the default one of ours, if any."""
+    if template.get("DEFAULT_SYSTEM") is None or "SYSTEM" not in template:
+        return None
+    said = template["SYSTEM"].format(system=template["DEFAULT_SYSTEM"])
+    # XTuner's Vicuna says its own default itself; ours of Llama 3.1 has dates before any other.
+    before, _, behind = (stock.get("SYSTEM") or "{system}").partition("{system}")
+    return said.removeprefix(before).removesuffix(behind)
+
+
+def _chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], system: str | None
+) -> list[int]:
+    """The first prompt of ``xtuner chat --image``, as xtuner.tools.chat (0.2.0) writes it."""
+    before = ""
+    if system is not None and "SYSTEM" in template:
+        before = template["SYSTEM"].format(system=system, round=1, bot_name="BOT")
+    asked = template["INSTRUCTION"].format(input=_QUESTION, round=1, bot_name="BOT")
+    first, behind = (before + asked).split(DEFAULT_IMAGE_TOKEN)
+    ids = tokenizer.encode(first), tokenizer.encode(behind, add_special_tokens=False)
+    return [*ids[0], IMAGE_TOKEN_INDEX, *ids[1]]
+
+
+def _trained_tokens(source: Source) -> list[int]:
+    encode = Encoder(load_tokenizer(source), "chat", 1, source.template, 2**20)
+    encoded = encode([Record("", ("x",), None, ((_QUESTION, "Two cats."),))])
+    return encoded.tokens[: encoded.supervised.argmax()].tolist()
