@@ -325,6 +325,13 @@ def test_a_tied_head_is_not_missing(tmp_path):
     assert llm.lm_head.weight is llm.model.embed_tokens.weight
     llm.save_pretrained(tmp_path / "llm")
     assert load_llm(str(tmp_path / "llm")).lm_head.weight.equal(llm.lm_head.weight)
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (tmp_path / "llm/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        DPAError, match=r"1 weights are missing .* first: lm_head.weight is missing"
+    ):
+        load_llm(str(tmp_path / "llm"))
 
 
 def test_other_models_are_refused(folder, tmp_path):
