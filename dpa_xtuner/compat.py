@@ -153,6 +153,22 @@ def vlmeval_scoring() -> None:
         image_vqa.mp = multiprocessing.dummy
 
 
+def vlmeval_literals() -> None:
+    """VLMEvalKit 0.0.20 runs what is in a data file as Python, to see whether it is a list.
+
+    Indices, lists of pictures and of right answers are literals; anything else in their places is
+    no longer run, but taken for text or refused.
+    """
+    import ast
+
+    from vlmeval.dataset import image_vqa
+    from vlmeval.dataset.utils import vqa_eval
+    from vlmeval.smp import misc
+
+    for module in (image_vqa, vqa_eval, misc):
+        module.eval = ast.literal_eval
+
+
 def _all_at_once(func, tasks, nproc, save, keys, **options) -> list:
     from vlmeval.smp import dump
 

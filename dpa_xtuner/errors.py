@@ -36,9 +36,10 @@ def install(extra: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where nothing is near."""
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    """``"; did you mean 'x'?"``, or nothing where nothing is near; case does not count."""
+    lower = {each.lower(): each for each in known}
+    match = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"; did you mean {lower[match[0]]!r}?" if match else ""
 
 
 # What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.

@@ -108,9 +108,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _import(module: str) -> None:
-    """Import a module that registers benchmarks; from the current folder as well."""
+    """Import a module that registers benchmarks, from the current folder as well.
+
+    Processes that answer on GPUs of their own import it again.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before, os.getcwd())))
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever is wrong with it

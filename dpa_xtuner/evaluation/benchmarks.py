@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpa_xtuner.errors import DPAError, nearest
@@ -60,8 +61,8 @@ class Benchmark:
             take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; what ends the
             turn ends the answer anyway.
         judge: What takes a judge model's place where VLMEvalKit would ask one.
-        module: Imported before a data set is built; puts classes of VLMEvalKit's kind into
-            ``vlmeval.dataset.DATASET_CLASSES``.
+        module: Imported before a data set is built; may put classes of VLMEvalKit's kind into
+            ``vlmeval.dataset.DATASET_CLASSES``. Where it changes, the benchmark is asked again.
         chance: The score, 0 - 100, of answering at random; None where the table need not say it.
     """
 
@@ -231,7 +232,13 @@ PAPER = tuple(BENCHMARKS)
 
 
 def register_benchmark(benchmark: Benchmark) -> None:
-    """Add a benchmark of your own to `BENCHMARKS`; again is fine, another of that name is not."""
+    """Add a benchmark of your own to `BENCHMARKS`; again is fine, another of that name is not.
+
+    Its ``module``, where none is given, is the one that calls.
+    """
+    caller = sys._getframe(1).f_globals["__name__"]
+    if benchmark.module is None and caller != "__main__":
+        benchmark = replace(benchmark, module=caller)
     if BENCHMARKS.setdefault(benchmark.name, benchmark) != benchmark:
         raise DPAError(f"There is another benchmark {benchmark.name!r}. Choose another name.")
 

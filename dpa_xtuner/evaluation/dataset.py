@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import base64
-import binascii
 import importlib
 import os
 import string
@@ -26,10 +26,15 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
 
 _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that make a prompt
+_TEXTS = ("question", "prompt", "answer")  # that are text also where each one looks like a number
 _NO_PICTURE = "no picture in the data file".ljust(80, ".")  # VLMEvalKit takes <= 64 for an index
-
+_NO_QUESTION = "no question in the data file"
+NO_GOLD = "['no answer in the data file']"
+"""Stands for a row's missing right answer: any benchmark's scoring takes it, and nothing that a
+model says is equal to it."""
 
 compat.vlmeval_scoring()
+compat.vlmeval_literals()
 
 
 @LOAD_DATASET.register_module()
@@ -38,8 +43,9 @@ class EvaluationDataset(VLMEvalKitDataset):
 
     The rows come longest prompt first, which shows trouble with memory early and makes batches of
     alike lengths; the order is the same each time. Each row of the file is there: one whose
-    picture is missing has a prompt with the empty path, one whose picture is broken has a path to
-    what is broken, so that the model fails on that one sample.
+    picture or question is missing has a prompt with the empty path or text, one whose picture is
+    broken has a path to what is broken, so that the model fails on that one sample. One without a
+    right answer has `NO_GOLD`.
     """
 
     @staticmethod
@@ -67,7 +73,8 @@ class EvaluationDataset(VLMEvalKitDataset):
             A row for each sample, with the columns that OpenCompass's bridge makes.
 
         Raises:
-            DPAError: There is no such file, a group in it is incomplete, or the limit is below 1.
+            DPAError: There is no such file, it has no rows, a row without index or an incomplete
+                group, or the limit is below 1.
         """
         known_to_vlmevalkit(dataset_name, module)
         return VLMEvalKitDataset.load(
@@ -85,8 +92,9 @@ class _WholeFile:
     spreadsheet, which makes 3.0 of the answers "3" beside a missing one, 7 of "007", a formula of
     "= 4" and nothing of "None".
 
-    VLMEvalKit drops rows without picture, fails on rows that refer to a dropped one, and where the
-    md5 is not the one it knows, fetches the file and writes over the one that is there.
+    VLMEvalKit drops rows without picture, fails on rows that refer to a dropped one or have no
+    question or answer, and where the md5 is not the one it knows, fetches the file and writes over
+    the one that is there.
     """
 
     def __init__(
@@ -99,16 +107,36 @@ class _WholeFile:
         super().__init__(dataset)  # type: ignore[call-arg]
         self.group, self.answers = group, answers
         self.data = _chosen(self.data, dataset, limit, group)
+        self.unasked: set = set()
+        if "question" in self.data:
+            self.unasked = set(self.data["index"][self.data["question"].isna()])
+            self.data["question"] = _for_scoring(self.data, group)
 
     def load_data(self, dataset: str) -> pd.DataFrame:
-        """Read ``<LMUData>/<dataset>.tsv``, each row with pictures or a mark for none."""
+        """Read ``<LMUData>/<dataset>.tsv``, with marks for missing pictures and right answers."""
         path = Path(LMUDataRoot(), f"{dataset}.tsv")
         if not path.is_file():
             raise DPAError(f"{path} is not there; see tools/get_benchmarks.py.")
         self.data_path = str(path)
-        data = load(str(path))
+        try:
+            data = pd.read_csv(path, sep="\t", dtype=dict.fromkeys(_TEXTS, str))
+        except pd.errors.EmptyDataError:
+            data = pd.DataFrame()
+        if data.empty:
+            raise DPAError(f"{path} has no rows. Get the file again.")
+        if "index" in data and data["index"].isna().any():
+            row = int(data["index"].isna().to_numpy().argmax()) + 1
+            raise DPAError(
+                f"{path}: row {row} of {len(data)} has no index. Give it a number that no other "
+                f"row has, or get the file again."
+            )
+        for column in data.columns.intersection(_TEXTS):
+            data[column] = data[column].where(data[column].str.strip() != "")
+        if "answer" in data:
+            data["answer"] = data["answer"].fillna(NO_GOLD)
         if "image" in data:
             data["image"] = _resolved(data)
+            data = data.drop(columns="image_path", errors="ignore")  # of no use, and may be empty
         return data
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> Any:
@@ -124,6 +152,15 @@ class _WholeFile:
         file = str(answers_file(eval_file))
         dump(data, file)
         return file
+
+    def build_prompt(self, line: pd.Series) -> list[dict]:
+        """VLMEvalKit's prompt, with the empty text where there is no question."""
+        prompt = super().build_prompt(line)  # type: ignore[misc]
+        for part in prompt:
+            if part.get("type") == "text":
+                missing = line["index"] in self.unasked or not isinstance(part["value"], str)
+                part["value"] = "" if missing else part["value"]
+        return prompt
 
     def dump_image(self, line: Any) -> list[str]:
         """Write a row's pictures as they are in the file, not decoded and encoded again."""
@@ -143,7 +180,7 @@ class _WholeFile:
         if not path.exists():
             try:
                 content = base64.b64decode(picture)
-            except binascii.Error:
+            except ValueError:
                 content = picture.encode()  # no picture either: the model says so
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -257,12 +294,34 @@ def _chosen(data: pd.DataFrame, dataset: str, limit: int | None, group: int | st
     return data.loc[length.sort_values(ascending=False, kind="stable").index]
 
 
+def _for_scoring(data: pd.DataFrame, group: int | str) -> pd.Series:
+    """The questions, without gaps: those of MMVP must be the same within a pair."""
+    others = data.groupby(group_keys(data, group))["question"].transform("first")
+    return data["question"].fillna(others).fillna(_NO_QUESTION)
+
+
 def _resolved(data: pd.DataFrame) -> list[str]:
-    """Pictures in place of references to another row's, and a mark where there is none."""
+    """Pictures in place of references to another row's, and a mark where there is none.
+
+    Several pictures of a row are a list, which VLMEvalKit reads again.
+    """
     pictures = dict(zip(data["index"].map(str), data["image"], strict=True))
     resolved = []
     for picture in data["image"]:
         if len(str(picture)) <= 64:
             picture = pictures.get(str(picture))
-        resolved.append(str(picture) if len(str(picture)) > 64 else _NO_PICTURE)
+        text = str(picture)
+        resolved.append(str(_listed(text)) if text.startswith("[") else _picture(text))
     return resolved
+
+
+def _listed(text: str) -> list[str]:
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    return [_picture(str(p)) for p in found or [""]] if isinstance(found, list) else [_NO_PICTURE]
+
+
+def _picture(text: str) -> str:
+    return text if len(text) > 64 else _NO_PICTURE

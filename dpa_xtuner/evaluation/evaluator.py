@@ -23,7 +23,12 @@ from vlmeval.smp.status_report import flatten_summary_metrics
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
-from dpa_xtuner.evaluation.dataset import answers_file, group_keys, known_to_vlmevalkit
+from dpa_xtuner.evaluation.dataset import (
+    NO_GOLD,
+    answers_file,
+    group_keys,
+    known_to_vlmevalkit,
+)
 
 # Where VLMEvalKit leaves what it made of each row, and in which column.
 _RECORDS = (("_exact_matching_result", "hit"), ("_auxmatch", "score"), ("_results", "eval_score"))
@@ -70,7 +75,8 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
 
         Args:
             predictions: An answer for each row of ``test_set``; one that is empty or begins with
-                `NO_ANSWER` is that of a sample that failed, and wrong.
+                `NO_ANSWER` is that of a sample that failed, and wrong. So is any answer where the
+                data file has no right one.
             test_set: Rows of `EvaluationDataset`, all that were asked for.
 
         Returns:
@@ -81,8 +87,13 @@ class BenchmarkEvaluator(VLMEvalKitEvaluator):
             tell; group: the same for rows that are right or wrong together, None without groups).
         """
         answers, failed = [], []
-        for index, prediction in zip(test_set["vlmeval_index"], predictions, strict=True):
+        golds = test_set["answer"]
+        for index, gold, prediction in zip(
+            test_set["vlmeval_index"], golds, predictions, strict=True
+        ):
             text = _UNWRITABLE.sub(" ", str(prediction or ""))[:_LONGEST]
+            if gold == NO_GOLD:
+                text = f"{NO_ANSWER}: no right answer is given"
             if not text.strip() or text.startswith(NO_ANSWER):
                 reason = text.removeprefix(NO_ANSWER).strip().removeprefix(":").strip()
                 reason = reason or "empty answer"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from opencompass.models.base import BaseModel
 from opencompass.utils import get_logger
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.folder import pads_pictures
 
 LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -51,7 +57,8 @@ class LlavaFolder(BaseModel):
             device: Where to; None for the first GPU, or the CPU where there is none.
 
         Raises:
-            DPAError: It is no LLaVA folder, or its tokenizer knows no image token.
+            DPAError: It is no LLaVA folder, its tokenizer knows no image token, or weights are
+                missing.
         """
         super().__init__(path=path, generation_kwargs={})
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -67,7 +74,7 @@ class LlavaFolder(BaseModel):
                 f"{path}: its tokenizer has no token {self.image_token!r} with the id "
                 f"{self.image_id}, the image_token_index of config.json."
             )
-        self.pads = bool(_described(path).get("pad_image_to_square"))
+        self.pads = pads_pictures(path)
         self.template, self.as_text = self._template()
         dtype = getattr(config, "torch_dtype", None) or torch.float32
         if dtype == torch.float16 and self.device.type == "cpu":
@@ -75,7 +82,8 @@ class LlavaFolder(BaseModel):
         for part in (config.text_config, config.vision_config):
             # Saved by transformers 4.48 with some models; it would then take the eager attention.
             part._attn_implementation_autoset = False
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = load_whole(
+            LlavaForConditionalGeneration,
             path,
             config=config,
             torch_dtype=dtype,
@@ -102,9 +110,9 @@ class LlavaFolder(BaseModel):
 
         That of a processor takes a list of pictures and texts; that of an LLM's tokenizer text.
         """
-        if template := getattr(self.processor, "chat_template", None):
+        if template := _unnamed(getattr(self.processor, "chat_template", None)):
             return template, False
-        if template := self.tokenizer.chat_template:
+        if template := _unnamed(self.tokenizer.chat_template):
             return template, "image" not in template
         get_logger().warning(f"{self.path} has no chat template: LLaVA-1.5's is taken.")
         return LLAVA_1_5, True
@@ -167,6 +175,7 @@ class LlavaFolder(BaseModel):
                 max_new_tokens=max_out_len,
                 do_sample=False,
                 num_beams=1,
+                return_dict_in_generate=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
@@ -191,14 +200,17 @@ class LlavaFolder(BaseModel):
             (1, 3, H, W) of the pictures, in order.
 
         Raises:
-            DPAError: A picture is not given, the template does not show each picture once, or
-                the prompt is longer than the model's positions.
+            DPAError: A picture or the question is not given, the template does not show each
+                picture once, or the prompt is longer than the model's positions.
             OSError: A picture is missing or broken.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": [{"type": "text", "text": messages}]}]
         blocks = [block for message in messages for block in message["content"]]
         paths = [block["image_url"] for block in blocks if block["type"] == "image"]
+        texts = [block["text"] for block in blocks if block["type"] == "text"]
+        if texts and not any(text.strip() for text in texts):
+            raise DPAError("no question is given")
         prompt = self.tokenizer.apply_chat_template(
             [self._message(m) for m in messages],
             chat_template=self.template,
@@ -242,7 +254,11 @@ class LlavaFolder(BaseModel):
         processor = self.processor.image_processor
         if self.pads:
             picture = padded(picture, tuple(int(x * 255) for x in processor.image_mean))
-        return processor(picture, return_tensors="pt")["pixel_values"]
+        # Which side is the channels' can't be seen where the picture is 1 or 3 pixels high.
+        pixels = processor(
+            np.array(picture), input_data_format="channels_last", return_tensors="pt"
+        )
+        return pixels["pixel_values"]
 
 
 def padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -261,6 +277,49 @@ def _opened(path: str | None) -> Image.Image:
         raise DPAError("no picture is given")
     with Image.open(path) as picture:
         return picture.convert("RGB")
+
+
+def load_whole(kind: type, path: str, **options: Any) -> PreTrainedModel:
+    """``kind.from_pretrained`` of a folder that has all weights.
+
+    transformers leaves what is missing to chance; not so weights that are tied to others.
+
+    Args:
+        kind: Class of transformers' models, or an auto class.
+        path: The folder.
+        options: As ``from_pretrained`` takes them.
+
+    Raises:
+        DPAError: Weights are missing or of another shape than the config's.
+    """
+    model, found = kind.from_pretrained(
+        path, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    # On the meta device transformers takes weights of one size for tied, and does not miss them.
+    left = [name for name, weight in model.state_dict().items() if weight.is_meta]
+    lost = dict.fromkeys(sorted({*found["missing_keys"], *left}), "is missing")
+    for name, there, wanted in found["mismatched_keys"]:
+        lost[name] = f"has the shape {tuple(there)}, expected {tuple(wanted)}"
+    if lost:
+        raise DPAError(
+            f"{path}: {len(lost)} weights are missing or have another shape than config.json says, "
+            f"the first: {' '.join(next(iter(lost.items())))}. Copy or export the folder again."
+        )
+    if unknown := found["unexpected_keys"]:
+        get_logger().warning(
+            f"{path}: {len(unknown)} weights belong to no part of the model and are left out, the "
+            f"first: {min(unknown)}."
+        )
+    return model
+
+
+def _unnamed(template: str | dict | list | None) -> str | None:
+    """A chat template; of several with names the default, or else the first."""
+    if isinstance(template, list):
+        template = {named["name"]: named["template"] for named in template}
+    if isinstance(template, dict):
+        return template.get("default", next(iter(template.values()), None))
+    return template
 
 
 def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
@@ -303,8 +362,3 @@ def _attention(config: LlavaConfig, dtype: torch.dtype, device: torch.device) ->
         return "flash_attention_2"
     capped = getattr(config.text_config, "attn_logit_softcapping", None) is not None
     return "eager" if capped else None
-
-
-def _described(folder: str) -> dict:
-    file = Path(folder, "dpa.json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

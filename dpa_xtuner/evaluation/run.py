@@ -7,6 +7,7 @@ the limit and of the code that makes prompts and scores; both of the versions of
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from dpa_xtuner import __version__
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import Benchmark
+from dpa_xtuner.evaluation.folder import files_read, pads_pictures
 from dpa_xtuner.evaluation.report import Details, Report, Result
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
 from dpa_xtuner.files import write_json, write_text
@@ -35,6 +37,10 @@ PARTS = 8
 OpenCompass would join parts of one cut with parts of another."""
 
 _HERE = Path(__file__).parent
+_OBJECTS = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "chat_template.json", "dpa.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,24 +78,36 @@ def check_folder(folder: Path) -> None:
         DPAError: The folder is not there or is no LLaVA; the message says what it lacks.
     """
     expected = "expected the folder of a LlavaForConditionalGeneration and its processor"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / "config.json").is_file():
         raise DPAError(
             f"{folder} has no config.json; {expected}. A run of ours becomes one by: python "
             f"tools/export.py CONFIG"
-        ) from None
-    except ValueError as error:
-        raise DPAError(f"{folder / 'config.json'} is broken ({error}).") from None
-    if not isinstance(config, dict):
-        raise DPAError(f"{folder / 'config.json'} is broken (no object in it).")
-    vision = (config.get("vision_config") or {}).get("model_type")
+        )
+    config = _object(folder / "config.json")
+    parts = {name: config.get(name) or {} for name in ("vision_config", "text_config")}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise DPAError(f"{folder / 'config.json'} is broken ({name} is no object).")
+    vision = parts["vision_config"].get("model_type")
     if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
         kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
         raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
     for wanted in ("preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"):
         if not any(path for name in wanted.split("|") for path in folder.glob(name)):
             raise DPAError(f"{folder} has no {wanted.replace('|', ' or ')}; {expected}.")
+    for name in _OBJECTS:  # transformers goes on without a broken generation config, and says less
+        if (folder / name).is_file():
+            _object(folder / name)
+
+
+def _object(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DPAError(f"{file} is broken ({error}).") from None
+    if not isinstance(found, dict):
+        raise DPAError(f"{file} is broken (no object in it).")
+    return found
 
 
 def content_hash(paths: Iterable[Path], *settings: object) -> str:
@@ -115,15 +133,9 @@ def describe_models(folders: list[Path]) -> list[Model]:
     """
     found = []
     for folder, label in zip(folders, labels(folders), strict=True):
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and _counts(p, folder))
-        names = [str(file.relative_to(folder)) for file in files]
-        digest = content_hash([*files, _HERE / "model.py"], names)
+        digest = content_hash([*files_read(folder), _HERE / "model.py"], pads_pictures(folder))
         found.append(Model(label, folder, f"{labels([folder])[0]}-{digest}"))
     return found
-
-
-def _counts(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def labels(folders: list[Path]) -> list[str]:
@@ -131,7 +143,7 @@ def labels(folders: list[Path]) -> list[str]:
 
     ``hf``, the name of an exported folder, does not count as a part, and a stage's is not enough.
     """
-    parts = [[p for p in folder.resolve().parts if p != "hf"] for folder in folders]
+    parts = [[p for p in Path(os.path.abspath(folder)).parts if p != "hf"] for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         short = ["-".join(names[-length:]) for names in parts]
         stage_alone = any(label in ("proxy", "align", "tune") for label in short)
@@ -179,12 +191,34 @@ def dataset_config(
         link.unlink(missing_ok=True)
         link.symlink_to(file)
     config = benchmark.config(name, folder, limit)
-    code = [_HERE / f"{module}.py" for module in ("dataset", "evaluator")]
-    if benchmark.module and (spec := find_spec(benchmark.module)) and spec.origin:
-        code.append(Path(spec.origin))
     settings = {**config, "data_root": None, "eval_cfg": None}
-    digest = content_hash(code, folder.name, settings, benchmark.metric, benchmark.scale)
+    digest = content_hash(
+        _own_code(benchmark.module), _scoring_hash(), folder.name, settings, benchmark.metric,
+        benchmark.scale,
+    )  # fmt: skip
     return dict(config, abbr=f"{name}-{digest}")
+
+
+@functools.cache
+def _scoring_hash() -> str:
+    """Of the code that makes prompts and scores; found without an import, which takes seconds."""
+    vlmeval, opencompass = (
+        Path(find_spec(name).origin).parent for name in ("vlmeval", "opencompass")
+    )
+    folders = [vlmeval / "dataset", vlmeval / "smp", opencompass / "datasets/vlmevalkit"]
+    ours = [_HERE / "dataset.py", _HERE / "evaluator.py", _HERE.parent / "compat.py"]
+    theirs = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return content_hash([*ours, *theirs, opencompass / "evaluator/vlmevalkit.py"])
+
+
+def _own_code(module: str | None) -> list[Path]:
+    """The file of a benchmark's own module; all files of a package."""
+    spec = find_spec(module) if module else None
+    if spec is None or spec.origin is None:
+        return []
+    folders = map(Path, spec.submodule_search_locations or ())
+    inside = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return inside or [Path(spec.origin)]
 
 
 def evaluate(
@@ -376,7 +410,7 @@ def _call_opencompass(
 
 @contextmanager
 def _called_in(folder: Path, arguments: list[str]) -> Iterator[None]:
-    """OpenCompass reads sys.argv, and writes tmp/ and .cache/ to the current folder."""
+    """OpenCompass reads sys.argv, and writes to the current folder, .cache/ and two of no use."""
     before = Path.cwd(), sys.argv, os.environ.get("PYTHONPATH")
     package = str(_HERE.parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, before[2])))
@@ -390,7 +424,8 @@ def _called_in(folder: Path, arguments: list[str]) -> Iterator[None]:
         os.environ.pop("PYTHONPATH")
         if before[2] is not None:
             os.environ["PYTHONPATH"] = before[2]
-        shutil.rmtree(folder / "tmp", ignore_errors=True)
+        for name in ("tmp", "icl_inference_output"):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 @contextmanager

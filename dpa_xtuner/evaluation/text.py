@@ -9,12 +9,14 @@ what it no longer says: in those of kind ``answer`` the LLM writes an answer, in
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation.folder import files_read
 from dpa_xtuner.evaluation.report import Details, Report, run_of_export
 from dpa_xtuner.evaluation.run import content_hash, labels, results_of, run
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark, configs, files
@@ -55,7 +57,7 @@ def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
     Raises:
         DPAError: it is neither, or the original LLM is neither a folder nor in the hub cache.
     """
-    own = list({folder.resolve(): None for folder in folders})
+    own = list({f.resolve(): Path(os.path.abspath(f)) for f in folders}.values())
     runs = [run_of_export(folder) if folder.parent.name == "tune" else None for folder in own]
     names = labels([run or folder for run, folder in zip(runs, own, strict=True)])
     found = []
@@ -163,7 +165,7 @@ _SOURCE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generatio
 def model_config(llm: TextLLM, batch_size: int, gpus: int) -> dict:
     """OpenCompass's config of an LLM, named by a hash of all files that its answers depend on."""
     folders = [llm.llm] if llm.adapter is None else [llm.llm, llm.adapter]
-    read = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]
+    read = [file for folder in folders for file in files_read(folder)]
     read += [p for pattern in _SOURCE for p in sorted(llm.source.glob(pattern))]
     code = [Path(__file__).with_name(f"{name}.py") for name in ("model", "text_model")]
     return {

@@ -32,7 +32,7 @@ from transformers import (
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves
+from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves, load_whole
 from dpa_xtuner.files import write_json
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
@@ -170,20 +170,23 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
     Args:
         path: its folder, or that of a LLaVA, whose language model is given.
         adapter: a PEFT folder to merge into it.
+
+    Raises:
+        DPAError: weights are missing.
     """
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
     if kind == "llava":
-        llm = LlavaForConditionalGeneration.from_pretrained(path, torch_dtype="auto").language_model
+        llm = load_whole(LlavaForConditionalGeneration, path, torch_dtype="auto").language_model
     elif kind == "internlm2":
         from dpa_xtuner.model.internlm2 import InternLM2ForCausalLM
 
-        llm = InternLM2ForCausalLM.from_pretrained(path, torch_dtype="auto")
+        llm = load_whole(InternLM2ForCausalLM, path, torch_dtype="auto")
     elif kind == "internlm3":
         from dpa_xtuner.model.internlm3 import InternLM3ForCausalLM
 
-        llm = InternLM3ForCausalLM.from_pretrained(path, torch_dtype="auto")
+        llm = load_whole(InternLM3ForCausalLM, path, torch_dtype="auto")
     else:
-        llm = AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto")
+        llm = load_whole(AutoModelForCausalLM, path, torch_dtype="auto")
     if getattr(llm.config, "attn_logit_softcapping", None) is not None:
         llm.config._attn_implementation = "eager"  # SDPA leaves the cap out, see LlavaFolder
     if adapter is None:

@@ -531,7 +531,7 @@ def test_no_row_is_lost_with_its_picture(tmp_path):
     rows = [dict(row) for row in case.rows]
     rows[0]["image"] = None
     rows[3]["image"] = base64.b64encode(b"\x89PNG and no more" * 10).decode()
-    rows[6]["image"] = "?" * 99
+    rows[6]["image"] = "é" * 99
     rows[8]["image"] = "12345"  # no such row
     test_set = read(case, write(tmp_path, case, rows))
     paths = {row["vlmeval_index"]: row["prompt"][0]["content"][0]["image_url"] for row in test_set}
@@ -543,6 +543,81 @@ def test_no_row_is_lost_with_its_picture(tmp_path):
         with pytest.raises(OSError, match="cannot identify image file"):
             Image.open(paths[index])
     assert score(case, tmp_path, case.said)["score"] == pytest.approx(case.score)
+
+
+@each_small
+@pytest.mark.parametrize("column", ["question", "prompt", "answer"])
+def test_a_row_without_question_or_answer_fails_alone(case, column, tmp_path):
+    """It is wrong and listed, and the others are asked and scored as in the whole file."""
+    if column not in case.rows[0]:
+        return
+    lost = case.rows[3]["index"]
+    rows = [row | ({column: None} if row["index"] == lost else {}) for row in case.rows]
+    whole, cut = write(tmp_path / "whole", case), write(tmp_path / "cut", case, rows)
+    prompts, others = (
+        {
+            row["vlmeval_index"]: row["prompt"][0]["content"][-1]["text"]
+            for row in read(case, folder)
+        }
+        for folder in (whole, cut)
+    )
+    assert others == prompts | ({lost: ""} if column != "answer" else {})
+    # To the empty text a model gives no answer; where the gold is missing it may say what it likes.
+    none = {lost: f"{NO_ANSWER}: no question is given"}
+    expected = score(case, whole, case.said | none)
+    found = score(case, cut, case.said | (none if column != "answer" else {}))
+    reason = "no right answer is given" if column == "answer" else "no question is given"
+    assert found["failed"] == [{"index": lost, "reason": reason}]
+    for key in ("score", "metrics", "samples"):
+        assert found[key] == expected[key]
+    correct = [{d["index"]: d["correct"] for d in made["details"]} for made in (found, expected)]
+    assert correct[0] == correct[1] and not correct[0][lost]
+
+
+@pytest.mark.parametrize("name", ["OCRBench", "DocVQA_VAL"])
+def test_questions_that_look_like_numbers_are_text(name, tmp_path):
+    case = CASES[name]
+    rows = [row | {"question": 7} for row in case.rows]
+    result = score(case, write(tmp_path, case, rows), case.said)
+    assert result["score"] == pytest.approx(case.score)
+    assert {d["question"].splitlines()[0] for d in result["details"]} == {"7"}
+
+
+def test_a_data_file_is_never_run(tmp_path):
+    """VLMEvalKit alone would run what stands in the place of a list."""
+    case = CASES["OCRBench"]
+    code = f"[open({str(tmp_path / 'run')!r}, 'w').close()]"
+    rows = [row | {"index": f"i{i}"} for i, row in enumerate(case.rows)]
+    rows[0]["image"] = code + " " * 64 + "]"
+    rows[1]["index"] = code
+    rows[2]["image"] = str([picture(), "", picture((0, 0, 9))])
+    test_set = read(case, write(tmp_path, case, rows))
+    paths = {
+        row["vlmeval_index"]: [block["image_url"] for block in row["prompt"][0]["content"][:-1]]
+        for row in test_set
+    }
+    assert paths["i0"] == [""] and len(paths) == len(rows)
+    assert [bool(path) for path in paths["i2"]] == [True, False, True]
+    assert Image.open(paths["i2"][2]).getpixel((0, 0)) == (0, 0, 9)
+    rows[3]["answer"] = code
+    write(tmp_path, case, rows)
+    with pytest.raises(ValueError, match="malformed"):
+        score(case, tmp_path, {row["index"]: "tea" for row in rows})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        ("index\tquestion\n", "has no rows"),
+        ("index\tquestion\n1\tWhat?\n\tWhy?\n", "row 2 of 2 has no index"),
+    ],
+)
+def test_a_file_of_no_use_is_said_so(content, message, tmp_path):
+    (tmp_path / "AI2D_TEST.tsv").write_text(content)
+    with pytest.raises(DPAError, match=rf"AI2D_TEST\.tsv:? {message}"):
+        read(CASES["AI2D_TEST"], tmp_path)
 
 
 def test_a_file_that_was_cut_is_said_so(tmp_path):

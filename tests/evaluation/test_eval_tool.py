@@ -173,6 +173,7 @@ def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
     )
     (tmp_path / "broken.py").write_text("1 +")
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != os.getcwd()])
+    monkeypatch.setenv("PYTHONPATH", "")
     write_data(data, "MyQuestions", rows("AI2D_TEST", 2))
     arguments = [folder, "--data", data, "--benchmarks", "mine"]
     for wrong in ("my_benchmark", "no.such", "my_benchmarks.more", "./my_benchmarks.py", "broken"):

@@ -7,13 +7,22 @@ import pytest
 import torch
 from opencompass.models.base import BaseModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_folder import PATCHES, asked, picture, write_folder
-from transformers import AutoProcessor, Gemma2Config, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    Gemma2Config,
+    LlavaForConditionalGeneration,
+    SiglipImageProcessor,
+)
 from xtuner.dataset.utils import expand2square
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation import model as module
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.model import LlavaFolder, padded
+from dpa_xtuner.evaluation.text_model import load_llm
 
 TOKENS = 12
 
@@ -111,10 +120,17 @@ def test_failing_samples_fail_alone(folder, llava, pictures, tmp_path):
         asked("missing", tmp_path / "nowhere.png"),
         [{"role": "user", "content": [{"type": "image", "image_url": None, "text": None}]}],
         asked("A red balloon " * 400, pictures[0]),
+        asked(" \n", pictures[0]),
     ]
     answers = llava.generate(batch, TOKENS)
     assert answers[0] == plain_answer(folder, batch[0])
-    reasons = ["broken.png|truncated|identify", "No such file", "no picture", "512 positions"]
+    reasons = [
+        "broken.png|truncated|identify",
+        "No such file",
+        "no picture",
+        "512 positions",
+        "no question",
+    ]
     for answer, reason in zip(answers[1:], reasons, strict=True):
         assert answer.startswith(f"{NO_ANSWER}: ")
         assert any(words in answer for words in reason.split("|")), answer
@@ -212,6 +228,110 @@ def test_bos_is_there_once(folder, tmp_path, pictures):
     ids, _ = added.encode_messages(asked("<image>?", pictures[0]))
     assert ids == written.encode_messages(asked("<image>?", pictures[0]))[0]
     assert ids[0] == 0 and ids.count(0) == 1
+
+
+def test_named_templates(folder, pictures, tmp_path):
+    """Of the processor or of the tokenizer; the default, or else the first."""
+    named = shutil.copytree(folder, tmp_path / "named")
+    template = json.loads((named / "chat_template.json").read_text())["chat_template"]
+    expected = LlavaFolder(str(folder)).encode_messages(asked("What?", pictures[0]))[0]
+    config = json.loads((named / "tokenizer_config.json").read_text())
+    for name, where in (("default", "chat_template.json"), ("chat", "tokenizer_config.json")):
+        found = [{"name": name, "template": template}, {"name": "tools", "template": "x"}]
+        found = found[::-1] if name == "default" else found
+        (named / where).write_text(json.dumps(config | {"chat_template": found}))
+        assert LlavaFolder(str(named)).encode_messages(asked("What?", pictures[0]))[0] == expected
+        (named / "chat_template.json").unlink(missing_ok=True)
+
+
+def test_generation_config_of_other_outputs(folder, llava, pictures, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "generation_config.json").read_text())
+    config |= {"return_dict_in_generate": True, "output_scores": True}
+    (other / "generation_config.json").write_text(json.dumps(config))
+    batch = prompts(pictures)[:2]
+    assert LlavaFolder(str(other)).generate(batch, TOKENS) == llava.generate(batch, TOKENS)
+
+
+@pytest.mark.parametrize("kind", [CLIPImageProcessor, SiglipImageProcessor])
+def test_thin_pictures(kind, llava, monkeypatch):
+    """As the same picture turned, which has its channels where none can mistake them."""
+    sides = {"height": 8, "width": 8}
+    options = dict(size={"shortest_edge": 8}, crop_size=sides)
+    processor = kind(**options) if kind is CLIPImageProcessor else kind(size=sides)
+    monkeypatch.setattr(llava.processor, "image_processor", processor)
+    for size in ((5, 1), (5, 3)):
+        thin = picture(0, size)
+        one, other = (llava._pixels(p) for p in (thin, thin.transpose(Image.Transpose.TRANSPOSE)))
+        assert one.shape == (1, 3, 8, 8)
+        assert (one - other.transpose(2, 3)).abs().mean() < 0.01  # resizing rounds in between
+    ordinary = picture(0, (12, 9))
+    expected = processor(ordinary, return_tensors="pt")["pixel_values"]
+    assert torch.equal(llava._pixels(ordinary), expected)
+
+
+def changed(folder, copy, change):
+    """A copy of a folder whose dict of weights went through `change`."""
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return str(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "count", "first"),
+    [
+        ("vision_tower.", 55, "vision_tower.vision_model.embeddings.class_embedding is missing"),
+        ("multi_modal_projector.linear_2.bias", 1, "multi_modal_projector.linear_2.bias is"),
+        ("language_model.lm_head", 1, "language_model.lm_head.weight is missing"),
+    ],
+)
+def test_missing_weights_are_refused(part, count, first, folder, tmp_path):
+    """transformers would leave them to chance, or take them for tied to others of their size."""
+
+    def lose(weights):
+        for name in [name for name in weights if name.startswith(part)]:
+            del weights[name]
+
+    copy = changed(folder, tmp_path / "copy", lose)
+    for load in (LlavaFolder, load_llm):
+        with pytest.raises(DPAError, match=f"{count} weights are missing .* first: {first}"):
+            load(copy)
+
+
+def test_weights_of_another_shape_are_refused_and_unknown_ones_said(folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(module.get_logger(), "warning", said.append)
+
+    def add(weights):
+        weights["language_model.model.layers.9.mlp.weight"] = torch.zeros(2)
+
+    LlavaFolder(changed(folder, tmp_path / "more", add))
+    (line,) = said
+    assert "1 weights belong to no part of the model" in line and "layers.9.mlp.weight" in line
+
+    def cut(weights):
+        weights["multi_modal_projector.linear_1.bias"] = torch.zeros(7)
+
+    with pytest.raises(DPAError, match=r"linear_1.bias has the shape \(7,\), expected \(32,\)"):
+        LlavaFolder(changed(folder, tmp_path / "less", cut))
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    folder = write_folder(tmp_path, tie_word_embeddings=True)
+    assert not any("lm_head" in name for name in load_file(folder / "model.safetensors"))
+    llm = LlavaFolder(str(folder)).model.language_model
+    assert llm.lm_head.weight is llm.model.embed_tokens.weight
+    llm.save_pretrained(tmp_path / "llm")
+    assert load_llm(str(tmp_path / "llm")).lm_head.weight.equal(llm.lm_head.weight)
+    config = json.loads((tmp_path / "llm/config.json").read_text())
+    config["tie_word_embeddings"] = False
+    (tmp_path / "llm/config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        DPAError, match=r"1 weights are missing .* first: lm_head.weight is missing"
+    ):
+        load_llm(str(tmp_path / "llm"))
 
 
 def test_other_models_are_refused(folder, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_answers_are_kept_and_a_rerun_asks_nothing(folder, data, tmp_path, answe
         assert Path(detail["image"]).is_file()
     (predictions,) = (tmp_path / "work/results/predictions").glob("tiny-*/AI2D_TEST-*.json")
     first = json.loads(predictions.read_text())["0"]
+    assert not (tmp_path / "work/icl_inference_output").exists()
     assert first["origin_prompt"][0]["content"][0]["image_url"] and first["gold"]
 
     answered.clear()
@@ -119,15 +121,87 @@ def test_what_changed_is_asked_again_and_nothing_else(folder, other, data, tmp_p
     assert sum(map(len, answered)) == 10 + 6  # and yet the first one's answers are found again
 
 
-def test_a_changed_module_of_ones_own_benchmark_is_asked_again(data, tmp_path, monkeypatch):
-    """It makes the data set's prompts."""
-    monkeypatch.syspath_prepend(tmp_path)
-    own = dataclasses.replace(BENCHMARKS["ai2d"], module="module_of_prompts")
-    names = []
-    for content in ("", "", "changed = True"):
-        (tmp_path / "module_of_prompts.py").write_text(content)
-        names.append(run.dataset_config(own, "AI2D_TEST", data, tmp_path / "work", None)["abbr"])
-    assert names[0] == names[1] != names[2]
+def test_changed_code_of_prompts_and_scores_is_asked_again(data, tmp_path, monkeypatch):
+    """Ours, VLMEvalKit's, OpenCompass's, and a module or package of one's own."""
+    code = tmp_path / "code"
+    ours, kit, compass = code / "dpa_xtuner", code / "vlmeval", code / "opencompass"
+    files = [
+        ours / "evaluation/dataset.py", ours / "evaluation/evaluator.py", ours / "compat.py",
+        kit / "dataset/image_vqa.py", kit / "dataset/utils/vqa_eval.py", kit / "smp/misc.py",
+        compass / "datasets/vlmevalkit/image.py", compass / "evaluator/vlmevalkit.py",
+        code / "own_module.py", code / "own_package/parts/prompts.py",
+    ]  # fmt: skip
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    (code / "own_package/__init__.py").write_text("")
+
+    def find(name):
+        package = code / name / "__init__.py"
+        return spec_from_file_location(
+            name, package if package.parent.is_dir() else f"{package.parent}.py"
+        )
+
+    monkeypatch.setattr(run, "find_spec", find)
+    monkeypatch.setattr(run, "_HERE", ours / "evaluation")
+
+    def abbrs():
+        run._scoring_hash.cache_clear()
+        benchmarks = [
+            dataclasses.replace(BENCHMARKS["ai2d"], module=m) for m in ("own_module", "own_package")
+        ]
+        return [
+            run.dataset_config(b, "AI2D_TEST", data, tmp_path / "work", None)["abbr"]
+            for b in benchmarks
+        ]
+
+    before = abbrs()
+    assert abbrs() == before
+    for file in files:
+        file.write_text("changed = True")
+        after = abbrs()
+        changed = [one != other for one, other in zip(before, after, strict=True)]
+        own = {"own_module.py": [True, False], "prompts.py": [False, True]}
+        assert changed == own.get(file.name, [True, True]), file
+        before = after
+    run._scoring_hash.cache_clear()
+
+
+def test_only_what_is_read_of_a_models_folder_counts(folder, tmp_path):
+    """Not what an evaluation, or a person, puts beside it, nor where it was exported from."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = run.describe_models([copy])
+    for name in ("README.md", "eval.log", "work_dirs/eval/table.json", ".cache/a.json"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("{}")
+    (copy / "dpa.json").write_text(json.dumps({"config": "here.py", "pad_image_to_square": False}))
+    assert run.describe_models([copy]) == before
+    for name, content in (
+        ("dpa.json", {"config": "there.py", "pad_image_to_square": True}),
+        ("generation_config.json", {"repetition_penalty": 2}),
+        ("merges.txt", {}),
+    ):
+        (copy / name).write_text(json.dumps(content))
+        after = run.describe_models([copy])
+        assert after != before
+        before = after
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"model_type": "llava", "vision_config": "x"}', "vision_config is no obj"),
+        ("config.json", '{"model_type": "llava", "text_config": [1]}', "text_config is no object"),
+        ("generation_config.json", "{", r"generation_config.json is broken \(Expecting"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config.json is broken \(no object in it"),
+    ],
+)
+def test_broken_configs_are_refused(name, content, message, folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    run.check_folder(copy)
+    (copy / name).write_text(content)
+    with pytest.raises(DPAError, match=message):
+        run.check_folder(copy)
 
 
 def test_several_models_are_compared_under_short_names(folder, other, data, tmp_path, answered):
@@ -140,6 +214,8 @@ def test_several_models_are_compared_under_short_names(folder, other, data, tmp_
     assert run.labels([Path("/hf")]) == ["_"]
     places = [tmp_path / "m", tmp_path / "m/hf", tmp_path / "a b", tmp_path / "a_b"]
     assert len(set(run.labels(places))) == 4  # a model that shares a row's label would be lost
+    (tmp_path / "link").symlink_to("other")
+    assert run.labels([tmp_path / "link"]) == ["link"]
 
 
 def test_models_of_one_label_or_one_content_have_rows_of_their_own(

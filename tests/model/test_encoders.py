@@ -394,6 +394,6 @@ def test_one_of_ones_own_is_a_few_lines(tmp_path):
 
 def test_mmpretrain_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mmpretrain", None)
-    with pytest.raises(DPAError, match=r"needs the package mmpretrain.*'dpa_xtuner\[mmpretrain\]'"):
+    with pytest.raises(DPAError, match=r"needs the package mmpretrain.*-e '\.\[mmpretrain\]'"):
         build_encoder("mmpretrain").config("swin-tiny_16xb64_in1k")
     assert get_object_from_string(build_encoder("mmpretrain").model)  # its class needs no package
