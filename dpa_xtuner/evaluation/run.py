@@ -27,7 +27,7 @@ from dpa_xtuner.evaluation.benchmarks import Benchmark
 from dpa_xtuner.evaluation.folder import files_read, pads_pictures
 from dpa_xtuner.evaluation.report import Details, Report, Result
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
-from dpa_xtuner.files import write_json, write_text
+from dpa_xtuner.files import take, write_json, write_text
 
 RUN = "results"
 """OpenCompass's folder below the work dir: always the same, so that reruns go on in it."""
@@ -188,8 +188,10 @@ def dataset_config(
     link = folder / file.name
     if not link.is_symlink() or link.readlink() != file:
         folder.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(file)
+        partial = folder / f".{os.getpid()}.partial"  # another evaluation may be at it as well
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(file)
+        os.replace(partial, link)
     config = benchmark.config(name, folder, limit)
     settings = {**config, "data_root": None, "eval_cfg": None}
     digest = content_hash(
@@ -343,10 +345,13 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
     Raises:
         DPAError: Another evaluation is writing to the work dir.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
     folder = work_dir.resolve() / RUN
     pairs = [(m["abbr"], d["abbr"]) for m in models for d in datasets]
-    with _alone(work_dir):
+    lock = take(
+        work_dir / ".lock",
+        f"Another evaluation is writing to {work_dir}: wait for it, or give --work-dir.",
+    )
+    try:
         for pair in pairs:
             _remove_useless(folder, *pair)
         missing = [pair for pair in pairs if not _result_file(folder, *pair).is_file()]
@@ -356,6 +361,8 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
                 for log in _logs(folder, *pair):
                     log.unlink()
             trouble = _call_opencompass(models, datasets, work_dir.resolve(), workers)
+    finally:
+        lock.release()
     outcome = Outcome({}, {})
     for pair in pairs:
         file = _result_file(folder, *pair)
@@ -426,19 +433,6 @@ def _called_in(folder: Path, arguments: list[str]) -> Iterator[None]:
             os.environ["PYTHONPATH"] = before[2]
         for name in ("tmp", "icl_inference_output"):
             shutil.rmtree(folder / name, ignore_errors=True)
-
-
-@contextmanager
-def _alone(work_dir: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(work_dir / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise DPAError(
-            f"Another evaluation is writing to {work_dir}: wait for it, or give --work-dir."
-        ) from None
 
 
 def _result_file(folder: Path, model: str, dataset: str) -> Path:
