@@ -14,6 +14,7 @@ SETTINGS := $(foreach stage,proxy align tune,$(if $(STEPS),$(stage).max_steps=$(
 DPA := $(CONFIG).py --work-dir $(WORK_DIR) --cfg-options method=dpa $(SETTINGS)
 VANILLA := $(CONFIG).py --work-dir $(WORK_DIR)-vanilla --cfg-options method=vanilla $(SETTINGS)
 BENCHMARKS := $(addprefix openmoji-,choice pairs groups short count)
+RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$(CONFIG)-*-steps))
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test install clean
@@ -48,5 +49,5 @@ test: $(INSTALLED)
 	python -m pytest
 
 clean:
-	rm -rf work_dirs/$(CONFIG) $(wildcard work_dirs/$(CONFIG)-*) $(DATA)/openmoji \
+	rm -rf $(foreach run,$(RUNS),$(run) $(run)-vanilla $(run)-eval) $(DATA)/openmoji \
 		$(DATA)/models/smollm2-135m-instruct $(DATA)/models/openmoji-vit

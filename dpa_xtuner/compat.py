@@ -131,6 +131,7 @@ def deepspeed_loads_safely() -> Iterator[None]:
     classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, ConfigDict]
     switch = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
     with torch.serialization.safe_globals(classes), patch.dict(os.environ, switch):
+        os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses both
         yield
 
 
@@ -156,8 +157,9 @@ def vlmeval_scoring() -> None:
 def vlmeval_literals() -> None:
     """VLMEvalKit 0.0.20 runs what is in a data file as Python, to see whether it is a list.
 
-    Indices, lists of pictures and of right answers are literals; anything else in their places is
-    no longer run, but taken for text or refused.
+    This is so in many of its data sets; mended are the modules that ours go through. Indices, lists
+    of pictures and of right answers are literals; anything else in their places is no longer run,
+    but taken for text or refused.
     """
     import ast
 

@@ -63,10 +63,15 @@ def told_plainly(every_rank: bool = False) -> Iterator[None]:
     except (DPAError, OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _MENDABLE:
             raise
-        local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
-        if every_rank or local_rank == "0":
+        if every_rank or _is_first():
             print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\nStopped. To go on, call the same command again.", file=sys.stderr, flush=True)
+        if _is_first():
+            print("\nStopped. To go on, call the same command again.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _is_first() -> bool:
+    """Whether this process is the first of its node."""
+    return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"

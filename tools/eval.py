@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="config or LLaVA folder")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="config or LLaVA folder; for text also an LLM's folder",
+    )
     parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
                         help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
                         "(default); text-only: mmlu arc boolq gsm8k arc_likelihood hellaswag "
@@ -60,8 +66,8 @@ def main() -> int:
                         "none")  # fmt: skip
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
     parser.add_argument("--show", type=_positive, metavar="N",
-                        help="draw N wrong answers of each data set to "
-                        "wrong_answers.html")  # fmt: skip
+                        help="draw N wrong answers of each data set to wrong_answers.html; "
+                        "of text-only ones to wrong_answers_text.html")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
                         help="default: work_dirs/eval")  # fmt: skip
     parser.add_argument("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
@@ -117,11 +123,23 @@ def _import(module: str) -> None:
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before, os.getcwd())))
     try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever is wrong with it
+        found = importlib.util.find_spec(module)
+    except (ImportError, TypeError, ValueError):  # no name of a module, or its parents' trouble
+        found = None
+    if found is None:
         raise DPAError(
-            f"--import {module}: {type(error).__name__}: {error}. Expected the name of a module on "
-            f"PYTHONPATH or in the current folder, such as my_package.my_benchmarks."
+            f"--import {module}: there is no such module. Expected the name of one on PYTHONPATH "
+            f"or in the current folder, such as my_package.my_benchmarks."
+        )
+    try:
+        importlib.import_module(module)
+    except DPAError:
+        raise
+    except Exception as error:  # its own trouble
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise DPAError(
+            f"--import {module}: {type(error).__name__}: {error} ({last.filename}, line "
+            f"{last.lineno})"
         ) from error
 
 
@@ -144,9 +162,10 @@ def _evaluate_pictures(
         limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size,
         left_out=left_out, other_files=other_files,
     )  # fmt: skip
+    code = _told(arguments, report, details, "table", "wrong_answers.html")
     if arguments.limit is None and not other_files:
         save_beside_runs(report)
-    return _told(arguments, report, details, "table", "wrong_answers.html")
+    return code
 
 
 def _evaluate_texts(

@@ -119,7 +119,8 @@ class _WholeFile:
             raise DPAError(f"{path} is not there; see tools/get_benchmarks.py.")
         self.data_path = str(path)
         try:
-            data = pd.read_csv(path, sep="\t", dtype=dict.fromkeys(_TEXTS, str))
+            # Converted, "None" and "NA" are texts as well.
+            data = pd.read_csv(path, sep="\t", converters=dict.fromkeys(_TEXTS, str))
         except pd.errors.EmptyDataError:
             data = pd.DataFrame()
         if data.empty:
@@ -133,6 +134,8 @@ class _WholeFile:
         for column in data.columns.intersection(_TEXTS):
             data[column] = data[column].where(data[column].str.strip() != "")
         if "answer" in data:
+            if data["answer"].isna().all():
+                raise DPAError(f"{path} has no right answers: nothing can be scored.")
             data["answer"] = data["answer"].fillna(NO_GOLD)
         if "image" in data:
             data["image"] = _resolved(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,6 +242,7 @@ def save(report: Report, folder: Path, name: str = "table") -> str:
         "rows": found,
         "results": results,
         "sources": report.sources,
+        "compared": report.compared,
         "limit": report.limit,
         "left_out": report.left_out,
         "other_files": report.other_files,
@@ -255,9 +257,10 @@ def save(report: Report, folder: Path, name: str = "table") -> str:
 
 def run_of_export(folder: Path) -> Path | None:
     """The run whose export a folder is, ``<run>/<stage>/hf``; None for any other folder."""
-    folder = folder.resolve()
-    exported = folder.name == "hf" and (folder.parent / "stage.json").is_file()
-    return folder.parents[1] if exported else None
+    for place in (Path(os.path.abspath(folder)), folder.resolve()):  # it may be a link
+        if place.name == "hf" and (place.parent / "stage.json").is_file():
+            return place.parents[1]
+    return None
 
 
 def save_beside_runs(report: Report) -> None:

@@ -1,8 +1,9 @@
 """One call of OpenCompass for models and benchmarks, in a folder in which a rerun goes on.
 
 Nothing is answered from a stale cache, since the names under which OpenCompass keeps its files hold
-a hash of all that they depend on: a model's of its folder's content, a data set's of its file, of
-the limit and of the code that makes prompts and scores; both of the versions of what runs them.
+a hash of all that they depend on: a model's of what is read of its folder, a data set's of its
+file, of the limit and of the code that makes prompts and scores; both of the versions of what runs
+them.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def dataset_config(
     """
     file = (data / f"{name}.tsv").resolve()
     folder = work_dir.resolve() / "data" / f"{name}-{content_hash([file])}"
-    link = folder / file.name
+    link = folder / f"{name}.tsv"
     if not link.is_symlink() or link.readlink() != file:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{os.getpid()}.partial"  # another evaluation may be at it as well
@@ -312,18 +313,25 @@ def _result(
     failures = [outcome.failures[pair] for pair in pairs.values() if pair in outcome.failures]
     errors = [f"failed, see {failure}" for failure in failures]
     found = {name: outcome.results[p] for name, p in pairs.items() if p in outcome.results}
-    for name, result in found.items():
-        if len(result["failed"]) == result["samples"]:
-            reason = result["failed"][0]["reason"] if result["failed"] else "there are none"
-            errors.append(f"no sample of {name} could be answered ({reason})")
+    mute = [name for name, result in found.items() if len(result["failed"]) == result["samples"]]
+    # Of MMLU's 57 a limit may leave one question each, which a single failure would take away.
+    if mute and (isinstance(benchmark, Benchmark) or len(mute) == len(found)):
+        failed = found[mute[0]]["failed"]
+        reason = failed[0]["reason"] if failed else "there are none"
+        errors.append(f"no sample of {', '.join(mute)} could be answered ({reason})")
     complete = len(found) == len(pairs)
     return Result(
         benchmark.score({n: r["score"] for n, r in found.items()}) if complete else None,
         sum(result["samples"] for result in found.values()),
         [{"dataset": name, **f} for name, result in found.items() for f in result["failed"]],
         {name: result["metrics"] for name, result in found.items()},
-        " and ".join(dict.fromkeys(errors)),
+        _shortened(list(dict.fromkeys(errors))),
     )
+
+
+def _shortened(errors: list[str], most: int = 3) -> str:
+    more = len(errors) - most
+    return " and ".join([*errors[:most], *([f"{more} more"] if more > 0 else [])])
 
 
 def _has_template(folder: Path) -> bool:
@@ -420,7 +428,8 @@ def _called_in(folder: Path, arguments: list[str]) -> Iterator[None]:
     """OpenCompass reads sys.argv, and writes to the current folder, .cache/ and two of no use."""
     before = Path.cwd(), sys.argv, os.environ.get("PYTHONPATH")
     package = str(_HERE.parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, before[2])))
+    others = [os.path.abspath(path) for path in (before[2] or "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join([package, *others])
     os.chdir(folder)
     sys.argv = ["opencompass", *arguments]
     try:

@@ -68,6 +68,8 @@ def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
 
 def _llms_of_run(exported: Path, name: str) -> list[TextLLM]:
     origin = read_json(exported / "dpa.json", "Export the run again.")
+    if "llm" not in origin:
+        raise DPAError(f"{exported} has no dpa.json that names its LLM. Export the run again.")
     base, proxy = local_folder(origin["llm"]), exported.parents[1] / "proxy"
     found: dict[str, tuple[Path, Path | None]] = {"original": (base, None)}
     if (proxy / "llm_adapter").is_dir():
@@ -240,5 +242,10 @@ def evaluate(
     compared = {llm.label: first.setdefault(llm.group, llm.label) for llm in llms}
     notes = []
     if limit is not None:
-        notes.append("They are the first ones; of MMLU, one of each subject at least.")
-    return Report(table, benchmarks, limit, list(left_out), notes=notes, compared=compared), details
+        notes.append("These are the first ones; of MMLU one of each subject at least is asked.")
+    sources = {
+        llm.label: {"folder": str(llm.llm.resolve()), "abbr": abbrs[llm.label]} for llm in llms
+    }
+    return Report(
+        table, benchmarks, limit, list(left_out), notes=notes, sources=sources, compared=compared
+    ), details

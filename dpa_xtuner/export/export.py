@@ -106,7 +106,7 @@ def _record(out: Path) -> dict[str, Any]:
         record = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and {"format", "files"} <= record.keys() else {}
+    return record if isinstance(record, dict) and {"format", "stage"} <= record.keys() else {}
 
 
 def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
@@ -114,7 +114,7 @@ def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
     record = _record(out)
     if not record or any(record.get(key) != made_from[key] for key in made_from):
         return False
-    return record["files"].items() <= _sizes(out).items()
+    return "files" in record and record["files"].items() <= _sizes(out).items()
 
 
 def _refuse_to_replace(out: Path, source: Source) -> None:
@@ -124,18 +124,18 @@ def _refuse_to_replace(out: Path, source: Source) -> None:
     record = _record(out)
     if not record:
         raise DPAError(
-            f"{out} exists, and is no earlier export (whose {ORIGIN} lists its files). Remove it, "
-            f"or choose another folder with -o."
+            f"{out} exists, and is no earlier export. Remove it, or choose another folder with -o."
         )
     run = source.base.resolve()
     # A run that was moved takes the exports inside it along.
-    same_run = record["run"] == str(run) or out.is_relative_to(run)
+    same_run = record.get("run") == str(run) or out.is_relative_to(run)
     if not same_run or record["stage"] != source.stage.name:
         raise DPAError(
-            f"{out} is an export of stage {record['stage']} of {record['run']}, not of stage "
-            f"{source.stage.name} of {run}. Choose another folder with -o."
+            f"{out} is an export of stage {record['stage']} of {record.get('run', 'a run')}, not "
+            f"of stage {source.stage.name} of {run}. Remove it, or choose another folder with -o."
         )
-    if others := sorted(_sizes(out).keys() - record["files"].keys()):
+    # The first version's exports list no files.
+    if others := sorted(_sizes(out).keys() - record.get("files", _sizes(out)).keys()):
         raise DPAError(
             f"{out} holds files that are not of the export, and would be lost: "
             f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}. Move them away, or choose "

@@ -75,7 +75,10 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
         num_additional_image_tokens=extra,
         chat_template=jinja,
     ).save_pretrained(folder)
-    loaded, trained = AutoTokenizer.from_pretrained(folder), load_tokenizer(source)
+    loaded, trained = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+        load_tokenizer(source),
+    )
     return {
         "image_token_index": image_id,
         "template_differs": disagreements(source.template, source.stage.view, loaded, trained),

@@ -1,7 +1,7 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +215,15 @@ def _need_inputs(source: Source) -> None:
 
 def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
     """Refuse parts that were trained anew, or replaced, after the stage had started from them."""
-    now = input_hashes(source.stage, source.base) if before else {}
+    inputs = source.inputs()
+    before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
+    loads = {part: folder for part, folder in source.stage.loads.items() if part in inputs}
+    now = input_hashes(replace(source.stage, loads=loads), source.base) if before else {}
     for name in sorted(before.keys() | now.keys()):
-        part = name.split("/")[0]
-        if part in source.inputs() and before.get(name) != now.get(name):
+        if before.get(name) != now.get(name):
             raise DPAError(
-                f"{source.inputs()[part]} is not what stage {source.stage.name} was trained on: "
-                f"{name} has changed since. Put it back, or train {source.stage.name} again."
+                f"{inputs[name.split('/')[0]]} is not what stage {source.stage.name} was trained "
+                f"on: {name} has changed since. Put it back, or train {source.stage.name} again."
             )
 
 

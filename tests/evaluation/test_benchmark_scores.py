@@ -545,12 +545,14 @@ def test_no_row_is_lost_with_its_picture(tmp_path):
     assert score(case, tmp_path, case.said)["score"] == pytest.approx(case.score)
 
 
-@each_small
-@pytest.mark.parametrize("column", ["question", "prompt", "answer"])
-def test_a_row_without_question_or_answer_fails_alone(case, column, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [(n, c) for n, made in SMALL.items() for c in ("question", "prompt", "answer")
+     if c in made.rows[0]],
+)  # fmt: skip
+def test_a_row_without_question_or_answer_fails_alone(name, column, tmp_path):
     """It is wrong and listed, and the others are asked and scored as in the whole file."""
-    if column not in case.rows[0]:
-        return
+    case = CASES[name]
     lost = case.rows[3]["index"]
     rows = [row | ({column: None} if row["index"] == lost else {}) for row in case.rows]
     whole, cut = write(tmp_path / "whole", case), write(tmp_path / "cut", case, rows)
@@ -583,6 +585,16 @@ def test_questions_that_look_like_numbers_are_text(name, tmp_path):
     assert {d["question"].splitlines()[0] for d in result["details"]} == {"7"}
 
 
+def test_texts_that_pandas_takes_for_nothing(tmp_path):
+    """A question, or a right answer, may be "NA" or "None"."""
+    case = CASES["OCRBench"]
+    rows = [row | {"question": "None"} for row in case.rows]
+    result = score(case, write(tmp_path, case, rows), case.said)
+    assert result["score"] == pytest.approx(case.score) and result["failed"] == []
+    own = Case("ai2d", "MyQuestions", [row | {"answer": "NA"} for row in rows[:2]], {}, {}, 0)
+    assert list(read(own, write(tmp_path, own))["answer"]) == ["NA", "NA"]
+
+
 def test_a_data_file_is_never_run(tmp_path):
     """VLMEvalKit alone would run what stands in the place of a list."""
     case = CASES["OCRBench"]
@@ -612,6 +624,7 @@ def test_a_data_file_is_never_run(tmp_path):
         ("", "has no rows"),
         ("index\tquestion\n", "has no rows"),
         ("index\tquestion\n1\tWhat?\n\tWhy?\n", "row 2 of 2 has no index"),
+        ("index\tquestion\tanswer\n1\tWhat?\t\n2\tWhy?\t \n", "has no right answers"),
     ],
 )
 def test_a_file_of_no_use_is_said_so(content, message, tmp_path):

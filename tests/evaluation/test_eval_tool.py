@@ -176,9 +176,11 @@ def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     write_data(data, "MyQuestions", rows("AI2D_TEST", 2))
     arguments = [folder, "--data", data, "--benchmarks", "mine"]
-    for wrong in ("my_benchmark", "no.such", "my_benchmarks.more", "./my_benchmarks.py", "broken"):
+    for wrong in ("my_benchmark", "no.such", "my_benchmarks.more", "./my_benchmarks.py", ""):
         line = refused(call(*arguments, "--import", wrong))
-        assert f"--import {wrong}: " in line and "a module on PYTHONPATH or in the current" in line
+        assert f"--import {wrong}: there is no such module. Expected the name of one" in line
+    line = refused(call(*arguments, "--import", "broken"))
+    assert "--import broken: SyntaxError: invalid syntax (broken.py, line 1)" in line
     code, out, _ = call(*arguments, "--import", "my_benchmarks")
     assert code == 0 and "Mine" in out
 

@@ -145,6 +145,11 @@ def test_a_runs_scores_are_where_a_sweep_looks_for_them(tmp_path):
     (tmp_path / "run/tune/hf").mkdir(parents=True)
     (tmp_path / "run/tune/stage.json").write_text("{}")
     (tmp_path / "foreign/hf").mkdir(parents=True)
+    (tmp_path / "run/align").mkdir()
+    (tmp_path / "run/align/stage.json").write_text("{}")
+    (tmp_path / "run/align/hf").symlink_to(tmp_path / "foreign/hf")  # on a larger disk
+    assert report.run_of_export(tmp_path / "run/align/hf") == tmp_path / "run"
+    assert report.run_of_export(tmp_path / "foreign/hf") is None
     found = made(mmvp=Result(None, error="log"))
     found.sources.update(
         dpa={"folder": str(tmp_path / "run/tune/hf"), "abbr": "dpa-1"},

@@ -162,6 +162,12 @@ def test_a_fresh_export_is_found_and_a_stale_one_made_again(qwen, tmp_path):
     (work_dir / "tune" / "hf" / "model.safetensors").unlink()
     assert made(options={"tokenizer.chat_template": ""}) > third
     assert (work_dir / "tune" / "hf" / "model.safetensors").is_file()
+    # A record as the first version wrote it is no proof, and no stranger's either.
+    record = runs.record(work_dir / "tune" / "hf")
+    del record["files"], record["run"]
+    (work_dir / "tune" / "hf" / "dpa.json").write_text(json.dumps(record))
+    made(options={"tokenizer.chat_template": ""})
+    assert runs.record(work_dir / "tune" / "hf")["files"]
 
 
 def test_what_an_export_does_not_replace(qwen, tmp_path):
