@@ -9,6 +9,7 @@ import os
 import string
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pandas as pd
 import vlmeval.dataset as known
@@ -179,7 +180,9 @@ class _WholeFile:
     def _unpack(self, picture: str, name: str) -> str:
         if picture == _NO_PICTURE:
             return ""
-        path = Path(self.img_root, name + (".jpg" if picture.startswith("/9j/") else ".png"))
+        path = Path(
+            self.img_root, quote(name, safe="") + (".jpg" if picture.startswith("/9j/") else ".png")
+        )
         if not path.exists():
             try:
                 content = base64.b64decode(picture)

@@ -611,6 +611,9 @@ def test_a_data_file_is_never_run(tmp_path):
     assert paths["i0"] == [""] and len(paths) == len(rows)
     assert [bool(path) for path in paths["i2"]] == [True, False, True]
     assert Image.open(paths["i2"][2]).getpixel((0, 0)) == (0, 0, 9)
+    rows[4]["index"] = "../../outside"
+    (row,) = (r for r in read(case, write(tmp_path, case, rows)) if "outside" in r["vlmeval_index"])
+    assert Path(row["prompt"][0]["content"][0]["image_url"]).parent.name == case.dataset
     rows[3]["answer"] = code
     write(tmp_path, case, rows)
     with pytest.raises(ValueError, match="malformed"):
