@@ -249,13 +249,12 @@ def _folder(model: Path) -> Path:
     """A model's folder: a config's finished run is exported by a process that may import XTuner."""
     if model.suffix != ".py":
         return model
-    config = model
-    folder = Path("work_dirs", config.stem, "tune", "hf")
+    folder = Path("work_dirs", model.stem, "tune", "hf")
     others = {k: v for k, v in os.environ.items() if k != "DPA_WITHOUT_XTUNER"}
-    command = [sys.executable, str(EXPORT), str(config), "-o", str(folder)]
+    command = [sys.executable, str(EXPORT), str(model), "-o", str(folder)]
     if subprocess.run(command, env=others).returncode:
         raise DPAError(
-            f"{config} can't be exported, see above. A run in another work dir: export it by "
+            f"{model} can't be exported, see above. A run in another work dir: export it by "
             f"tools/export.py --work-dir, and give the folder."
         )
     return folder

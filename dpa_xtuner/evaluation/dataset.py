@@ -180,9 +180,8 @@ class _WholeFile:
     def _unpack(self, picture: str, name: str) -> str:
         if picture == _NO_PICTURE:
             return ""
-        path = Path(
-            self.img_root, quote(name, safe="") + (".jpg" if picture.startswith("/9j/") else ".png")
-        )
+        ending = ".jpg" if picture.startswith("/9j/") else ".png"
+        path = Path(self.img_root, f"{quote(name, safe='')}{ending}")  # an index may hold "../"
         if not path.exists():
             try:
                 content = base64.b64decode(picture)

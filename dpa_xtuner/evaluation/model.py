@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.folder import pads_pictures
+from dpa_xtuner.model.configs import caps_attention
 
 LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -360,5 +361,4 @@ def failure(error: Exception) -> str:
 def _attention(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
     if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
         return "flash_attention_2"
-    capped = getattr(config.text_config, "attn_logit_softcapping", None) is not None
-    return "eager" if capped else None
+    return "eager" if caps_attention(config.text_config) else None

@@ -34,6 +34,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves, load_whole
 from dpa_xtuner.files import write_json
+from dpa_xtuner.model.configs import caps_attention
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
 _ROUND = [  # as OpenCompass's own wrapper of chat models
@@ -187,8 +188,8 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
         llm = load_whole(InternLM3ForCausalLM, path, torch_dtype="auto")
     else:
         llm = load_whole(AutoModelForCausalLM, path, torch_dtype="auto")
-    if getattr(llm.config, "attn_logit_softcapping", None) is not None:
-        llm.config._attn_implementation = "eager"  # SDPA leaves the cap out, see LlavaFolder
+    if caps_attention(llm.config):
+        llm.config._attn_implementation = "eager"
     if adapter is None:
         return llm
     compat.triton_without_ops()  # before peft imports bitsandbytes

@@ -14,12 +14,13 @@ from xtuner.registry import BUILDER
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.chat_template import chat_template
 from dpa_xtuner.export.hf import SHARD, load_tokenizer
-from dpa_xtuner.export.refusals import caps_attention, is_quantised, keeps_adapter
+from dpa_xtuner.export.refusals import is_quantised, keeps_adapter
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import Adapter, Weights
 from dpa_xtuner.export.xtuner_chat import chat_command
 from dpa_xtuner.files import write_json
+from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.artifacts import ORIGIN
 from dpa_xtuner.stages.models import encoder_config, llm_config
@@ -112,7 +113,7 @@ def _write_llm(source: Source, weights: Weights, folder: Path, dtype: torch.dtyp
     llm, tokenizer = weights.llm(dtype), load_tokenizer(source)
     need_room(folder, llm.state_dict())
     llm.save_pretrained(folder, max_shard_size=SHARD)
-    if caps_attention(llm.config):  # save_pretrained does not keep what is set in memory
+    if caps_attention(llm.config):  # as in hf; save_pretrained does not keep what is set in memory
         file = folder / "config.json"
         saved = json.loads(file.read_text(encoding="utf-8"))
         write_json(file, saved | {"_attn_implementation_autoset": True})

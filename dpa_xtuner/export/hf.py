@@ -25,10 +25,11 @@ from dpa_xtuner.export.chat_template import (
     end_of_turn,
     without_bos,
 )
-from dpa_xtuner.export.refusals import caps_attention, extra_tokens
+from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.stages.models import encoder_config
 
 SHARD = "4GB"
@@ -75,14 +76,9 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
         num_additional_image_tokens=extra,
         chat_template=jinja,
     ).save_pretrained(folder)
-    loaded, trained = (
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
-        load_tokenizer(source),
-    )
-    return {
-        "image_token_index": image_id,
-        "template_differs": disagreements(source.template, source.stage.view, loaded, trained),
-    }
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    differs = disagreements(source.template, source.stage.view, loaded, load_tokenizer(source))
+    return {"image_token_index": image_id, "template_differs": differs}
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -133,6 +129,8 @@ def _config(
     tokenizer: PreTrainedTokenizerBase,
     extra: int,
 ) -> LlavaConfig:
+    # A part that is saved with this set chooses no attention when it is loaded, and so gets the
+    # eager one.
     llm.config._attn_implementation_autoset = caps_attention(llm.config)
     encoder.config._attn_implementation_autoset = False
     config = LlavaConfig(

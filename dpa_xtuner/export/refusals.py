@@ -1,16 +1,12 @@
 """What a format can't express, known before any weight is loaded."""
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    PretrainedConfig,
-)
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
+from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.models import encoder_config, llm_config
@@ -56,15 +52,6 @@ def is_quantised(source: Source) -> bool:
     """Whether the LLM was quantised when it was trained."""
     published = getattr(llm_config(source.cfg), "quantization_config", None)
     return bool(source.cfg.model.llm.get("quantization_config") or published)
-
-
-def caps_attention(config: PretrainedConfig) -> bool:
-    """Whether an LLM must be saved with ``_attn_implementation_autoset``.
-
-    What is saved with that set chooses no attention when it is loaded, and so gets the eager one.
-    Gemma-2 needs it: SDPA, which would be chosen, does not cap (transformers 4.48).
-    """
-    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def keeps_adapter(source: Source) -> bool:

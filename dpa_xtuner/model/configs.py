@@ -82,6 +82,15 @@ def options_refused(side: str) -> Iterator[None]:
         raise DPAError(f"{side}: {error}. Check the keys beside its type in the config.") from error
 
 
+def caps_attention(config: PretrainedConfig) -> bool:
+    """Whether an LLM's attention scores are capped, as Gemma-2's are.
+
+    Such an LLM needs the eager attention or FlashAttention-2: SDPA, which transformers 4.48 would
+    choose, leaves the cap out.
+    """
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def architecture(config: PretrainedConfig) -> dict:
     """The sizes that tell architectures apart, for records and comparisons."""
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}
