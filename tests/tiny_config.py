@@ -4,6 +4,7 @@ _base_ = ["../configs/_base_/dpa.py"]
 llm_name_or_path = "{{$DPA_TINY:tiny}}/llm"
 visual_encoder_name_or_path = "{{$DPA_TINY:tiny}}/visual_encoder"
 prompt_template = "internlm2_chat"
+precision = "bf16"  # the same on every machine
 captions = dict(
     data_path="{{$DPA_TINY:tiny}}/captions.json",
     image_folder="{{$DPA_TINY:tiny}}/images",

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path,
                         help="a .pth file or DeepSpeed folder of the stage, in place of what it "
                         "wrote when it was finished")  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument(
+        "--dtype", help="bfloat16, float16 or float32; default: the run's precision"
+    )
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in training")
     arguments = vars(parser.parse_args())

@@ -20,6 +20,12 @@ runner_type = 'Runner'
 #   cal      align, tune         weighted by the difference of the logits
 method = 'dpa'
 
+# What all stages compute in [ours]; frozen weights are kept in it, trained ones in float32.
+#   auto  bf16 where the device computes it natively, fp16 (with dynamic loss scaling) on
+#         other GPUs (T4, V100), fp32 on other CPUs
+#   bf16, fp16, fp32
+precision = 'auto'
+
 # The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA's layers.
 # prompt_template, a name of XTuner's or a dict of its keys, is for another chat template.
 #   llm_name_or_path = 'Qwen/Qwen2.5-7B-Instruct'
@@ -99,8 +105,8 @@ tokenizer = dict(trust_remote_code=False, padding_side='right')
 image_processor = dict()
 
 model = dict(
-    llm=dict(torch_dtype='torch.bfloat16', trust_remote_code=False),
-    visual_encoder=dict(torch_dtype='torch.bfloat16'),
+    llm=dict(trust_remote_code=False),
+    visual_encoder=dict(),
     use_activation_checkpointing=True)  # [paper]
 
 #######################################################################
@@ -115,7 +121,7 @@ train_dataloader = dict(
 #                    PART 4  Scheduler & Optimizer                    #
 #######################################################################
 optim_wrapper = dict(
-    type='Bf16OptimWrapper',
+    type='OptimWrapper',  # precision decides
     optimizer=dict(type='AdamW', lr=0.0, betas=(0.9, 0.999), weight_decay=0.0),  # [paper]
     clip_grad=dict(max_norm=1.0, error_if_nonfinite=False))  # [xtuner]
 

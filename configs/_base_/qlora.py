@@ -7,7 +7,6 @@ model = dict(
         quantization_config=dict(
             type='transformers.BitsAndBytesConfig',
             load_in_4bit=True,
-            bnb_4bit_compute_dtype='torch.bfloat16',
             bnb_4bit_quant_type='nf4',
             bnb_4bit_use_double_quant=True)))  # [xtuner]
 

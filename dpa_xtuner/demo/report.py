@@ -145,7 +145,9 @@ def _batches(questions: Sequence[HeldOut], label: str) -> Iterator[Sequence[Held
 
 
 def _autocast(parts: Parts) -> torch.autocast:
-    return torch.autocast(parts.llm.device.type, torch.bfloat16)
+    # In the type of the LLM's weights, whatever those of encoder and projector are.
+    dtype, device = parts.llm.dtype, parts.llm.device.type
+    return torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()

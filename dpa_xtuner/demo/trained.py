@@ -16,6 +16,7 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from dpa_xtuner.demo.prepare import LLM_FOLDER, VIT_FOLDER
 from dpa_xtuner.demo.report import Parts
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.precision import choose_precision
 from dpa_xtuner.stages.pipeline import read_state
 
 
@@ -56,7 +57,9 @@ def after_training(root: Path, work_dir: Path) -> Parts:
 
 
 def _llm(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, torch_dtype=choose_precision("auto", "cpu").dtype
+    )
 
 
 def _parts(

@@ -28,6 +28,7 @@ from transformers import (
 
 from dpa_xtuner.demo.drawings import COLOURS, KINDS, Drawing, catalogue, render
 from dpa_xtuner.demo.scenes import CELL_SIZE, COUNTS, PICTURE_SIZE, Sampler, Scene
+from dpa_xtuner.precision import choose_precision
 
 PATCH_SIZE = 16
 GRID = PICTURE_SIZE // PATCH_SIZE
@@ -351,7 +352,7 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
     with tqdm(range(steps), desc="vit") as bar:
         for _ in bar:
             pixels, targets = batches.next(batch_size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with choose_precision("auto", "cpu").autocast("cpu"):
                 losses = model.losses(pixels, targets)
             loss = sum(losses.values())
             optimizer.zero_grad()

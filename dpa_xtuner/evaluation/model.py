@@ -24,6 +24,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.folder import pads_pictures
 from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.precision import runnable_dtype
 
 LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -38,9 +39,10 @@ _LONGEST_REASON = 300
 class LlavaFolder(BaseModel):
     """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
 
-    The weights' type is the folder's own (float16 becomes bfloat16 on CPUs, where it is slow). The
-    LLM's attention is FlashAttention-2 where that is installed on a GPU, the eager one where the
-    scores are capped (Gemma-2), which SDPA would leave out, and else what transformers picks.
+    The weights' type is the folder's own, unless the device only emulates it
+    (:func:`dpa_xtuner.precision.runnable_dtype`). The LLM's attention is FlashAttention-2 where
+    that is installed on a GPU, the eager one where the scores are capped (Gemma-2), which SDPA
+    would leave out, and else what transformers picks.
 
     Attributes:
         model: The model, in evaluation mode.
@@ -77,9 +79,9 @@ class LlavaFolder(BaseModel):
             )
         self.pads = pads_pictures(path)
         self.template, self.as_text = self._template()
-        dtype = getattr(config, "torch_dtype", None) or torch.float32
-        if dtype == torch.float16 and self.device.type == "cpu":
-            dtype = torch.bfloat16
+        dtype = runnable_dtype(
+            getattr(config, "torch_dtype", None) or torch.float32, self.device.type
+        )
         for part in (config.text_config, config.vision_config):
             # Saved by transformers 4.48 with some models; it would then take the eager attention.
             part._attn_implementation_autoset = False

@@ -35,6 +35,7 @@ from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves, load_whole
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.precision import runnable_dtype
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
 _ROUND = [  # as OpenCompass's own wrapper of chat models
@@ -82,8 +83,7 @@ class LanguageModel(LlavaFolder):
         self.image_token, self.image_id, self.image_tokens = "<image>", -1, 0
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_llm(path, adapter)
-        if model.dtype == torch.float16 and self.device.type == "cpu":  # slow there
-            model.to(torch.bfloat16)
+        model.to(runnable_dtype(model.dtype, self.device.type))
         with suppress(OSError):  # the end of a turn belongs to the chat template
             model.generation_config = GenerationConfig.from_pretrained(source)
         self.model = model.to(self.device).eval()

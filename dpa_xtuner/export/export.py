@@ -16,9 +16,10 @@ from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import Weights
 from dpa_xtuner.files import take, whole_folder, write_json
+from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
 
-DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts}
 
 
@@ -28,7 +29,7 @@ def export_config(
     fmt: str = "hf",
     out: Path | None = None,
     checkpoint: Path | None = None,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     work_dir: Path | None = None,
     options: dict | None = None,
 ) -> Path:
@@ -40,7 +41,8 @@ def export_config(
         fmt: one of :data:`FORMATS`.
         out: where to; ``<work dir>/<stage>/<format>`` where it is None.
         checkpoint: a .pth file or DeepSpeed folder of the stage, in place of what it wrote.
-        dtype: of the weights: bfloat16, float16 or float32.
+        dtype: of the weights: bfloat16, float16 or float32; what the stage computed in where it
+            is None.
         work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
         options: as of ``--cfg-options``.
 
@@ -52,11 +54,12 @@ def export_config(
         DPAError: there is nothing to export, the format can't hold it, or the folder is
             somebody else's, holds other files too, or is being written by another process.
     """
-    for name, value, known in (("format", fmt, FORMATS), ("dtype", dtype, DTYPES)):
-        if value not in known:
+    for name, value, known in (("format", fmt, FORMATS), ("dtype", dtype, _DTYPES)):
+        if value is not None and value not in known:
             hint = nearest(value, known) or "."
             raise DPAError(f"--{name} {value!r} is not known{hint} Known: {', '.join(known)}.")
     source = read_source(config, stage, work_dir, checkpoint, options)
+    dtype = dtype or str(source.precision.dtype).removeprefix("torch.")
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
     made_from = _made_from(source, fmt, dtype)
@@ -81,7 +84,7 @@ def _write(
     source: Source, fmt: str, dtype: str, out: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
-        about = _WRITERS[fmt](source, Weights(source), partial, DTYPES[dtype])
+        about = _WRITERS[fmt](source, Weights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
         write_json(partial / ORIGIN, record | about | known)
     return about

@@ -10,6 +10,7 @@ from mmengine.config import Config
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.models import complete, encoder_config, llm_config
 from dpa_xtuner.stages.pipeline import STATE, input_hashes, newest_checkpoint, read_state
 from dpa_xtuner.stages.settings import (
@@ -35,6 +36,7 @@ class Source:
         stage: the row of the stage table.
         base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
+        precision: what the stage computed in; bfloat16 for a run that has no record of it.
     """
 
     cfg: Config
@@ -42,6 +44,7 @@ class Source:
     stage: Stage
     base: Path
     checkpoint: Path | None
+    precision: Precision
 
     @property
     def own(self) -> StageSettings:
@@ -63,13 +66,8 @@ class Source:
 
     @property
     def record(self) -> Path:
-        """The folder whose ``stage.json`` tells of the training.
-
-        A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
-        """
-        if self.checkpoint is not None and (self.checkpoint.parent / STATE).is_file():
-            return self.checkpoint.parent
-        return self.base / self.stage.name
+        """The folder whose ``stage.json`` tells of the training."""
+        return _record(self.base, self.stage.name, self.checkpoint)
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -182,12 +180,22 @@ def read_source(
             f"{nearest(stage, table) or '.'} Stages: {', '.join(table)}."
         )
     base = Path(work_dir or f"work_dirs/{config.stem}")
-    source = Source(complete(cfg, settings), settings, table[stage], base, checkpoint)
+    begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
+    precision = Precision(begun.get("precision", "bf16"))
+    cfg = complete(cfg, settings, precision)
+    source = Source(cfg, settings, table[stage], base, checkpoint, precision)
     _need_inputs(source)
     llm_config(source.cfg)  # now, and not after a large file was read
     if source.has_projector:
         encoder_config(settings)
     return source
+
+
+def _record(base: Path, stage: str, checkpoint: Path | None) -> Path:
+    # A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
+    if checkpoint is not None and (checkpoint.parent / STATE).is_file():
+        return checkpoint.parent
+    return base / stage
 
 
 def _need_inputs(source: Source) -> None:

@@ -21,7 +21,6 @@ from dpa_xtuner.errors import DPAError, install
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.configs import model_class, options_refused, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.parts import CANONICAL
 from dpa_xtuner.stages.models import encoder_config, llm_config, lora_targets
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
@@ -163,7 +162,8 @@ class Weights:
     def _refuse_other(self, side: str, module: nn.Module, name: str) -> None:
         """Refuse a model whose weights are not those that the stage was trained with."""
         trained = self.source.origin.get(side, {})
-        if trained.get("fingerprint", "") not in ("", fingerprint(module, CANONICAL)):
+        now = fingerprint(module, self.source.precision.fingerprint_dtype)
+        if trained.get("fingerprint", "") not in ("", now):
             raise DPAError(
                 f"{name} holds other weights than {trained['name']} did when {self.source.record} "
                 f"was trained with it. Put them back, or set {side}_name_or_path to that model."

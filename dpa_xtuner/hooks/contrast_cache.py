@@ -19,6 +19,7 @@ from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.contrast import contrast_scores
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
+from dpa_xtuner.precision import Precision
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in
@@ -37,10 +38,12 @@ class ContrastCacheHook(Hook):
     Args:
         folder: the cache's.
         files: SHA-256 of the data files and of the proxy's files, for the cache's record.
+        precision: what the run computes in.
     """
 
-    def __init__(self, folder: str, files: dict):
+    def __init__(self, folder: str, files: dict, precision: str):
         self.folder, self.files = Path(folder), dict(files)
+        self.precision = Precision(precision)
 
     def before_train(self, runner) -> None:
         """Read the cache, or compute it first.
@@ -50,13 +53,14 @@ class ContrastCacheHook(Hook):
         """
         model = unwrap(runner.model)
         dataset: DPADataset = runner.train_dataloader.dataset
-        amp = not hasattr(runner, "strategy")  # DeepSpeed's weights are bfloat16 themselves
+        plain = not hasattr(runner, "strategy")  # DeepSpeed's weights are of that type themselves
+        amp = self.precision.autocast(get_device(), enabled=plain)
         facts = {
             **self.files,
             "samples": len(dataset),
             **dataset.encoding,
             "llm": model.fingerprints["llm"],
-            "dtype": f"{next(model.llm.parameters()).dtype}, autocast {amp}",
+            "dtype": f"{next(model.llm.parameters()).dtype}, autocast {plain}",
         }
         if not self.folder.exists():
             runner.logger.info(f"Computing what the LLM says without pictures: {self.folder}")
@@ -69,7 +73,9 @@ class ContrastCacheHook(Hook):
             )
         model.contrast_cache = ContrastCache(self.folder, facts)
 
-    def _compute(self, model: nn.Module, dataset: DPADataset, amp: bool, facts: dict) -> None:
+    def _compute(
+        self, model: nn.Module, dataset: DPADataset, amp: torch.autocast, facts: dict
+    ) -> None:
         rank, world = get_dist_info()
         parts = self.folder.with_name(f".{self.folder.name}.parts.partial")
         if is_main_process():
@@ -125,9 +131,11 @@ def _batches(lengths: list[int]) -> list[list[int]]:
     return batches
 
 
-def _scores(model: nn.Module, samples: list[dict], amp: bool) -> tuple[np.ndarray, list[int]]:
+def _scores(
+    model: nn.Module, samples: list[dict], amp: torch.autocast
+) -> tuple[np.ndarray, list[int]]:
     data = model.data_preprocessor(collate(samples), False)["data"]
-    with torch.autocast(get_device(), dtype=torch.bfloat16, enabled=amp):
+    with amp:
         scores: TokenScores = contrast_scores(model.llm, data)
     counts = (data["labels"][:, 1:] != -100).sum(1).tolist()
     return torch.stack(scores, dim=-1).float().cpu().numpy(), counts

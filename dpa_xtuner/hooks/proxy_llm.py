@@ -16,6 +16,7 @@ from dpa_xtuner.files import write_json
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part
 from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
 
@@ -138,7 +139,10 @@ class ProxyLLMHook(Hook):
 
     def _measure(self, runner) -> None:
         model = unwrap(runner.model)
-        amp = not hasattr(runner, "strategy")  # DeepSpeed's weights are bfloat16 themselves
+        # DeepSpeed's weights are of that type themselves.
+        amp = Precision(self.origin["precision"]).autocast(
+            get_device(), enabled=not hasattr(runner, "strategy")
+        )
         now = cross_entropy_per_token(model, self.held_out, runner.train_dataloader.batch_size, amp)
         step = self._steps(runner)
         if self.stage == "proxy":
@@ -203,7 +207,9 @@ def _measured(folder: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: bool) -> float:
+def cross_entropy_per_token(
+    model: nn.Module, dataset, batch_size: int, amp: torch.autocast
+) -> float:
     """Mean cross entropy of a data set's supervised tokens, each sample's first left out.
 
     Every rank takes its share, and all take the same number of batches, as ZeRO-3 needs.
@@ -212,7 +218,7 @@ def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: boo
         model: :class:`ProxyLLM` or :class:`DPALLaVAModel`, not wrapped.
         dataset: a :class:`dpa_xtuner.data.DPADataset`.
         batch_size: samples at a time on a device.
-        amp: bfloat16 autocast.
+        amp: the context to compute in.
 
     Returns:
         Nats per token over all ranks.
@@ -229,7 +235,7 @@ def cross_entropy_per_token(model: nn.Module, dataset, batch_size: int, amp: boo
         batch = collate([dataset[i] for i in batches[min(mine, len(batches) - 1)]])
         data = model.data_preprocessor(batch, False)["data"]
         data = data | {"labels": without_first(data["labels"])}
-        with torch.autocast(get_device(), dtype=torch.bfloat16, enabled=amp):
+        with amp:
             losses = model.scores(data).cross_entropy
         if mine < len(batches):
             total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)

@@ -18,8 +18,8 @@ from dpa_xtuner.model.llm import (
     supervised_scores,
 )
 from dpa_xtuner.model.objective import Objective
-from dpa_xtuner.model.parts import CANONICAL
 from dpa_xtuner.model.projectors import build_projector, load_projector
+from dpa_xtuner.precision import Precision
 
 
 @BUILDER.register_module()  # for xtuner convert
@@ -38,6 +38,7 @@ class DPALLaVAModel(LLaVAModel):
         loss: a weighting scheme, by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.loss.build_scheme`).
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
+        precision: what the run computes in (:class:`dpa_xtuner.precision.Precision`).
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights
             (:func:`dpa_xtuner.model.llm.merge_adapter`).
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
@@ -59,6 +60,7 @@ class DPALLaVAModel(LLaVAModel):
         visual_select_layer: int | None = None,
         loss: str | dict = "uniform",
         normalize: str = "micro_batch",
+        precision: str = "bf16",
         merged_adapter: str | None = None,
         pretrained_projector: str | None = None,
         use_activation_checkpointing: bool = True,
@@ -70,9 +72,10 @@ class DPALLaVAModel(LLaVAModel):
                 f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
             )
         llm, visual_encoder = load(self, llm), load(self, visual_encoder)
+        rounded_to = Precision(precision).fingerprint_dtype
         fingerprints = {
-            "llm": fingerprint(llm, CANONICAL),
-            "visual_encoder": fingerprint(visual_encoder, CANONICAL),
+            "llm": fingerprint(llm, rounded_to),
+            "visual_encoder": fingerprint(visual_encoder, rounded_to),
         }
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)

@@ -1,13 +1,9 @@
 """The parts a model is made of, and how many parameters each trains."""
 
-import torch
 from torch import nn
 
 PARTS = ("llm", "llm_adapter", "visual_encoder", "projector")
 """Every part a stage may build, in the order of the log."""
-
-CANONICAL = torch.bfloat16
-"""Dtype of the fingerprints that tell models apart, whatever dtype they are loaded in."""
 
 
 def part_of(name: str) -> str:

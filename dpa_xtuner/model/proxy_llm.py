@@ -9,7 +9,7 @@ from dpa_xtuner.loss import TokenScores
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, supervised_scores
 from dpa_xtuner.model.objective import Objective
-from dpa_xtuner.model.parts import CANONICAL
+from dpa_xtuner.precision import Precision
 
 
 @BUILDER.register_module()  # for xtuner convert
@@ -21,12 +21,20 @@ class ProxyLLM(SupervisedFinetune):
         llm: a config dict or a module.
         lora: ``peft.LoraConfig`` or its config dict; None trains the whole LLM.
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
+        precision: what the run computes in (:class:`dpa_xtuner.precision.Precision`).
         kwargs: of :class:`xtuner.model.SupervisedFinetune`.
     """
 
-    def __init__(self, llm: dict | nn.Module, lora=None, normalize: str = "micro_batch", **kwargs):
+    def __init__(
+        self,
+        llm: dict | nn.Module,
+        lora=None,
+        normalize: str = "micro_batch",
+        precision: str = "bf16",
+        **kwargs,
+    ):
         llm = load(self, llm)
-        of_llm = fingerprint(llm, CANONICAL)
+        of_llm = fingerprint(llm, Precision(precision).fingerprint_dtype)
         super().__init__(llm=llm, lora=lora, **kwargs)
         self.fingerprints = {"llm": of_llm}
         self.objective = Objective("uniform", normalize)

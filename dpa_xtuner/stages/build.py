@@ -18,6 +18,7 @@ from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.configs import architecture
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.models import (
     check_models,
     encoder_config,
@@ -118,10 +119,9 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     """Find now what would stop a later stage after days of an earlier one.
 
     Raises:
-        DPAError: keys that the stages set themselves, batches that can't be cut, missing
-            data, models that are missing or don't fit.
+        DPAError: batches that can't be cut, missing data, models that are missing or don't
+            fit.
     """
-    _refuse_owned_keys(cfg)
     check_models(cfg, settings, stages)
     world = world_size(cfg.launcher)
     for stage in stages:
@@ -148,6 +148,8 @@ _OWNED = (
     ("train_dataloader.dataset", None, "captions and instructions"),
     ("train_dataloader.sampler", None, "<stage>.global_batch_size"),
     ("train_dataloader.collate_fn", None, "nothing"),
+    ("model.llm.torch_dtype", None, "precision"),
+    ("model.visual_encoder.torch_dtype", None, "precision"),
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
@@ -155,7 +157,12 @@ _OWNED = (
 )
 
 
-def _refuse_owned_keys(cfg: Config) -> None:
+def refuse_owned_keys(cfg: Config) -> None:
+    """Refuse keys of a DPA config that the stages set themselves.
+
+    Raises:
+        DPAError: there are some, each on a line of its own.
+    """
     lines = []
     for path, base, instead in _OWNED:
         node = cfg
@@ -163,6 +170,8 @@ def _refuse_owned_keys(cfg: Config) -> None:
             node = node.get(key) if node is not None else None
         if node is not None and node != base:
             lines.append(f"  {path}: each stage sets it; set {instead} instead")
+    if cfg.optim_wrapper.get("type") not in ("OptimWrapper", "DeepSpeedOptimWrapper"):
+        lines.append("  optim_wrapper.type: each stage sets it; set precision instead")
     if cfg.get("load_from") and not cfg.get("resume"):
         lines.append("  load_from: the stages hand over by themselves")
     if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
@@ -194,12 +203,14 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     config.work_dir = str(base / stage.name)
     dataset = dataset_config(config, settings, stage)
     config.model = model_config(config, settings, stage, base, deepspeed)
+    config.model.precision = origin["precision"]
     built = DATASETS.build(dataset)
     _check_sample(built, speak=global_rank(cfg.launcher) == 0)
     config.train_dataloader.update(dataset=dataset)
     _set_schedule(
         config, own, schedule(own, len(built), world_size(cfg.launcher), stage.name), deepspeed
     )
+    _set_precision(config, origin["precision"], deepspeed)
     config.custom_hooks = config.get("custom_hooks", []) + _hooks(
         settings, stage, dataset, built.fingerprint, origin, base
     )
@@ -243,6 +254,23 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     config.default_hooks.checkpoint.interval = numbers.save_iters
 
 
+# Float32 weights that are trained pass under autocast: bfloat16's needs no scaled loss.
+_OPTIM_WRAPPERS = {
+    "bf16": dict(type="Bf16OptimWrapper"),
+    "fp16": dict(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic"),
+    "fp32": dict(type="OptimWrapper"),
+}
+
+
+def _set_precision(config: Config, precision: str, deepspeed: bool) -> None:
+    """What the optimizer's wrapper, or DeepSpeed's engine, computes in."""
+    if not deepspeed:
+        config.optim_wrapper.update(_OPTIM_WRAPPERS[precision])
+        return
+    for name in ("bf16", "fp16"):  # its float16 scales the loss by itself
+        config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
+
+
 def _hooks(
     settings: Settings, stage: Stage, dataset: dict, samples: str, origin: dict, base: Path
 ) -> list[dict]:
@@ -252,7 +280,14 @@ def _hooks(
         hooks.append(dict(type="GlobalNormalizationHook"))
     if getattr(own, "contrast_cache", None) is not None:
         files = {"data": origin["data"]["sha256"], "loads": origin["loads"]}
-        hooks.append(dict(type="ContrastCacheHook", folder=own.contrast_cache, files=files))
+        hooks.append(
+            dict(
+                type="ContrastCacheHook",
+                folder=own.contrast_cache,
+                files=files,
+                precision=origin["precision"],
+            )
+        )
     return [
         *hooks,
         dict(type="SkippedSamplesHook", limit=_data(settings, stage).skip_limit),
@@ -269,8 +304,14 @@ def _hooks(
     ]
 
 
-def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
+def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precision) -> dict:
     """What the products of a stage are made from, as far as it is known before it starts.
+
+    Args:
+        cfg: from :func:`dpa_xtuner.stages.models.complete`.
+        settings: read from it.
+        stage: the row of the stage table.
+        precision: what the run computes in.
 
     Raises:
         DPAError: the LLM or the encoder can't be found.
@@ -289,6 +330,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         | {"sha256": [file_sha256(path) for path in data.files]},
         "prompt_template": settings.template if stage.view == "chat" else "plain",
         "seed": cfg.randomness.seed,
+        "precision": precision.name,
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),

@@ -339,11 +339,10 @@ def _rendered(record: Record, template: dict) -> list[tuple]:
 
 
 def _quantisation(cfg: dict) -> dict:
-    """As XTuner's, without what are bitsandbytes' defaults, and computing in bfloat16."""
+    """As XTuner's, without bitsandbytes' defaults; ``precision`` says what it computes in."""
     defaults = {p.name: p.default for p in signature(BitsAndBytesConfig).parameters.values()}
     kept = {k: v for k, v in _plain(cfg).items() if k != "type" and v != defaults.get(k)}
-    if "bnb_4bit_compute_dtype" in kept:
-        kept["bnb_4bit_compute_dtype"] = "torch.bfloat16"
+    kept.pop("bnb_4bit_compute_dtype", None)
     return {"type": "transformers.BitsAndBytesConfig", **kept}
 
 
@@ -412,7 +411,7 @@ def _not_kept(stock: Stock) -> list[str]:
     lost = []
     if _last(wrapper.type) != "OptimWrapper":
         dtype, kind = wrapper.get("dtype", "float16"), _last(wrapper.type)
-        lost.append(f"training in {dtype} with a scaled loss ({kind}): bfloat16, which needs none")
+        lost.append(f"training in {dtype} ({kind}): what the hardware computes best; set precision")
     if _last(wrapper.optimizer.type) != "AdamW":
         lost.append(f"optimizer {_last(wrapper.optimizer.type)}: AdamW; set optim_wrapper")
     if stock.continues:

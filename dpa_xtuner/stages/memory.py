@@ -18,12 +18,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss.scores import LOGITS_AT_ONCE
 from dpa_xtuner.model.configs import NotFound, image_tokens, model_class
 from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.models import complete, lora_targets
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
@@ -119,11 +121,16 @@ class StageModel:
         image_tokens: tokens that an image takes in the sequence; 0 where the stage has none.
 
     Raises:
-        DPAError: neither a folder, nor the hub, nor the table of published sizes has a model.
+        DPAError: neither a folder, nor the hub, nor the table of published sizes has a model,
+            or the run is in float32.
     """
 
     def __init__(self, cfg: Config, settings: Settings, stage: Stage):
-        cfg = complete(cfg, settings)
+        if settings.precision == "fp32":
+            raise DPAError(
+                "precision='fp32': the memory of 16-bit runs is computed, for GPUs. Leave it out."
+            )
+        cfg = complete(cfg, settings, Precision("bf16"))  # float16 takes as much
         self.loader, self.stage, self.settings = cfg.model.llm, stage, settings
         self.own = getattr(settings, stage.name)
         self.targets = lora_targets(cfg, settings)

@@ -14,16 +14,18 @@ from dpa_xtuner.families.base import Family
 from dpa_xtuner.model.configs import image_tokens, read_config
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import build_projector
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.settings import Settings, refuse_training_quantised
 from dpa_xtuner.stages.table import Stage
 
 
-def complete(cfg: Config, settings: Settings) -> Config:
+def complete(cfg: Config, settings: Settings, precision: Precision) -> Config:
     """Fill in how the models, the tokenizer and the image processor are loaded, and from where.
 
     Args:
         cfg: a DPA config; not changed. What it says of them itself is kept.
         settings: read from it.
+        precision: what the models' weights are loaded in.
 
     Raises:
         DPAError: an encoder's image processor can't be known.
@@ -34,9 +36,14 @@ def complete(cfg: Config, settings: Settings) -> Config:
     place = {"pretrained_model_name_or_path": llm}
     loader = {"type": family.llm} if family else {}
     tokenizer = {"type": family.tokenizer if family else Family.tokenizer}
-    cfg.model.llm = {**loader, **cfg.model.llm, **place}
+    dtype = {"torch_dtype": str(precision.dtype)}
+    cfg.model.llm = {**loader, **cfg.model.llm, **place, **dtype}
     cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **place}
-    cfg.model.visual_encoder = {**kind.loader(encoder), **cfg.model.get("visual_encoder", {})}
+    cfg.model.visual_encoder = {
+        **kind.loader(encoder), **cfg.model.get("visual_encoder", {}), **dtype
+    }  # fmt: skip
+    if cfg.model.llm.get("quantization_config", {}).get("load_in_4bit"):
+        cfg.model.llm.quantization_config.setdefault("bnb_4bit_compute_dtype", str(precision.dtype))
     cfg.image_processor = {**kind.processor(encoder), **cfg.get("image_processor", {})}
     return cfg
 

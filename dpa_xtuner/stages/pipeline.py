@@ -11,13 +11,22 @@ from pathlib import Path
 import torch.distributed as dist
 from filelock import FileLock
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import file_sha256, read_json, take
+from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
-from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
+from dpa_xtuner.stages.build import (
+    check_ahead,
+    global_rank,
+    origin_of,
+    refuse_owned_keys,
+    stage_config,
+    world_size,
+)
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.rehearsal import rehearse
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
@@ -44,6 +53,7 @@ def next_stage(cfg: Config) -> Config | None:
     """
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
+    refuse_owned_keys(cfg)
     if not isinstance(cfg.randomness.get("seed"), int):
         raise DPAError(
             f"randomness.seed={cfg.randomness.get('seed')} must be a number: a run that was "
@@ -51,13 +61,16 @@ def next_stage(cfg: Config) -> Config | None:
         )
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
-    cfg = complete(cfg, settings)
     base = Path(cfg.work_dir)
+    precision = run_precision(base, settings)
+    if global_rank(cfg.launcher) == 0:
+        print_log(f"Computing in {precision.name}: {precision.reason}", "current")
+    cfg = complete(cfg, settings, precision)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)
     for stage in stages:
         _need_inputs(stage, base)
-        origin = origin_of(cfg, settings, stage) | {"loads": input_hashes(stage, base)}
+        origin = origin_of(cfg, settings, stage, precision) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
             own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
             refuse_foreign(base / folder, read_origin(base / folder), own, "architecture")
@@ -71,6 +84,34 @@ def next_stage(cfg: Config) -> Config | None:
         _resume(config, cfg, stage, state, origin, run_facts(config))
         return config
     return None
+
+
+def run_precision(base: Path, settings: Settings) -> Precision:
+    """What all stages of a run compute in: what the first began with, or what fits the device.
+
+    Weights are told apart by their digits, which another type would round otherwise, so that
+    stages of one run must not differ.
+
+    Args:
+        base: the work dir.
+        settings: the method's.
+
+    Raises:
+        DPAError: the run began with another precision than the settings name, or the device
+            can't compute in it.
+    """
+    device = get_device()
+    for name in STAGE_NAMES:
+        begun = read_state(base / name).get("origin", {}).get("precision")
+        if begun is None:
+            continue
+        if settings.precision not in ("auto", begun):
+            raise DPAError(
+                f"precision={settings.precision!r}, but {base / name} began in {begun!r}, and a "
+                f"run keeps its precision. Set precision={begun!r}, or use another --work-dir."
+            )
+        return choose_precision(begun, device, f"stage {name} began in it")
+    return choose_precision(settings.precision, device)
 
 
 def read_state(folder: Path) -> dict:
@@ -120,6 +161,12 @@ def agree(config: Config) -> None:
         DPAError: they read other files, since the work dir or the images are not shared by all
             nodes.
     """
+    precisions = all_gather_object(config.model.precision)
+    if len(set(precisions)) > 1:
+        raise DPAError(
+            f"The processes' devices differ: precision='auto' means {sorted(set(precisions))} on "
+            f"them. Set precision to one that all of them compute."
+        )
     plans = all_gather_object((config.work_dir, config.load_from))
     if any(plan != plans[0] for plan in plans):
         raise DPAError(

@@ -25,6 +25,7 @@ from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.published import published_config
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import DataSettings, Settings
@@ -108,7 +109,7 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
         if global_rank(cfg.launcher) == 0:
             print_log(
                 "There is no GPU, which bitsandbytes needs: rehearsing without "
-                "model.llm.quantization_config, so what is 4-bit in the real run is bfloat16 here",
+                "model.llm.quantization_config, so what is 4-bit in the real run is not here",
                 "current",
             )
     return cfg
@@ -146,7 +147,7 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
         folder: where to; ``llm``, ``visual_encoder``, ``captions.json``,
             ``instructions.json`` and, where the data is generated, ``images``.
     """
-    cfg = complete(cfg, settings)
+    cfg = complete(cfg, settings, Precision("bf16"))  # published weights are
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")

@@ -144,6 +144,7 @@ class Settings(_Strict):
     """
 
     method: str
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     llm_name_or_path: str
     family: str | None = None
     prompt_template: str | dict[str, Any] | None = None

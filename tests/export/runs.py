@@ -33,6 +33,7 @@ from dpa_xtuner.data.images import load_pixels
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.internlm2 import to_internlm2
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import save_part
 from dpa_xtuner.stages.build import model_config, origin_of
 from dpa_xtuner.stages.models import complete, tiles
@@ -161,7 +162,7 @@ def _logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
 
 def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="target",
-         stage="tune", options=None, dtype="torch.float32") -> Run:  # fmt: skip
+         stage="tune", options=None, precision="fp32") -> Run:  # fmt: skip
     """Write models, config and the parts that a stage writes."""
     write_llm(folder / "llm", pieces, name)
     kind = encoder if isinstance(encoder, dict) else dict(type=encoder)
@@ -170,12 +171,12 @@ def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="
                                           {"from": "gpt", "value": "!"}]}]  # fmt: skip
     (folder / "data.json").write_text(json.dumps(data))
     config = folder / "tiny_run.py"
-    config.write_text(_config(folder, name, kind, train_llm, start_from, dtype))
+    config.write_text(_config(folder, name, kind, train_llm, start_from, precision))
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(options or {})
     cfg.work_dir, cfg.launcher = str(folder / "run"), "none"
     settings = Settings.from_config(cfg)
-    cfg = complete(cfg, settings)
+    cfg = complete(cfg, settings, Precision(settings.precision))
     run = Run(folder, config, settings, cfg, None, stage)
     table = stage_table(settings)
     for row in list(table.values())[: list(table).index(stage) + 1]:
@@ -192,7 +193,8 @@ def _train(run: Run, row) -> nn.Module:
             noise = torch.randn_like(parameter) * 0.1
             parameter.data = parameter.data + noise.to(parameter.dtype)
     loads = input_hashes(row, run.work_dir)
-    origin = origin_of(run.cfg, run.settings, row) | {"loads": loads}
+    precision = Precision(run.settings.precision)
+    origin = origin_of(run.cfg, run.settings, row, precision) | {"loads": loads}
     for side, value in model.fingerprints.items():
         origin[side]["fingerprint"] = value
     for part, place in row.writes.items():
@@ -232,26 +234,26 @@ def _rewrite(folder: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def _config(folder, name, encoder, train_llm, start_from, dtype) -> str:
+def _config(folder, name, encoder, train_llm, start_from, precision) -> str:
     lora = "lora=dict(r=4, lora_alpha=8, lora_dropout=0.0)"
     loader = ""
     family = f"family = {name!r}"
     if name == "mistral":
         family = f"prompt_template = {MISTRAL!r}"
-        loader = "type='transformers.MistralForCausalLM.from_pretrained', "
+        loader = "type='transformers.MistralForCausalLM.from_pretrained'"
     return f"""\
 _base_ = [{str(ROOT / "configs/_base_/dpa.py")!r}]
 llm_name_or_path = {str(folder / "llm")!r}
 {family}
 visual_encoder_name_or_path = {str(folder / "encoder")!r}
 encoder = {encoder!r}
+precision = {precision!r}
 captions = dict(data_path={str(folder / "data.json")!r}, image_folder={str(folder)!r}, held_out=0)
 instructions = dict(data_path={str(folder / "data.json")!r}, image_folder={str(folder)!r})
 proxy = dict({lora})
 tune = dict(train_llm={train_llm!r}, start_from={start_from!r}, {lora})
 model = dict(
-    llm=dict({loader}torch_dtype={dtype!r}),
-    visual_encoder=dict(torch_dtype={dtype!r}),
+    llm=dict({loader}),
     use_activation_checkpointing=False)
 """
 

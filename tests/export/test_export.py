@@ -229,7 +229,7 @@ def test_models_and_parts_that_changed_in_place(run, tmp_path):
 
 
 def test_mistakes_are_told_without_a_traceback(qwen, tmp_path, monkeypatch):
-    message = refused(qwen, **{"model.llm.torch_dtype": "torch.bogus"})
+    message = refused(qwen, **{"model.llm.attn_implementation": "bogus"})
     assert "bogus" in message and "Check the keys beside its type in the config" in message
     (tmp_path / "broken.py").write_text("a = (\n")
     with pytest.raises(DPAError, match=r"The config .*broken.py can't be read: .*never closed"):
@@ -265,7 +265,7 @@ def test_tokens_that_the_exported_tokenizer_does_not_give(run, pieces, tmp_path)
 def test_what_is_written(qwen, tmp_path):
     out = export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "hf")
     record = runs.record(out)
-    assert (record["format"], record["stage"], record["dtype"]) == ("hf", "tune", "bfloat16")
+    assert (record["format"], record["stage"], record["dtype"]) == ("hf", "tune", "float32")
     assert record["pad_image_to_square"] is True and record["template_differs"] == []
     assert "tune/projector/model.safetensors" in record["weights"]
     published, config = (
@@ -284,7 +284,7 @@ def test_what_is_written(qwen, tmp_path):
     assert generation["suppress_tokens"] == [config.image_token_index]
     assert tokenizer.convert_ids_to_tokens(generation["eos_token_id"])[0] == "<|im_end|>"
     weights = load_file(out / "model.safetensors")
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert "language_model.lm_head.weight" not in weights  # tied
 
 
@@ -301,7 +301,7 @@ def test_shards_and_a_row_of_zeros(run, tmp_path, monkeypatch):
 
 def test_align_with_the_merged_proxy(run, tmp_path):
     """The frozen LLM of `align` to the bit, in the dtype it was trained in."""
-    made = run("llama3", stage="align", dtype="torch.bfloat16")
+    made = run("llama3", stage="align", precision="bf16")
     out = export_config(made.config, "align", work_dir=made.work_dir)
     state = load_file(out / "model.safetensors")
     for name, weight in made.model.llm.state_dict().items():

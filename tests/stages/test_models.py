@@ -157,7 +157,7 @@ def test_the_proxy_alone_needs_no_encoder(tiny, tmp_path):
 
 
 def test_an_option_of_the_llm_that_it_can_not_take_is_told(tiny, tmp_path):
-    option = "model.llm.torch_dtype=torch.bfloat61"
+    option = "model.llm.attn_implementation=sdap"
     code, output = harness.run("proxy", tmp_path / "run", option)
     assert code == 1 and "Traceback" not in output, output[-3000:]
     assert "Check the keys beside its type in the config" in output
@@ -181,7 +181,7 @@ def by_family(tiny, tmp_path):
         file.write_text(
             f"_base_ = [{str(harness.TINY_CONFIG)!r}]\nfamily = {family!r}\n"
             f"prompt_template = None\nllm_name_or_path = {str(llm)!r}\n"
-            "model = dict(llm=dict(_delete_=True, torch_dtype='torch.bfloat16'))\n"
+            "model = dict(llm=dict(_delete_=True))\n"
         )
         return file
 
