@@ -154,22 +154,24 @@ def test_float16_trains_with_a_scaled_loss_and_resumes_its_scale(tiny, tmp_path)
     assert adapters and all(w.isfinite().all() and w.any() for w in adapters)
 
 
-def test_float16_under_a_scaler_takes_the_step_of_float32():
-    """A step of AmpOptimWrapper with a scaler equals that of plain float32, to float16's digits."""
-    _patched = pytest.MonkeyPatch()
-    with _patched.context() as patch:
-        from mmengine.optim.optimizer import amp_optimizer_wrapper
+def test_float16_skips_steps_that_overflow_and_then_takes_that_of_float32(monkeypatch):
+    from mmengine.optim.optimizer import amp_optimizer_wrapper
 
-        patch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
-        patch.setattr(
-            amp_optimizer_wrapper, "GradScaler", lambda **how: torch.amp.GradScaler("cpu", **how)
-        )
-        torch.manual_seed(0)
-        layer, inputs = nn.Linear(8, 4), torch.randn(16, 8)
-        expected = layer.weight - 0.5 * inputs.sum(0)
-        sgd = torch.optim.SGD(layer.parameters(), lr=0.5)
-        wrapper = AmpOptimWrapper(optimizer=sgd, dtype="float16")
+    monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)
+    monkeypatch.setattr(
+        amp_optimizer_wrapper, "GradScaler", lambda **how: torch.amp.GradScaler("cpu", **how)
+    )
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(8, 4), torch.randn(16, 8)
+    before = layer.weight.detach().clone()
+    expected = before - 0.5 * inputs.sum(0)
+    sgd = torch.optim.SGD(layer.parameters(), lr=0.5)
+    wrapper = AmpOptimWrapper(optimizer=sgd, dtype="float16")
+    scales = []
+    while torch.equal(layer.weight, before):
+        scales.append(wrapper.loss_scaler.get_scale())
         with torch.autocast("cpu", dtype=torch.float16):
             loss = layer(inputs).sum()
         wrapper.update_params(loss)
-        assert torch.allclose(layer.weight, expected, atol=2e-2)
+    assert 1 < len(scales) < 16 and scales[1] == scales[0] / 2
+    assert torch.allclose(layer.weight, expected, atol=2e-2)

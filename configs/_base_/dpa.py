@@ -60,7 +60,10 @@ proxy = dict(
     pad_image_to_square=True,
     warmup_ratio=0.03,  # [paper]
     save_steps=200,  # optimizer steps between checkpoints [ours]
-    normalize='micro_batch',  # as the authors; 'global': over the whole optimizer step
+    # The loss is divided by the weights of the whole optimizer step, over all ranks and
+    # micro-batches [ours]. 'micro_batch': by each micro-batch's own, as stock XTuner: short
+    # answers in sorted batches weigh more.
+    normalize='global',
     train_llm='lora',  # [paper]; 'full' trains a whole LLM as proxy
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
 
@@ -74,7 +77,7 @@ align = dict(
     pad_image_to_square=True,
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
-    normalize='micro_batch',
+    normalize='global',
     # Empty: the method's. align.loss=uniform (or cmo, cal) is for this stage alone,
     # align.loss.d_min=0 (d_max, window, boundary) changes a bound of it.
     loss=dict(),
@@ -92,7 +95,7 @@ tune = dict(
     pad_image_to_square=True,  # [paper]
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
-    normalize='micro_batch',
+    normalize='global',
     loss=dict(),  # as in align
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
 

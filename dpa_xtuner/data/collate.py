@@ -14,11 +14,11 @@ from dpa_xtuner.data.dataset import Skipped
 
 
 @FUNCTIONS.register_module(name="dpa_collate")
-def collate(instances: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
+def collate(instances: Sequence[dict[str, Any] | Skipped | None]) -> dict[str, Any]:
     """Pads samples on the right and marks where the image tokens sit.
 
-    Skipped samples are left out. Where all are, one row with one token and no label remains, so
-    that this rank still takes part in the step.
+    Skipped samples, and None, are left out. Where all are, one row with one token and no label
+    remains, so that this rank still takes part in the step.
 
     Args:
         instances: Items of a `DPADataset`, or what its `text` gives; left unchanged.
@@ -31,7 +31,7 @@ def collate(instances: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
         the images in the rows, absent where N is 0; "ids", the record ids of the rows, and
         "indices", their places in the data set; "skipped", a list of (record id, reason).
     """
-    samples = [item for item in instances if not isinstance(item, Skipped)]
+    samples = [item for item in instances if isinstance(item, dict)]
     skipped = [(item.id, item.reason) for item in instances if isinstance(item, Skipped)]
     rows = [torch.from_numpy(sample["input_ids"]) for sample in samples]
     labels = [torch.from_numpy(sample["labels"]) for sample in samples]

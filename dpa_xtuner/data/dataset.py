@@ -22,6 +22,7 @@ from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.images import ImageProblem, load_image, load_pixels, load_tiles
 from dpa_xtuner.data.mixture import check_choice, choose
 from dpa_xtuner.data.records import Problem
+from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.data.store import describe, enforce_skip_limit, open_store
 from dpa_xtuner.data.tiles import count_tiles
 from dpa_xtuner.errors import DPAError
@@ -139,17 +140,19 @@ class DPADataset(Dataset):
         """Returns the number of samples."""
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped | None:
         """Loads a sample.
 
         Args:
-            index: From 0 to `len(self) - 1`.
+            index: From 0 to `len(self) - 1`, or `sampler.NOTHING`.
 
         Returns:
-            What `text` gives, and "pixel_values", a list of (3, H, W) float32 tensors: one per
-            image, or its tiles in order and its thumbnail; or a `Skipped` where an image is
-            missing, broken or not of the size that its tokens were counted for.
+            None for `NOTHING`. Otherwise what `text` gives, and "pixel_values", a list of (3, H, W)
+            float32 tensors: one per image, or its tiles in order and its thumbnail; or a `Skipped`
+            where an image is missing, broken or not of the size that its tokens were counted for.
         """
+        if index == NOTHING:
+            return None
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         try:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
+import torch
 from mmengine.registry import DATA_SAMPLERS
 from xtuner.dataset.samplers import LengthGroupedSampler
+from xtuner.dataset.samplers.length_grouped import get_length_grouped_indices
+
+NOTHING = -1
+"""Stands for no sample, where the last global batch of an epoch is not full."""
 
 
 @DATA_SAMPLERS.register_module()
 class GroupedSampler(LengthGroupedSampler):
-    """Stock `LengthGroupedSampler` with a place to begin.
+    """Stock `LengthGroupedSampler` that gives each sample once, and has a place to begin.
 
-    With `mega_batch_mult=1` it shuffles and sorts by length within one global batch only.
+    With `mega_batch_mult=1` it shuffles and sorts by length within one global batch only. Where the
+    stock sampler fills up the last global batch with samples that were seen before, this one gives
+    `NOTHING`: all ranks take the same number of micro-batches, and the samples that are left are
+    spread evenly over them.
 
     Args:
         *args: As in the stock sampler.
@@ -30,4 +37,13 @@ class GroupedSampler(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         """Yields this rank's indices, the first `start` left out this once."""
         start, self.start = self.start, 0
-        return islice(super().__iter__(), start, None)
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        order = get_length_grouped_indices(self.length, self.group_batch_size, generator)
+        whole = len(order) // self.total_batch_size * self.total_batch_size
+        mine = order[self.rank : whole : self.world_size]
+        rest = order[whole + self.rank :: self.world_size]
+        last = [NOTHING] * (self.num_samples - len(mine))
+        for i, index in enumerate(rest):
+            last[i * len(last) // len(rest)] = index
+        return iter([*mine, *last][start:])

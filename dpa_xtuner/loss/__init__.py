@@ -1,6 +1,6 @@
 """The relevance-weighted loss: from hidden states to scores, weights and one number."""
 
-from dpa_xtuner.loss.relevance import NORMALIZE, RelevanceLoss, relevance_loss
+from dpa_xtuner.loss.relevance import NORMALIZE, RelevanceLoss, relevance_loss, statistics
 from dpa_xtuner.loss.scores import TokenScores, scores_of_logits, token_scores
 from dpa_xtuner.loss.weighting import CAL, CMO, Contrast, Uniform, Weights, build_scheme
 
@@ -16,5 +16,6 @@ __all__ = [
     "build_scheme",
     "relevance_loss",
     "scores_of_logits",
+    "statistics",
     "token_scores",
 ]

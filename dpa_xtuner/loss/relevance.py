@@ -20,15 +20,15 @@ class RelevanceLoss(NamedTuple):
     Attributes:
         loss: scalar with a graph.
         weights: (N,), one per supervised token.
-        stats: scalars for the log, without a graph: ``cross_entropy`` (unweighted mean, to
-            compare with vanilla runs), ``mean_weight`` and ``supervised_tokens``; from a
-            contrast pass also ``share_at_d_min``, ``share_at_d_max`` (of the tokens, before
-            pooling) and ``mean_p_difference`` (mean of p_w - p_wo).
+        sums: float64 scalars without a graph, over the tokens, for :func:`statistics`:
+            ``supervised_tokens``, ``weight``, ``weighted`` (w CE) and ``cross_entropy``; from
+            a contrast pass also ``at_d_min``, ``at_d_max`` (tokens, before pooling) and
+            ``p_difference`` (p_w - p_wo).
     """
 
     loss: Tensor
     weights: Tensor
-    stats: dict[str, Tensor]
+    sums: dict[str, Tensor]
 
 
 def relevance_loss(
@@ -45,9 +45,10 @@ def relevance_loss(
         without: of the contrast pass; None for a scheme that needs none.
         supervised: (B, T) bool with N true places, the tokens' own, row by row.
         scheme: from :func:`dpa_xtuner.loss.build_scheme`.
-        normalize: ``"micro_batch"``; or ``"global"``: the value is the same, but the gradient
-            is that of the sum alone, for whoever divides by the weights of a whole optimizer
-            step (:class:`dpa_xtuner.hooks.GlobalNormalizationHook`).
+        normalize: ``"micro_batch"`` divides by this micro-batch's own weights, so that a token
+            counts for more in a micro-batch of short answers. ``"global"``: the value is the
+            same, but the gradient is that of the sum alone, for whoever divides by the weights
+            of a whole optimizer step (:class:`dpa_xtuner.hooks.OptimizerStepHook`).
 
     Returns:
         The loss; without a supervised token exactly 0, with a graph.
@@ -62,17 +63,44 @@ def relevance_loss(
     if normalize == "global":
         loss = loss.detach() + (total - total.detach())
     with torch.no_grad():
-        count = scores.cross_entropy.new_tensor(len(weights))
-        stats = {
-            "cross_entropy": _mean(scores.cross_entropy),
-            "mean_weight": _mean(weights),
-            "supervised_tokens": count,
+        parts = {
+            "supervised_tokens": torch.ones_like(weights),
+            "weight": weights,
+            "weighted": weights * scores.cross_entropy,
+            "cross_entropy": scores.cross_entropy,
         }
         if relevance is not None:
-            stats["share_at_d_min"] = _mean((relevance <= scheme.d_min).to(weights.dtype))
-            stats["share_at_d_max"] = _mean((relevance >= scheme.d_max).to(weights.dtype))
-            stats["mean_p_difference"] = _mean(scores.probability - without.probability)
-    return RelevanceLoss(loss, weights, stats)
+            parts["at_d_min"] = relevance <= scheme.d_min
+            parts["at_d_max"] = relevance >= scheme.d_max
+            parts["p_difference"] = scores.probability - without.probability
+        sums = {name: values.double().sum() for name, values in parts.items()}
+    return RelevanceLoss(loss, weights, sums)
+
+
+def statistics(sums: dict) -> dict:
+    """The log's figures of any number of micro-batches, from their added sums.
+
+    Args:
+        sums: as of :class:`RelevanceLoss`, tensors or numbers.
+
+    Returns:
+        ``loss`` (weighted, over all tokens), ``cross_entropy`` (unweighted mean, to compare
+        with vanilla runs), ``mean_weight`` and ``supervised_tokens``; from a contrast pass also
+        ``share_at_d_min``, ``share_at_d_max`` and ``mean_p_difference``.
+    """
+    # Of no token at all, every sum is 0.
+    tokens = sums["supervised_tokens"] + (sums["supervised_tokens"] == 0)
+    figures = {
+        "loss": sums["weighted"] / (sums["weight"] + EPS),
+        "cross_entropy": sums["cross_entropy"] / tokens,
+        "mean_weight": sums["weight"] / tokens,
+        "supervised_tokens": sums["supervised_tokens"],
+    }
+    if "p_difference" in sums:
+        figures["share_at_d_min"] = sums["at_d_min"] / tokens
+        figures["share_at_d_max"] = sums["at_d_max"] / tokens
+        figures["mean_p_difference"] = sums["p_difference"] / tokens
+    return figures
 
 
 def check_normalize(normalize: str) -> None:
@@ -83,10 +111,6 @@ def check_normalize(normalize: str) -> None:
     """
     if normalize not in NORMALIZE:
         raise DPAError(
-            f"normalize={normalize!r}{nearest(str(normalize), NORMALIZE)}; expected 'micro_batch' "
-            f"(the authors' way) or 'global' (over the whole optimizer step)."
+            f"normalize={normalize!r}{nearest(str(normalize), NORMALIZE)}; expected 'global' (over "
+            f"the whole optimizer step) or 'micro_batch' (as stock XTuner)."
         )
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.detach().sum() / max(len(values), 1)

@@ -2,17 +2,16 @@
 
 import logging
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
-from dpa_xtuner.loss import TokenScores, build_scheme, relevance_loss
+from dpa_xtuner.loss import TokenScores, build_scheme, relevance_loss, statistics
 from dpa_xtuner.loss.relevance import check_normalize
 from dpa_xtuner.model.llm import supervised_places
 
 
 class Objective:
-    """A weighting scheme, how its loss is normalised, and the weight it has seen.
+    """A weighting scheme, how its loss is normalised, and what it has seen of an optimizer step.
 
     Args:
         loss: see :func:`dpa_xtuner.loss.build_scheme`.
@@ -21,8 +20,9 @@ class Objective:
     Attributes:
         scheme: the weighting scheme.
         normalize: as given.
-        weight_sum: float64, of all weights since it was last set to 0; summed up under
-            ``"global"`` for :class:`dpa_xtuner.hooks.GlobalNormalizationHook`.
+        seen: the sums of :class:`dpa_xtuner.loss.RelevanceLoss`, and ``micro_batch_loss`` and
+            ``micro_batches``, of all micro-batches since it was last emptied, on this rank, for
+            :class:`dpa_xtuner.hooks.OptimizerStepHook`.
 
     Raises:
         DPAError: one of the arguments can't be used.
@@ -31,7 +31,7 @@ class Objective:
     def __init__(self, loss: str | dict, normalize: str):
         check_normalize(normalize)
         self.scheme, self.normalize = build_scheme(loss), normalize
-        self.weight_sum = torch.zeros((), dtype=torch.float64)
+        self.seen: dict[str, Tensor] = {}
 
     def __call__(
         self, scores: TokenScores, without: TokenScores | None, data: dict
@@ -44,7 +44,7 @@ class Objective:
             data: a batch of :func:`dpa_xtuner.data.collate`.
 
         Returns:
-            ``loss`` and the stats of :class:`dpa_xtuner.loss.RelevanceLoss`.
+            ``loss`` and the other figures of :func:`dpa_xtuner.loss.statistics`.
         """
         supervised = supervised_places(data["labels"])
         if without is not None:
@@ -58,9 +58,9 @@ class Objective:
                 "current",
                 logging.WARNING,
             )
-        loss, weights, stats = relevance_loss(
-            scores, without, supervised, self.scheme, self.normalize
-        )
-        if self.normalize == "global":
-            self.weight_sum = self.weight_sum.to(weights.device) + weights.detach().double().sum()
-        return {"loss": loss} | stats
+        loss, _, sums = relevance_loss(scores, without, supervised, self.scheme, self.normalize)
+        counted = sums["weight"].new_tensor(1.0)
+        more = {"micro_batch_loss": loss.detach().double(), "micro_batches": counted}
+        for name, value in (sums | more).items():
+            self.seen[name] = self.seen[name] + value if name in self.seen else value
+        return statistics(sums) | {"loss": loss}

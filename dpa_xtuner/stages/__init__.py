@@ -1,7 +1,7 @@
 """The three stages: what each one is, how one follows the other, and how one is rehearsed."""
 
 from dpa_xtuner.stages.loop import DPATrainLoop
-from dpa_xtuner.stages.optim import Bf16OptimWrapper
+from dpa_xtuner.stages.optim import Bf16OptimWrapper, WarmupCosineLR
 from dpa_xtuner.stages.runner import FlexibleRunner, Runner
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
@@ -14,5 +14,6 @@ __all__ = [
     "Runner",
     "Settings",
     "Stage",
+    "WarmupCosineLR",
     "stage_table",
 ]

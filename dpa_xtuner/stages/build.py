@@ -33,22 +33,26 @@ from dpa_xtuner.stages.table import Stage, stage_table
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
 
+FEW_STEPS = 20
+"""Fewer optimizer steps of a stage than these are warned of."""
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of a stage, in MMEngine iterations (one micro-batch per device each).
+    """Numbers of a stage.
 
     Attributes:
-        accumulative_counts: iterations of an optimizer step.
-        iters: of the whole stage.
-        warmup_iters: 0, or those of at least two steps.
-        save_iters: between two checkpoints.
+        accumulative_counts: MMEngine's iterations (one micro-batch per device each) of an
+            optimizer step.
+        steps: optimizer steps of the whole stage.
+        warmup_steps: those of the warm-up.
+        save_steps: those between two checkpoints.
     """
 
     accumulative_counts: int
-    iters: int
-    warmup_iters: int
-    save_iters: int
+    steps: int
+    warmup_steps: int
+    save_steps: int
 
 
 def world_size(launcher: str) -> int:
@@ -89,7 +93,7 @@ def accumulative_counts(settings: StageSettings, world: int, stage: str) -> int:
 
 
 def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> Schedule:
-    """Count a stage's iterations.
+    """Count a stage's steps.
 
     Args:
         settings: of the stage.
@@ -104,15 +108,39 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
     steps = math.ceil(samples / settings.global_batch_size) * settings.max_epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    # MMEngine's LinearLR fails on a warm-up of no iteration, and one of a single
-    # iteration leaves the learning rate near 0 for good.
-    warmup = round(settings.warmup_ratio * steps)
-    return Schedule(
-        accumulative_counts=accumulate,
-        iters=steps * accumulate,
-        warmup_iters=warmup * accumulate if warmup >= 2 else 0,
-        save_iters=settings.save_steps * accumulate,
-    )
+    # As transformers' Trainer; but the first step of a warm-up has a rate of 0, so that one
+    # step is always left after it.
+    warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
+    return Schedule(accumulate, steps, warmup, settings.save_steps)
+
+
+def tell_schedule(settings: StageSettings, numbers: Schedule, samples: int, stage: str) -> None:
+    """Log the steps of a stage, how its last batch is formed, and whether they are too few.
+
+    Args:
+        settings: of the stage.
+        numbers: counted by :func:`schedule`.
+        samples: in its training set.
+        stage: its name.
+    """
+    batch = settings.global_batch_size
+    per_epoch = math.ceil(samples / batch)
+    told = f"{samples} samples / global_batch_size {batch} = {per_epoch} steps an epoch"
+    if rest := samples % batch:
+        told += (
+            f"; the last is of {rest} samples, spread over all ranks and micro-batches: no sample "
+            f"is seen twice"
+        )
+    print_log(f"Stage {stage}: {numbers.steps} optimizer steps. {told}", "current")
+    asked_for = settings.max_steps is not None and settings.max_steps == numbers.steps
+    if numbers.steps < FEW_STEPS and not asked_for:
+        print_log(
+            f"Stage {stage} takes only {numbers.steps} optimizer steps, which may train next to "
+            f"nothing ({told}, x {settings.max_epochs} epochs). Lower {stage}.global_batch_size or "
+            f"raise {stage}.max_epochs.",
+            "current",
+            logging.WARNING,
+        )
 
 
 def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
@@ -207,9 +235,10 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     built = DATASETS.build(dataset)
     _check_sample(built, speak=global_rank(cfg.launcher) == 0)
     config.train_dataloader.update(dataset=dataset)
-    _set_schedule(
-        config, own, schedule(own, len(built), world_size(cfg.launcher), stage.name), deepspeed
-    )
+    numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
+    if global_rank(cfg.launcher) == 0:
+        tell_schedule(own, numbers, len(built), stage.name)
+    _set_schedule(config, own, numbers, deepspeed)
     _set_precision(config, origin["precision"], deepspeed)
     config.custom_hooks = config.get("custom_hooks", []) + _hooks(
         settings, stage, dataset, built.fingerprint, origin, base
@@ -235,8 +264,9 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
             type="GroupedSampler",
             length_property="modality_length",
             per_device_batch_size=own.batch_size * numbers.accumulative_counts,
-            # As LLaVA: sorted within one global batch, where order means less padding and
-            # nothing else. Stock sorts fifty at a time, so that lengths come in waves.
+            # As LLaVA: sorted within one global batch, for less padding; under
+            # normalize="global" the order in it changes nothing else. Stock sorts fifty at a
+            # time, so that lengths come in waves.
             mega_batch_mult=1,
         ),
         collate_fn=dict(type="dpa_collate"),
@@ -249,9 +279,18 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
         )
     else:
         config.optim_wrapper.accumulative_counts = numbers.accumulative_counts
-    config.param_scheduler = _param_scheduler(numbers)
-    config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.iters)
-    config.default_hooks.checkpoint.interval = numbers.save_iters
+    counts = numbers.accumulative_counts
+    config.param_scheduler = [
+        dict(
+            type="WarmupCosineLR",
+            by_epoch=False,
+            end=numbers.steps * counts,
+            warmup_steps=numbers.warmup_steps,
+            accumulative_counts=counts,
+        )
+    ]
+    config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.steps * counts)
+    config.default_hooks.checkpoint.interval = numbers.save_steps * counts
 
 
 # Float32 weights that are trained pass under autocast: bfloat16's needs no scaled loss.
@@ -275,9 +314,9 @@ def _hooks(
     settings: Settings, stage: Stage, dataset: dict, samples: str, origin: dict, base: Path
 ) -> list[dict]:
     own: StageSettings = getattr(settings, stage.name)
-    hooks = [dict(type="IterationSeedHook"), dict(type="ProgressBarHook")]
-    if own.normalize == "global":
-        hooks.append(dict(type="GlobalNormalizationHook"))
+    hooks = [
+        dict(type="OptimizerStepHook"), dict(type="IterationSeedHook"), dict(type="ProgressBarHook")
+    ]  # fmt: skip
     if getattr(own, "contrast_cache", None) is not None:
         files = {"data": origin["data"]["sha256"], "loads": origin["loads"]}
         hooks.append(
@@ -318,8 +357,8 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
     """
     own = getattr(settings, stage.name)
     data = _data(settings, stage)
-    # The last two change no weight. batch_size does under normalize="micro_batch", and has to be
-    # free all the same, for a run that goes on with other GPUs or less memory.
+    # They change no weight, but for batch_size under normalize="micro_batch"; that has to be free
+    # all the same, for a run that goes on with other GPUs or less memory.
     unread = {"batch_size", "save_steps", "contrast_cache"}
     if "llm_adapter" not in stage.trains:
         unread.add("lora")
@@ -441,14 +480,3 @@ def model_config(
     if "projector" in stage.loads:
         model["pretrained_projector"] = str(base / stage.loads["projector"])
     return model
-
-
-def _param_scheduler(numbers: Schedule) -> list[dict]:
-    warmup = numbers.warmup_iters
-    cosine = dict(
-        type="CosineAnnealingLR", eta_min=0.0, by_epoch=False, begin=warmup, end=numbers.iters
-    )
-    if not warmup:
-        return [cosine]
-    linear = dict(type="LinearLR", start_factor=1e-5, by_epoch=False, begin=0, end=warmup)
-    return [linear, cosine]

@@ -17,7 +17,7 @@ from tiny_llava import MIXED, build, sample
 
 from dpa_xtuner import DPAError, compat
 from dpa_xtuner.data import collate
-from dpa_xtuner.hooks import GlobalNormalizationHook
+from dpa_xtuner.hooks import OptimizerStepHook
 
 EIGHT = MIXED + [
     sample(1, 6, 40, 41, "image", 42, 43, 9, 44, 45, 10, 46),
@@ -46,9 +46,7 @@ def step(normalize: str, micro_batches: list[list[dict]], wrap=None, **clip) -> 
     wrapper = OptimWrapper(optimizer, accumulative_counts=counts, **clip)
     wrapped = wrap(model) if wrap else model
     if normalize == "global":
-        GlobalNormalizationHook().before_train(
-            SimpleNamespace(model=wrapped, optim_wrapper=wrapper)
-        )
+        OptimizerStepHook().before_train(SimpleNamespace(model=wrapped, optim_wrapper=wrapper))
     wrapper.initialize_count_status(wrapped, 0, 2 * counts)
     for samples in micro_batches:
         assert all(torch.equal(before[name], p) for name, p in trained(model).items())
@@ -119,7 +117,7 @@ def test_two_ranks_make_the_step_of_one(size, whole, tmp_path):
 def test_each_step_has_its_own_weights():
     model = make("global")
     wrapper = OptimWrapper(torch.optim.SGD(trained(model).values(), lr=0.0), accumulative_counts=2)
-    GlobalNormalizationHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    OptimizerStepHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
     wrapper.initialize_count_status(model, 0, 8)
     seen = []
     optimizer_step = wrapper.optimizer.step
@@ -184,7 +182,7 @@ def deepspeed_step(stage: int, micro_batches: list[list[dict]], max_norm: float)
     model = make("global").bfloat16()
     names = list(trained(model))
     wrapped, wrapper = engine_of(model, stage, len(micro_batches), True, max_norm)
-    GlobalNormalizationHook().before_train(SimpleNamespace(model=wrapped, optim_wrapper=wrapper))
+    OptimizerStepHook().before_train(SimpleNamespace(model=wrapped, optim_wrapper=wrapper))
 
     def look() -> Updates:
         return {name: safe_get_full_fp32_param(trained(model)[name]).clone() for name in names}
@@ -241,7 +239,7 @@ def test_deepspeeds_loss_scale_is_its_own_again_after_the_step(fails):
             raise RuntimeError("out of memory")
 
     wrapper = SimpleNamespace(model=engine, step=optimizer_step)
-    GlobalNormalizationHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
+    OptimizerStepHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
     model.objective.weight_sum += 6
     with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
         wrapper.step()
@@ -254,7 +252,7 @@ def test_an_optimizer_without_a_loss_scale_is_refused(tmp_path):
     engine = SimpleNamespace(optimizer=torch.optim.SGD(trained(model).values(), lr=1.0))
     runner = SimpleNamespace(model=model, optim_wrapper=SimpleNamespace(model=engine, step=None))
     with pytest.raises(DPAError, match="'global' does not work with SGD: use --deepspeed zero1"):
-        GlobalNormalizationHook().before_train(runner)
+        OptimizerStepHook().before_train(runner)
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
