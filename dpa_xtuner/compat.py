@@ -115,6 +115,36 @@ def _without_methods(buffer) -> dict:
     return {key: value for key, value in vars(buffer).items() if key != "statistics_methods"}
 
 
+def optim_wrapper_rebuilt() -> None:
+    """XTuner 0.2.0 drops most of ``optim_wrapper`` under ``--deepspeed``, before a runner sees it.
+
+    ``xtuner train`` replaces it by DeepSpeed's type and the optimizer, and ``strategy`` by its own,
+    so that ``paramwise_cfg``, ``constructor`` and all others are lost without a word. In a DPA
+    config they are kept beside what XTuner sets; the stages take or refuse them.
+    """
+    from mmengine.config import Config
+
+    replace = Config.__setitem__
+
+    def keep(self, name, value):
+        before = self._cfg_dict.get(name)
+        if (
+            (name == "strategy" or (name == "optim_wrapper" and _is_deepspeed(value)))
+            and self._cfg_dict.get("_scope_") == "dpa_xtuner"
+            and isinstance(before, dict)
+        ):
+            value = {**dict(before), **value}
+        replace(self, name, value)
+
+    if not getattr(replace, "_keeps", False):
+        keep._keeps = True
+        Config.__setitem__ = keep
+
+
+def _is_deepspeed(wrapper) -> bool:
+    return isinstance(wrapper, dict) and wrapper.get("type") == "DeepSpeedOptimWrapper"
+
+
 @contextmanager
 def deepspeed_loads_safely() -> Iterator[None]:
     """DeepSpeed 0.16.2 unpickles a checkpoint in full, and runs whatever code it holds.
@@ -186,4 +216,5 @@ def apply() -> None:
     cpu_bf16_support()
     cuda_set_device_without_cuda()
     checkpoint_globals()
+    optim_wrapper_rebuilt()
     deepspeed_short_names()

@@ -25,6 +25,7 @@ from dpa_xtuner.stages.models import (
     lora_targets,
     tiles,
 )
+from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
 from dpa_xtuner.stages.signatures import refuse_unknown_arguments
 from dpa_xtuner.stages.table import Stage, stage_table
@@ -230,7 +231,7 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
         ),
         collate_fn=dict(type="dpa_collate"),
     )
-    config.optim_wrapper.optimizer.lr = own.lr
+    _set_optimizer(config, own, deepspeed)
     if deepspeed:
         config.strategy.update(
             gradient_accumulation_steps=numbers.accumulative_counts,
@@ -241,6 +242,31 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     config.param_scheduler = _param_scheduler(numbers)
     config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.iters)
     config.default_hooks.checkpoint.interval = numbers.save_iters
+
+
+def _set_optimizer(config: Config, own: StageSettings, deepspeed: bool) -> None:
+    wrapper = config.optim_wrapper
+    wrapper.optimizer.lr = own.lr
+    if (constructor := constructor_of(wrapper, own)) is not None:
+        wrapper.constructor = constructor
+    if (rate := getattr(own, "projector_lr", None)) is not None:
+        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "projector_lr": rate}
+    if deepspeed:
+        wrapper.pop("clip_grad", None)  # DeepSpeed clips by strategy.gradient_clipping
+
+
+def constructor_of(wrapper: dict, own: StageSettings) -> str | None:
+    """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
+
+    Ours is taken where parameters differ: by ``projector_lr``, by a weight decay that norms and
+    biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
+    """
+    differ = (
+        getattr(own, "projector_lr", None) is not None
+        or wrapper["optimizer"].get("weight_decay") != 0
+        or wrapper.get("paramwise_cfg")
+    )
+    return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
 
 
 def _hooks(
@@ -292,6 +318,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage) -> dict:
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),
+        "constructor": constructor_of(cfg.optim_wrapper, own),
         "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
     }
     if "visual_encoder" in stage.builds:

@@ -130,9 +130,13 @@ class AlignSettings(PictureSettings):
 
 
 class TuneSettings(PictureSettings, LLMSettings):
-    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy."""
+    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy.
+
+    ``projector_lr`` is the projector's learning rate, None for the stage's ``lr``.
+    """
 
     start_from: Literal["target", "proxy"]
+    projector_lr: float | None = Field(default=None, gt=0)
 
 
 class Settings(_Strict):
