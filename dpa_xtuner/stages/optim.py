@@ -35,8 +35,8 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's, with a learning rate for the projector and no weight decay on norms and biases.
 
     As in LLaVA, parameters of one dimension (norms and biases) don't decay, unless
-    ``paramwise_cfg`` says how they do. MMEngine's own ``norm_decay_mult`` does not know RMSNorm, and
-    its ``flat_decay_mult`` takes every weight that ZeRO-3 has partitioned for one-dimensional.
+    ``paramwise_cfg`` says how they do. MMEngine's own ``norm_decay_mult`` does not know RMSNorm,
+    and its ``flat_decay_mult`` takes every weight that ZeRO-3 has partitioned for one-dimensional.
     Tied weights are added once, and parameters with the same options share a group.
 
     Args:
@@ -110,8 +110,8 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for key in self.paramwise_cfg["custom_keys"]:
             if not any(key in name for name in names):
                 print_log(
-                    f"paramwise_cfg.custom_keys: no parameter that this stage trains has {key!r} in "
-                    f"its name{nearest(key, parts)}",
+                    f"paramwise_cfg.custom_keys: {key!r} is in the name of no parameter that this "
+                    f"stage trains{nearest(key, parts)}",
                     "current",
                     logging.WARNING,
                 )
