@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from dpa_xtuner.stages.models import (
 )
 from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
-from dpa_xtuner.stages.signatures import refuse_unknown_arguments
+from dpa_xtuner.stages.signatures import check_arguments
 from dpa_xtuner.stages.table import Stage, stage_table
 
 CHECKED_AT_START = 128
@@ -119,11 +120,15 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     """Find now what would stop a later stage after days of an earlier one.
 
     Raises:
-        DPAError: keys that the stages set themselves, batches that can't be cut, missing
-            data, models that are missing or don't fit.
+        DPAError: keys that the stages set themselves, arguments that nothing takes, batches that
+            can't be cut, missing data, models that are missing or don't fit.
     """
-    _refuse_owned_keys(cfg)
+    _refuse_owned_keys(cfg, settings)
+    if "strategy" in cfg:
+        _refuse_what_deepspeed_drops(cfg)
     check_models(cfg, settings, stages)
+    outlines = [_outline(cfg, settings, stage)._cfg_dict for stage in stages]
+    check_arguments(outlines, str(cfg.filename))
     world = world_size(cfg.launcher)
     for stage in stages:
         accumulative_counts(getattr(settings, stage.name), world, stage.name)
@@ -149,21 +154,50 @@ _OWNED = (
     ("train_dataloader.dataset", None, "captions and instructions"),
     ("train_dataloader.sampler", None, "<stage>.global_batch_size"),
     ("train_dataloader.collate_fn", None, "nothing"),
+    ("train_dataloader.batch_sampler", None, "<stage>.batch_size"),
+    ("train_dataloader.num_batch_per_epoch", None, "<stage>.max_steps"),
+    ("train_dataloader.drop_last", False, "nothing"),
+    ("auto_scale_lr", None, "<stage>.lr"),
+    ("data_preprocessor", None, "nothing"),
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
     ("model.projector_depth", None, "projector.depth"),
+    ("model.type", None, "nothing"),
+    ("model.normalize", None, "<stage>.normalize"),
+    ("model.lora", None, "<stage>.lora"),
+    ("model.llm_lora", None, "<stage>.lora"),
+    ("model.loss", None, "<stage>.loss"),
+    ("model.encoder", None, "encoder"),
+    ("model.projector", None, "projector"),
+    ("model.freeze_llm", None, "<stage>.train_llm"),
+    ("model.freeze_visual_encoder", None, "nothing"),
+    ("model.merged_adapter", None, "nothing"),
+    ("model.pretrained_projector", None, "nothing"),
 )
 
 
-def _refuse_owned_keys(cfg: Config) -> None:
+def _refuse_owned_keys(cfg: Config, settings: Settings) -> None:
     lines = []
     for path, base, instead in _OWNED:
         node = cfg
         for key in path.split("."):
             node = node.get(key) if node is not None else None
         if node is not None and node != base:
-            lines.append(f"  {path}: each stage sets it; set {instead} instead")
+            way_out = "leave it out" if instead == "nothing" else f"set {instead} instead"
+            lines.append(f"  {path}: each stage sets it; {way_out}")
+    if "strategy" in cfg and cfg.get("runner_type") != "FlexibleRunner":
+        lines.append("  strategy: give --deepspeed, which sets it")
+    own = cfg.optim_wrapper.get("constructor")
+    if settings.tune.projector_lr is not None and own is not None:
+        lines.append(
+            f"  optim_wrapper.constructor={own!r} knows no tune.projector_lr: leave out either"
+        )
+    for kind in ("val", "test"):
+        given = [f"{kind}_{name}" for name in ("dataloader", "cfg", "evaluator")]
+        lacking = [key for key in given if cfg.get(key) is None]
+        if 0 < len(lacking) < len(given):
+            lines.append(f"  {', '.join(given)} go together, and {', '.join(lacking)} is not set")
     if cfg.get("load_from") and not cfg.get("resume"):
         lines.append("  load_from: the stages hand over by themselves")
     if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
@@ -174,6 +208,27 @@ def _refuse_owned_keys(cfg: Config) -> None:
     if lines:
         listed = "\n".join(lines)
         raise DPAError(f"{cfg.filename} (or --cfg-options) sets what it should not:\n{listed}")
+
+
+def _refuse_what_deepspeed_drops(cfg: Config) -> None:
+    """Refuse ways to clip gradients that DeepSpeed has not; it clips by their norm alone."""
+    clip = cfg.optim_wrapper.get("clip_grad")
+    if clip is None:
+        if "optim_wrapper" in cfg and "clip_grad" in cfg.optim_wrapper:
+            cfg.strategy.gradient_clipping = 0.0  # none; XTuner takes 1.0 where nothing is said
+        return
+    known = signature(torch.nn.utils.clip_grad_norm_).parameters
+    usual = {"type": "norm", **{key: parameter.default for key, parameter in known.items()}}
+    lines = [
+        f"  optim_wrapper.clip_grad.{key}={value!r}"
+        for key, value in clip.items()
+        if key != "max_norm" and key in usual and value != usual[key]
+    ]
+    if lines:
+        raise DPAError(
+            "DeepSpeed clips gradients by max_norm alone and has no\n" + "\n".join(lines) + "\n"
+            "Leave that out, or train without --deepspeed."
+        )
 
 
 def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) -> Config:
@@ -190,25 +245,42 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
         A new config with no key but MMEngine's own, which explains itself when dumped.
     """
     own: StageSettings = getattr(settings, stage.name)
-    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
-    config = _without_settings(cfg)
-    config.work_dir = str(base / stage.name)
-    dataset = dataset_config(config, settings, stage)
-    config.model = model_config(config, settings, stage, base, deepspeed)
-    built = DATASETS.build(dataset)
-    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
-    config.train_dataloader.update(dataset=dataset)
-    _set_schedule(
-        config, own, schedule(own, len(built), world_size(cfg.launcher), stage.name), deepspeed
-    )
-    config.custom_hooks = config.get("custom_hooks", []) + _hooks(
-        settings, stage, dataset, built.fingerprint, origin, base
+    config = _outline(cfg, settings, stage)
+    dataset = config.train_dataloader.dataset.to_dict()
+    built = usable_data(cfg, settings, stage)
+    numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
+    _set_schedule(config, own, numbers, "strategy" in cfg)
+    config.custom_hooks = config.custom_hooks + _hooks(
+        settings, stage, dataset, built.fingerprint, origin, Path(cfg.work_dir)
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
-    refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
     return config
+
+
+def _outline(cfg: Config, settings: Settings, stage: Stage) -> Config:
+    """What is known of a stage's config without reading its data."""
+    own: StageSettings = getattr(settings, stage.name)
+    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
+    config = _without_settings(cfg)
+    config.work_dir = str(base / stage.name)
+    config.model = model_config(config, settings, stage, base, deepspeed)
+    config.train_dataloader.update(dataset=dataset_config(config, settings, stage))
+    config.custom_hooks = config.get("custom_hooks") or []
+    _set_optimizer(config, own, deepspeed)
+    return config
+
+
+def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
+    """A stage's data set, of which a sample of images was opened.
+
+    Raises:
+        DPAError: too much of it can't be used.
+    """
+    built = DATASETS.build(dataset_config(_without_settings(cfg), settings, stage))
+    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
+    return built
 
 
 def _without_settings(cfg: Config) -> Config:
@@ -231,7 +303,6 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
         ),
         collate_fn=dict(type="dpa_collate"),
     )
-    _set_optimizer(config, own, deepspeed)
     if deepspeed:
         config.strategy.update(
             gradient_accumulation_steps=numbers.accumulative_counts,

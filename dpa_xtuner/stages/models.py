@@ -26,12 +26,17 @@ def complete(cfg: Config, settings: Settings) -> Config:
         settings: read from it.
 
     Raises:
-        DPAError: an encoder's image processor can't be known.
+        DPAError: an encoder's image processor can't be known, or the LLM has two places.
     """
     cfg = copy.deepcopy(cfg)
     llm, encoder = settings.llm_name_or_path, settings.visual_encoder_name_or_path
     family, kind = settings.llm_family, build_encoder(settings.encoder)
     place = {"pretrained_model_name_or_path": llm}
+    for path, given in (("model.llm", cfg.model.llm), ("tokenizer", cfg.get("tokenizer", {}))):
+        if (other := {**place, **given}["pretrained_model_name_or_path"]) != llm:
+            raise DPAError(
+                f"{path}.pretrained_model_name_or_path={other!r} is not read: set llm_name_or_path."
+            )
     loader = {"type": family.llm} if family else {}
     tokenizer = {"type": family.tokenizer if family else Family.tokenizer}
     cfg.model.llm = {**loader, **cfg.model.llm, **place}

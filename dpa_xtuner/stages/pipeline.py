@@ -17,7 +17,14 @@ from mmengine.logging import print_log
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import file_sha256, read_json, take
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
-from dpa_xtuner.stages.build import check_ahead, global_rank, origin_of, stage_config, world_size
+from dpa_xtuner.stages.build import (
+    check_ahead,
+    global_rank,
+    origin_of,
+    stage_config,
+    usable_data,
+    world_size,
+)
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.rehearsal import rehearse
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
@@ -25,6 +32,9 @@ from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 STATE = "stage.json"
 """A stage's record of itself: what it is trained from and whether it is finished."""
+
+_DATA_CHECKED = "DPA_DATA_CHECKED"
+"""Names, for the next stage's process, the work dir whose stages' data was all looked at."""
 
 
 def next_stage(cfg: Config) -> Config | None:
@@ -55,7 +65,7 @@ def next_stage(cfg: Config) -> Config | None:
     base = Path(cfg.work_dir)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         _need_inputs(stage, base)
         origin = origin_of(cfg, settings, stage) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
@@ -69,8 +79,19 @@ def next_stage(cfg: Config) -> Config | None:
             continue
         config = stage_config(cfg, settings, stage, origin)
         _resume(config, cfg, stage, state, origin, run_facts(config))
+        _check_later_data(cfg, settings, stages[number:])
         return config
     return None
+
+
+def _check_later_data(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
+    """Make the data sets of later stages now, which they then find on disk."""
+    base = Path(cfg.work_dir)
+    if os.environ.get(_DATA_CHECKED) == str(base):  # by the stage that went on with this one
+        return
+    for stage in stages:
+        if read_state(base / stage.name).get("status") != "finished":
+            usable_data(cfg, settings, stage)
 
 
 def read_state(folder: Path) -> dict:
@@ -153,6 +174,7 @@ def run_next(config: Config) -> None:
         dist.destroy_process_group()
         # The launcher's own store still listens on the old port.
         os.environ.update(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="False")
+    os.environ[_DATA_CHECKED] = str(Path(config.work_dir).parent)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)
