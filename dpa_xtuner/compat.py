@@ -11,9 +11,11 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
+
+from dpa_xtuner.errors import DPAError
 
 
 def deepspeed_short_names() -> None:
@@ -141,6 +143,39 @@ def optim_wrapper_rebuilt() -> None:
         Config.__setitem__ = keep
 
 
+def options_that_do_not_fit() -> None:
+    """MMEngine 0.10.6 answers ``proxy.lr.x=1``, where ``proxy.lr`` is a number, with a traceback.
+
+    ``xtuner train`` calls it before a runner could say what is wrong. What it raises becomes a
+    :class:`DPAError`, and one that nobody catches ends the process with its message alone.
+    """
+    from mmengine.config import Config
+
+    merge = Config.merge_from_dict
+
+    def told(self, options, *args, **kwargs):
+        try:
+            merge(self, options, *args, **kwargs)
+        except (TypeError, KeyError) as error:
+            raise DPAError(
+                f"--cfg-options don't fit into {self.filename}: {error.args[0]}"
+            ) from None
+
+    if merge.__name__ != told.__name__:
+        Config.merge_from_dict = told
+        sys.excepthook = _plainly(sys.excepthook)
+
+
+def _plainly(usual: Callable) -> Callable:
+    def hook(kind, error, trace) -> None:
+        if issubclass(kind, DPAError):
+            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
+        else:
+            usual(kind, error, trace)
+
+    return hook
+
+
 def _is_deepspeed(wrapper) -> bool:
     return isinstance(wrapper, dict) and wrapper.get("type") == "DeepSpeedOptimWrapper"
 
@@ -217,4 +252,5 @@ def apply() -> None:
     cuda_set_device_without_cuda()
     checkpoint_globals()
     optim_wrapper_rebuilt()
+    options_that_do_not_fit()
     deepspeed_short_names()

@@ -167,6 +167,11 @@ def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
     unknown = {key for key in _unknown(how, loader, PreTrainedModel) if not hasattr(config, key)}
     known = _known(loader, PreTrainedModel) | set(config.to_dict())
     _refuse_keywords(side, how, unknown, known)
+    quantised = how.get("quantization_config")
+    if isinstance(quantised, dict) and "type" in quantised:
+        known = taken(_loader(f"{side}.quantization_config", quantised))
+        unknown = quantised.keys() - known - {"type"}
+        _refuse_keywords(f"{side}.quantization_config", quantised, unknown, known)
     dtype = how.get("torch_dtype", "auto")
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype.removeprefix("torch."), None)

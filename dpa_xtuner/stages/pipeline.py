@@ -26,7 +26,7 @@ from dpa_xtuner.stages.build import (
     world_size,
 )
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.rehearsal import rehearse
+from dpa_xtuner.stages.rehearsal import rehearse, users_files_named
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
@@ -61,7 +61,11 @@ def next_stage(cfg: Config) -> Config | None:
         )
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
-    cfg = complete(cfg, settings)
+    with users_files_named(Path(cfg.work_dir)):
+        return _next_stage(complete(cfg, settings), settings)
+
+
+def _next_stage(cfg: Config, settings: Settings) -> Config | None:
     base = Path(cfg.work_dir)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)

@@ -399,11 +399,11 @@ def config_from_file(path: Path | str, options: dict | None = None) -> Config:
     """Read a config file, and change it as ``--cfg-options`` say.
 
     Raises:
-        DPAError: it can't be carried out.
+        DPAError: it can't be carried out, or an option does not fit into it.
     """
     try:
         cfg = Config.fromfile(path)
-    except (SyntaxError, NameError, ImportError) as error:
+    except (SyntaxError, NameError, ImportError, TypeError, KeyError) as error:
         raise DPAError(f"The config {path} can't be read: {error}. Mend that file.") from error
     cfg.merge_from_dict(options or {})
     return cfg
