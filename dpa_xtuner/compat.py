@@ -11,9 +11,11 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
+
+from dpa_xtuner.errors import DPAError
 
 
 def deepspeed_short_names() -> None:
@@ -115,6 +117,69 @@ def _without_methods(buffer) -> dict:
     return {key: value for key, value in vars(buffer).items() if key != "statistics_methods"}
 
 
+def optim_wrapper_rebuilt() -> None:
+    """XTuner 0.2.0 drops most of ``optim_wrapper`` under ``--deepspeed``, before a runner sees it.
+
+    ``xtuner train`` replaces it by DeepSpeed's type and the optimizer, and ``strategy`` by its own,
+    so that ``paramwise_cfg``, ``constructor`` and all others are lost without a word. In a DPA
+    config they are kept beside what XTuner sets; the stages take or refuse them.
+    """
+    from mmengine.config import Config
+
+    replace = Config.__setitem__
+
+    def keep(self, name, value):
+        before = self._cfg_dict.get(name)
+        if (
+            (name == "strategy" or (name == "optim_wrapper" and _is_deepspeed(value)))
+            and self._cfg_dict.get("_scope_") == "dpa_xtuner"
+            and isinstance(before, dict)
+        ):
+            value = {**dict(before), **value}
+        replace(self, name, value)
+
+    if not getattr(replace, "_keeps", False):
+        keep._keeps = True
+        Config.__setitem__ = keep
+
+
+def options_that_do_not_fit() -> None:
+    """MMEngine 0.10.6 answers ``proxy.lr.x=1``, where ``proxy.lr`` is a number, with a traceback.
+
+    ``xtuner train`` calls it before a runner could say what is wrong. What it raises becomes a
+    :class:`DPAError`, and one that nobody catches ends the process with its message alone.
+    """
+    from mmengine.config import Config
+
+    merge = Config.merge_from_dict
+
+    def told(self, options, *args, **kwargs):
+        try:
+            merge(self, options, *args, **kwargs)
+        except (TypeError, KeyError) as error:
+            raise DPAError(
+                f"--cfg-options don't fit into {self.filename}: {error.args[0]}"
+            ) from None
+
+    if merge.__name__ != told.__name__:
+        Config.merge_from_dict = told
+        sys.excepthook = _plainly(sys.excepthook)
+
+
+def _plainly(usual: Callable) -> Callable:
+    def hook(kind, error, trace) -> None:
+        if issubclass(kind, DPAError):
+            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
+        else:
+            usual(kind, error, trace)
+
+    return hook
+
+
+def _is_deepspeed(wrapper) -> bool:
+    return isinstance(wrapper, dict) and wrapper.get("type") == "DeepSpeedOptimWrapper"
+
+
 @contextmanager
 def deepspeed_loads_safely() -> Iterator[None]:
     """DeepSpeed 0.16.2 unpickles a checkpoint in full, and runs whatever code it holds.
@@ -186,4 +251,6 @@ def apply() -> None:
     cpu_bf16_support()
     cuda_set_device_without_cuda()
     checkpoint_globals()
+    optim_wrapper_rebuilt()
+    options_that_do_not_fit()
     deepspeed_short_names()

@@ -6,6 +6,8 @@ from inspect import signature
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
+from dpa_xtuner.declared import mistyped
+from dpa_xtuner.declared import parameters as parameters_of
 from dpa_xtuner.errors import DPAError, nearest
 
 SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
@@ -60,12 +62,15 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
         )
     parameters = list(signature(found).parameters.values())[positional:]
     names = [parameter.name for parameter in parameters]
-    for key in keywords:
-        if key not in names:
+    declared, _ = parameters_of(found)
+    for key, value in keywords.items():
+        if key not in names and not any(p.kind is p.VAR_KEYWORD for p in parameters):
             takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
             raise DPAError(
                 f"The {registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
             )
+        if key in declared and (expected := mistyped(declared[key], value)):
+            raise DPAError(f"{registry.name} {name!r}: {key}={value!r} is not of type {expected}.")
     missing = [p.name for p in parameters
                if p.name not in keywords and p.default is p.empty and p.kind is not p.VAR_KEYWORD
                and p.kind is not p.VAR_POSITIONAL]  # fmt: skip

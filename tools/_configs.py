@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import takewhile
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -28,3 +29,29 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise SystemExit(f"{name!r} is neither a file nor a config.{hint} Known: {', '.join(known)}.")
+
+
+def check_options(arguments: list[str]) -> None:
+    """Refuse ``--cfg-options`` that MMEngine's parser answers with a traceback.
+
+    Args:
+        arguments: of a command line.
+
+    Raises:
+        SystemExit: one is not of the form SETTING=VALUE, or its brackets don't close.
+    """
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--cfg-options="):
+            given = [argument.removeprefix("--cfg-options=")]
+        elif argument == "--cfg-options":
+            given = list(takewhile(lambda a: not a.startswith("--"), arguments[i + 1 :]))
+        else:
+            continue
+        for option in given:
+            key, equals, value = option.partition("=")
+            if not equals or not key:
+                raise SystemExit(
+                    f"--cfg-options {option}: expected SETTING=VALUE, such as align.lr=1e-3."
+                )
+            if any(value.count(a) != value.count(b) for a, b in ("()", "[]")):
+                raise SystemExit(f"--cfg-options {option}: its brackets don't close.")

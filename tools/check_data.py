@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from _configs import find_config
+from _configs import check_options, find_config
 from mmengine.config import DictAction
 
 
@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--sample", type=int, help="open the images of so many samples only")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as of xtuner train")
+    check_options(sys.argv[1:])
     arguments = parser.parse_args()
     path = find_config(arguments.config)
 

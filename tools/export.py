@@ -9,9 +9,10 @@ LlavaForConditionalGeneration and its processor, with the chat template of the t
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from _configs import find_config
+from _configs import check_options, find_config
 from mmengine.config import DictAction
 
 
@@ -34,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in training")
+    check_options(sys.argv[1:])
     arguments = vars(parser.parse_args())
     arguments["config"] = find_config(arguments["config"])
     arguments["options"] = arguments.pop("cfg_options")

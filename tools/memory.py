@@ -10,10 +10,11 @@ hub, or the sizes that come with this package.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from _configs import config_names, find_config
+from _configs import check_options, config_names, find_config
 from mmengine.config import Config, DictAction
 
 CARDS = (24, 40, 80)  # GB
@@ -151,6 +152,7 @@ def main() -> None:
                         help="tokens of a sample with its images (default: max_length, the most "
                         "there can be; captions are some 60 tokens and their image)")  # fmt: skip
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={})
+    check_options(sys.argv[1:])
     arguments = parser.parse_args()
     if bool(arguments.config) == bool(arguments.table):
         parser.error("give a config, or --table FILE for all of them")
@@ -169,10 +171,10 @@ def main() -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """Print the table of one config."""
+    from dpa_xtuner.stages.settings import config_from_file
     from dpa_xtuner.tables import markdown
 
-    cfg = Config.fromfile(find_config(arguments.config))
-    cfg.merge_from_dict(arguments.cfg_options)
+    cfg = config_from_file(find_config(arguments.config), arguments.cfg_options)
     rows = table(cfg, arguments.gpus, arguments.zero, arguments.length)
     how = f"ZeRO-{arguments.zero}" if arguments.zero else "no DeepSpeed"
     length = f"{arguments.length} tokens" if arguments.length else "samples of max_length"

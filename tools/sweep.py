@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _configs import find_config
+from _configs import check_options, find_config
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--cfg-options", nargs="+", default=[], help="settings of all runs")
     parser.add_argument("--rehearse", action="store_true", help="rehearse each run")
     parser.add_argument("--table", action="store_true", help="make the table; run nothing")
+    check_options(sys.argv[1:])
     known, others = parser.parse_known_args()
     config = find_config(known.config)
     work_dir = Path(known.work_dir or f"work_dirs/{config.stem}-sweep")

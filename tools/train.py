@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from _configs import find_config
+from _configs import check_options, find_config
 
 STAGES = ("proxy", "align", "tune")
 
@@ -64,6 +64,18 @@ def _state(path: Path) -> dict:
         return {"status": "broken"}
 
 
+def _check_deepspeed(arguments: list[str]) -> None:
+    """Refuse a ``--deepspeed`` that is neither a file nor a name of XTuner's."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--deepspeed")
+    name = parser.parse_known_args(arguments)[0].deepspeed
+    folder = Path(importlib.util.find_spec("xtuner").origin).parent / "configs" / "deepspeed"
+    known = sorted(path.stem for path in folder.glob("*.json"))
+    known += ["zero1", "zero2", "zero3"]
+    if name is not None and not Path(name).is_file() and name not in known:
+        raise SystemExit(f"--deepspeed {name} is neither a file nor one of {', '.join(known)}.")
+
+
 def main() -> int:
     """Run and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -71,6 +83,7 @@ def main() -> int:
     parser.add_argument("--work-dir", help="default: work_dirs/<config's name>")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, a few steps a stage")
     known, others = parser.parse_known_args()
+    check_options(others)
     config = find_config(known.config)
     if known.rehearse:
         os.environ["DPA_REHEARSE"] = "1"
@@ -80,6 +93,7 @@ def main() -> int:
         from dpa_xtuner.errors import install
 
         raise SystemExit(f"--deepspeed needs DeepSpeed: {install('deepspeed')}")
+    _check_deepspeed(others)
     work_dir = (known.work_dir or f"work_dirs/{config.stem}").rstrip("/")
     code = subprocess.run(command(config, ["--work-dir", work_dir, *others])).returncode
     rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""

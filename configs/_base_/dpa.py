@@ -87,6 +87,7 @@ tune = dict(
     start_from='target',  # [paper]; 'proxy' starts from the proxy LLM
     train_llm='full',  # [paper]; 'lora' trains an adapter
     lr=4e-5,  # [paper]
+    projector_lr=None,  # the projector's own (LLaVA's mm_projector_lr); None: lr
     batch_size=4,
     global_batch_size=256,  # [paper]
     max_epochs=1,  # [paper]
@@ -123,6 +124,8 @@ train_dataloader = dict(
 #######################################################################
 #                    PART 4  Scheduler & Optimizer                    #
 #######################################################################
+# A weight_decay above 0 spares norms and biases, as LLaVA's, unless paramwise_cfg or a constructor
+# of yours says otherwise.
 optim_wrapper = dict(
     type='OptimWrapper',  # precision decides
     optimizer=dict(type='AdamW', lr=0.0, betas=(0.9, 0.999), weight_decay=0.0),  # [paper]

@@ -64,7 +64,12 @@ def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> Projec
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
         depth: linear layers.
+
+    Raises:
+        DPAError: the depth is no whole number above 0.
     """
+    if type(depth) is not int or depth < 1:
+        raise DPAError(f"projector.depth={depth!r} is not a whole number from 1 on.")
     return ProjectorModel(
         ProjectorConfig(
             visual_hidden_size=visual_hidden_size, llm_hidden_size=llm_hidden_size, depth=depth

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from dpa_xtuner.stages.models import (
     lora_targets,
     tiles,
 )
+from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
-from dpa_xtuner.stages.signatures import refuse_unknown_arguments
+from dpa_xtuner.stages.signatures import check_arguments
 from dpa_xtuner.stages.table import Stage, stage_table
 
 CHECKED_AT_START = 128
@@ -147,10 +149,14 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     """Find now what would stop a later stage after days of an earlier one.
 
     Raises:
-        DPAError: batches that can't be cut, missing data, models that are missing or don't
-            fit.
+        DPAError: arguments that nothing takes, batches that can't be cut, missing data, models
+            that are missing or don't fit.
     """
+    if "strategy" in cfg:
+        _refuse_what_deepspeed_drops(cfg)
     check_models(cfg, settings, stages)
+    outlines = [_outline(cfg, settings, stage)._cfg_dict for stage in stages]
+    check_arguments(outlines, str(cfg.filename))
     world = world_size(cfg.launcher)
     for stage in stages:
         accumulative_counts(getattr(settings, stage.name), world, stage.name)
@@ -176,17 +182,38 @@ _OWNED = (
     ("train_dataloader.dataset", None, "captions and instructions"),
     ("train_dataloader.sampler", None, "<stage>.global_batch_size"),
     ("train_dataloader.collate_fn", None, "nothing"),
+    ("model.precision", None, "precision"),
     ("model.llm.torch_dtype", None, "precision"),
     ("model.visual_encoder.torch_dtype", None, "precision"),
+    ("train_dataloader.batch_sampler", None, "<stage>.batch_size"),
+    ("train_dataloader.num_batch_per_epoch", None, "<stage>.max_steps"),
+    ("train_dataloader.drop_last", False, "nothing"),
+    ("auto_scale_lr", None, "<stage>.lr"),
+    ("data_preprocessor", None, "nothing"),
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
     ("model.projector_depth", None, "projector.depth"),
+    ("model.type", None, "nothing"),
+    ("model.normalize", None, "<stage>.normalize"),
+    ("model.lora", None, "<stage>.lora"),
+    ("model.llm_lora", None, "<stage>.lora"),
+    ("model.loss", None, "<stage>.loss"),
+    ("model.encoder", None, "encoder"),
+    ("model.projector", None, "projector"),
+    ("model.freeze_llm", None, "<stage>.train_llm"),
+    ("model.freeze_visual_encoder", None, "nothing"),
+    ("model.merged_adapter", None, "nothing"),
+    ("model.pretrained_projector", None, "nothing"),
 )
 
 
-def refuse_owned_keys(cfg: Config) -> None:
+def refuse_owned_keys(cfg: Config, settings: Settings) -> None:
     """Refuse keys of a DPA config that the stages set themselves.
+
+    Args:
+        cfg: as the user wrote it.
+        settings: read from it.
 
     Raises:
         DPAError: there are some, each on a line of its own.
@@ -197,9 +224,22 @@ def refuse_owned_keys(cfg: Config) -> None:
         for key in path.split("."):
             node = node.get(key) if node is not None else None
         if node is not None and node != base:
-            lines.append(f"  {path}: each stage sets it; set {instead} instead")
+            way_out = "leave it out" if instead == "nothing" else f"set {instead} instead"
+            lines.append(f"  {path}: each stage sets it; {way_out}")
     if cfg.optim_wrapper.get("type") not in ("OptimWrapper", "DeepSpeedOptimWrapper"):
         lines.append("  optim_wrapper.type: each stage sets it; set precision instead")
+    if "strategy" in cfg and cfg.get("runner_type") != "FlexibleRunner":
+        lines.append("  strategy: give --deepspeed, which sets it")
+    own = cfg.optim_wrapper.get("constructor")
+    if settings.tune.projector_lr is not None and own is not None:
+        lines.append(
+            f"  optim_wrapper.constructor={own!r} knows no tune.projector_lr: leave out either"
+        )
+    for kind in ("val", "test"):
+        given = [f"{kind}_{name}" for name in ("dataloader", "cfg", "evaluator")]
+        lacking = [key for key in given if cfg.get(key) is None]
+        if 0 < len(lacking) < len(given):
+            lines.append(f"  {', '.join(given)} go together, and {', '.join(lacking)} is not set")
     if cfg.get("load_from") and not cfg.get("resume"):
         lines.append("  load_from: the stages hand over by themselves")
     if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
@@ -210,6 +250,27 @@ def refuse_owned_keys(cfg: Config) -> None:
     if lines:
         listed = "\n".join(lines)
         raise DPAError(f"{cfg.filename} (or --cfg-options) sets what it should not:\n{listed}")
+
+
+def _refuse_what_deepspeed_drops(cfg: Config) -> None:
+    """Refuse ways to clip gradients that DeepSpeed has not; it clips by their norm alone."""
+    clip = cfg.optim_wrapper.get("clip_grad")
+    if clip is None:
+        if "optim_wrapper" in cfg and "clip_grad" in cfg.optim_wrapper:
+            cfg.strategy.gradient_clipping = 0.0  # none; XTuner takes 1.0 where nothing is said
+        return
+    known = signature(torch.nn.utils.clip_grad_norm_).parameters
+    usual = {"type": "norm", **{key: parameter.default for key, parameter in known.items()}}
+    lines = [
+        f"  optim_wrapper.clip_grad.{key}={value!r}"
+        for key, value in clip.items()
+        if key != "max_norm" and key in usual and value != usual[key]
+    ]
+    if lines:
+        raise DPAError(
+            "DeepSpeed clips gradients by max_norm alone and has no\n" + "\n".join(lines) + "\n"
+            "Leave that out, or train without --deepspeed."
+        )
 
 
 def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) -> Config:
@@ -226,28 +287,59 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
         A new config with no key but MMEngine's own, which explains itself when dumped.
     """
     own: StageSettings = getattr(settings, stage.name)
-    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
-    config = _without_settings(cfg)
-    config.work_dir = str(base / stage.name)
-    dataset = dataset_config(config, settings, stage)
-    config.model = model_config(config, settings, stage, base, deepspeed)
-    config.model.precision = origin["precision"]
-    built = DATASETS.build(dataset)
-    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
-    config.train_dataloader.update(dataset=dataset)
+    config = _outline(cfg, settings, stage)
+    built = usable_data(cfg, settings, stage)
+    if "held_out" in config.train_dataloader.dataset:
+        config.train_dataloader.dataset.held_out = built.encoding["held_out"]
+    dataset = config.train_dataloader.dataset.to_dict()
     numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
     if global_rank(cfg.launcher) == 0:
         tell_schedule(own, numbers, len(built), stage.name)
-    _set_schedule(config, own, numbers, deepspeed)
-    _set_precision(config, origin["precision"], deepspeed)
-    config.custom_hooks = config.get("custom_hooks", []) + _hooks(
-        settings, stage, dataset, built.fingerprint, origin, base
+    _set_schedule(config, own, numbers, "strategy" in cfg)
+    config.custom_hooks = config.custom_hooks + _hooks(
+        settings, stage, dataset, built.fingerprint, origin, Path(cfg.work_dir)
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
-    refuse_unknown_arguments(config._cfg_dict, str(cfg.filename))
     return config
+
+
+def _outline(cfg: Config, settings: Settings, stage: Stage) -> Config:
+    """What is known of a stage's config without reading its data."""
+    own: StageSettings = getattr(settings, stage.name)
+    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
+    config = _without_settings(cfg)
+    config.work_dir = str(base / stage.name)
+    config.model = model_config(config, settings, stage, base, deepspeed)
+    config.train_dataloader.update(dataset=dataset_config(config, settings, stage))
+    config.custom_hooks = config.get("custom_hooks") or []
+    _set_optimizer(config, own, deepspeed)
+    _set_precision(config, deepspeed)
+    return config
+
+
+def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
+    """A stage's data set, of which a sample of images was opened.
+
+    At most a tenth of the records is held out.
+
+    Raises:
+        DPAError: too much of it can't be used.
+    """
+    how = dataset_config(_without_settings(cfg), settings, stage)
+    if asked := how.get("held_out"):
+        records = DATASETS.build(how | {"held_out": 0}).records
+        how["held_out"] = min(asked, records // 10)
+        if how["held_out"] < asked and global_rank(cfg.launcher) == 0:
+            print_log(
+                f"captions.held_out={asked}, but there are only {records} records: a tenth, "
+                f"{how['held_out']}, is held out",
+                "current",
+            )
+    built = DATASETS.build(how)
+    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
+    return built
 
 
 def _without_settings(cfg: Config) -> Config:
@@ -271,7 +363,6 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
         ),
         collate_fn=dict(type="dpa_collate"),
     )
-    config.optim_wrapper.optimizer.lr = own.lr
     if deepspeed:
         config.strategy.update(
             gradient_accumulation_steps=numbers.accumulative_counts,
@@ -301,13 +392,39 @@ _OPTIM_WRAPPERS = {
 }
 
 
-def _set_precision(config: Config, precision: str, deepspeed: bool) -> None:
+def _set_precision(config: Config, deepspeed: bool) -> None:
     """What the optimizer's wrapper, or DeepSpeed's engine, computes in."""
+    precision = config.model.precision
     if not deepspeed:
         config.optim_wrapper.update(_OPTIM_WRAPPERS[precision])
         return
     for name in ("bf16", "fp16"):  # its float16 scales the loss by itself
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
+
+
+def _set_optimizer(config: Config, own: StageSettings, deepspeed: bool) -> None:
+    wrapper = config.optim_wrapper
+    wrapper.optimizer.lr = own.lr
+    if (constructor := constructor_of(wrapper, own)) is not None:
+        wrapper.constructor = constructor
+    if (rate := getattr(own, "projector_lr", None)) is not None:
+        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "projector_lr": rate}
+    if deepspeed:
+        wrapper.pop("clip_grad", None)  # DeepSpeed clips by strategy.gradient_clipping
+
+
+def constructor_of(wrapper: dict, own: StageSettings) -> str | None:
+    """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
+
+    Ours is taken where parameters differ: by ``projector_lr``, by a weight decay that norms and
+    biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
+    """
+    differ = (
+        getattr(own, "projector_lr", None) is not None
+        or wrapper["optimizer"].get("weight_decay") != 0
+        or wrapper.get("paramwise_cfg")
+    )
+    return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
 
 
 def _hooks(
@@ -373,6 +490,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),
+        "constructor": constructor_of(cfg.optim_wrapper, own),
         "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
     }
     if "visual_encoder" in stage.builds:

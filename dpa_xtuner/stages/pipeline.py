@@ -23,17 +23,27 @@ from dpa_xtuner.stages.build import (
     check_ahead,
     global_rank,
     origin_of,
+from dpa_xtuner.stages.build import (
+    check_ahead,
+    global_rank,
+    origin_of,
     refuse_owned_keys,
     stage_config,
+    usable_data,
+    world_size,
+)
     world_size,
 )
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.rehearsal import rehearse
+from dpa_xtuner.stages.rehearsal import rehearse, users_files_named
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
 
 STATE = "stage.json"
 """A stage's record of itself: what it is trained from and whether it is finished."""
+
+_DATA_CHECKED = "DPA_DATA_CHECKED"
+"""Names, for the next stage's process, the work dir whose stages' data was all looked at."""
 
 
 def next_stage(cfg: Config) -> Config | None:
@@ -53,7 +63,7 @@ def next_stage(cfg: Config) -> Config | None:
     """
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
-    refuse_owned_keys(cfg)
+    refuse_owned_keys(cfg, settings)
     if not isinstance(cfg.randomness.get("seed"), int):
         raise DPAError(
             f"randomness.seed={cfg.randomness.get('seed')} must be a number: a run that was "
@@ -61,6 +71,11 @@ def next_stage(cfg: Config) -> Config | None:
         )
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
+    with users_files_named(Path(cfg.work_dir)):
+        return _next_stage(cfg, settings)
+
+
+def _next_stage(cfg: Config, settings: Settings) -> Config | None:
     base = Path(cfg.work_dir)
     precision = run_precision(base, settings)
     if global_rank(cfg.launcher) == 0:
@@ -68,7 +83,7 @@ def next_stage(cfg: Config) -> Config | None:
     cfg = complete(cfg, settings, precision)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)
-    for stage in stages:
+    for number, stage in enumerate(stages, 1):
         _need_inputs(stage, base)
         origin = origin_of(cfg, settings, stage, precision) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
@@ -82,6 +97,7 @@ def next_stage(cfg: Config) -> Config | None:
             continue
         config = stage_config(cfg, settings, stage, origin)
         _resume(config, cfg, stage, state, origin, run_facts(config))
+        _check_later_data(cfg, settings, stages[number:])
         return config
     return None
 
@@ -112,6 +128,16 @@ def run_precision(base: Path, settings: Settings) -> Precision:
             )
         return choose_precision(begun, device, f"stage {name} began in it")
     return choose_precision(settings.precision, device)
+
+
+def _check_later_data(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
+    """Make the data sets of later stages now, which they then find on disk."""
+    base = Path(cfg.work_dir)
+    if os.environ.get(_DATA_CHECKED) == str(base):  # by the stage that went on with this one
+        return
+    for stage in stages:
+        if read_state(base / stage.name).get("status") != "finished":
+            usable_data(cfg, settings, stage)
 
 
 def read_state(folder: Path) -> dict:
@@ -200,6 +226,7 @@ def run_next(config: Config) -> None:
         dist.destroy_process_group()
         # The launcher's own store still listens on the old port.
         os.environ.update(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="False")
+    os.environ[_DATA_CHECKED] = str(Path(config.work_dir).parent)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)

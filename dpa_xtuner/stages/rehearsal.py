@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from dpa_xtuner.data import Record, read_records
+from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import whole_folder, write_json
+from dpa_xtuner.files import read_json, whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.published import published_config
@@ -34,6 +36,8 @@ from dpa_xtuner.stages.table import stage_table
 SAMPLES = 32
 STEPS = 4
 _HELD_OUT = 4
+_MICRO_BATCHES = 2  # of an optimizer step
+_SOURCES = "sources.json"
 _WAIT_SECONDS = 600
 _TINY_LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 NOTE = f"""This folder is a rehearsal: tiny random models, {SAMPLES} samples, {STEPS} steps a
@@ -89,7 +93,7 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
     batch = 2
     steps = {
         "batch_size": batch,
-        "global_batch_size": batch * world_size(cfg.launcher) * 2,
+        "global_batch_size": batch * world_size(cfg.launcher) * _MICRO_BATCHES,
         "max_steps": STEPS,
         "max_epochs": STEPS,
         "save_steps": STEPS // 2,
@@ -103,6 +107,8 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
             **dict.fromkeys(stage_table(settings), steps),
         }
     )
+    if (logger := cfg.default_hooks.get("logger")) is not None:
+        logger.interval = min(logger.get("interval", _MICRO_BATCHES), _MICRO_BATCHES)
     llm = cfg.model.get("llm", {})
     if llm.get("quantization_config") and not torch.cuda.is_available():
         del llm["quantization_config"]
@@ -152,19 +158,55 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")
     _tiny_encoder(settings.encoder, settings.visual_encoder_name_or_path, folder / "visual_encoder")
+    sources = {}
     for name in ("captions", "instructions"):
         data = getattr(settings, name)
         for file, images, target in zip(
             data.files, data.folders, _targets(data, folder, name), strict=True
         ):
             if _is_here(file, images):
-                found = (r for r in read_records(file) if isinstance(r, Record))
-                records = [_as_llava(record) for record in islice(found, SAMPLES)]
+                records = _first_records(file)
+                sources[target.name] = str(Path(file).resolve())
                 print_log(f"{name}: the first {len(records)} records of {file}", "current")
             else:
                 records = _generated(folder / "images", with_text_only=name == "instructions")
                 print_log(f"{name}: generated, since {file} or its images are not there", "current")
             target.write_text(json.dumps(records))
+    write_json(folder / _SOURCES, sources)
+
+
+def _first_records(file: str) -> list[dict]:
+    problems, records = [], []
+    for found in read_records(file):
+        (records if isinstance(found, Record) else problems).append(found)
+        if len(records) == SAMPLES:
+            break
+    if not records:
+        raise DPAError(f"{file} has no usable record:\n{list_problems(problems)}")
+    return [_as_llava(record) for record in records]
+
+
+@contextmanager
+def users_files_named(base: Path) -> Iterator[None]:
+    """Let an error about a rehearsal's copy of data name the file that it was copied from.
+
+    Args:
+        base: the work dir; one that is no rehearsal's changes nothing.
+
+    Raises:
+        DPAError: what was raised within, with other names.
+    """
+    try:
+        yield
+    except DPAError as error:
+        message, inputs = str(error), base / "inputs"
+        sources = read_json(inputs / _SOURCES, "Rehearse again.")
+        for copied, source in sources.items():
+            message = message.replace(str(inputs / copied), source)
+        if message == str(error):
+            raise
+        note = f"Of each file, the rehearsal reads the first {SAMPLES} records."
+        raise DPAError(f"{message}\n{note}") from None
 
 
 def _tiny_llm(template: dict, tokenizer):

@@ -15,6 +15,7 @@ from dpa_xtuner.files import move_into_place
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
+from dpa_xtuner.stages.rehearsal import users_files_named
 
 
 class _StageRunner:
@@ -40,10 +41,11 @@ class _StageRunner:
 
     def train(self):
         """Train the stage, then go on with the next one in a fresh process."""
-        with told_plainly(every_rank=True):
+        base = Path(self.cfg.work_dir).parent
+        with told_plainly(every_rank=True), users_files_named(base):
             model = super().train()
         run_next(self.cfg)
-        print_log(f"Finished:\n{summary(Path(self.cfg.work_dir).parent)}", "current")
+        print_log(f"Finished:\n{summary(base)}", "current")
         return model
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:

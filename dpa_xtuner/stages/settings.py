@@ -2,14 +2,23 @@
 
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from mmengine.config import Config
 from mmengine.runner import Runner
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dpa_xtuner.data.mixture import check_choice
 from dpa_xtuner.data.templates import resolve_template
+from dpa_xtuner.declared import mistyped, parameters
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.families import Family, find_family
 from dpa_xtuner.loss import build_scheme
@@ -18,8 +27,23 @@ from dpa_xtuner.registry import FAMILIES, PROJECTORS, find_named
 from dpa_xtuner.stages.methods import METHODS, Method, find_method
 
 
+def _whole(value: Any) -> Any:
+    """Of a number such as 1e3, which the command line gives as a float, the whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+_Item = TypeVar("_Item")
+_List = Annotated[list[_Item], BeforeValidator(_list)]
+_Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: True is no number, and neither is "3".
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSettings(_Strict):
@@ -30,9 +54,9 @@ class DataSettings(_Strict):
     :class:`dpa_xtuner.data.DPADataset`.
     """
 
-    data_path: str | list[str]
-    image_folder: str | list[str]
-    weights: list[float] | None = None
+    data_path: str | _List[str]
+    image_folder: str | _List[str]
+    weights: _List[float] | None = None
     share: float = 1.0
     skip_limit: float = Field(default=0.01, ge=0, le=1)
 
@@ -62,13 +86,13 @@ class DataSettings(_Strict):
 class CaptionSettings(DataSettings):
     """The captions of proxy and align; ``held_out`` of them are kept for measuring."""
 
-    held_out: int = Field(ge=0)
+    held_out: _Whole = Field(ge=0)
 
 
 class LoRASettings(_Strict):
     """peft's names: rank, scale and dropout."""
 
-    r: int = Field(gt=0)
+    r: _Whole = Field(gt=0)
     lora_alpha: float = Field(gt=0)
     lora_dropout: float = Field(ge=0, lt=1)
 
@@ -83,14 +107,14 @@ class StageSettings(_Strict):
     """
 
     lr: float = Field(gt=0)
-    batch_size: int = Field(gt=0)
-    global_batch_size: int = Field(gt=0)
-    max_epochs: int = Field(gt=0)
-    max_steps: int | None = Field(default=None, gt=0)
-    max_length: int = Field(gt=1)
+    batch_size: _Whole = Field(gt=0)
+    global_batch_size: _Whole = Field(gt=0)
+    max_epochs: _Whole = Field(gt=0)
+    max_steps: _Whole | None = Field(default=None, gt=0)
+    max_length: _Whole = Field(gt=1)
     pad_image_to_square: bool
     warmup_ratio: float = Field(ge=0, lt=1)
-    save_steps: int = Field(gt=0)
+    save_steps: _Whole = Field(gt=0)
     normalize: Literal["micro_batch", "global"]
 
 
@@ -130,9 +154,13 @@ class AlignSettings(PictureSettings):
 
 
 class TuneSettings(PictureSettings, LLMSettings):
-    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy."""
+    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy.
+
+    ``projector_lr`` is the projector's learning rate, None for the stage's ``lr``.
+    """
 
     start_from: Literal["target", "proxy"]
+    projector_lr: float | None = Field(default=None, gt=0)
 
 
 class Settings(_Strict):
@@ -151,7 +179,7 @@ class Settings(_Strict):
     visual_encoder_name_or_path: str
     encoder: dict[str, Any]
     projector: dict[str, Any]
-    max_tiles: int = Field(ge=1)
+    max_tiles: _Whole = Field(ge=1)
     captions: CaptionSettings
     instructions: DataSettings
     proxy: ProxySettings | None
@@ -301,12 +329,35 @@ def known_keys() -> set[str]:
     return set(Settings.model_fields) | runner | _OTHER_KEYS
 
 
+# Dicts that are looked into before what takes them can say anything.
+_DICTS = (
+    "custom_imports",
+    "default_hooks.checkpoint",
+    "env_cfg.dist_cfg",
+    "image_processor",
+    "model.llm",
+    "model.visual_encoder",
+    "optim_wrapper.optimizer",
+    "tokenizer",
+    "train_dataloader",
+)
+
+
 def _refuse_unknown_keys(cfg: Config) -> None:
-    known = known_keys()
-    unknown = [key for key in cfg if key not in known]
-    if unknown:
-        lines = "\n".join(f"  {key}: not a known key{nearest(key, known)}" for key in unknown)
-        raise DPAError(f"{cfg.filename} (or --cfg-options) sets keys that nothing reads:\n{lines}")
+    known, runner = known_keys(), parameters(Runner)[0]
+    lines = [f"  {key}: not a known key{nearest(key, known)}" for key in cfg if key not in known]
+    for key in runner.keys() & dict.keys(cfg._cfg_dict):
+        if expected := mistyped(runner[key], cfg[key]):
+            lines.append(f"  {key}: expected {expected} (got {cfg[key]!r})")
+    for path in _DICTS:
+        node: Any = cfg._cfg_dict
+        for key in path.split("."):
+            node = node.get(key, {}) if isinstance(node, dict) else {}
+        if not isinstance(node, dict):
+            lines.append(f"  {path}: expected a dict (got {node!r})")
+    if lines:
+        listed = "\n".join(lines)
+        raise DPAError(f"{cfg.filename} (or --cfg-options) has keys that can't be used:\n{listed}")
 
 
 def _need_family(cfg: Config, settings: Settings) -> None:
@@ -349,11 +400,11 @@ def config_from_file(path: Path | str, options: dict | None = None) -> Config:
     """Read a config file, and change it as ``--cfg-options`` say.
 
     Raises:
-        DPAError: it can't be carried out.
+        DPAError: it can't be carried out, or an option does not fit into it.
     """
     try:
         cfg = Config.fromfile(path)
-    except (SyntaxError, NameError, ImportError) as error:
+    except (SyntaxError, NameError, ImportError, TypeError, KeyError) as error:
         raise DPAError(f"The config {path} can't be read: {error}. Mend that file.") from error
     cfg.merge_from_dict(options or {})
     return cfg

@@ -96,8 +96,6 @@ def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> 
             options = {k: v for k, v in options.items() if not k.startswith(idle)}
         except DPAError as error:
             refused = str(error)
-        except TypeError as error:  # MMEngine's, where a key goes into what is no dict
-            refused = f"{config}: {error}"
         content = "" if refused else _merged(config, common | options).dump()
         digest = hashlib.sha256(content.encode()).hexdigest()
         runs.setdefault(_name(options), Run(_name(options), options, digest, refused))

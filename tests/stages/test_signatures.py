@@ -5,7 +5,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages.signatures import refuse_unknown_arguments
+from dpa_xtuner.stages.signatures import check_arguments
 
 WRAPPER = {
     "type": "Bf16OptimWrapper",
@@ -16,7 +16,7 @@ WRAPPER = {
 
 
 def test_what_mmengines_builder_takes_for_itself_is_known():
-    refuse_unknown_arguments({"optim_wrapper": WRAPPER}, "c.py")
+    check_arguments([{"optim_wrapper": WRAPPER}], "c.py")
     model = nn.ModuleDict({"projector": nn.Linear(1, 1), "llm": nn.Linear(1, 1)})
     built = build_optim_wrapper(model, WRAPPER)
     rates = {g["lr"] for g in built.param_groups if g["params"][0] is model["projector"].weight}
@@ -28,7 +28,7 @@ def test_others_are_named_with_their_place(place):
     wrong = WRAPPER | {"paramwise": {}} if place == "optim_wrapper" else WRAPPER
     expected = {
         "optim_wrapper": "did you mean 'paramwise_cfg'",
-        "hooks": "no argument 'constructor'",
+        "hooks": "constructor: not an argument",
     }
     with pytest.raises(DPAError, match=f"{place}\\..*{expected[place]}"):
-        refuse_unknown_arguments({place: wrong}, "c.py")
+        check_arguments([{place: wrong}], "c.py")
