@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 
 import dpa_xtuner
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.export.folders import write_parts, write_xtuner
+from dpa_xtuner.export.folders import write_llm, write_parts, write_xtuner
 from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
@@ -19,7 +19,7 @@ from dpa_xtuner.files import take, whole_folder, write_json
 from dpa_xtuner.stages.artifacts import ORIGIN
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts}
+_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, "llm": write_llm}
 
 
 def export_config(
@@ -59,6 +59,9 @@ def export_config(
     source = read_source(config, stage, work_dir, checkpoint, options)
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
+    if fmt == "llm" and _is_written(source, out):
+        print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
+        return out
     made_from = _made_from(source, fmt, dtype)
     if _is_fresh(out, made_from):
         print_log(f"{out} is up to date", "current")
@@ -117,6 +120,13 @@ def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
     return "files" in record and record["files"].items() <= _sizes(out).items()
 
 
+def _is_written(source: Source, out: Path) -> bool:
+    """Whether a folder is the LLM that the stage itself wrote, tokenizer included."""
+    written = source.folder("llm")
+    is_there = written is not None and written.resolve() == out
+    return is_there and (out / "tokenizer_config.json").is_file()
+
+
 def _refuse_to_replace(out: Path, source: Source) -> None:
     """Refuse a folder that is not an earlier export of the same stage, and nothing else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -164,6 +174,9 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
         )
     if "llm_adapter_on" in about:
         lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
+    if fmt == "llm" and (projector := source.folder("projector")):
+        options = f"llm_name_or_path={out} tune.init_projector={projector.resolve()}"
+        lines.append(f"Tune it further: --cfg-options {options}")
     if "command" in about:
         lines.append(f"Open it: {about['command'].replace('FOLDER', shlex.quote(str(out)))}")
     return lines
