@@ -18,7 +18,11 @@ ORIGIN = "dpa.json"
 
 
 def save_part(
-    model: nn.Module, part: str, folder: Path, origin: dict, tokenizer: PreTrainedTokenizerBase
+    model: nn.Module,
+    part: str,
+    folder: Path,
+    origin: dict,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Write a trained part as Hugging Face reads it, with its record.
 
@@ -31,7 +35,7 @@ def save_part(
         part: ``llm``, ``llm_adapter`` or ``projector``.
         folder: where to; replaced where it exists.
         origin: goes into the record beside the tensors' shapes.
-        tokenizer: the LLM's.
+        tokenizer: the LLM's; read where it is the LLM that is written.
     """
     module = model.projector if part == "projector" else model.llm
     state = _state_dict(module, trainable_only=isinstance(module, PeftModel))
