@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--stage", default="tune", help="proxy, align or tune (default)")
     parser.add_argument("--format", default="hf", dest="fmt",
                         help="hf: transformers' LLaVA (default); xtuner: for xtuner chat; parts: "
-                        "what the stage trained, a folder each")  # fmt: skip
+                        "what the stage trained, a folder each; llm: the LLM alone, to be tuned "
+                        "further")  # fmt: skip
     parser.add_argument("-o", "--out", type=Path, help="default: <work dir>/<stage>/<format>")
     parser.add_argument("--checkpoint", type=Path,
                         help="a .pth file or DeepSpeed folder of the stage, in place of what it "

@@ -85,6 +85,9 @@ align = dict(
 
 tune = dict(
     start_from='target',  # [paper]; 'proxy' starts from the proxy LLM
+    # A folder of a projector that an earlier run wrote: the run is this stage alone, for a model
+    # that is tuned on further data. llm_name_or_path is then the LLM that belongs to it.
+    init_projector=None,
     train_llm='full',  # [paper]; 'lora' trains an adapter
     lr=4e-5,  # [paper]
     projector_lr=None,  # the projector's own (LLaVA's mm_projector_lr); None: lr

@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 
 import dpa_xtuner
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.export.folders import write_parts, write_xtuner
+from dpa_xtuner.export.folders import write_llm, write_parts, write_xtuner
 from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
@@ -20,7 +20,7 @@ from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts}
+_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, "llm": write_llm}
 
 
 def export_config(
@@ -62,6 +62,9 @@ def export_config(
     dtype = dtype or str(source.precision.dtype).removeprefix("torch.")
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
+    if fmt == "llm" and _is_written(source, out):
+        print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
+        return out
     made_from = _made_from(source, fmt, dtype)
     if _is_fresh(out, made_from):
         print_log(f"{out} is up to date", "current")
@@ -120,6 +123,13 @@ def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
     return "files" in record and record["files"].items() <= _sizes(out).items()
 
 
+def _is_written(source: Source, out: Path) -> bool:
+    """Whether a folder is the LLM that the stage itself wrote, tokenizer included."""
+    written = source.folder("llm")
+    is_there = written is not None and written.resolve() == out
+    return is_there and (out / "tokenizer_config.json").is_file()
+
+
 def _refuse_to_replace(out: Path, source: Source) -> None:
     """Refuse a folder that is not an earlier export of the same stage, and nothing else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -167,6 +177,9 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
         )
     if "llm_adapter_on" in about:
         lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
+    if fmt == "llm" and (projector := source.folder("projector")):
+        options = f"llm_name_or_path={out} tune.init_projector={projector.resolve()}"
+        lines.append(f"Tune it further: --cfg-options {options}")
     if "command" in about:
         lines.append(f"Open it: {about['command'].replace('FOLDER', shlex.quote(str(out)))}")
     return lines

@@ -1,6 +1,5 @@
 """XTuner's own LLaVA format, and a folder for each part."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
@@ -19,8 +19,8 @@ from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import Adapter, Weights
 from dpa_xtuner.export.xtuner_chat import chat_command
-from dpa_xtuner.files import write_json
-from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.llm_folder import save_llm
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.artifacts import ORIGIN
 from dpa_xtuner.stages.models import encoder_config, llm_config
@@ -78,6 +78,16 @@ def write_parts(
     return about | {"parts": sorted(path.name for path in folder.iterdir())}
 
 
+def write_llm(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Write the LLM that the stage trained, its adapter added to it, as ``parts`` does.
+
+    Returns:
+        Its fingerprint, by which a further round of tuning knows it.
+    """
+    llm = _write_llm(source, weights, folder, dtype)
+    return {"trained_llm": fingerprint(llm, source.precision.fingerprint_dtype)}
+
+
 def write_adapter(source: Source, weights: Weights, folder: Path) -> None:
     """Write the adapter that the stage trained as a PEFT folder, unchanged.
 
@@ -109,17 +119,15 @@ def _copy(written: Path, folder: Path) -> None:
     shutil.copytree(written, folder, ignore=shutil.ignore_patterns(ORIGIN))
 
 
-def _write_llm(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
+def _write_llm(
+    source: Source, weights: Weights, folder: Path, dtype: torch.dtype
+) -> PreTrainedModel:
     llm, tokenizer = weights.llm(dtype), load_tokenizer(source)
     need_room(folder, llm.state_dict())
-    llm.save_pretrained(folder, max_shard_size=SHARD)
-    if caps_attention(llm.config):  # as in hf; save_pretrained does not keep what is set in memory
-        file = folder / "config.json"
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, saved | {"_attn_implementation_autoset": True})
     if not getattr(tokenizer, "chat_template", None):
         tokenizer.chat_template = chat_template(source.settings.template, tokenizer)
-    tokenizer.save_pretrained(folder)
+    save_llm(llm, tokenizer, folder, max_shard_size=SHARD)
+    return llm
 
 
 def _write_projector(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> None:

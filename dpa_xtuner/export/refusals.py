@@ -11,8 +11,11 @@ from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.models import encoder_config, llm_config
 
-FORMATS = ("hf", "xtuner", "parts")
-"""hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each."""
+FORMATS = ("hf", "xtuner", "parts", "llm")
+"""hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:
+of that the LLM, to be tuned further."""
+
+_QUANTISED = "the LLM is quantised, and an adapter added to such weights gives another model"
 
 
 def refuse_inexpressible(source: Source, fmt: str) -> None:
@@ -22,7 +25,8 @@ def refuse_inexpressible(source: Source, fmt: str) -> None:
         DPAError: all reasons, a line each, and the formats that can.
     """
     if reasons := inexpressible(source, fmt):
-        able = [other for other in FORMATS if not inexpressible(source, other)]
+        # llm leaves the projector out: it stands for no other format.
+        able = [other for other in FORMATS if other != "llm" and not inexpressible(source, other)]
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise DPAError(
             f"This model can't be exported with --format {fmt}:\n{listed}\n"
@@ -34,15 +38,15 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
     """Why a format can't hold the model; nothing where it can."""
     if fmt == "parts":
         return []
+    if fmt == "llm":
+        return _llm(source)
     if not source.has_projector:
         return [f"stage {source.stage.name} has neither visual encoder nor projector"]
     reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
     if source.settings.max_tiles > 1:
         reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
     if is_quantised(source) and (fmt == "hf" or not keeps_adapter(source)):
-        reasons.append(
-            "the LLM is quantised, and an adapter added to such weights gives another model"
-        )
+        reasons.append(_QUANTISED)
     if type(llm_config(source.cfg)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reasons.append(f"the LLM's class is not one of transformers': {source.cfg.model.llm.type}")
     return reasons
@@ -74,6 +78,12 @@ def extra_tokens(source: Source) -> int:
     with torch.device("meta"):
         hidden = kind.hidden(kind.build(config), torch.zeros(1, 3, size, size))
     return hidden.shape[1] - kind.tokens(config)
+
+
+def _llm(source: Source) -> list[str]:
+    if not {"llm", "llm_adapter"} & set(source.stage.trains):
+        return [f"stage {source.stage.name} trains no LLM"]
+    return [_QUANTISED] if is_quantised(source) else []
 
 
 def _encoder(source: Source, fmt: str) -> list[str]:

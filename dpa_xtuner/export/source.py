@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.precision import Precision
@@ -20,7 +20,7 @@ from dpa_xtuner.stages.settings import (
     differences,
     refuse_idle_options,
 )
-from dpa_xtuner.stages.table import Stage, stage_table
+from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.
 _CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
@@ -173,17 +173,12 @@ def read_source(
     cfg = config_from_file(config, options)
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
-    table = stage_table(settings)
-    if stage not in table:
-        raise DPAError(
-            f"--stage {stage!r} is not a stage of method={settings.method!r}"
-            f"{nearest(stage, table) or '.'} Stages: {', '.join(table)}."
-        )
+    row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
     cfg = complete(cfg, settings, precision)
-    source = Source(cfg, settings, table[stage], base, checkpoint, precision)
+    source = Source(cfg, settings, row, base, checkpoint, precision)
     _need_inputs(source)
     llm_config(source.cfg)  # now, and not after a large file was read
     if source.has_projector:

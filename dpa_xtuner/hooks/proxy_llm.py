@@ -9,6 +9,7 @@ from mmengine.dist import all_reduce, barrier, get_dist_info, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 from torch import Tensor, nn
+from xtuner.registry import BUILDER
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.errors import DPAError
@@ -18,6 +19,7 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part
+from dpa_xtuner.stages.initial import record_of_loaded
 from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
 
 
@@ -59,6 +61,7 @@ class ProxyLLMHook(Hook):
     ):
         self.stage, self.stages, self.loads, self.writes = stage, stages, loads, writes
         self.origin, self.samples, self.held_out_cfg = origin, samples, held_out
+        self.precision = Precision(origin["precision"])
         self.measured: dict[str, float] = {}
 
     def before_train(self, runner) -> None:
@@ -70,6 +73,7 @@ class ProxyLLMHook(Hook):
         self.started = time.time()
         self.folder = Path(runner.work_dir)
         model = unwrap(runner.model)
+        self.tokenizer = BUILDER.build(runner.cfg.tokenizer.to_dict())
         before = read_state(self.folder).get("origin", {}) if runner.iter else {}
         for side, value in model.fingerprints.items():
             self.origin[side]["fingerprint"] = value
@@ -78,17 +82,12 @@ class ProxyLLMHook(Hook):
             self.origin["llm"]["fingerprint"] = trained_from["fingerprint"]
         own = {side: self.origin[side] for side in model.fingerprints}
         refuse_foreign(self.folder, before, own, "fingerprint")
-        for folder in self.loads.values():
-            refuse_foreign(Path(folder), read_origin(Path(folder)), own, "fingerprint")
+        for folder in map(Path, self.loads.values()):
+            record = record_of_loaded(folder, self.origin["llm"]["name"])
+            refuse_foreign(folder, record, own, "fingerprint")
         runner.logger.info(self._table(model))
         if "projector" in self.loads:
-            from_proxy = self.loads.keys() & {"llm", "llm_adapter"}
-            start = "the proxy's" if from_proxy else "the original LLM's"
-            llm = self.origin["llm"]
-            runner.logger.info(
-                f"Stage {self.stage} begins from {start} weights: {llm['name']}, fingerprint "
-                f"{llm['fingerprint'][:12]} as in align"
-            )
+            runner.logger.info(f"Stage {self.stage} begins from {self._start()}")
         if self.stage == "align":
             self.frozen = fingerprint(model.llm)
             if "proxy" in self.stages:
@@ -129,8 +128,11 @@ class ProxyLLMHook(Hook):
                 f"The LLM is frozen in align but its weights changed: {self.frozen[:12]} at the "
                 f"start, {now[:12]} at the end. Nothing was written; please report this."
             )
+        record = self.origin | {"step": self._steps(runner)}
+        if "llm" in self.writes:
+            record["trained_llm"] = fingerprint(model.llm, self.precision.fingerprint_dtype)
         for part, folder in self.writes.items():
-            save_part(model, part, Path(folder), self.origin | {"step": self._steps(runner)})
+            save_part(model, part, Path(folder), record, self.tokenizer)
             runner.logger.info(f"Wrote {part} to {folder}")
         barrier()
         if is_main_process():
@@ -140,9 +142,7 @@ class ProxyLLMHook(Hook):
     def _measure(self, runner) -> None:
         model = unwrap(runner.model)
         # DeepSpeed's weights are of that type themselves.
-        amp = Precision(self.origin["precision"]).autocast(
-            get_device(), enabled=not hasattr(runner, "strategy")
-        )
+        amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
         now = cross_entropy_per_token(model, self.held_out, runner.train_dataloader.batch_size, amp)
         step = self._steps(runner)
         if self.stage == "proxy":
@@ -183,6 +183,14 @@ class ProxyLLMHook(Hook):
                 "seconds": round(time.time() - self.started, 1),
             }
         return state
+
+    def _start(self) -> str:
+        llm = self.origin["llm"]
+        weights = f"weights: {llm['name']}, fingerprint {llm['fingerprint'][:12]}"
+        if "initialised_from" in self.origin:
+            return f"given {weights}, and the projector {self.loads['projector']}"
+        from_proxy = self.loads.keys() & {"llm", "llm_adapter"}
+        return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in align"
 
     def _table(self, model: nn.Module) -> str:
         number = self.stages.index(self.stage) + 1

@@ -1,11 +1,12 @@
 """Loaders of models that are LLaMA under another name: what they give is a LlamaForCausalLM."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
@@ -102,6 +103,8 @@ class LlamaLike:
             return LlamaForCausalLM.from_pretrained(name, **kwargs)
         weights = cls.split(read_weights(name, **hub), config)
         kwargs = {key: value for key, value in kwargs.items() if key not in hub}
+        with suppress(OSError):  # it has none
+            kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(name, **hub))
         if not is_deepspeed_zero3_enabled():  # the weights read become the model's, uncopied
             kwargs.setdefault("low_cpu_mem_usage", True)
         loaded = LlamaForCausalLM.from_pretrained(None, state_dict=weights, **kwargs)

@@ -272,6 +272,19 @@ def load_projector(projector: Projector | ProjectorModel, folder: str) -> None:
         folder: where ``save_pretrained`` of such a projector wrote to.
 
     Raises:
+        DPAError: as :func:`read_projector`.
+    """
+    projector.load_state_dict(read_projector(projector, folder))
+
+
+def read_projector(projector: Projector | ProjectorModel, folder: str) -> dict[str, Tensor]:
+    """Read the weights of a saved projector that must fit another.
+
+    Args:
+        projector: the other one; it may be without memory (on the meta device).
+        folder: where ``save_pretrained`` of such a projector wrote to.
+
+    Raises:
         DPAError: the saved one is of another type or has other arguments, or keys or shapes
             differ; the message says what.
     """
@@ -286,7 +299,7 @@ def load_projector(projector: Projector | ProjectorModel, folder: str) -> None:
     ]
     if wrong:
         raise DPAError(f"{path} does not fit the projector of this model: {'; '.join(wrong)}.")
-    projector.load_state_dict(saved)
+    return saved
 
 
 def _refuse_other(projector: Projector | ProjectorModel, path: Path) -> None:

@@ -6,36 +6,48 @@ from pathlib import Path
 from mmengine.dist import is_main_process
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.model.fingerprint import gathered
+from dpa_xtuner.model.llm_folder import save_llm
 
 ORIGIN = "dpa.json"
 """The record's file name inside a written folder."""
 
 
-def save_part(model: nn.Module, part: str, folder: Path, origin: dict) -> None:
+def save_part(
+    model: nn.Module,
+    part: str,
+    folder: Path,
+    origin: dict,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Write a trained part as Hugging Face reads it, with its record.
 
     Every rank must call it, since ZeRO-3 gathers; rank 0 writes. The LLM becomes a
-    ``from_pretrained`` folder, the adapter a PEFT folder, the projector a folder as
-    XTuner's own conversion writes it; all weights are safetensors.
+    ``from_pretrained`` folder with its tokenizer, the adapter a PEFT folder, the projector a
+    folder as XTuner's own conversion writes it; all weights are safetensors.
 
     Args:
         model: the stage's model, not wrapped by DDP or DeepSpeed.
         part: ``llm``, ``llm_adapter`` or ``projector``.
         folder: where to; replaced where it exists.
         origin: goes into the record beside the tensors' shapes.
+        tokenizer: the LLM's; read where it is the LLM that is written.
     """
     module = model.projector if part == "projector" else model.llm
     state = _state_dict(module, trainable_only=isinstance(module, PeftModel))
     if not is_main_process():
         return
     with whole_folder(folder) as partial:
-        # peft would look for the base model's config on a hub.
-        extra = {"save_embedding_layers": False} if isinstance(module, PeftModel) else {}
-        module.save_pretrained(partial, state_dict=state, **extra)
+        if part == "llm":
+            save_llm(module, tokenizer, partial, state_dict=state)
+        else:
+            # peft would look for the base model's config on a hub.
+            extra = {"save_embedding_layers": False} if isinstance(module, PeftModel) else {}
+            module.save_pretrained(partial, state_dict=state, **extra)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
         write_json(partial / ORIGIN, {"part": part, **origin, "shapes": shapes})
 

@@ -20,6 +20,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.initial import lineage
 from dpa_xtuner.stages.models import (
     check_models,
     encoder_config,
@@ -470,7 +471,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
         precision: what the run computes in.
 
     Raises:
-        DPAError: the LLM or the encoder can't be found.
+        DPAError: the LLM, the encoder or a given projector can't be found.
     """
     own = getattr(settings, stage.name)
     data = _data(settings, stage)
@@ -502,6 +503,8 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
             "projector": settings.projector,
             "max_tiles": settings.max_tiles,
         }
+    if (given := getattr(own, "init_projector", None)) is not None:
+        origin["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
     return json.loads(json.dumps(origin))  # as it is read back: no tuples
 
 

@@ -31,8 +31,10 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     refuse_idle_options(cfg, settings)
     cfg = complete(cfg, settings, Precision("fp32"))  # no weight is loaded
     ok = True
-    for name in ("align", "tune"):
-        dataset = dataset_config(cfg, settings, stage_table(settings)[name])
+    for name, stage in stage_table(settings).items():
+        if "visual_encoder" not in stage.builds:
+            continue
+        dataset = dataset_config(cfg, settings, stage)
         with DefaultScope.overwrite_default_scope("mmengine"):
             everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
             built = DATASETS.build(dataset | everything)

@@ -15,14 +15,10 @@ from mmengine.device import get_device
 from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json, take
 from dpa_xtuner.precision import Precision, choose_precision
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign
-from dpa_xtuner.stages.build import (
-    check_ahead,
-    global_rank,
-    origin_of,
+from dpa_xtuner.stages.artifacts import refuse_foreign
 from dpa_xtuner.stages.build import (
     check_ahead,
     global_rank,
@@ -32,12 +28,11 @@ from dpa_xtuner.stages.build import (
     usable_data,
     world_size,
 )
-    world_size,
-)
+from dpa_xtuner.stages.initial import check_initial, record_of_loaded
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.rehearsal import rehearse, users_files_named
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
-from dpa_xtuner.stages.table import STAGE_NAMES, Stage, stage_table
+from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage, stage_table
 
 STATE = "stage.json"
 """A stage's record of itself: what it is trained from and whether it is finished."""
@@ -83,12 +78,15 @@ def _next_stage(cfg: Config, settings: Settings) -> Config | None:
     cfg = complete(cfg, settings, precision)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)
+    if settings.tune.init_projector is not None:
+        check_initial(cfg, settings)
     for number, stage in enumerate(stages, 1):
         _need_inputs(stage, base)
         origin = origin_of(cfg, settings, stage, precision) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
             own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
-            refuse_foreign(base / folder, read_origin(base / folder), own, "architecture")
+            record = record_of_loaded(base / folder, settings.llm_name_or_path)
+            refuse_foreign(base / folder, record, own, "architecture")
         state = read_state(base / stage.name)
         if state.get("status") == "finished":
             _refuse_changed(base / stage.name, state["origin"], origin)
@@ -243,20 +241,16 @@ def summary(work_dir: str | Path) -> str:
 
 
 def _wanted(settings: Settings) -> list[Stage]:
-    table = stage_table(settings)
     only = os.environ.get("DPA_STAGE")
     if only is None:
-        return list(table.values())
-    if only not in table:
-        raise DPAError(
-            f"DPA_STAGE={only!r} is not a stage of method={settings.method!r}"
-            f"{nearest(only, table) or '.'} Stages: {', '.join(table)}."
-        )
-    return [table[only]]
+        return list(stage_table(settings).values())
+    return [find_stage(settings, only, "DPA_STAGE=")]
 
 
 def _need_inputs(stage: Stage, base: Path) -> None:
     for part, folder in stage.loads.items():
+        if Path(folder).is_absolute():  # given by the config: check_initial has seen it
+            continue
         writer = folder.split("/")[0]
         finished = read_state(base / writer).get("status") == "finished"
         if not finished or not (base / folder).is_dir():
@@ -268,7 +262,7 @@ def _need_inputs(stage: Stage, base: Path) -> None:
 
 
 def input_hashes(stage: Stage, base: Path) -> dict[str, str]:
-    """SHA-256 of the weight files that a stage loads from a work dir, as part/file."""
+    """SHA-256 of the weight files that a stage loads and earlier ones wrote, as part/file."""
     hashes = {}
     for part, folder in stage.loads.items():
         for file in sorted((base / folder).glob("*.safetensors")):

@@ -26,8 +26,10 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.artifacts import ORIGIN
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import DataSettings, Settings
@@ -109,6 +111,8 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
     )
     if (logger := cfg.default_hooks.get("logger")) is not None:
         logger.interval = min(logger.get("interval", _MICRO_BATCHES), _MICRO_BATCHES)
+    if settings.tune.init_projector is not None:
+        cfg.tune.init_projector = str(inputs / "projector")
     llm = cfg.model.get("llm", {})
     if llm.get("quantization_config") and not torch.cuda.is_available():
         del llm["quantization_config"]
@@ -151,15 +155,19 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
         cfg: names the classes of the models.
         settings: names the user's data, whose first records are taken where it is there.
         folder: where to; ``llm``, ``visual_encoder``, ``captions.json``,
-            ``instructions.json`` and, where the data is generated, ``images``.
+            ``instructions.json``, where the data is generated ``images``, and where the projector
+            is given ``projector``.
     """
     cfg = complete(cfg, settings, Precision("bf16"))  # published weights are
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")
     _tiny_encoder(settings.encoder, settings.visual_encoder_name_or_path, folder / "visual_encoder")
+    if settings.tune.init_projector is not None:
+        _tiny_projector(cfg, settings, folder)
     sources = {}
-    for name in ("captions", "instructions"):
+    views = {stage.view for stage in stage_table(settings).values()}
+    for name in ("captions", "instructions") if views != {"chat"} else ("instructions",):
         data = getattr(settings, name)
         for file, images, target in zip(
             data.files, data.folders, _targets(data, folder, name), strict=True
@@ -239,6 +247,21 @@ def _tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
         config = kind.default_config()
         print_log(f"{name} is not on this machine: rehearsing a {type(config).__name__}", "current")
     kind.write_tiny(config, folder)
+
+
+def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
+    kind = build_encoder(settings.encoder)
+    encoder = kind.config(str(folder / "visual_encoder"))
+    llm = json.loads((folder / "llm" / "config.json").read_text())
+    projector = build_projector(settings.projector, kind.hidden_size(encoder), llm["hidden_size"])
+    projector.save_pretrained(folder / "projector")
+    # As a stage's record, with no LLM or encoder that it would have to agree with.
+    record = {
+        "part": "projector",
+        "encoder": settings.encoder,
+        "visual_select_layer": cfg.model.get("visual_select_layer"),
+    }
+    write_json(folder / "projector" / ORIGIN, record)
 
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:

@@ -157,10 +157,13 @@ class TuneSettings(PictureSettings, LLMSettings):
     """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy.
 
     ``projector_lr`` is the projector's learning rate, None for the stage's ``lr``.
+    ``init_projector`` is the folder of a projector that a stage of an earlier run wrote. With it
+    the run has the stage tune alone.
     """
 
     start_from: Literal["target", "proxy"]
     projector_lr: float | None = Field(default=None, gt=0)
+    init_projector: str | None = None
 
 
 class Settings(_Strict):
@@ -190,6 +193,11 @@ class Settings(_Strict):
     def recipe(self) -> Method:
         """The stages and the loss of the method."""
         return find_method(self.method)
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether the run trains a proxy LLM."""
+        return self.recipe.proxy and self.tune.init_projector is None
 
     @property
     def llm_family(self) -> type[Family] | None:
@@ -254,7 +262,12 @@ class Settings(_Strict):
 
     @model_validator(mode="after")
     def _proxy_is_trained(self) -> "Settings":
-        if self.recipe.proxy and self.proxy is None:
+        if self.tune.start_from == "proxy" and self.tune.init_projector is not None:
+            raise ValueError(
+                "tune.start_from='proxy' needs a stage proxy, and with tune.init_projector the run "
+                "has the stage tune alone: set start_from to 'target'"
+            )
+        if self.has_proxy and self.proxy is None:
             raise ValueError(
                 f"method={self.method!r} needs its stage proxy, but proxy=None: give its settings, "
                 f"or choose a method without it: {_methods(proxy=False)}"
@@ -290,9 +303,12 @@ class Settings(_Strict):
     def idle(self) -> dict[str, str]:
         """Settings that this method or scheme does not read, by prefix, and why."""
         found, with_llm = {}, ["proxy", "tune"]
-        if not self.recipe.proxy:
+        if not self.has_proxy:
             found["proxy."] = f"method={self.method!r} has no stage proxy"
             with_llm.remove("proxy")
+        if self.tune.init_projector is not None:
+            reason = "with tune.init_projector the run has the stage tune alone"
+            found |= dict.fromkeys(("proxy.", "align.", "captions."), reason)
         for name in with_llm:
             if getattr(self, name).train_llm == "full":
                 found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"
@@ -382,7 +398,7 @@ def refuse_training_quantised(settings: Settings, where: str) -> None:
         DPAError: such stages, each on a line of its own.
     """
     lines = []
-    if settings.recipe.proxy and settings.proxy.train_llm == "full":
+    if settings.has_proxy and settings.proxy.train_llm == "full":
         lines.append("  proxy.train_llm='full' would train them: set it to 'lora'")
     if settings.tune.train_llm == "full":
         lines.append("  tune.train_llm='full' would train them: set it to 'lora'")

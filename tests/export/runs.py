@@ -199,7 +199,7 @@ def _train(run: Run, row) -> nn.Module:
         origin[side]["fingerprint"] = value
     for part, place in row.writes.items():
         (run.work_dir / place).parent.mkdir(parents=True, exist_ok=True)
-        save_part(model, part, run.work_dir / place, origin)
+        save_part(model, part, run.work_dir / place, origin, run.tokenizer)
     write_json(run.work_dir / row.name / "stage.json", {"status": "finished", "origin": origin})
     return model
 

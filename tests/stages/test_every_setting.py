@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A misspelt or mistyped key, anywhere in a config, is one line; a table of them."""
 
 import copy
@@ -8,6 +9,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 
 from dpa_xtuner import DPAError
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import check_ahead
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import Settings
@@ -362,7 +364,7 @@ def check(base: Config, options: str) -> None:
     cfg.setdefault("work_dir", "run")
     cfg.setdefault("launcher", "none")
     settings = Settings.from_config(cfg)
-    cfg = complete(cfg, settings)
+    cfg = complete(cfg, settings, Precision("bf16"))
     with DefaultScope.overwrite_default_scope("mmengine"):
         check_ahead(cfg, settings, list(stage_table(settings).values()))
 
