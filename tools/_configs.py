@@ -1,8 +1,10 @@
-"""Finds configs by name, without importing torch."""
+"""Finds configs by name, and prints, without importing torch."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -28,3 +30,14 @@ def find_config(name: str) -> Path:
     near = difflib.get_close_matches(Path(name).stem, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise SystemExit(f"{name!r} is neither a file nor a config.{hint} Known: {', '.join(known)}.")
+
+
+def say(text: str, stream=None) -> None:
+    """Print, to stdout if ``stream`` is left out; nothing happens where nobody reads it."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # What Python has not got rid of it would try to write again at its end.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -15,6 +15,8 @@ from dpa_xtuner.files import move_into_place
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
+from dpa_xtuner.stages.state_file import StateFile, steps_done
+from dpa_xtuner.stages.stopping import guard
 
 
 class _StageRunner:
@@ -23,6 +25,7 @@ class _StageRunner:
     @classmethod
     def from_cfg(cls, cfg: Config):
         """Build the runner of the next unfinished stage; exit when there is none."""
+        guard()
         with told_plainly(), DefaultScope.overwrite_default_scope("mmengine"):
             stage = next_stage(cfg)
             if stage is None:
@@ -30,17 +33,24 @@ class _StageRunner:
                 raise SystemExit(0)
             if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
-            lock = hold(stage) if global_rank(stage.launcher) == 0 else None
-            runner = super().from_cfg(stage)
-            runner.lock = lock  # held as long as the runner lives
-            agree(stage)
-            if is_main_process():
-                remove_partial(Path(runner.work_dir))
+            rank = global_rank(stage.launcher)
+            lock = hold(stage) if rank == 0 else None
+            state_file = StateFile(Path(stage.work_dir), rank)
+            if rank == 0:
+                state_file.begin()
+            with state_file.ends_noted():
+                runner = super().from_cfg(stage)
+                runner.lock = lock  # held as long as the runner lives
+                runner.state_file = state_file
+                agree(stage)
+                if is_main_process():
+                    remove_partial(Path(runner.work_dir))
             return runner
 
     def train(self):
         """Train the stage, then go on with the next one in a fresh process."""
-        with told_plainly(every_rank=True):
+        noted = self.state_file.ends_noted(lambda: steps_done(self.cfg, self.iter))
+        with told_plainly(every_rank=True), noted:
             model = super().train()
         run_next(self.cfg)
         print_log(f"Finished:\n{summary(Path(self.cfg.work_dir).parent)}", "current")

@@ -1,0 +1,48 @@
+"""Output whose reader has gone."""
+
+import errno
+import io
+import os
+import sys
+
+_replaced = []  # a layer that is collected would close its file descriptor
+
+
+def outlive_readers() -> None:
+    """Let this process go on when nobody reads what it prints, as after ``| head``.
+
+    What it prints from then on is dropped. The streams stay the same objects, since handlers of
+    loggers hold them already.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):  # None, or a notebook's or a test's own
+            continue
+        buffer = stream.buffer
+        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer between
+        if type(raw) is not io.FileIO:
+            continue
+        name, mode = stream.name, stream.mode
+        options = {
+            "encoding": stream.encoding,
+            "errors": stream.errors,
+            "line_buffering": stream.line_buffering,
+            "write_through": stream.write_through,
+        }
+        _replaced.append(stream.detach())
+        lasting = _Lasting(raw.fileno(), "w", closefd=False)
+        lasting.name = name
+        stream.__init__(lasting if buffer is raw else io.BufferedWriter(lasting), **options)
+        stream.mode = mode
+
+
+class _Lasting(io.FileIO):
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # A pipe without a reader, a terminal that was closed.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(data).nbytes
