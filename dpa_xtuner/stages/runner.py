@@ -16,7 +16,7 @@ from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
 from dpa_xtuner.stages.state_file import StateFile, steps_done
-from dpa_xtuner.stages.stopping import guard
+from dpa_xtuner.stages.stopping import guard, stopped_in_order
 
 
 class _StageRunner:
@@ -26,7 +26,8 @@ class _StageRunner:
     def from_cfg(cls, cfg: Config):
         """Build the runner of the next unfinished stage; exit when there is none."""
         guard()
-        with told_plainly(), DefaultScope.overwrite_default_scope("mmengine"):
+        scope = DefaultScope.overwrite_default_scope("mmengine")
+        with told_plainly(), scope, stopped_in_order():
             stage = next_stage(cfg)
             if stage is None:
                 print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
@@ -52,7 +53,8 @@ class _StageRunner:
         noted = self.state_file.ends_noted(lambda: steps_done(self.cfg, self.iter))
         with told_plainly(every_rank=True), noted:
             model = super().train()
-        run_next(self.cfg)
+        with stopped_in_order():
+            run_next(self.cfg)
         print_log(f"Finished:\n{summary(Path(self.cfg.work_dir).parent)}", "current")
         return model
 

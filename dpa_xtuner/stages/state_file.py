@@ -12,7 +12,7 @@ from mmengine.dist import is_distributed
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import move_into_place, write_json
 from dpa_xtuner.stages.pipeline import STATE, read_state
-from dpa_xtuner.stages.stopping import Stopped
+from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
 
 _LONGEST_REASON = 200
 
@@ -55,7 +55,8 @@ class StateFile:
             steps: counts the optimizer steps done; asked at the end.
         """
         try:
-            yield
+            with stopped_in_order():
+                yield
         except BaseException as error:
             stopped = isinstance(error, Stopped | KeyboardInterrupt)
             end = {"status": "stopped" if stopped else "failed", "reason": _reason(error)}

@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ _GRACE = 4  # seconds that the main thread has for an orderly end
 _POLL = 1.0  # seconds between two looks at the launcher
 _TORCHRUN = ["--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"]
 _installed = False
+_stopped: "Stopped | None" = None
 
 
 class Stopped(SystemExit):
@@ -69,10 +71,27 @@ def guard() -> None:
     threading.Thread(target=_watch, args=watch, name="stopping", daemon=True).start()
 
 
+@contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """Let whatever goes wrong after a signal be the end by that signal.
+
+    A bare ``except`` makes another error of it, as MMEngine's config writer does, and a process
+    that ends takes something away from the next.
+    """
+    try:
+        yield
+    except BaseException:
+        if _stopped is not None:
+            raise _stopped from None
+        raise
+
+
 def _stop(number: int, frame) -> None:
+    global _stopped
     for each in _SIGNALS:  # a second one would interrupt the orderly end
         signal.signal(each, signal.SIG_IGN)
-    raise Stopped(number)
+    _stopped = Stopped(number)
+    raise _stopped
 
 
 def _leave_to_parent() -> None:
