@@ -24,13 +24,12 @@ import psutil
 LAUNCHER = "DPA_LAUNCHER"
 """Environment variable: the process of ``tools/train.py``, which tells of the end itself."""
 
-AGAIN = "call the same command again to go on"
-
 _FOUND = "DPA_ANCESTORS"  # what guard() found, for the process image of the next stage
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _GRACE = 4  # seconds that the main thread has for an orderly end
 _POLL = 1.0  # seconds between two looks at the launcher
 _TORCHRUN = ["--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"]
+_GONE = "the command that started it has ended"
 _installed = False
 _stopped: "Stopped | None" = None
 
@@ -52,12 +51,19 @@ def guard() -> None:
 
     A signal that was ignored when the process started, as SIGHUP is under ``nohup``, stays ignored,
     and one that has a handler keeps it.
+
+    Raises:
+        Stopped: the launcher has ended before this could look for it.
     """
     global _installed
     if _installed or threading.current_thread() is not threading.main_thread():
         return
     _installed = True
     launchers, orphaned = _launchers()
+    if orphaned:
+        _kill_agent(launchers)
+        _say(_GONE)
+        raise Stopped(signal.SIGTERM)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     # Python runs handlers between two of its own instructions only; this is written at once.
@@ -67,7 +73,7 @@ def guard() -> None:
     for number in numbers:
         signal.signal(number, _stop)
     os.register_at_fork(after_in_child=_leave_to_parent)
-    watch = (reader, numbers, launchers, orphaned)
+    watch = (reader, numbers, launchers)
     threading.Thread(target=_watch, args=watch, name="stopping", daemon=True).start()
 
 
@@ -103,11 +109,11 @@ def _leave_to_parent() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _watch(reader: int, numbers: list[int], launchers: list, orphaned: bool) -> None:
+def _watch(reader: int, numbers: list[int], launchers: list[psutil.Process]) -> None:
     number = None
     while number is None:
-        if orphaned or not all(map(_is_alive, launchers)):
-            number, reason = signal.SIGTERM, "the command that started it has ended"
+        if not all(map(_is_alive, launchers)):
+            number, reason = signal.SIGTERM, _GONE
             _kill_agent(launchers)
             os.kill(os.getpid(), number)
         elif select.select([reader], [], [], _POLL)[0]:
@@ -116,9 +122,7 @@ def _watch(reader: int, numbers: list[int], launchers: list, orphaned: bool) -> 
             reason = number and number.name
     # The system's own timer ends a process that can't run this thread any more.
     signal.alarm(_GRACE + 2)
-    if LAUNCHER not in os.environ and _is_first():
-        with suppress(OSError, ValueError):
-            print(f"\nStopped ({reason}); {AGAIN}.", file=sys.stderr, flush=True)
+    _say(reason)
     time.sleep(_GRACE)
     _kill(psutil.Process().children(recursive=True))
     os._exit(128 + number)
@@ -135,15 +139,18 @@ def _launchers() -> tuple[list[psutil.Process], bool]:
         if _FOUND in os.environ:  # by the stage before, in this process
             return found, False
         top = psutil.Process()
-        if "TORCHELASTIC_RUN_ID" in os.environ and _has_our_arguments(top.parent()):
-            top = top.parent()
-            found.append(top)
         orphaned = False
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            if _has_our_arguments(top.parent()):
+                top = top.parent()
+                found.append(top)
+            else:  # an agent's own child leads a session; a script between them would lead it
+                orphaned = os.getsid(0) == os.getpid()
         if LAUNCHER not in os.environ and top.parent() is not None:
             if _is_xtuner(top.parent()):
                 found.append(top.parent())
             else:
-                orphaned = _was_left(top)
+                orphaned = orphaned or _was_left(top)
     except psutil.NoSuchProcess:
         return [], True
     os.environ[_FOUND] = " ".join(str(process.pid) for process in found)
@@ -195,5 +202,10 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def _is_first() -> bool:
-    return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+def _say(reason: str) -> None:
+    """Tell of the end, once on each node, unless the launcher does."""
+    first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
+    if LAUNCHER not in os.environ and first:
+        text = f"\nStopped ({reason}); call the same command again to go on."
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
