@@ -28,9 +28,13 @@ def outlive_readers() -> None:
             "line_buffering": stream.line_buffering,
             "write_through": stream.write_through,
         }
-        _replaced.append(stream.detach())
         lasting = _Lasting(raw.fileno(), "w", closefd=False)
         lasting.name = name
+        try:
+            stream.flush()
+        except OSError as error:
+            lasting.drop(error)
+        _replaced.append(stream.detach())
         stream.__init__(lasting if buffer is raw else io.BufferedWriter(lasting), **options)
         stream.mode = mode
 
@@ -40,9 +44,12 @@ class _Lasting(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # A pipe without a reader, a terminal that was closed.
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.fileno())
+            self.drop(error)
             return memoryview(data).nbytes
+
+    def drop(self, error: OSError) -> None:
+        # A pipe without a reader, a terminal that was closed.
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.fileno())

@@ -23,7 +23,7 @@ STAGES = ("proxy", "align", "tune")
 
 def command(config: Path, arguments: list[str]) -> list[str]:
     """The command that ``xtuner train`` would run, with this interpreter."""
-    script = str(Path(importlib.util.find_spec("xtuner").origin).parent / "tools" / "train.py")
+    script = str(Path(__file__).with_name("_xtuner_train.py"))
     nodes, processes = (int(os.environ.get(name, 1)) for name in ("NNODES", "NPROC_PER_NODE"))
     if "slurm" in arguments or nodes * processes == 1:
         return [sys.executable, script, str(config), *arguments]

@@ -72,7 +72,8 @@ def guard() -> None:
     numbers = [number for number in _SIGNALS if signal.getsignal(number) in free]
     for number in numbers:
         signal.signal(number, _stop)
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    # A child that is ended before it has let go of the pipe would end this process.
+    os.register_at_fork(before=_hold, after_in_parent=_let, after_in_child=_leave_to_parent)
     watch = (reader, numbers, launchers)
     threading.Thread(target=_watch, args=watch, name="stopping", daemon=True).start()
 
@@ -100,6 +101,14 @@ def _stop(number: int, frame) -> None:
     raise _stopped
 
 
+def _hold() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _let() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
 def _leave_to_parent() -> None:
     """In a forked child, such as a dataloader worker: Ctrl-C reaches it too, its parent ends it."""
     signal.set_wakeup_fd(-1)
@@ -107,6 +116,7 @@ def _leave_to_parent() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is _stop:
             signal.signal(number, signal.SIG_DFL)
+    _let()
 
 
 def _watch(reader: int, numbers: list[int], launchers: list[psutil.Process]) -> None:
