@@ -12,6 +12,9 @@ seconds that its import takes.
 import os
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.streams import outlive_readers
+
+outlive_readers()  # DeepSpeed prints while it is imported
 
 if os.environ.get("DPA_WITHOUT_XTUNER") != "1":
     from dpa_xtuner import compat

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 from safetensors import SafetensorError
 
+from dpa_xtuner.streams import outlive_readers
+
 
 class DPAError(ValueError):
     """A user's mistake or a full disk: shown as one message, without a traceback.
@@ -58,6 +60,7 @@ def told_plainly(every_rank: bool = False) -> Iterator[None]:
         every_rank: any rank may be the only one in trouble, so each speaks for itself.
             Without it all are in the same trouble and the first of each node speaks.
     """
+    outlive_readers()
     try:
         yield
     except (DPAError, OSError, SafetensorError) as error:

@@ -1,8 +1,10 @@
-"""Finds configs by name, without importing torch."""
+"""Finds configs by name, and prints, without importing torch."""
 
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from itertools import takewhile
 from pathlib import Path
 
@@ -55,3 +57,14 @@ def check_options(arguments: list[str]) -> None:
                 )
             if any(value.count(a) != value.count(b) for a, b in ("()", "[]")):
                 raise SystemExit(f"--cfg-options {option}: its brackets don't close.")
+
+
+def say(text: str, stream=None) -> None:
+    """Print, to stdout if ``stream`` is left out; nothing happens where nobody reads it."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # What Python has not got rid of it would try to write again at its end.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from _configs import config_names
+from _configs import config_names, say
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     names = config_names(pattern)
     if not names:
         raise SystemExit(f"No config's name holds {pattern!r}. Known: {', '.join(config_names())}.")
-    print("\n".join(names))
+    say("\n".join(names))

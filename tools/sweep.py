@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from _configs import check_options, find_config
+from _processes import run as run_command
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -69,7 +69,11 @@ def _run_all(known, others: list[str], config: Path, work_dir: Path, sweep) -> N
         options = [f"{key}={value}" for key, value in (common | run.options).items()]
         command = [sys.executable, str(TRAIN), str(config), "--work-dir", str(work_dir / run.name)]
         command += [*others, *(["--cfg-options", *options] if options else [])]
-        code = subprocess.run(command).returncode
+        try:
+            code = run_command(command)
+        except SystemExit:
+            sweep.note(work_dir, run, "stopped")
+            raise
         sweep.note(work_dir, run, "finished" if code == 0 else f"failed (exit code {code})")
 
 

@@ -11,18 +11,19 @@ import importlib.util
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_config
+from _configs import check_options, find_config, say
+from _processes import run
+from filelock import FileLock, Timeout
 
 STAGES = ("proxy", "align", "tune")
 
 
 def command(config: Path, arguments: list[str]) -> list[str]:
     """The command that ``xtuner train`` would run, with this interpreter."""
-    script = str(Path(importlib.util.find_spec("xtuner").origin).parent / "tools" / "train.py")
+    script = str(Path(__file__).with_name("_xtuner_train.py"))
     nodes, processes = (int(os.environ.get(name, 1)) for name in ("NNODES", "NPROC_PER_NODE"))
     if "slurm" in arguments or nodes * processes == 1:
         return [sys.executable, script, str(config), *arguments]
@@ -50,18 +51,30 @@ def summary(work_dir: Path) -> str:
         written = ", ".join(state.get("writes", {}).values())
         lines.append(
             f"{stage:<7}{state.get('status', '-'):<10}{state.get('steps', '-'):>6}"
-            f"{state.get('seconds', '-'):>9}  {'; '.join(filter(None, (measured, written)))}"
+            f"{state.get('seconds', '-'):>9}  "
+            + "; ".join(filter(None, (state.get("reason"), measured, written)))
         )
     return "\n".join(lines)
 
 
 def _state(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError:  # the run has said what to do about it
         return {"status": "broken"}
+    if state.get("status") == "running" and not _is_locked(path.with_name(".lock")):
+        return state | {"status": "stopped"}  # it was killed, and could not write that
+    return state
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _check_deepspeed(arguments: list[str]) -> None:
@@ -95,10 +108,10 @@ def main() -> int:
         raise SystemExit(f"--deepspeed needs DeepSpeed: {install('deepspeed')}")
     _check_deepspeed(others)
     work_dir = (known.work_dir or f"work_dirs/{config.stem}").rstrip("/")
-    code = subprocess.run(command(config, ["--work-dir", work_dir, *others])).returncode
+    code = run(command(config, ["--work-dir", work_dir, *others]))
     rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
-    print(f"\n{summary(Path(work_dir + rehearsal))}", flush=True)
-    return code if code >= 0 else 128 - code
+    say(f"\n{summary(Path(work_dir + rehearsal))}")
+    return code
 
 
 if __name__ == "__main__":

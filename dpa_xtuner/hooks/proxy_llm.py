@@ -1,6 +1,5 @@
 """Hands one stage over to the next, and watches what the method is about."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -13,14 +12,14 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import write_json
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.parts import count_parameters
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_part
 from dpa_xtuner.stages.initial import record_of_loaded
-from dpa_xtuner.stages.pipeline import STATE, read_state, run_facts
+from dpa_xtuner.stages.pipeline import read_state, run_facts
+from dpa_xtuner.stages.state_file import steps_done
 
 
 @HOOKS.register_module()
@@ -70,7 +69,6 @@ class ProxyLLMHook(Hook):
         Raises:
             DPAError: a loaded part was trained on another LLM or encoder.
         """
-        self.started = time.time()
         self.folder = Path(runner.work_dir)
         model = unwrap(runner.model)
         self.tokenizer = BUILDER.build(runner.cfg.tokenizer.to_dict())
@@ -100,19 +98,18 @@ class ProxyLLMHook(Hook):
                 self._measure(runner)
         barrier()
         if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / STATE, self._state("running", runner))
+            runner.state_file.write(self._state("running", runner, runner.iter))
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Measure whenever a checkpoint is due."""
+        """Measure and note how far the stage is, whenever a checkpoint is due."""
         interval = runner.cfg.default_hooks.checkpoint.interval
         last = batch_idx + 1 == runner.max_iters
-        if (
-            self.held_out_cfg is not None
-            and self.every_n_train_iters(runner, interval)
-            and not last
-        ):
+        if last or not self.every_n_train_iters(runner, interval):
+            return
+        if self.held_out_cfg is not None:
             self._measure(runner)
+        if is_main_process():
+            runner.state_file.write(self._state("running", runner, batch_idx + 1))
 
     def after_train(self, runner) -> None:
         """Measure the end, check that frozen means frozen, write the parts, call it finished.
@@ -136,7 +133,7 @@ class ProxyLLMHook(Hook):
             runner.logger.info(f"Wrote {part} to {folder}")
         barrier()
         if is_main_process():
-            write_json(self.folder / STATE, self._state("finished", runner))
+            runner.state_file.write(self._state("finished", runner, runner.iter))
         barrier()
 
     def _measure(self, runner) -> None:
@@ -163,26 +160,18 @@ class ProxyLLMHook(Hook):
             runner.visualizer.add_scalar("held_out/floor", self.measured["floor"], step=step)
 
     def _steps(self, runner) -> int:
-        counts = runner.cfg.optim_wrapper.get("accumulative_counts", 1)
-        if "strategy" in runner.cfg:
-            counts = runner.cfg.strategy.gradient_accumulation_steps
-        return runner.iter // counts
+        return steps_done(runner.cfg, runner.iter)
 
-    def _state(self, status: str, runner) -> dict:
+    def _state(self, status: str, runner, iterations: int) -> dict:
         state = {
             "status": status,
             "origin": self.origin,
             "run": run_facts(runner.cfg),
             "samples": self.samples,
             "measured": self.measured,
+            "steps": steps_done(runner.cfg, iterations),
         }
-        if status == "finished":
-            state |= {
-                "writes": self.writes,
-                "steps": self._steps(runner),
-                "seconds": round(time.time() - self.started, 1),
-            }
-        return state
+        return state | {"writes": self.writes} if status == "finished" else state
 
     def _start(self) -> str:
         llm = self.origin["llm"]

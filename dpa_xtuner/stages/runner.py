@@ -16,6 +16,8 @@ from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
 from dpa_xtuner.stages.rehearsal import users_files_named
+from dpa_xtuner.stages.state_file import StateFile, steps_done
+from dpa_xtuner.stages.stopping import guard, stopped_in_order
 
 
 class _StageRunner:
@@ -24,27 +26,37 @@ class _StageRunner:
     @classmethod
     def from_cfg(cls, cfg: Config):
         """Build the runner of the next unfinished stage; exit when there is none."""
-        with told_plainly(), DefaultScope.overwrite_default_scope("mmengine"):
+        guard()
+        scope = DefaultScope.overwrite_default_scope("mmengine")
+        with told_plainly(), scope, stopped_in_order():
             stage = next_stage(cfg)
             if stage is None:
                 print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
                 raise SystemExit(0)
             if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
-            lock = hold(stage) if global_rank(stage.launcher) == 0 else None
-            runner = super().from_cfg(stage)
-            runner.lock = lock  # held as long as the runner lives
-            agree(stage)
-            if is_main_process():
-                remove_partial(Path(runner.work_dir))
+            rank = global_rank(stage.launcher)
+            lock = hold(stage) if rank == 0 else None
+            state_file = StateFile(Path(stage.work_dir), rank)
+            if rank == 0:
+                state_file.begin()
+            with state_file.ends_noted():
+                runner = super().from_cfg(stage)
+                runner.lock = lock  # held as long as the runner lives
+                runner.state_file = state_file
+                agree(stage)
+                if is_main_process():
+                    remove_partial(Path(runner.work_dir))
             return runner
 
     def train(self):
         """Train the stage, then go on with the next one in a fresh process."""
         base = Path(self.cfg.work_dir).parent
-        with told_plainly(every_rank=True), users_files_named(base):
+        noted = self.state_file.ends_noted(lambda: steps_done(self.cfg, self.iter))
+        with told_plainly(every_rank=True), users_files_named(base), noted:
             model = super().train()
-        run_next(self.cfg)
+        with stopped_in_order():
+            run_next(self.cfg)
         print_log(f"Finished:\n{summary(base)}", "current")
         return model
 

@@ -126,7 +126,13 @@ def read_record(work_dir: Path) -> dict[str, dict]:
 
 
 def note(work_dir: Path, run: Run, status: str) -> None:
-    """Write down how far a run is: ``running``, ``finished``, ``failed (...)`` or ``refused``."""
+    """Write down how far a run is.
+
+    Args:
+        work_dir: the sweep's.
+        run: one of it.
+        status: ``running``, ``finished``, ``stopped``, ``failed (...)`` or ``refused``.
+    """
     record = read_record(work_dir)
     record[run.name] = {"options": run.options, "config": run.config, "status": status}
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,98 @@
+"""How far a stage is and how its process ended, in its ``stage.json``."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.dist import is_distributed
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import move_into_place, write_json
+from dpa_xtuner.stages.pipeline import STATE, read_state
+from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
+
+_LONGEST_REASON = 200
+
+
+class StateFile:
+    """The ``stage.json`` of the stage that this process trains.
+
+    Its ``status`` is ``running``, ``finished``, ``stopped`` (by a signal) or ``failed``, with the
+    ``reason`` of the last two. A process that is killed leaves ``running``.
+
+    Args:
+        folder: the stage's.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank = folder, rank
+        self.before = read_state(folder).get("seconds", 0.0)
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of this run and of those that it continues, as far as they were written."""
+        return round(self.before + time.monotonic() - self.began, 1)
+
+    def begin(self) -> None:
+        """Call the stage running; what an earlier run wrote stays. For rank 0, with the lock."""
+        state = read_state(self.folder)
+        state.pop("reason", None)
+        write_json(self.folder / STATE, state | {"status": "running"})
+
+    def write(self, state: dict) -> None:
+        """Replace the content."""
+        write_json(self.folder / STATE, state | {"seconds": self.seconds()})
+
+    @contextmanager
+    def ends_noted(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
+        """Note an exception as the end of the stage, and let it pass.
+
+        Args:
+            steps: counts the optimizer steps done; asked at the end.
+        """
+        try:
+            with stopped_in_order():
+                yield
+        except BaseException as error:
+            stopped = isinstance(error, Stopped | KeyboardInterrupt)
+            end = {"status": "stopped" if stopped else "failed", "reason": _reason(error)}
+            end["seconds"] = self.seconds()
+            if steps is not None and (done := steps()):  # 0: it did not come to the first one
+                end["steps"] = done
+            with suppress(OSError, DPAError):  # the error itself is what has to be shown
+                self._note(end)
+            raise
+
+    def _note(self, end: dict) -> None:
+        # Before the ranks have met, rank 0 may have found another run in the folder.
+        if self.rank != 0 and not is_distributed():
+            return
+        state = read_state(self.folder)
+        # The first rank to fail knows why; the others then fail without it.
+        if state.get("status") != "running":
+            return
+        partial = self.folder / f".{STATE}.{self.rank}.partial"  # ranks may fail at once
+        partial.write_text(json.dumps(state | end, indent=2) + "\n", encoding="utf-8")
+        move_into_place(partial, self.folder / STATE)
+
+
+def steps_done(cfg: Config, iterations: int) -> int:
+    """Optimizer steps of a stage in so many iterations."""
+    counts = cfg.optim_wrapper.get("accumulative_counts", 1)
+    if "strategy" in cfg:
+        counts = cfg.strategy.gradient_accumulation_steps
+    return iterations // counts
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, Stopped):
+        return error.name
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    if not isinstance(error, DPAError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text[:_LONGEST_REASON]

@@ -1,0 +1,55 @@
+"""Output whose reader has gone."""
+
+import errno
+import io
+import os
+import sys
+
+_replaced = []  # a layer that is collected would close its file descriptor
+
+
+def outlive_readers() -> None:
+    """Let this process go on when nobody reads what it prints, as after ``| head``.
+
+    What it prints from then on is dropped. The streams stay the same objects, since handlers of
+    loggers hold them already.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if type(stream) is not io.TextIOWrapper:  # None, or a notebook's own
+            continue
+        buffer = stream.buffer
+        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer between
+        if type(raw) is not io.FileIO or raw.fileno() not in (1, 2):
+            continue
+        name, mode = stream.name, stream.mode
+        options = {
+            "encoding": stream.encoding,
+            "errors": stream.errors,
+            "line_buffering": stream.line_buffering,
+            "write_through": stream.write_through,
+        }
+        lasting = _Lasting(raw.fileno(), "w", closefd=False)
+        lasting.name = name
+        try:
+            stream.flush()
+        except OSError as error:
+            lasting.drop(error)
+        _replaced.append(stream.detach())
+        stream.__init__(lasting if buffer is raw else io.BufferedWriter(lasting), **options)
+        stream.mode = mode
+
+
+class _Lasting(io.FileIO):
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.drop(error)
+            return memoryview(data).nbytes
+
+    def drop(self, error: OSError) -> None:
+        # A pipe without a reader, a terminal that was closed.
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise error
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.fileno())

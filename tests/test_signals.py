@@ -1,0 +1,310 @@
+"""Signals, a launcher that is gone, and a reader that is gone.
+
+The processes are real where what starts them matters, and carry a mark in their environment by
+which all of them are found, whatever has become of their parents.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import harness
+import psutil
+import pytest
+from filelock import FileLock
+
+from dpa_xtuner.hooks import IterationSeedHook
+
+ROOT = Path(__file__).parents[1]
+TOOL = [sys.executable, str(ROOT / "tools" / "train.py")]
+LONG = ("proxy.max_steps=500", "proxy.save_steps=1")
+SECONDS = 10
+
+
+def state(work_dir: Path, stage: str = "proxy") -> dict:
+    try:
+        return json.loads((work_dir / stage / "stage.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.02)
+
+
+class Command:
+    """A command with all the processes that come of it."""
+
+    def __init__(self, command: list[str], work_dir: Path, ranks: int = 1, **how):
+        self.mark = uuid.uuid4().hex
+        self.work_dir, self.log = work_dir, work_dir.with_suffix(".log")
+        environment = {"MARK": self.mark, "DPA_STAGE": "proxy", "NPROC_PER_NODE": str(ranks)}
+        paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        arguments = [str(harness.TINY_CONFIG), "--work-dir", str(work_dir), "--cfg-options", *LONG]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments, "train_dataloader.num_workers=1"],
+                env=os.environ | paths | environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **how,
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("MARK") == self.mark:
+                    found += [process] * (process.status() != psutil.STATUS_ZOMBIE)
+        return found
+
+    def trains(self) -> bool:
+        assert self.processes(), self.output()
+        return state(self.work_dir).get("steps", 0) > 0
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def ends(self) -> int:
+        """Wait for all processes; the exit code."""
+        left = "processes are left after 10 s"
+        wait_for(lambda: not self.processes(), SECONDS, left)
+        return self.process.wait()
+
+    def close(self) -> None:
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    """Starts a command; none of its processes outlives the test."""
+    started = []
+
+    def make(command: list[str], ranks: int = 1, **how) -> Command:
+        started.append(Command(command, tmp_path / "run", ranks, **how))
+        return started[-1]
+
+    yield make
+    for command in started:
+        command.close()
+
+
+def resumes(work_dir: Path, ranks: int) -> None:
+    """The next start goes on: no lock is held, and nothing that it reads is half written."""
+    with FileLock(work_dir / "proxy/.lock", timeout=0):
+        pass
+    again = harness.start("proxy", work_dir, *LONG, ranks=ranks)
+    try:
+        text = f"goes on from {work_dir / 'proxy/iter_'}"
+        wait_for(lambda: text in again.log.read_text(), 60, "it does not go on")
+        steps = state(work_dir)["steps"]
+        wait_for(lambda: state(work_dir)["steps"] > steps + 1, 60, "it does not train")
+        assert state(work_dir)["status"] == "running" and "reason" not in state(work_dir)
+        assert not list((work_dir / "proxy").glob(".*.partial"))
+    finally:
+        again.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks", "number"),
+    [
+        (TOOL, 1, signal.SIGHUP),
+        (TOOL, 2, signal.SIGINT),
+        (["xtuner", "train"], 1, signal.SIGTERM),
+        (["xtuner", "train"], 2, signal.SIGTERM),
+    ],
+    ids=["tool-1", "tool-2", "xtuner-1", "xtuner-2"],
+)
+def test_a_signal_to_the_command_ends_all_its_processes(command, ranks, number, start):
+    run = start(command, ranks)
+    wait_for(run.trains, 90, "it does not begin to train")
+    before = len(run.output())
+    if number == signal.SIGINT:  # as a terminal sends it
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    code = run.ends()
+    told = run.output()[before:]
+    assert told.count("call the same command again") == 1 and "Traceback" not in told, told
+    if command is TOOL:
+        assert code == 128 + number
+    assert state(run.work_dir)["status"] == "stopped"
+    assert state(run.work_dir)["reason"].startswith("SIG")
+    resumes(run.work_dir, ranks)
+
+
+def test_ctrl_c_while_xtuner_is_imported_is_one_sentence(start):
+    run = start(TOOL)
+    wait_for(lambda: len(run.processes()) == 2, 20, "it starts nothing")
+    time.sleep(1)
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.ends() == 130
+    assert run.output() == "\nStopped (SIGINT); call the same command again to go on.\n"
+
+
+def test_nohup_and_a_parent_that_may_end_leave_a_run_alone(start):
+    def as_nohup() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    script = f'"{sys.executable}" -m xtuner.tools.train "$@" & sleep 1'
+    run = start(["sh", "-c", script, "sh"], preexec_fn=as_nohup)
+    wait_for(run.trains, 90, "it does not begin to train")
+    assert run.process.wait() == 0  # the shell
+    for process in run.processes():
+        process.send_signal(signal.SIGHUP)
+    steps = state(run.work_dir)["steps"]
+    wait_for(lambda: state(run.work_dir)["steps"] > steps + 3, 60, "it trains no more")
+
+
+# In forked processes, which need no import.
+
+
+def before_iteration(number: int, act: Callable[[Path], None], rank: int = 0):
+    """For `prepare`: call `act(stage's folder)` before an iteration, on one rank."""
+
+    def prepare() -> None:
+        stock = IterationSeedHook.before_train_iter
+
+        def acting(self, runner, batch_idx, data_batch=None):
+            stock(self, runner, batch_idx, data_batch)
+            if batch_idx == number and runner.rank == rank:
+                act(Path(runner.work_dir))
+
+        IterationSeedHook.before_train_iter = acting
+
+    return prepare
+
+
+def hang(folder: Path) -> None:
+    """Never come back from C, where no handler of Python's can run."""
+    (folder / "hangs").touch()
+    mutex = ctypes.create_string_buffer(128)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_a_main_thread_that_hangs_is_ended_all_the_same(tiny, tmp_path):
+    work_dir = tmp_path / "run"
+    run = harness.start("proxy", work_dir, prepare=before_iteration(3, hang))
+    wait_for((work_dir / "proxy/hangs").exists, 60, "it does not train")
+    os.kill(run.pids[0], signal.SIGTERM)
+    assert run.wait(SECONDS) == 128 + signal.SIGTERM
+    assert summary_of(work_dir, "proxy").split()[:2] == ["proxy", "stopped"]
+
+
+def test_an_error_that_a_signal_became_is_still_a_stop(tiny, tmp_path):
+    def swallow(folder: Path) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except:  # noqa: E722, as in MMEngine's config writer
+            raise SyntaxError("nothing but a signal") from None
+
+    code, output = harness.run("proxy", tmp_path / "run", prepare=before_iteration(5, swallow))
+    assert code == 128 + signal.SIGTERM and "SyntaxError" not in output
+    found = state(tmp_path / "run")
+    assert (found["status"], found["reason"], found["steps"]) == ("stopped", "SIGTERM", 2)
+
+
+def test_a_signal_to_a_forked_child_is_none_to_the_run(tiny, tmp_path):
+    def fork(folder: Path) -> None:
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(pid, number)
+        assert os.waitpid(pid, 0)[1] == signal.SIGTERM
+
+    harness.finish("proxy", tmp_path / "run", prepare=before_iteration(3, fork))
+
+
+def fail(folder: Path) -> None:
+    raise RuntimeError("out of paper\nand more")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_crash_is_failed_with_its_reason_and_the_next_run_counts_on(ranks, tiny, tmp_path):
+    work_dir = tmp_path / "run"
+    crash = before_iteration(9 // ranks, fail, rank=ranks - 1)
+    assert harness.run("proxy", work_dir, ranks=ranks, prepare=crash)[0] == 1
+    found = state(work_dir)
+    assert (found["status"], found["steps"]) == ("failed", 4)
+    assert found["reason"] == "RuntimeError: out of paper"
+    row = summary_of(work_dir, "proxy")
+    assert row.split()[:4] == ["proxy", "failed", "4", str(found["seconds"])]
+    assert "RuntimeError: out of paper" in row
+
+    state_file = work_dir / "proxy/stage.json"
+    state_file.write_text(json.dumps(found | {"seconds": 1000.0}))
+    harness.finish("proxy", work_dir, ranks=ranks)
+    assert state(work_dir)["status"] == "finished" and "reason" not in state(work_dir)
+    assert state(work_dir)["steps"] == 6 and 1000 < state(work_dir)["seconds"] < 1100
+
+
+def test_seconds_and_steps_are_written_with_each_checkpoint(tiny, tmp_path):
+    work_dir = tmp_path / "run"
+    die = before_iteration(11, lambda folder: harness.die())
+    assert harness.run("proxy", work_dir, prepare=die)[0] == -signal.SIGKILL
+    killed = state(work_dir)
+    assert killed["steps"] == 4 and killed["seconds"] > 0
+    assert summary_of(work_dir, "proxy").split()[:3] == ["proxy", "stopped", "4"]
+    with FileLock(work_dir / "proxy/.lock"):  # another process trains
+        assert summary_of(work_dir, "proxy").split()[:2] == ["proxy", "running"]
+    harness.finish("proxy", work_dir)
+    assert state(work_dir)["seconds"] > killed["seconds"]
+
+
+def summary_of(work_dir: Path, stage: str) -> str:
+    """The stage's row of what tools/train.py prints."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); from pathlib import Path\n"
+        f"import train; print(train.summary(Path({str(work_dir)!r})))"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return next(line for line in text.stdout.splitlines() if line.startswith(stage))
+
+
+def test_a_reader_that_is_gone_neither_stops_nor_fails_a_run(tiny, tmp_path):
+    def into_a_pipe_without_reader() -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(writer)
+
+    work_dir = tmp_path / "run"
+    prepare = into_a_pipe_without_reader
+    code, output = harness.run("proxy", work_dir, prepare=prepare)
+    assert (code, output) == (0, "")
+    (log,) = (work_dir / "proxy").glob("*/*.log")
+    assert "Stage proxy (1 of 3)" in log.read_text()
+    assert f"Wrote llm_adapter to {work_dir / 'proxy/llm_adapter'}" in log.read_text()
+
+
+@pytest.mark.parametrize("tool", ["list_configs.py", "train.py", "check_data.py"])
+def test_a_tool_whose_reader_is_gone_prints_no_traceback(tool, tiny, tmp_path, reference):
+    command = [sys.executable, str(ROOT / "tools" / tool)]
+    command += [str(harness.TINY_CONFIG)] * (tool != "list_configs.py")
+    if tool == "train.py":
+        command += ["--work-dir", str(reference(harness.Layout()).work_dir)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 0
+    assert "BrokenPipeError" not in ended.stderr.split("bitsandbytes")[-1], ended.stderr
