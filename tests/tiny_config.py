@@ -8,7 +8,7 @@ precision = "bf16"  # the same on every machine
 captions = dict(
     data_path="{{$DPA_TINY:tiny}}/captions.json",
     image_folder="{{$DPA_TINY:tiny}}/images",
-    held_out=4,
+    held_out=3,
 )
 instructions = dict(
     data_path="{{$DPA_TINY:tiny}}/instructions.json", image_folder="{{$DPA_TINY:tiny}}/images"

@@ -1,5 +1,6 @@
 """From a DPA config to the ordinary XTuner config of one of its stages."""
 
+import copy
 import json
 import logging
 import math
@@ -297,6 +298,7 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     if global_rank(cfg.launcher) == 0:
         tell_schedule(own, numbers, len(built), stage.name)
     _set_schedule(config, own, numbers, "strategy" in cfg)
+    _set_precision(config, "strategy" in cfg)
     config.custom_hooks = config.custom_hooks + _hooks(
         settings, stage, dataset, built.fingerprint, origin, Path(cfg.work_dir)
     )
@@ -316,7 +318,6 @@ def _outline(cfg: Config, settings: Settings, stage: Stage) -> Config:
     config.train_dataloader.update(dataset=dataset_config(config, settings, stage))
     config.custom_hooks = config.get("custom_hooks") or []
     _set_optimizer(config, own, deepspeed)
-    _set_precision(config, deepspeed)
     return config
 
 
@@ -346,7 +347,7 @@ def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
 def _without_settings(cfg: Config) -> Config:
     ours = {*Settings.model_fields, "_scope_", "runner_type"}
     kept = {key: value for key, value in cfg.items() if key not in ours}
-    return Config(kept, filename=cfg.filename).copy()
+    return copy.deepcopy(Config(kept, filename=cfg.filename))
 
 
 def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspeed: bool) -> None:

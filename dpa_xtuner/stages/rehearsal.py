@@ -37,7 +37,7 @@ from dpa_xtuner.stages.table import stage_table
 
 SAMPLES = 32
 STEPS = 4
-_HELD_OUT = 4
+_HELD_OUT = 3
 _MICRO_BATCHES = 2  # of an optimizer step
 _SOURCES = "sources.json"
 _WAIT_SECONDS = 600

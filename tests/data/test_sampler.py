@@ -5,6 +5,7 @@ from mmengine.registry import DATA_SAMPLERS
 from xtuner.dataset.samplers import LengthGroupedSampler
 
 from dpa_xtuner.data import GroupedSampler
+from dpa_xtuner.data.sampler import NOTHING
 
 
 class Lengths:
@@ -35,10 +36,11 @@ def rank(monkeypatch):
 
 
 @pytest.mark.parametrize("mult", [None, 1])
-def test_without_start_it_is_the_stock_sampler(mult):
+def test_whole_batches_are_the_stock_samplers(mult):
     stock = LengthGroupedSampler(MIXED, 4, "modality_length", mega_batch_mult=mult, seed=3)
     ours = build(MIXED, mega_batch_mult=mult)
-    assert list(ours) == list(stock) and len(ours) == len(stock) == 72
+    assert list(ours)[:68] == list(stock)[:68] and len(ours) == len(stock) == 72
+    assert sorted(i for i in ours if i != NOTHING) == list(range(70))
 
 
 def test_start_leaves_out_once():
@@ -63,7 +65,8 @@ def test_one_global_batch_is_one_modality_and_alike_in_length(rank, world_size):
         shares.append(list(build(MIXED, 4, mega_batch_mult=1)))
     size = 4 * world_size
     order = [index for group in zip(*shares, strict=True) for index in group]
-    assert set(order) == set(range(70))
+    order = [index for index in order if index != NOTHING]
+    assert sorted(order) == list(range(70))
     batches = [order[i : i + size] for i in range(0, 70, size)]
     lengths = [[MIXED.modality_length[i] for i in batch] for batch in batches]
     mixed = [i for i, batch in enumerate(lengths) if min(batch) < 0 < max(batch)]
@@ -88,7 +91,30 @@ def test_small_and_one_sided_sets(rank, n, sign, mult):
         share = list(sampler)
         assert len(share) == len(sampler) == -(-n // 4) * 2
         seen += share
-    assert set(seen) == set(range(n))
+    assert sorted(index for index in seen if index != NOTHING) == list(range(n))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("samples", [70, 72, 5, 1])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_gives_each_sample_once_and_spreads_the_rest(rank, world_size, samples, epoch):
+    dataset = Lengths(*[*range(1, 41), *range(-32, 0)][:samples])
+    micro_batch, accumulate = 2, 4
+    shares = []
+    for i in range(world_size):
+        rank(i, world_size)
+        sampler = build(dataset, micro_batch * accumulate, mega_batch_mult=1)
+        sampler.set_epoch(epoch)
+        shares.append(list(sampler))
+    assert len({len(share) for share in shares}) == 1
+    given = [index for share in shares for index in share if index != NOTHING]
+    assert sorted(given) == list(range(samples))
+    steps = -(-samples // (micro_batch * accumulate * world_size))
+    assert len(shares[0]) == steps * micro_batch * accumulate
+    last = [share[-micro_batch * accumulate :] for share in shares]
+    cut = [part[i : i + micro_batch] for part in last for i in range(0, len(part), micro_batch)]
+    filled = [sum(index != NOTHING for index in part) for part in cut]
+    assert max(filled) - min(filled) <= 1
 
 
 def test_built_by_name_with_its_arguments():

@@ -67,7 +67,7 @@ def test_two_ranks_write_the_cache_of_one(cache, aligned, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "named"), [("align.max_length=30", "max_length"), ("captions.held_out=3", "samples")]
+    ("option", "named"), [("align.max_length=30", "max_length"), ("captions.held_out=2", "samples")]
 )
 def test_a_stale_cache_is_refused(cache, aligned, option, named):
     folder, _ = cache

@@ -240,7 +240,8 @@ def test_deepspeeds_loss_scale_is_its_own_again_after_the_step(fails):
 
     wrapper = SimpleNamespace(model=engine, step=optimizer_step)
     OptimizerStepHook().before_train(SimpleNamespace(model=model, optim_wrapper=wrapper))
-    model.objective.weight_sum += 6
+    of_two = {"weight": torch.tensor(6.0), "micro_batches": torch.tensor(2.0)}
+    model.objective.seen = {name: value.double() for name, value in of_two.items()}
     with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
         wrapper.step()
     assert seen == [pytest.approx(4.0 * 6 / 2)]

@@ -63,7 +63,6 @@ def copied(reference, work_dir):
         ("", ["instructions.data_path=nowhere.json"], "which stage tune reads"),
         ("proxy", ["proxy.batch_size=3"], "not a multiple of proxy.batch_size=3 x 1"),
         ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
-        ("proxy", ["captions.held_out=32"], "'held_out': 32"),
         ("proxy", ["llm_name_or_path=nowhere"], "--cfg-options llm_name_or_path=FOLDER"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:12],
