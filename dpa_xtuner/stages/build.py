@@ -124,6 +124,12 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
             can't be cut, missing data, models that are missing or don't fit.
     """
     _refuse_owned_keys(cfg, settings)
+    seed = cfg.get("randomness", {}).get("seed")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise DPAError(
+            f"randomness.seed={seed!r} must be a number (from 0 on, below 2^32): a run that was "
+            f"stopped draws the same samples again. Give --seed."
+        )
     if "strategy" in cfg:
         _refuse_what_deepspeed_drops(cfg)
     check_models(cfg, settings, stages)
@@ -162,6 +168,9 @@ _OWNED = (
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
+    ("default_hooks.checkpoint.by_epoch", False, "nothing"),
+    ("default_hooks.logger.log_metric_by_epoch", False, "nothing"),
+    ("log_processor.by_epoch", False, "nothing"),
     ("model.projector_depth", None, "projector.depth"),
     ("model.type", None, "nothing"),
     ("model.normalize", None, "<stage>.normalize"),
@@ -182,7 +191,7 @@ def _refuse_owned_keys(cfg: Config, settings: Settings) -> None:
     for path, base, instead in _OWNED:
         node = cfg
         for key in path.split("."):
-            node = node.get(key) if node is not None else None
+            node = node.get(key) if isinstance(node, dict | Config) else None
         if node is not None and node != base:
             way_out = "leave it out" if instead == "nothing" else f"set {instead} instead"
             lines.append(f"  {path}: each stage sets it; {way_out}")
@@ -200,7 +209,7 @@ def _refuse_owned_keys(cfg: Config, settings: Settings) -> None:
             lines.append(f"  {', '.join(given)} go together, and {', '.join(lacking)} is not set")
     if cfg.get("load_from") and not cfg.get("resume"):
         lines.append("  load_from: the stages hand over by themselves")
-    if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
+    if cfg.default_hooks.checkpoint.get("max_keep_ckpts") in (0, 1):
         lines.append(
             "  default_hooks.checkpoint.max_keep_ckpts: at least 2, since MMEngine removes the "
             "oldest before the newest is on disk"
