@@ -288,7 +288,8 @@ def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
         DPAError: too much of it can't be used.
     """
     built = DATASETS.build(dataset_config(_without_settings(cfg), settings, stage))
-    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
+    files = ", ".join(_data(settings, stage).files)
+    _check_sample(built, files, speak=global_rank(cfg.launcher) == 0)
     return built
 
 
@@ -417,15 +418,15 @@ def _data(settings: Settings, stage: Stage) -> DataSettings:
     return settings.instructions if stage.view == "chat" else settings.captions
 
 
-def _check_sample(dataset: DPADataset, speak: bool) -> None:
+def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
     # On all ranks: they draw the same samples, and stop together.
     report = check_dataset(dataset, sample=CHECKED_AT_START)
     if speak and not report.ok:
-        print_log(f"Of the data, these can't be used:\n{report}", "current", logging.WARNING)
+        print_log(f"Of {files}, these can't be used:\n{report}", "current", logging.WARNING)
     # So few samples say little about a share of 1 %, but much about one several times that.
     if len(report.image_problems) > 5 * dataset.skip_limit * report.checked:
         raise DPAError(
-            f"{len(report.image_problems)} of {report.checked} samples drawn from the data have no "
+            f"{len(report.image_problems)} of {report.checked} samples drawn from {files} have no "
             f"usable image, several times skip_limit={dataset.skip_limit:g}; see all of them with "
             f"tools/check_data.py:\n{list_problems(report.image_problems)}"
         )
