@@ -63,7 +63,7 @@ def problems(
     Args:
         call: what they are for.
         keywords: names and values.
-        others: names that are taken elsewhere.
+        others: names that are taken elsewhere, whatever their values.
         positional: how many of the first parameters are not the user's.
     """
     known, takes_any = parameters(call)
@@ -74,7 +74,7 @@ def problems(
     for key, value in dict.items(keywords) if isinstance(keywords, dict) else keywords.items():
         if key not in names and not takes_any and key not in taken(call):
             yield key, f"not an argument{nearest(key, names)}"
-        elif key in known and (expected := mistyped(known[key], value)):
+        elif key in known and key not in others and (expected := mistyped(known[key], value)):
             yield key, f"expected {expected} (got {value!r})"
 
 
@@ -83,7 +83,7 @@ def mistyped(parameter: inspect.Parameter, value: Any) -> str:
     kind, default = parameter.annotation, parameter.default
     if kind is parameter.empty:
         kind = type(default) if isinstance(default, (bool, str)) else Any
-        kind = float if isinstance(default, (int, float)) and kind is Any else kind
+        kind = int | float if isinstance(default, (int, float)) and kind is Any else kind
     if (value is None and default is None) or fits(value, kind):
         return ""
     return inspect.formatannotation(kind).replace("typing.", "")
@@ -118,6 +118,11 @@ def fits(value: Any, kind: Any) -> bool:
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping)
     if issubclass(kind, Sequence):
-        one = inner[:1] if Ellipsis in inner or kind is not tuple else ()
-        return isinstance(value, (list, tuple)) and all(fits(v, k) for v in value for k in one)
+        if not isinstance(value, (list, tuple)):
+            return False
+        if kind is tuple and inner and Ellipsis not in inner:
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return all(fits(each, inner[0]) for each in value) if inner else True
+    if kind.__name__ == "Tensor":  # has no name
+        return isinstance(value, kind)
     return isinstance(value, kind) or not isinstance(value, (bool, int, float))

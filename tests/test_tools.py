@@ -83,3 +83,39 @@ def test_broken_and_missing_images_are_found_with_their_records(tiny, tmp_path):
     bad = run("check_data.py", harness.TINY_CONFIG, DPA_TINY=str(data))
     assert bad.returncode == 1
     assert f": {records[3]['id']}\n" in bad.stdout and f": {records[7]['id']}\n" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cfg-options", "foo"], "--cfg-options foo: expected SETTING=VALUE"),
+        (["--cfg-options", "align.lr=1", "=3"], "--cfg-options =3: expected SETTING=VALUE"),
+        (["--cfg-options=foo"], "--cfg-options foo: expected SETTING=VALUE"),
+        (["--cfg-options", "a=[1,2"], "its brackets don't close"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["train.py", "sweep.py"])
+def test_an_option_that_is_none_is_told(tool, arguments, message):
+    result = run(tool, harness.TINY_CONFIG, *arguments)
+    assert result.returncode == 1 and message in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("tool", ["check_data.py", "export.py", "memory.py"])
+def test_an_option_that_is_none_is_told_by_the_tools_that_import_mmengine(tool):
+    result = run(tool, harness.TINY_CONFIG, "--cfg-options", "foo")
+    assert result.returncode == 1 and "--cfg-options foo: expected" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_an_unknown_deepspeed_configuration_is_told():
+    result = run("train.py", harness.TINY_CONFIG, "--deepspeed", "zero9")
+    assert result.returncode == 1 and "--deepspeed zero9 is neither a file nor" in result.stdout
+    assert "zero2" in result.stdout and "Traceback" not in result.stdout
+
+
+def test_an_option_that_does_not_fit_into_the_config_is_told(tiny, tmp_path):
+    options = ("--work-dir", tmp_path / "run", "--cfg-options", "proxy.lr.x=3")
+    result = run("train.py", harness.TINY_CONFIG, *options)
+    assert result.returncode == 1 and "lr is a dict in the child config" in result.stdout
+    assert "\ndpa_xtuner: --cfg-options" in result.stdout and "Traceback" not in result.stdout

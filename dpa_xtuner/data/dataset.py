@@ -121,7 +121,7 @@ class DPADataset(Dataset):
         self.max_tiles = encoder.max_tiles
         self.tile_size = tile_size
         self._ends = np.cumsum([len(store) for store in self.stores])
-        enforce_skip_limit(self.problems, self.records, skip_limit)
+        enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
         self._check_files(view, image_processor)
         positions = [store.arrays["positions"] for store in self.stores]
         self._rows = choose(positions, [store.records for store in self.stores], **choice)

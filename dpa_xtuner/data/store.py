@@ -151,21 +151,25 @@ def describe(store: TokenStore) -> str:
     )
 
 
-def enforce_skip_limit(problems: list[Problem], total: int, limit: float) -> None:
+def enforce_skip_limit(
+    problems: list[Problem], total: int, limit: float, files: Sequence[str | Path]
+) -> None:
     """Stops where too many records cannot be used.
 
     Args:
         problems: What is wrong with them.
         total: Number of records they were found among.
         limit: The share that may be left out, 0 to 1.
+        files: Where the records are, for the message.
 
     Raises:
         DPAError: There are more; the message lists the counts and the first ids of each kind.
     """
     if len(problems) > limit * total:
         raise DPAError(
-            f"{len(problems)} of {total} records cannot be used, more than skip_limit={limit:g} "
-            f"allows; mend or remove them, or raise skip_limit:\n{list_problems(problems)}"
+            f"{len(problems)} of {total} records of {', '.join(map(str, files))} cannot be used, "
+            f"more than skip_limit={limit:g} allows; mend or remove them, or raise skip_limit:\n"
+            f"{list_problems(problems)}"
         )
 
 

@@ -154,6 +154,12 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
         DPAError: arguments that nothing takes, batches that can't be cut, missing data, models
             that are missing or don't fit.
     """
+    seed = cfg.get("randomness", {}).get("seed")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise DPAError(
+            f"randomness.seed={seed!r} must be a number (from 0 on, below 2^32): a run that was "
+            f"stopped draws the same samples again. Give --seed."
+        )
     if "strategy" in cfg:
         _refuse_what_deepspeed_drops(cfg)
     check_models(cfg, settings, stages)
@@ -195,6 +201,9 @@ _OWNED = (
     ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
     ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
     ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
+    ("default_hooks.checkpoint.by_epoch", False, "nothing"),
+    ("default_hooks.logger.log_metric_by_epoch", False, "nothing"),
+    ("log_processor.by_epoch", False, "nothing"),
     ("model.projector_depth", None, "projector.depth"),
     ("model.type", None, "nothing"),
     ("model.normalize", None, "<stage>.normalize"),
@@ -224,7 +233,7 @@ def refuse_owned_keys(cfg: Config, settings: Settings) -> None:
     for path, base, instead in _OWNED:
         node = cfg
         for key in path.split("."):
-            node = node.get(key) if node is not None else None
+            node = node.get(key) if isinstance(node, dict | Config) else None
         if node is not None and node != base:
             way_out = "leave it out" if instead == "nothing" else f"set {instead} instead"
             lines.append(f"  {path}: each stage sets it; {way_out}")
@@ -244,7 +253,7 @@ def refuse_owned_keys(cfg: Config, settings: Settings) -> None:
             lines.append(f"  {', '.join(given)} go together, and {', '.join(lacking)} is not set")
     if cfg.get("load_from") and not cfg.get("resume"):
         lines.append("  load_from: the stages hand over by themselves")
-    if 0 < cfg.default_hooks.checkpoint.get("max_keep_ckpts", -1) < 2:
+    if cfg.default_hooks.checkpoint.get("max_keep_ckpts") in (0, 1):
         lines.append(
             "  default_hooks.checkpoint.max_keep_ckpts: at least 2, since MMEngine removes the "
             "oldest before the newest is on disk"
@@ -340,7 +349,8 @@ def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
                 "current",
             )
     built = DATASETS.build(how)
-    _check_sample(built, speak=global_rank(cfg.launcher) == 0)
+    files = ", ".join(_data(settings, stage).files)
+    _check_sample(built, files, speak=global_rank(cfg.launcher) == 0)
     return built
 
 
@@ -513,15 +523,15 @@ def _data(settings: Settings, stage: Stage) -> DataSettings:
     return settings.instructions if stage.view == "chat" else settings.captions
 
 
-def _check_sample(dataset: DPADataset, speak: bool) -> None:
+def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
     # On all ranks: they draw the same samples, and stop together.
     report = check_dataset(dataset, sample=CHECKED_AT_START)
     if speak and not report.ok:
-        print_log(f"Of the data, these can't be used:\n{report}", "current", logging.WARNING)
+        print_log(f"Of {files}, these can't be used:\n{report}", "current", logging.WARNING)
     # So few samples say little about a share of 1 %, but much about one several times that.
     if len(report.image_problems) > 5 * dataset.skip_limit * report.checked:
         raise DPAError(
-            f"{len(report.image_problems)} of {report.checked} samples drawn from the data have no "
+            f"{len(report.image_problems)} of {report.checked} samples drawn from {files} have no "
             f"usable image, several times skip_limit={dataset.skip_limit:g}; see all of them with "
             f"tools/check_data.py:\n{list_problems(report.image_problems)}"
         )

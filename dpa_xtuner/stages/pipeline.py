@@ -59,11 +59,6 @@ def next_stage(cfg: Config) -> Config | None:
     settings = Settings.from_config(cfg)
     refuse_idle_options(cfg, settings)
     refuse_owned_keys(cfg, settings)
-    if not isinstance(cfg.randomness.get("seed"), int):
-        raise DPAError(
-            f"randomness.seed={cfg.randomness.get('seed')} must be a number: a run that was "
-            f"stopped draws the same samples again. Give --seed."
-        )
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
     with users_files_named(Path(cfg.work_dir)):

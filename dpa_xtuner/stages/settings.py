@@ -292,7 +292,13 @@ class Settings(_Strict):
         try:
             settings = cls.model_validate(_plain(given))
         except ValidationError as error:
-            lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+            said: dict[str, list[str]] = {}
+            for where, what in map(_explain, error.errors()):
+                said.setdefault(where, []).append(what)
+            lines = "\n".join(
+                "  " + (f"{where}: " if where else "") + " or ".join(what)
+                for where, what in said.items()
+            )
             raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
         _need_family(cfg, settings)
         if cfg.get("model", {}).get("llm", {}).get("quantization_config"):
@@ -363,7 +369,7 @@ def _refuse_unknown_keys(cfg: Config) -> None:
     known, runner = known_keys(), parameters(Runner)[0]
     lines = [f"  {key}: not a known key{nearest(key, known)}" for key in cfg if key not in known]
     for key in runner.keys() & dict.keys(cfg._cfg_dict):
-        if expected := mistyped(runner[key], cfg[key]):
+        if key not in _DICTS and (expected := mistyped(runner[key], cfg[key])):
             lines.append(f"  {key}: expected {expected} (got {cfg[key]!r})")
     for path in _DICTS:
         node: Any = cfg._cfg_dict
@@ -464,16 +470,24 @@ def _plain(value):
     return value
 
 
-def _explain(problem: dict) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        model = Settings
-        for part in problem["loc"][:-1]:
-            annotation = model.model_fields[part].annotation
+def _explain(problem: dict) -> tuple[str, str]:
+    """Where a problem is, and what it is."""
+    model, path, unknown = Settings, [], None
+    for part in problem["loc"]:
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            annotation = fields[part].annotation
             either = (annotation, *get_args(annotation))  # Settings or None
-            model = next(a for a in either if hasattr(a, "model_fields"))
-        return f"{where}: not a setting{nearest(problem['loc'][-1], model.model_fields)}"
+            model = next((a for a in either if hasattr(a, "model_fields")), None)
+        elif model is not None:
+            unknown = nearest(str(part), fields)
+        elif isinstance(part, str):  # pydantic's name of one of several types
+            continue
+        path.append(str(part))
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return where, f"not a setting{unknown}"
     if problem["type"] == "value_error":  # our own, which name the value themselves
-        return f"{where}: {problem['ctx']['error']}".removeprefix(": ")
+        return where, str(problem["ctx"]["error"])
     given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
-    return f"{where}: {problem['msg']}{given}"
+    return where, f"{problem['msg']}{given}"

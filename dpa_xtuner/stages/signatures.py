@@ -12,6 +12,7 @@ import torch
 from mmengine._strategy import BaseStrategy
 from mmengine.config.lazy import LazyObject
 from mmengine.dist import init_dist
+from mmengine.hooks import CheckpointHook
 from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 from mmengine.registry import (
     DATA_SAMPLERS,
@@ -73,7 +74,15 @@ _MMENGINE_TAKES = {
     "optim_wrapper.clip_grad": {"type"},
     "train_dataloader": {"num_batch_per_epoch"},
     "log_processor": {"type"},
+    "env_cfg.dist_cfg": {"timeout"},  # a number of seconds
 }
+# A hook that takes any keyword, and what it hands them to.
+_HANDS_ON = {CheckpointHook: Runner.save_checkpoint}
+_ABOVE_ZERO = (
+    "log_processor.window_size",
+    "optim_wrapper.clip_grad.max_norm",
+    "optim_wrapper.clip_grad.clip_value",
+)
 _CHOICES = {
     "log_level": list(logging.getLevelNamesMapping()) if hasattr(
         logging, "getLevelNamesMapping") else list(logging._nameToLevel),
@@ -123,12 +132,16 @@ def _wrong(node: Any, path: tuple[str, ...]) -> Iterator[str]:
     where = ".".join(path)
     if isinstance(node, float) and not _usable(node, where):
         yield f"{where}: not a number to compute with (got {node!r})"
+    if where in _ABOVE_ZERO and isinstance(node, (int, float)) and node <= 0:
+        yield f"{where}: expected a number above 0 (got {node!r})"
     if (choices := _CHOICES.get(where)) and node not in choices:
         yield f"{where}: {node!r} is none of {', '.join(choices)}{nearest(str(node), choices)}"
     if isinstance(node, (list, tuple)):
         for i, item in enumerate(node):
             yield from _wrong(item, (*path, str(i)))
     if not isinstance(node, dict):
+        if _place(path).endswith("hooks.*") and node is not None:
+            yield f"{where}: expected a dict (got {node!r})"
         return
     yield from (f"{where}.{key}: {problem}" for key, problem in _of_dict(node, path))
     for key, value in dict.items(node):
@@ -161,6 +174,7 @@ def _of_dict(node: dict, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         call = _find(kind, known)
         if call is not None:
             yield from problems(call, given, others)
+            yield from _handed_on(call, given, others)
             yield from _missing(call, given, place)
         elif known is not None:
             names = sorted(known.module_dict)
@@ -181,6 +195,13 @@ def _place(path: tuple[str, ...]) -> str:
     if len(parts) == 2 and parts[0] == "default_hooks":
         parts[1] = "*"
     return ".".join(parts)
+
+
+def _handed_on(call: Callable, given: dict, others: set[str]) -> Iterator[tuple[str, str]]:
+    if call in _HANDS_ON:
+        names = {*parameters(call)[0], *parameters(_HANDS_ON[call])[0], *others}
+        for key in given.keys() - names:
+            yield key, f"not an argument{nearest(key, names)}"
 
 
 def _missing(call: Callable, given: dict, place: str) -> Iterator[tuple[str, str]]:

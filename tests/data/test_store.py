@@ -215,9 +215,9 @@ def test_problems_are_kept_and_counted(write, caption, tokenizer):
         }
         assert len(found) == 1 and found.records == 4
     with pytest.raises(DPAError) as error:
-        store.enforce_skip_limit(found.problems, 4, 0.7)
+        store.enforce_skip_limit(found.problems, 4, 0.7, ["data.json"])
     assert "3 of 4 records" in str(error.value) and "1  empty caption: blank" in str(error.value)
-    store.enforce_skip_limit(found.problems, 4, 0.75)
+    store.enforce_skip_limit(found.problems, 4, 0.75, ["data.json"])
 
 
 def test_the_list_of_problems_is_short():

@@ -9,6 +9,7 @@ import harness
 import pytest
 from filelock import FileLock
 from harness import Layout
+from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
 
 from dpa_xtuner.hooks import ProxyLLMHook
@@ -260,3 +261,47 @@ def test_data_without_images_stop_the_start(tiny, work_dir, copied):
     empty.mkdir()
     message = refusal("align", work_dir, f"captions.image_folder={empty}")
     assert "28 of 28 samples" in message and "tools/check_data.py" in message
+
+
+def test_unusable_instructions_are_found_before_the_first_stage_starts(tiny, work_dir, tmp_path):
+    file = tmp_path / "instructions.json"
+    file.write_text(json.dumps([{"id": str(i), "conversations": 3} for i in range(20)]))
+    message = refusal(None, work_dir, f"instructions.data_path={file}")
+    assert f"20 of 20 records of {file}" in message
+    assert not (work_dir / "proxy").exists()
+
+
+def test_instructions_without_images_are_found_before_the_first_stage_starts(tiny, work_dir):
+    empty = work_dir.parent / "images"
+    empty.mkdir()
+    message = refusal(None, work_dir, f"instructions.image_folder={empty}")
+    assert "have no usable image" in message
+    assert not (work_dir / "proxy/stage.json").exists()
+
+
+def test_the_arguments_of_later_stages_are_held_against_their_parts(tiny, work_dir):
+    assert "'torch_dtype'" in refusal(None, work_dir, "model.visual_encoder.torch_dtyp=x")
+    assert not (work_dir / "proxy").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("optim_wrapper.clip_grad.norm_type=1.0", "optim_wrapper.clip_grad.norm_type=1.0"),
+        ("optim_wrapper.clip_grad.error_if_nonfinite=True", "error_if_nonfinite=True"),
+        ("optim_wrapper.paramwise_cfg.bias_lr_mul=1", "did you mean 'bias_lr_mult'"),
+        ("optim_wrapper.initial_scale=1", "optim_wrapper.initial_scale: not an argument"),
+        ("optim_wrapper.constructor=Foo", "optim_wrapper.constructor: 'Foo' is not a known"),
+        ("strategy.fp17.enabled=True", "did you mean 'fp16'"),
+        ("optim_wrapper.optimizer.type=FusedAdm", "optimizer.type: 'FusedAdm' is not a known"),
+    ],
+)
+def test_what_deepspeed_would_drop_is_told(option, message, tiny, work_dir):
+    assert message in refusal("proxy", work_dir, option, deepspeed=True)
+
+
+def test_gradients_are_not_clipped_where_the_config_says_so(tiny, work_dir):
+    harness.finish("proxy", work_dir, "optim_wrapper.clip_grad=None", deepspeed=True)
+    (dumped,) = work_dir.glob("proxy/*/vis_data/config.py")
+    strategy = Config.fromfile(dumped, import_custom_modules=False).strategy
+    assert strategy.gradient_clipping == 0.0  # DeepSpeed's "not at all"
