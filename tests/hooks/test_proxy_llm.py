@@ -142,7 +142,7 @@ def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_
     assert code == 1 and "Traceback" not in output
     assert "The LLM is frozen in align but its weights changed" in output
     assert not (work_dir / "align/projector").exists()
-    assert json.loads((work_dir / "align/stage.json").read_text())["status"] == "running"
+    assert json.loads((work_dir / "align/stage.json").read_text())["status"] == "failed"
 
 
 def test_the_log_has_a_row_for_each_part(reference, tmp_path):
