@@ -223,7 +223,7 @@ def refused_for_lack_of_room(stage: str, work_dir: Path, prepare, deepspeed: boo
     assert not (work_dir / stage / "llm").exists()
     assert not (work_dir / stage / "llm_adapter").exists()
     state = json.loads((work_dir / stage / "stage.json").read_text())
-    assert state["status"] == "running"
+    assert state["status"] == "failed" and state["reason"].split(": ")[-1] in message
     return {path.name for path in (work_dir / stage).glob("iter_*")}
 
 
