@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """A misspelt or mistyped key, anywhere in a config, is one line; a table of them."""
 
 import copy
@@ -10,7 +9,7 @@ from mmengine.registry import DefaultScope
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.build import check_ahead
+from dpa_xtuner.stages.build import check_ahead, refuse_owned_keys
 from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
@@ -18,6 +17,9 @@ from dpa_xtuner.stages.table import stage_table
 # What is set on the command line, and what the message says of it.
 WRONG = """
 promt_template=x | did you mean 'prompt_template'
+precision=bf61 | precision: Input should be
+precision=3 | precision: Input should be
+model.precision=bf16 | set precision instead
 method=dpaa | did you mean 'dpa'
 method=3 | method
 llm_name_or_path=3 | llm_name_or_path: Input should be a valid string
@@ -144,8 +146,8 @@ image_processor.type=transformers.CLIPImageP.x | can't be imported
 model=3 | model: expected
 model.llm=3 | model.llm: expected a dict (got 3)
 model.llm.torch_dtyp=1 | did you mean 'torch_dtype'
-model.llm.torch_dtype=torch.bfloat17 | model.llm.torch_dtype='torch.bfloat17'
-model.llm.torch_dtype=3 | model.llm.torch_dtype=3
+model.llm.torch_dtype=torch.bfloat17 | set precision instead
+model.llm.torch_dtype=3 | set precision instead
 model.llm.attn_implementation=sdpaa | did you mean 'sdpa'
 model.llm.trust_remote_code=no | model.llm.trust_remote_code: expected True or False
 model.llm.low_cpu_mem_usag=True | did you mean 'low_cpu_mem_usage'
@@ -153,7 +155,7 @@ model.llm.type=transformers.LlamaForCausalL.x | is not the from_pretrained of an
 model.llm.pretrained_model_name_or_path=x | set llm_name_or_path
 model.visual_encoder=3 | model.visual_encoder: expected a dict (got 3)
 model.visual_encoder.torch_dtyp=1 | did you mean 'torch_dtype'
-model.visual_encoder.torch_dtype=bf15 | model.visual_encoder.torch_dtype='bf15'
+model.visual_encoder.torch_dtype=bf15 | set precision instead
 model.visual_encoder.attn_implementation=x | model.visual_encoder.attn_implementation='x'
 model.use_activation_checkpoint=True | did you mean 'use_activation_checkpointing'
 model.use_activation_checkpointing=yes | use_activation_checkpointing: expected bool
@@ -191,8 +193,8 @@ train_cfg=3 | train_cfg: expected
 param_scheduler=3 | param_scheduler
 param_scheduler.type=LinearLR | param_scheduler: each stage sets it
 optim_wrapper=3 | optim_wrapper: expected
-optim_wrapper.type=Foo | optim_wrapper.type: 'Foo' is not a known
-optim_wrapper.type=Bf16OptimWraper | did you mean 'Bf16OptimWrapper'
+optim_wrapper.type=Foo | set precision instead
+optim_wrapper.type=Bf16OptimWraper | set precision instead
 optim_wrapper.accumulative_counts=2 | set <stage>.global_batch_size instead
 optim_wrapper.clip_grads=3 | did you mean 'clip_grad'
 optim_wrapper.clip_grad=3 | optim_wrapper.clip_grad: expected
@@ -323,7 +325,6 @@ image_processor.do_resize=True image_processor.resample=3
 image_processor.size.shortest_edge=28
 model.llm.attn_implementation=sdpa model.llm.low_cpu_mem_usage=True model.llm.revision=main
 model.llm.rope_theta=1e4 model.llm.attention_dropout=0.1
-model.visual_encoder.torch_dtype=auto
 model.use_activation_checkpointing=False
 train_dataloader.num_workers=2 train_dataloader.prefetch_factor=4
 train_dataloader.persistent_workers=True train_dataloader.num_workers=2
@@ -362,6 +363,7 @@ def check(base: Config, options: str) -> None:
     cfg.setdefault("work_dir", "run")
     cfg.setdefault("launcher", "none")
     settings = Settings.from_config(cfg)
+    refuse_owned_keys(cfg, settings)
     cfg = complete(cfg, settings, Precision("bf16"))
     with DefaultScope.overwrite_default_scope("mmengine"):
         check_ahead(cfg, settings, list(stage_table(settings).values()))
