@@ -24,7 +24,7 @@ proxy = dict(
     lora=dict(r=64, lora_alpha=128))
 align = dict(lr=6e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=10)
 tune = dict(
-    lr=1.2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=100, save_steps=60,
+    lr=1.2e-3, batch_size=8, global_batch_size=8, max_length=256, max_steps=120, save_steps=60,
     warmup_ratio=0.1, train_llm='lora', lora=dict(r=32, lora_alpha=64))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.

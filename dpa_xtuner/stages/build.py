@@ -129,22 +129,26 @@ def tell_schedule(settings: StageSettings, numbers: Schedule, samples: int, stag
     """
     batch = settings.global_batch_size
     per_epoch = math.ceil(samples / batch)
-    told = f"{samples} samples / global_batch_size {batch} = {per_epoch} steps an epoch"
+    told = f"{samples} samples / global_batch_size {batch} = {_steps(per_epoch)} an epoch"
     if rest := samples % batch:
         told += (
             f"; the last is of {rest} samples, spread over all ranks and micro-batches: no sample "
             f"is seen twice"
         )
-    print_log(f"Stage {stage}: {numbers.steps} optimizer steps. {told}", "current")
+    print_log(f"Stage {stage}: {_steps(numbers.steps)} of the optimizer. {told}", "current")
     asked_for = settings.max_steps is not None and settings.max_steps == numbers.steps
     if numbers.steps < FEW_STEPS and not asked_for:
         print_log(
-            f"Stage {stage} takes only {numbers.steps} optimizer steps, which may train next to "
-            f"nothing ({told}, x {settings.max_epochs} epochs). Lower {stage}.global_batch_size or "
-            f"raise {stage}.max_epochs.",
+            f"Stage {stage} takes only {_steps(numbers.steps)}, which may train next to nothing: "
+            f"{told}. Lower {stage}.global_batch_size or raise {stage}.max_epochs "
+            f"(is {settings.max_epochs}).",
             "current",
             logging.WARNING,
         )
+
+
+def _steps(number: int) -> str:
+    return f"{number} step{'s' * (number != 1)}"
 
 
 def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
@@ -394,6 +398,9 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     ]
     config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.steps * counts)
     config.default_hooks.checkpoint.interval = numbers.save_steps * counts
+    if (logger := config.default_hooks.get("logger")) is not None:
+        # At the end of a step: before it, the log would repeat the figures of the step before.
+        logger.interval = math.ceil(logger.get("interval", 10) / counts) * counts
 
 
 # Float32 weights that are trained pass under autocast: bfloat16's needs no scaled loss.
