@@ -85,7 +85,7 @@ def test_a_float32_run_computes_in_float32_from_end_to_end(tiny, tmp_path, deeps
     how = dict(prepare=lambda: _forbid(torch.bfloat16), deepspeed=deepspeed)
     for stage in harness.STAGES:
         output = harness.finish(stage, work_dir, "precision=fp32", **how)
-        assert "Computing in fp32: " in output
+        assert "Precision fp32: " in output
     assert len(harness.weights(work_dir)) > 10
     for file in (work_dir / "tune").glob("*/*.safetensors"):
         assert {weight.dtype for weight in load_file(file).values()} == {torch.float32}, file
@@ -108,7 +108,7 @@ def test_a_run_keeps_the_precision_it_began_with(tiny, tmp_path):
     harness.finish("proxy", work_dir, "precision=fp32", "proxy.max_steps=2")
     begun = ("precision=auto", "proxy.max_steps=2")
     output = harness.finish("proxy", work_dir, *begun)
-    assert "Computing in fp32: stage proxy began in it" in output
+    assert "Precision fp32: stage proxy began in it" in output
     code, output = harness.run("align", work_dir, "precision=bf16", "proxy.max_steps=2")
     assert code == 1 and "Traceback" not in output
     assert "precision='bf16', but" in output and "began in 'fp32'" in output
@@ -146,7 +146,7 @@ def test_float16_trains_with_a_scaled_loss_and_resumes_its_scale(tiny, tmp_path)
     options = ("precision=fp16", "proxy.max_steps=4", "proxy.save_steps=2")
     work_dir = tmp_path / "run"
     output = harness.finish("proxy", work_dir, *options, prepare=_as_on_a_gpu)
-    assert "Computing in fp16" in output
+    assert "Precision fp16" in output
     checkpoint = torch.load(work_dir / "proxy/iter_8.pth", weights_only=True)
     scaler = checkpoint["optimizer"]["loss_scaler"]
     assert scaler["scale"] > 1 and scaler["_growth_tracker"] > 0  # steps that were not skipped

@@ -361,7 +361,7 @@ def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
 def _without_settings(cfg: Config) -> Config:
     ours = {*Settings.model_fields, "_scope_", "runner_type"}
     kept = {key: value for key, value in cfg.items() if key not in ours}
-    return copy.deepcopy(Config(kept, filename=cfg.filename))
+    return Config(copy.deepcopy(kept), filename=cfg.filename)
 
 
 def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspeed: bool) -> None:

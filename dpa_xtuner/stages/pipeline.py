@@ -69,7 +69,7 @@ def _next_stage(cfg: Config, settings: Settings) -> Config | None:
     base = Path(cfg.work_dir)
     precision = run_precision(base, settings)
     if global_rank(cfg.launcher) == 0:
-        print_log(f"Computing in {precision.name}: {precision.reason}", "current")
+        print_log(f"Precision {precision.name}: {precision.reason}", "current")
     cfg = complete(cfg, settings, precision)
     stages = _wanted(settings)
     check_ahead(cfg, settings, stages)

@@ -192,7 +192,7 @@ def test_a_users_own_scheme_trains_from_their_own_file(deepspeed, reference, tmp
         how = dict(prepare=lambda: sys.path.insert(0, str(tmp_path)), deepspeed=deepspeed)
         harness.finish("align", tmp_path / name, *options, config=config, **how)
         rows[name] = logged(tmp_path / name, "align")
-    assert len(rows["own"]) == 4
+    assert len(rows["own"]) == 2  # a line a step
     assert all(2 <= row["mean_weight"] <= 3 for row in rows["own"])
     # Before the first step both see the same, and say so in the same unit.
     first, vanilla = rows["own"][0], rows["vanilla"][0]

@@ -160,7 +160,7 @@ def test_an_option_of_the_llm_that_it_can_not_take_is_told(tiny, tmp_path):
     option = "model.llm.attn_implementation=sdap"
     code, output = harness.run("proxy", tmp_path / "run", option)
     assert code == 1 and "Traceback" not in output, output[-3000:]
-    assert "Check the keys beside its type in the config" in output
+    assert "did you mean 'sdpa'" in output
 
 
 def test_a_template_of_the_configs_own_stands_before_the_familys():

@@ -89,7 +89,7 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
     (images / f"{trained_on[1]}.png").unlink()
     folder = copied("proxy")
     message = refusal("align", folder, f"captions.image_folder={images}")
-    assert "2 of 28 samples drawn" in message
+    assert "2 of 29 samples drawn" in message
     assert f"broken image: {trained_on[0]}" in message
     assert f"missing image: {trained_on[1]}" in message
     assert not (folder / "align/projector").exists()
@@ -260,7 +260,7 @@ def test_data_without_images_stop_the_start(tiny, work_dir, copied):
     empty = work_dir / "images"
     empty.mkdir()
     message = refusal("align", work_dir, f"captions.image_folder={empty}")
-    assert "28 of 28 samples" in message and "tools/check_data.py" in message
+    assert "29 of 29 samples" in message and "tools/check_data.py" in message
 
 
 def test_unusable_instructions_are_found_before_the_first_stage_starts(tiny, work_dir, tmp_path):

@@ -28,7 +28,7 @@ from dpa_xtuner.stages.settings import config_from_file
 
 TOOLS = Path(__file__).parents[2] / "tools"
 FULL = Layout(dropout=0.0, train_llm="full")
-LORA = ["tune.train_llm=lora", "model.llm.torch_dtype=torch.float32"]
+LORA = ["tune.train_llm=lora", "precision=fp32"]
 
 
 @dataclass
