@@ -27,7 +27,7 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     cfg = config_from_file(made.config, options)
     cfg.work_dir, cfg.launcher = str(made.folder / "next"), "none"
     settings = Settings.from_config(cfg)
-    cfg, row = complete(cfg, settings, Precision("bf16")), stage_table(settings)["tune"]
+    cfg, row = complete(cfg, settings, Precision(settings.precision)), stage_table(settings)["tune"]
     check_models(cfg, settings, [row])
     check_initial(cfg, settings)
     model = MODELS.build(model_config(cfg, settings, row, made.folder / "next", False))

@@ -79,7 +79,7 @@ def rounds(reference, tmp_path_factory):
             if train_llm == "lora":
                 one, more = folder / "one", LORA
                 for stage in ("proxy", "align"):
-                    harness.copy_stage(reference(FULL).work_dir, one, stage)
+                    harness.finish(stage, one, *LORA)
                 harness.finish("tune", one, *LORA, prepare=watched(one))
             first = finished(one, more)
             second = folder / "two"
