@@ -7,10 +7,10 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 from mmengine.config import Config
+from support import harness
 
 from dpa_xtuner.stages import rehearsal
 from dpa_xtuner.stages.settings import Settings
@@ -50,3 +50,16 @@ def reference(tiny, tmp_path_factory):
         return harness.reference(tmp_path_factory.mktemp("reference") / str(layout), layout)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory):
+    """Gives a SentencePiece file, with a space before a text or without."""
+    from support import small_tokenizers
+
+    folder = tmp_path_factory.mktemp("pieces")
+    files = {
+        prefixed: small_tokenizers.train_pieces(folder / f"{prefixed}.model", prefixed)
+        for prefixed in (True, False)
+    }
+    return files.__getitem__

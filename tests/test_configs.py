@@ -7,13 +7,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, VISBACKENDS, VISUALIZERS
 from mmengine.utils import get_object_from_string
 from safetensors.torch import load_file
+from support import harness
 from torch import nn
 from transformers import BitsAndBytesConfig
 from xtuner.model.utils import traverse_dict

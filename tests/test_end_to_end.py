@@ -5,10 +5,10 @@ import time
 from itertools import count
 from pathlib import Path
 
-import harness
 import pytest
-from harness import STAGES, Layout
 from mmengine.fileio import LocalBackend
+from support import harness
+from support.harness import STAGES, Layout
 
 LAYOUTS = [
     Layout(ranks, deepspeed, dropout, "lora" if dropout else "full")

@@ -5,11 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-import documented
-import harness
 import pytest
 from mmengine.config import Config
 from safetensors.torch import load_file
+from support import documented, harness
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXTENSIONS = ["my_encoder.py", "my_family.py", "my_projector.py", "my_scheme.py"]

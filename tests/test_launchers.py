@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-import harness
-from harness import Layout
+from support import harness
+from support.harness import Layout
 
 
 def test_slurm_starts_the_run_that_torchrun_does(reference, tmp_path):

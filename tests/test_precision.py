@@ -2,11 +2,11 @@
 
 import platform
 
-import harness
 import pytest
 import torch
 from mmengine.optim import AmpOptimWrapper
 from safetensors.torch import load_file
+from support import harness
 from torch import nn
 
 from dpa_xtuner.errors import DPAError

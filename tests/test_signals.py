@@ -16,10 +16,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import harness
 import psutil
 import pytest
 from filelock import FileLock
+from support import harness
 
 from dpa_xtuner.hooks import IterationSeedHook
 

@@ -1,8 +1,8 @@
 """Tiny models and benchmark files."""
 
 import pytest
-from run_eval import accept_any_file
-from tiny_folder import rows, write_data, write_folder
+from support.run_eval import accept_any_file
+from support.tiny_folder import rows, write_data, write_folder
 
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS
 

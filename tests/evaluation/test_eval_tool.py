@@ -9,12 +9,11 @@ import subprocess
 import sys
 
 import pytest
-from run_eval import TOOL
-from tiny_folder import rows, write_data
+from support import harness
+from support.run_eval import TOOL
+from support.tiny_folder import rows, write_data
 
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS
-
-HERE = os.path.dirname(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +205,13 @@ def test_a_config_is_exported_first(call, tool, folder, data, tmp_path, monkeypa
 
 def test_neither_xtuner_nor_deepspeed_is_imported(folder, data, tmp_path):
     """In the process that answers and scores; and $LMUData is where the files are."""
-    command = [sys.executable, f"{HERE}/run_eval.py", str(folder), "--benchmarks", "ai2d"]
+    command = [
+        sys.executable,
+        str(harness.SUPPORT / "run_eval.py"),
+        str(folder),
+        "--benchmarks",
+        "ai2d",
+    ]
     environment = os.environ | {"DPA_WITHOUT_XTUNER": "1", "LMUData": str(data)}
     found = subprocess.run(
         [*command, "--limit", "2"], cwd=tmp_path, env=environment, capture_output=True, text=True

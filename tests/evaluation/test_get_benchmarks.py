@@ -17,7 +17,6 @@ from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 with mock.patch.dict(os.environ):  # where it leaves a note that XTuner is not needed
     import get_benchmarks
 

@@ -8,7 +8,7 @@ import torch
 from opencompass.models.base import BaseModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_folder import PATCHES, asked, picture, write_folder
+from support.tiny_folder import PATCHES, asked, picture, write_folder
 from transformers import (
     AutoProcessor,
     CLIPImageProcessor,

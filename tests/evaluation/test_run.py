@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from tiny_folder import rows, write_data
+from support.tiny_folder import rows, write_data
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation import run
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER, find_benchmarks
 from dpa_xtuner.evaluation.model import LlavaFolder
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -334,7 +332,6 @@ def test_killed_and_continued(folder, data, tmp_path, answered):
     killing = tmp_path / "killing.py"
     killing.write_text(
         "import os, signal, sys\n"
-        f"sys.path[:0] = [{str(HERE)!r}]\n"
         "from pathlib import Path\n"
         "from dpa_xtuner.evaluation import model, run\n"
         "from dpa_xtuner.evaluation.benchmarks import find_benchmarks\n"

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from tiny_folder import picture
+from support.tiny_folder import picture
 
 from dpa_xtuner.evaluation import show
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER

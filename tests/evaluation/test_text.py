@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support import harness
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -461,7 +462,7 @@ def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
 
 def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path):
     shutil.copytree(data / "piqa", tmp_path / "data" / "piqa")
-    command = [sys.executable, Path(__file__).with_name("run_eval.py"), llm, "--work-dir", tmp_path]
+    command = [sys.executable, harness.SUPPORT / "run_eval.py", llm, "--work-dir", tmp_path]
     done = subprocess.run(
         [*command, "--benchmarks", "piqa", "mmlu", "--data", tmp_path / "data"],
         env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},

@@ -1,9 +1,8 @@
 """The exported chat template against training's own tokens, for every family."""
 
 import pytest
-import runs
-import small_tokenizers
 from jinja2 import TemplateError
+from support import runs, small_tokenizers
 from transformers import AddedToken
 from xtuner.utils import IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 

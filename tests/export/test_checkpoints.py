@@ -4,11 +4,11 @@ import copy
 import shutil
 from pathlib import Path
 
-import harness
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import harness
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner.errors import DPAError

@@ -8,10 +8,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-import runs
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from support import runs
 from transformers import AutoConfig, AutoTokenizer
 
 from dpa_xtuner.errors import DPAError
@@ -69,7 +69,7 @@ def test_what_llava_cant_express_is_said_before_any_work(changed, options, reaso
     ],
 )
 def test_encoders_that_llava_has_not(changed, tmp_path, kind, registers, reason):
-    import encoder_folders
+    from support import encoder_folders
 
     more = {"registers": True} if registers else {}
     folder = getattr(encoder_folders, kind["type"])(tmp_path / "encoder", **more)
@@ -78,7 +78,7 @@ def test_encoders_that_llava_has_not(changed, tmp_path, kind, registers, reason)
 
 
 def test_two_encoders_and_other_formats(changed, qwen, tmp_path):
-    import encoder_folders
+    from support import encoder_folders
 
     second = encoder_folders.dinov2(tmp_path / "dinov2")
     pair = dict(type="pair", first=dict(type="clip"),

@@ -4,10 +4,9 @@ import json
 import warnings
 
 import pytest
-import runs
 import torch
 from mmengine.registry import MODELS
-from test_hf import RECORDS
+from support import runs
 from transformers import AutoModelForCausalLM
 
 from dpa_xtuner.errors import DPAError
@@ -42,7 +41,7 @@ def test_the_next_round_has_the_tokens_and_logits_of_this_one(run, tmp_path, fam
                         dtype="float32")  # fmt: skip
     following = next_round(made, out)
     image = runs.write_image(tmp_path / "image.png")
-    for record in RECORDS:
+    for record in runs.RECORDS:
         tokens = made.prompt(record)
         assert following.prompt(record) == tokens
         expected = made.exact_logits(tokens, image)

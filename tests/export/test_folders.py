@@ -4,12 +4,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import harness
 import pytest
-import runs
 import torch
 from peft import PeftModel
-from test_hf import RECORDS
+from support import harness, runs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from xtuner.model.modules import ProjectorModel
 from xtuner.tools import chat
@@ -61,7 +59,7 @@ def test_xtuner_chat_says_what_the_trained_model_says(run, image, tmp_path, fami
     assert (out / "llm_adapter").exists() == ("llm_adapter" in written)
     command = runs.record(out)["command"].replace("FOLDER", str(out))
     assert "--prompt-template" in command and runs.record(out)["template_differs"] == []
-    tokens = made.prompt(RECORDS[0])
+    tokens = made.prompt(runs.RECORDS[0])
     ends = end_of_turn(made.settings.template, made.tokenizer)
     expected = made.tokenizer.decode(made.greedy(tokens, image, 8, ends, 10**6))
     assert expected.strip() in said_by_chat(command, image, tmp_path / "chat.log")

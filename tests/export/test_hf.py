@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
+from support import runs
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
-from dpa_xtuner.data.records import Record
 from dpa_xtuner.export import export_config
 
 # name: family and how it was trained
@@ -33,8 +32,6 @@ USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 
 REPLY = {"role": "assistant", "content": [{"type": "text", "text": "Two cats."}]}
 AGAIN = {"role": "user", "content": [{"type": "text", "text": "And the dog?"}]}
 CONVERSATIONS = [[USER], [USER, REPLY, AGAIN]]
-TURNS = (("<image>\nWhat is it?", "Two cats."), ("And the dog?", "It sleeps."))
-RECORDS = [Record("", ("x",), None, TURNS[:1]), Record("", ("x",), None, TURNS)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +42,7 @@ def image(tmp_path_factory) -> Path:
 def ask(jobs: dict, image: Path, folder: Path) -> dict:
     """What plain transformers makes of exported folders, in a process of its own."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(Path(__file__).with_name("plain.py"))]
+    command = [sys.executable, str(runs.PLAIN)]
     command += [str(image), str(folder / "jobs.json"), str(folder / "found.pt")]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
@@ -69,7 +66,7 @@ def test_logits_and_greedy_text_are_those_of_the_training_model(name, answers, i
     assert not any(found["info"].values()), found["info"]
     assert found["attention"] == ("eager" if name == "gemma2" else "sdpa")
     for record, ids, logits, exact, said in zip(
-        RECORDS, found["ids"], found["logits"], found["exact"], found["said"], strict=True
+        runs.RECORDS, found["ids"], found["logits"], found["exact"], found["said"], strict=True
     ):
         tokens = made.prompt(record)
         place = ids.index(found["image_id"])

@@ -1,18 +1,7 @@
-"""SentencePiece files, trained once for all tests."""
+"""Tokenizers of LLaMA's kinds."""
 
 import pytest
-import small_tokenizers
-
-
-@pytest.fixture(scope="session")
-def pieces(tmp_path_factory):
-    """Gives a SentencePiece file, with a space before a text or without."""
-    folder = tmp_path_factory.mktemp("pieces")
-    files = {
-        prefixed: small_tokenizers.train_pieces(folder / f"{prefixed}.model", prefixed)
-        for prefixed in (True, False)
-    }
-    return files.__getitem__
+from support import small_tokenizers
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The family that docs/extending.md shows, against its model's published chat template."""
 
-import documented
 import pytest
+from support import documented
 
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Record

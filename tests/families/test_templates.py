@@ -1,8 +1,8 @@
 """Each family's template against its published chat template, token by token."""
 
-import published_templates as published
 import pytest
-from small_tokenizers import byte_level
+from support import published_templates as published
+from support.small_tokenizers import byte_level
 from xtuner.utils import PROMPT_TEMPLATE
 
 from dpa_xtuner.data.encode import Encoder

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from mmengine.utils import get_object_from_string
-from published_templates import VICUNA
 from sentencepiece import SentencePieceProcessor
-from small_tokenizers import UNUSED
+from support.published_templates import VICUNA
+from support.small_tokenizers import UNUSED
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
 from dpa_xtuner.families import check_template, find_family

@@ -2,10 +2,10 @@
 
 import json
 
-import harness
 import numpy as np
 import pytest
-from harness import Layout
+from support import harness
+from support.harness import Layout
 
 PLAIN = Layout()
 

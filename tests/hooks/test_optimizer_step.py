@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from harness import Processes, free_port
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper, MMDeepSpeedEngineWrapper
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from tiny_llava import MIXED, build, sample
+from support.harness import Processes, free_port
+from support.tiny_llava import MIXED, build, sample
 
 from dpa_xtuner import DPAError, compat
 from dpa_xtuner.data import collate

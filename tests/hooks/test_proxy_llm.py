@@ -3,12 +3,12 @@
 import json
 from types import SimpleNamespace
 
-import harness
 import pytest
 import torch
-from harness import Layout
 from peft import PeftModel
 from PIL import Image
+from support import harness
+from support.harness import Layout
 from transformers import (
     AutoModel,
     AutoTokenizer,

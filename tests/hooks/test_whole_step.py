@@ -3,9 +3,9 @@
 import re
 from types import SimpleNamespace
 
-import harness
 import pytest
 import torch
+from support import harness
 
 from dpa_xtuner.data import GroupedSampler
 from dpa_xtuner.data.sampler import NOTHING

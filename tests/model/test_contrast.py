@@ -7,62 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from tiny_llava import PATCHES, sample
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
-from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
+from support.decoders import MODELS, PIC, V, build
+from support.tiny_llava import PATCHES, sample
 from xtuner.utils import IGNORE_INDEX
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
 from dpa_xtuner.model.contrast import contrast_scores
 from dpa_xtuner.model.llm import add_lora, supervised_scores
-
-V, PIC = 61, "image"
-SIZES = dict(
-    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-)  # fmt: skip
-GEMMA = SIZES | dict(head_dim=8, final_logit_softcapping=2.0)
-NTK = SIZES | dict(max_position_embeddings=8)
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, SIZES),
-    "llama-ntk": (
-        LlamaForCausalLM,
-        LlamaConfig,
-        NTK | dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)),
-    ),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, SIZES),
-    "qwen2-window": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        SIZES | dict(use_sliding_window=True, sliding_window=6, max_window_layers=0),
-    ),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA),
-    "gemma2-window": (Gemma2ForCausalLM, Gemma2Config, GEMMA | dict(sliding_window=6)),
-    "internlm2": (InternLM2ForCausalLM, InternLM2Config, SIZES | dict(bias=False)),
-    "internlm2-ntk": (
-        InternLM2ForCausalLM,
-        InternLM2Config,
-        NTK | dict(bias=False, rope_scaling=dict(type="dynamic", factor=2.0)),
-    ),
-}
-
-
-def build(family: str = "llama", attention: str = "sdpa"):
-    cls, config, arguments = MODELS[family]
-    torch.manual_seed(0)
-    llm = cls(config(**arguments, attn_implementation=attention, initializer_range=0.3))
-    for module in llm.modules():  # a bias that counts
-        if isinstance(module, torch.nn.Linear) and module.bias is not None:
-            torch.nn.init.normal_(module.bias)
-    return llm.eval()
 
 
 def batch(*samples: dict) -> dict:

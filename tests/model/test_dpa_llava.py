@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.logging import MMLogger
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from tiny_llava import MIXED, V, build, sample
+from support.tiny_llava import MIXED, V, build, sample
 from torch import nn
 from xtuner.model.utils import prepare_inputs_labels_for_multimodal
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX

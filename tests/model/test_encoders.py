@@ -2,13 +2,13 @@
 
 import json
 
-import encoder_folders
 import numpy as np
 import pytest
 import torch
-from encoder_folders import SIZES
 from mmengine.utils import get_object_from_string
 from PIL import Image
+from support import encoder_folders
+from support.encoder_folders import SIZES
 from transformers import (
     AutoModel,
     CLIPVisionModel,

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from peft import LoraConfig
-from test_contrast import MODELS, build
+from support.decoders import MODELS, build
 from torch import Tensor, nn
 
 from dpa_xtuner.model.last_layer import only_read

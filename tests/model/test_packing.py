@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from test_contrast import MODELS, build
+from support.decoders import MODELS, build
 from torch import Tensor, nn
 from xtuner.utils import IGNORE_INDEX
 

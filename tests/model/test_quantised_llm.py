@@ -1,9 +1,9 @@
 """A quantised LLM keeps the proxy beside its weights. The weights here are floats that say so."""
 
 import pytest
-import tiny_llava
 import torch
 from peft import LoraConfig, PeftModel
+from support import tiny_llava
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner.data import collate

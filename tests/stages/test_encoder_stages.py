@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import encoder_folders
-import harness
 import mmpretrain  # noqa: F401, takes seconds, so once for all runs
 import pytest
 import torch
 from mmengine.config import Config
+from support import encoder_folders, harness
 
 from dpa_xtuner.stages.rehearsal import _tiny_encoder
 

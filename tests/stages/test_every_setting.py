@@ -2,10 +2,10 @@
 
 import copy
 
-import harness
 import pytest
 from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
+from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.precision import Precision

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from harness import STAGES, Layout
 from peft import PeftModel
 from safetensors.torch import load_file
+from support import harness
+from support.harness import STAGES, Layout
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class

@@ -2,12 +2,12 @@
 
 import json
 
-import harness
 import pytest
 import torch
-from harness import Layout
 from mmengine.config import Config
 from safetensors.torch import load_file
+from support import harness
+from support.harness import Layout
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner import DPAError

@@ -4,10 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import harness
 import pytest
 from mmengine.config import Config
 from safetensors.torch import load_file
+from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings

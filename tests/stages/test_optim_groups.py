@@ -5,11 +5,11 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
+from support import harness
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 from mmengine.config import Config
+from support import harness
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner import DPAError

@@ -5,25 +5,16 @@ import resource
 import shutil
 from pathlib import Path
 
-import harness
 import pytest
 from filelock import FileLock
-from harness import Layout
 from mmengine.config import Config
 from mmengine.runner import IterBasedTrainLoop
+from support import harness
+from support.harness import Layout
 
 from dpa_xtuner.hooks import ProxyLLMHook
 
 FULL = Layout(dropout=0.0, train_llm="full")
-
-
-def refusal(stage: str | None, work_dir: Path, *options: str, **how) -> str:
-    """The message of a run that has to be refused."""
-    code, output = harness.run(stage, work_dir, *options, **how)
-    assert code == 1, output[-3000:]
-    assert "Traceback" not in output, output[-3000:]
-    assert output.count("\ndpa_xtuner: ") == 1, output[-3000:]
-    return output.split("\ndpa_xtuner: ")[1]
 
 
 @pytest.fixture
@@ -69,14 +60,14 @@ def copied(reference, work_dir):
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:12],
 )
 def test_a_wrong_setting_is_told_in_one_message(stage, options, message, tiny, work_dir):
-    assert message in refusal(stage, work_dir, *options)
+    assert message in harness.refusal(stage, work_dir, *options)
 
 
 def test_a_stage_does_not_start_from_an_unfinished_one(copied):
     folder = copied("proxy")
     state = json.loads((folder / "proxy/stage.json").read_text())
     (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
-    assert "DPA_STAGE=proxy" in refusal("align", folder)
+    assert "DPA_STAGE=proxy" in harness.refusal("align", folder)
 
 
 def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
@@ -88,7 +79,7 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
     (images / f"{trained_on[0]}.png").write_bytes(b"")
     (images / f"{trained_on[1]}.png").unlink()
     folder = copied("proxy")
-    message = refusal("align", folder, f"captions.image_folder={images}")
+    message = harness.refusal("align", folder, f"captions.image_folder={images}")
     assert "2 of 29 samples drawn" in message
     assert f"broken image: {trained_on[0]}" in message
     assert f"missing image: {trained_on[1]}" in message
@@ -98,7 +89,7 @@ def test_a_missing_image_is_named_and_stops_the_run(copied, tiny, tmp_path):
 def test_a_finished_stage_with_other_settings_is_refused_with_the_differences(copied):
     folder = copied("proxy", "align")
     decay = "optim_wrapper.paramwise_cfg.norm_decay_mult=0.0"
-    message = refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2", decay)
+    message = harness.refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2", decay)
     assert f"{folder / 'proxy'} was trained with other settings" in message
     assert "settings.lr: was 0.01, is 0.005" in message
     assert "settings.lora.r: was 4, is 2" in message
@@ -109,7 +100,7 @@ def test_a_started_stage_with_other_settings_is_refused_with_the_differences(cop
     folder = copied("proxy")
     state = json.loads((folder / "proxy/stage.json").read_text())
     (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
-    assert "settings.lr: was 0.01, is 0.005" in refusal("proxy", folder, "proxy.lr=5e-3")
+    assert "settings.lr: was 0.01, is 0.005" in harness.refusal("proxy", folder, "proxy.lr=5e-3")
 
 
 def test_a_retrained_proxy_makes_a_finished_align_stale(copied):
@@ -118,7 +109,7 @@ def test_a_retrained_proxy_makes_a_finished_align_stale(copied):
     content = bytearray(adapter.read_bytes())
     content[-1] ^= 1
     adapter.write_bytes(content)
-    assert "loads.llm_adapter/adapter_model.safetensors: was" in refusal("align", folder)
+    assert "loads.llm_adapter/adapter_model.safetensors: was" in harness.refusal("align", folder)
 
 
 def test_a_finished_stage_is_left_alone(copied):
@@ -132,7 +123,7 @@ def test_a_finished_stage_is_left_alone(copied):
 def test_resuming_from_another_stages_checkpoint_is_refused(copied):
     folder = copied("proxy")
     checkpoint = folder / "proxy/iter_12.pth"
-    message = refusal("align", folder, arguments=("--resume", str(checkpoint)))
+    message = harness.refusal("align", folder, arguments=("--resume", str(checkpoint)))
     assert f"{checkpoint} is not a checkpoint of stage align" in message
 
 
@@ -140,7 +131,7 @@ def test_resuming_with_another_number_of_processes_is_refused(copied):
     folder = copied("proxy")
     state = json.loads((folder / "proxy/stage.json").read_text())
     (folder / "proxy/stage.json").write_text(json.dumps(state | {"status": "running"}))
-    message = refusal("proxy", folder, ranks=2)
+    message = harness.refusal("proxy", folder, ranks=2)
     assert "'processes': 1" in message and "'processes': 2" in message
 
 
@@ -156,7 +147,7 @@ def test_resuming_with_a_mended_image_that_changes_the_samples_is_refused(tiny, 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
 
     image.write_bytes(whole)
-    message = refusal("align", tmp_path / "run", *options)
+    message = harness.refusal("align", tmp_path / "run", *options)
     assert "yet they give other samples" in message and "iter_12.pth" in message
     image.write_bytes(b"")
     env = {"DPA_CACHE": str(tmp_path / "cache")}
@@ -169,7 +160,7 @@ def test_parts_of_another_model_are_refused_naming_both(stage, copied, tiny, tmp
     side = {"align": "llm", "tune": "visual_encoder"}[stage]
     other = tmp_path / "other"
     harness.copy_with_one_weight_changed(tiny / side, other)
-    message = refusal(stage, folder, f"{side}_name_or_path={other}")
+    message = harness.refusal(stage, folder, f"{side}_name_or_path={other}")
     assert f"belongs to another {side}" in message
     assert str(tiny / side) in message and str(other) in message and "fingerprint" in message
     assert not list((folder / stage).glob("iter_*"))
@@ -180,19 +171,21 @@ def test_parts_of_another_architecture_are_refused_before_anything_is_built(copi
     harness.copy_with_one_weight_changed(tiny / "llm", other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
-    message = refusal("align", folder, f"llm_name_or_path={other}")
+    message = harness.refusal("align", folder, f"llm_name_or_path={other}")
     assert '"hidden_size": 64' in message and '"hidden_size": 32' in message
     assert not (folder / "align").exists()
 
 
 def test_a_work_dir_that_cannot_be_written_is_told(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in refusal("proxy", tmp_path / "file/run", log_folder=tmp_path / "logs")
+    assert "file" in harness.refusal("proxy", tmp_path / "file/run", log_folder=tmp_path / "logs")
 
 
 def test_a_cache_that_cannot_be_written_is_told(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    message = refusal("proxy", tmp_path / "run", env={"DPA_CACHE": str(tmp_path / "file/cache")})
+    message = harness.refusal(
+        "proxy", tmp_path / "run", env={"DPA_CACHE": str(tmp_path / "file/cache")}
+    )
     assert "set DPA_CACHE" in message
 
 
@@ -218,7 +211,7 @@ def before(owner: type, method: str):
 
 def refused_for_lack_of_room(stage: str, work_dir: Path, prepare, deepspeed: bool) -> set[str]:
     """The names of the checkpoints that are there afterwards."""
-    message = refusal(stage, work_dir, prepare=prepare, deepspeed=deepspeed)
+    message = harness.refusal(stage, work_dir, prepare=prepare, deepspeed=deepspeed)
     assert str(work_dir) in message or "File too large" in message
     assert not (work_dir / stage / "llm").exists()
     assert not (work_dir / stage / "llm_adapter").exists()
@@ -252,21 +245,21 @@ def test_a_disk_too_full_for_the_written_llm_is_told(deepspeed, reference, work_
 def test_a_folder_that_another_run_trains_in_is_left_alone(tiny, work_dir):
     (work_dir / "proxy").mkdir(parents=True)
     with FileLock(work_dir / "proxy" / ".lock"):
-        assert "Another run is training in" in refusal("proxy", work_dir)
+        assert "Another run is training in" in harness.refusal("proxy", work_dir)
 
 
 def test_data_without_images_stop_the_start(tiny, work_dir, copied):
     copied("proxy")
     empty = work_dir / "images"
     empty.mkdir()
-    message = refusal("align", work_dir, f"captions.image_folder={empty}")
+    message = harness.refusal("align", work_dir, f"captions.image_folder={empty}")
     assert "29 of 29 samples" in message and "tools/check_data.py" in message
 
 
 def test_unusable_instructions_are_found_before_the_first_stage_starts(tiny, work_dir, tmp_path):
     file = tmp_path / "instructions.json"
     file.write_text(json.dumps([{"id": str(i), "conversations": 3} for i in range(20)]))
-    message = refusal(None, work_dir, f"instructions.data_path={file}")
+    message = harness.refusal(None, work_dir, f"instructions.data_path={file}")
     assert f"20 of 20 records of {file}" in message
     assert not (work_dir / "proxy").exists()
 
@@ -274,13 +267,13 @@ def test_unusable_instructions_are_found_before_the_first_stage_starts(tiny, wor
 def test_instructions_without_images_are_found_before_the_first_stage_starts(tiny, work_dir):
     empty = work_dir.parent / "images"
     empty.mkdir()
-    message = refusal(None, work_dir, f"instructions.image_folder={empty}")
+    message = harness.refusal(None, work_dir, f"instructions.image_folder={empty}")
     assert "have no usable image" in message
     assert not (work_dir / "proxy/stage.json").exists()
 
 
 def test_the_arguments_of_later_stages_are_held_against_their_parts(tiny, work_dir):
-    assert "'torch_dtype'" in refusal(None, work_dir, "model.visual_encoder.torch_dtyp=x")
+    assert "'torch_dtype'" in harness.refusal(None, work_dir, "model.visual_encoder.torch_dtyp=x")
     assert not (work_dir / "proxy").exists()
 
 
@@ -297,7 +290,7 @@ def test_the_arguments_of_later_stages_are_held_against_their_parts(tiny, work_d
     ],
 )
 def test_what_deepspeed_would_drop_is_told(option, message, tiny, work_dir):
-    assert message in refusal("proxy", work_dir, option, deepspeed=True)
+    assert message in harness.refusal("proxy", work_dir, option, deepspeed=True)
 
 
 def test_gradients_are_not_clipped_where_the_config_says_so(tiny, work_dir):

@@ -2,8 +2,7 @@
 
 import json
 
-import harness
-from test_refusals import refusal
+from support import harness
 
 REHEARSE = {"DPA_REHEARSE": "1"}
 
@@ -18,7 +17,7 @@ def test_the_log_shows_a_loss_for_each_step(tiny, tmp_path):
 def test_the_users_file_is_named_where_it_has_no_usable_record(tiny, tmp_path):
     file = tmp_path / "captions.json"
     file.write_text(json.dumps([{"id": str(i), "conversations": 3} for i in range(20)]))
-    message = refusal(None, tmp_path / "run", f"captions.data_path={file}", env=REHEARSE)
+    message = harness.refusal(None, tmp_path / "run", f"captions.data_path={file}", env=REHEARSE)
     assert f"{file} has no usable record" in message and "inputs" not in message
 
 
@@ -26,6 +25,8 @@ def test_the_users_file_is_named_where_its_samples_cannot_be_used(tiny, tmp_path
     file = tmp_path / "instructions.json"
     turns = [{"from": "human", "value": "long " * 3000}, {"from": "gpt", "value": "a"}]
     file.write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(20)]))
-    message = refusal(None, tmp_path / "run", f"instructions.data_path={file}", env=REHEARSE)
+    message = harness.refusal(
+        None, tmp_path / "run", f"instructions.data_path={file}", env=REHEARSE
+    )
     assert f"{file}" in message and "-rehearsal/inputs" not in message
     assert "the rehearsal reads the first 32 records" in message

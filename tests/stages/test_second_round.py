@@ -7,14 +7,13 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from harness import Layout
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS
 from safetensors.torch import load_file, save_file
-from test_refusals import refusal
+from support import harness
+from support.harness import Layout
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -185,7 +184,7 @@ def test_generation_settings_are_the_originals_even_odd_ones(reference, tiny, tm
 
 
 def told(options: list[str], work_dir: Path, **how) -> str:
-    message = refusal(None, work_dir, *options, **how)
+    message = harness.refusal(None, work_dir, *options, **how)
     assert not list(work_dir.glob("tune/iter_*"))
     return message
 
@@ -285,7 +284,7 @@ def test_settings_that_do_not_fit_the_projector_are_told(options, told_of, round
 
 def test_a_stage_that_the_run_has_not_is_told(rounds, tmp_path):
     first, _ = rounds("full")
-    message = refusal("align", tmp_path / "run", *first.options())
+    message = harness.refusal("align", tmp_path / "run", *first.options())
     assert "'align' is not a stage of method='dpa' with tune.init_projector" in message
     assert message.strip().endswith("Stages: tune.")
 
@@ -328,14 +327,18 @@ def test_a_stopped_second_round_goes_on_and_ends_the_same(train_llm, rounds, tmp
     code, output = harness.run(None, tmp_path / "run", *first.options(), prepare=stop)
     assert code == 3, output[-3000:]
     copied = shutil.copytree(first.projector, tmp_path / "projector")
-    message = refusal(None, tmp_path / "run", *first.options(**{"tune.init_projector": copied}))
+    message = harness.refusal(
+        None, tmp_path / "run", *first.options(**{"tune.init_projector": copied})
+    )
     assert f"settings.init_projector: was {first.projector}, is {copied}" in message
     assert "goes on from" in harness.finish(None, tmp_path / "run", *first.options())
     own = harness.weights(second.work_dir)
     if train_llm == "lora":  # the export
         own = {k: v for k, v in own.items() if not k.startswith("tune/llm/")}
     assert harness.differing(own, harness.weights(tmp_path / "run")) == []
-    message = refusal(None, tmp_path / "run", *first.options(**{"tune.init_projector": copied}))
+    message = harness.refusal(
+        None, tmp_path / "run", *first.options(**{"tune.init_projector": copied})
+    )
     assert "was trained with other settings" in message
     assert "Stage tune is finished" in harness.finish(None, tmp_path / "run", *first.options())
 

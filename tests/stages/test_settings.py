@@ -1,8 +1,8 @@
 """Settings that nothing reads, or that can't be used, are named with the way out."""
 
-import harness
 import pytest
 from mmengine.config import Config
+from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings

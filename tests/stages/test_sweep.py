@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
+from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import sweep

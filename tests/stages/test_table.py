@@ -1,10 +1,10 @@
 """What each stage trains, saves in its checkpoints and writes: exact sets of names."""
 
-import harness
 import pytest
 import torch
-from harness import Layout
 from safetensors.torch import load_file
+from support import harness
+from support.harness import Layout
 
 FULL, LORA = Layout(dropout=0.0, train_llm="full"), Layout(dropout=0.05, train_llm="lora")
 

@@ -4,13 +4,13 @@ import json
 import math
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from harness import Layout
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from support import harness
+from support.harness import Layout
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 

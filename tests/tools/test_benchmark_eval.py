@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark_eval.py"
-sys.path.insert(0, str(TOOL.parents[1] / "tests" / "evaluation"))
-from tiny_folder import picture, rows, write_data, write_folder  # noqa: E402
+from support.tiny_folder import picture, rows, write_data, write_folder  # noqa: E402
 
 OWN = """
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark

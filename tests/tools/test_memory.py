@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
 from mmengine.config import Config
+from support import harness
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from dpa_xtuner import DPAError

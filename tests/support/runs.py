@@ -5,10 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import encoder_folders
 import numpy as np
-import published_templates as published
-import small_tokenizers
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -40,8 +37,13 @@ from dpa_xtuner.stages.models import complete, tiles
 from dpa_xtuner.stages.pipeline import input_hashes
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
+from support import encoder_folders, small_tokenizers
+from support import published_templates as published
 
 ROOT = Path(__file__).parents[2]
+PLAIN = Path(__file__).with_name("plain.py")
+TURNS = (("<image>\nWhat is it?", "Two cats."), ("And the dog?", "It sleeps."))
+RECORDS = [Record("", ("x",), None, TURNS[:1]), Record("", ("x",), None, TURNS)]
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")

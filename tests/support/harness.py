@@ -35,7 +35,8 @@ from dpa_xtuner.hooks.unwrap import unwrap
 mmengine_config.FormatCode = lambda code, **style: (code, True)
 gc.freeze()
 
-TINY_CONFIG = Path(__file__).with_name("tiny_config.py")
+SUPPORT = Path(__file__).parent
+TINY_CONFIG = SUPPORT / "tiny_config.py"
 STAGES = ("proxy", "align", "tune")
 
 
@@ -204,6 +205,15 @@ def finish(stage: str | None, work_dir: Path, *options: str, **how) -> str:
     code, output = run(stage, work_dir, *options, **how)
     assert code == 0, output[-4000:]
     return output
+
+
+def refusal(stage: str | None, work_dir: Path, *options: str, **how) -> str:
+    """The message of a run that has to be refused."""
+    code, output = run(stage, work_dir, *options, **how)
+    assert code == 1, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    assert output.count("\ndpa_xtuner: ") == 1, output[-3000:]
+    return output.split("\ndpa_xtuner: ")[1]
 
 
 def forked(body: Callable[[], None], log: Path) -> None:

@@ -5,7 +5,6 @@ import io
 
 import pandas as pd
 import torch
-from families.small_tokenizers import byte_level
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
@@ -15,6 +14,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+
+from support.small_tokenizers import byte_level
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"

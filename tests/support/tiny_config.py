@@ -1,5 +1,5 @@
 # The pipeline at the smallest size: the models and data that the tests write to $DPA_TINY.
-_base_ = ["../configs/_base_/dpa.py"]
+_base_ = ["../../configs/_base_/dpa.py"]
 
 llm_name_or_path = "{{$DPA_TINY:tiny}}/llm"
 visual_encoder_name_or_path = "{{$DPA_TINY:tiny}}/visual_encoder"

@@ -1,0 +1,1 @@
+"""What the tests share: runs of the trainer, tiny models, small data."""
