@@ -22,10 +22,9 @@ from dpa_xtuner.demo.scenes import ANSWERS, Question, Sampler, Scene, draw, ques
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_benchmark
 from dpa_xtuner.files import whole_folder
 
-# Multiple choice leaves places out, since VLMEvalKit finds "top" in "top left" too.
-COMPARED = ("kind", "colour", "count")
+COMPARED = tuple(ANSWERS)
 # How often each answer is right. Colours, the best seen, are asked for more often.
-SHORT = {"kind": 1, "colour": 2, "place": 1}
+SHORT = {"kind": 1, "colour": 2}
 COUNT = {"count": 6}
 
 Row = dict[str, str | int]

@@ -3,7 +3,8 @@
 The captions all share one flowery manner that a chat model would never choose by itself, while
 the words that matter (which thing, of what kind and colour, how many, where) can be read off the
 picture only. That is the situation in which a language prior conflict shows. The questions ask
-for the same facts plainly, and some of them as multiple choice or to be answered by yes or no.
+for kind, colour and number plainly, some of them as multiple choice or to be answered by yes or no.
+They do not ask where a thing is: so short a training teaches none of that.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "kind": tuple(sorted(KINDS)),
     "colour": COLOURS,
     "count": COUNTS,
-    "place": CELLS,
 }
 
 # Held-out questions take turns, each kind about as often as it is asked in training.
-ASKED = ("kind", "colour", "kind", "colour", "count", "kind", "colour", "kind", "colour", "place")
+ASKED = ("kind", "colour", "kind", "count", "kind", "colour", "kind", "colour")
 
 CAPTIONS = "captions.json"
 QUESTIONS = "questions.json"
@@ -80,10 +80,10 @@ class Recipe:
     questions: int = 2000
     held_out: int = 180
     turns: int = 4
-    other_forms: float = 0.15
+    other_forms: float = 0.1
     text_only: int = 40
     seed: int = 0
-    version: int = 10
+    version: int = 11
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,6 @@ def questions(scene: Scene) -> list[Question]:
         count = COUNTS[len(scene.cells) - 1]
         check = "Is the number of things {}?"
         found.append(Question("count", "How many things are there?", count, check))
-        if len(scene.cells) == 1:
-            place = CELLS[scene.cells[0]]
-            found.append(Question("place", "Where is the thing?", place, "Is the thing at the {}?"))
     return found
 
 
