@@ -1,5 +1,5 @@
 # The demo (make demo): a real 135M language model and drawings, on two CPU cores.
-# tools/prepare_demo.py makes the models and the data. All numbers are [ours], chosen for
+# python -m dpa_xtuner.demo prepare makes the models and the data. All numbers are [ours], chosen for
 # what the picture is used for when DPA and vanilla alignment share a quarter of an hour.
 _base_ = ['_base_/dpa.py']
 
