@@ -14,6 +14,7 @@ from datasets import Dataset
 from mmengine.config import Config
 from opencompass.models.base import BaseModel
 from opencompass.partitioners import NumWorkerPartitioner
+from opencompass.registry import ICL_EVALUATORS
 from opencompass.summarizers import DefaultSummarizer
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 from PIL import Image
@@ -21,8 +22,7 @@ from vlmeval.smp.status_report import flatten_summary_metrics
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER
-from dpa_xtuner.evaluation.dataset import EvaluationDataset, _WholeFile
-from dpa_xtuner.evaluation.evaluator import BenchmarkEvaluator
+from dpa_xtuner.evaluation.dataset import EvaluationDataset
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG") -> str:
@@ -252,28 +252,24 @@ def options(case: Case, folder, limit=None) -> dict:
     return {k: config[k] for k in ("dataset_name", "data_root", "limit", "group", "module")}
 
 
-def read(case: Case, folder, limit=None, **more) -> Dataset:
-    return EvaluationDataset.load(**options(case, folder, limit), **more)
+def read(case: Case, folder, limit=None, **reader) -> Dataset:
+    reader = dict(input_columns=["prompt"], output_column="answer", **reader)
+    return EvaluationDataset(reader_cfg=reader, **options(case, folder, limit)).test
 
 
 def score(case: Case, folder, said: dict, limit=None, out=None) -> dict:
     test_set = read(case, folder, limit)
     benchmark = BENCHMARKS[case.benchmark]
-    evaluator = BenchmarkEvaluator(
-        **options(case, folder, limit), metric=benchmark.metric, scale=benchmark.scale
-    )
+    config = benchmark.config(case.dataset, folder, limit)["eval_cfg"]["evaluator"]
+    evaluator = ICL_EVALUATORS.build(config)
     evaluator._out_dir = str(out or folder / "out")
-    answers = [said[index] for index in test_set["vlmeval_index"]]
+    answers = [said[index] for index in test_set["index"]]
     return evaluator.evaluate(1, 1, test_set, predictions=answers, test_set=test_set)
 
 
 def by_vlmevalkit(case: Case, folder, monkeypatch) -> dict:
     """VLMEvalKit alone, with a file of predictions as its own program writes it."""
-    kinds = [
-        kind
-        for kind in known.DATASET_CLASSES
-        if case.dataset in kind.supported_datasets() and not issubclass(kind, _WholeFile)
-    ]
+    kinds = [kind for kind in known.DATASET_CLASSES if case.dataset in kind.supported_datasets()]
     monkeypatch.setenv("LMUData", str(folder))
     monkeypatch.setattr(kinds[0], "DATASET_MD5", {})
     dataset = kinds[0](dataset=case.dataset)
@@ -460,21 +456,17 @@ def test_prompts_are_vlmevalkits(case, tmp_path, monkeypatch):
     """The same texts and the same pixels."""
     write(tmp_path, case)
     test_set = read(case, tmp_path)
-    kind = next(
-        k
-        for k in known.DATASET_CLASSES
-        if case.dataset in k.supported_datasets() and not issubclass(k, _WholeFile)
-    )
+    kind = next(k for k in known.DATASET_CLASSES if case.dataset in k.supported_datasets())
     monkeypatch.setenv("LMUData", str(tmp_path / "alone"))
     write(tmp_path / "alone", case)
     monkeypatch.setattr(kind, "DATASET_MD5", {})
     alone = kind(dataset=case.dataset)
     prompts = {row["index"]: alone.build_prompt(row) for _, row in alone.data.iterrows()}
-    assert sorted(test_set["vlmeval_index"]) == sorted(prompts)
+    assert sorted(test_set["index"]) == sorted(prompts)
     for row in test_set:
         (message,) = row["prompt"]
         image, text = message["content"]
-        theirs = prompts[row["vlmeval_index"]]
+        theirs = prompts[row["index"]]
         assert message["role"] == "user"
         assert text["text"] == theirs[1]["value"]
         ours, reference = Image.open(image["image_url"]), Image.open(theirs[0]["value"])
@@ -484,10 +476,10 @@ def test_prompts_are_vlmevalkits(case, tmp_path, monkeypatch):
 def test_longest_first_and_the_same_order_each_time(tmp_path):
     case = CASES["AI2D_TEST"]
     write(tmp_path, case)
-    assert read(case, tmp_path)["vlmeval_index"] == [4, 3, 2, 1, 0]
+    assert read(case, tmp_path)["index"] == [4, 3, 2, 1, 0]
     same = [row | {"question": "Which?"} for row in case.rows]
     write(tmp_path, case, same)
-    assert read(case, tmp_path)["vlmeval_index"] == [0, 1, 2, 3, 4]
+    assert read(case, tmp_path)["index"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["MMBench_DEV_EN", "MMVP", NATURAL, "OCRBench"])
@@ -504,7 +496,7 @@ def test_limit_keeps_groups_whole(name, tmp_path):
 def test_limit_is_spread_over_the_file(tmp_path):
     case = CASES["OCRBench"]
     write(tmp_path, case)
-    assert sorted(read(case, tmp_path, limit=4)["vlmeval_index"]) == [0, 2, 4, 6]
+    assert sorted(read(case, tmp_path, limit=4)["index"]) == [0, 2, 4, 6]
     assert len(read(case, tmp_path, limit=100)) == 8
 
 
@@ -520,9 +512,9 @@ def test_parts_make_the_whole(tmp_path):
     """OpenCompass asks for parts and puts the answers behind each other."""
     case = CASES["MMBench_DEV_EN"]
     write(tmp_path, case)
-    whole = read(case, tmp_path)["vlmeval_index"]
+    whole = read(case, tmp_path)["index"]
     parts = [read(case, tmp_path, test_range=r) for r in ("[0:4]", "[4:8]", "[8:12]")]
-    assert [index for part in parts for index in part["vlmeval_index"]] == whole
+    assert [index for part in parts for index in part["index"]] == whole
 
 
 def test_no_row_is_lost_with_its_picture(tmp_path):
@@ -534,7 +526,7 @@ def test_no_row_is_lost_with_its_picture(tmp_path):
     rows[6]["image"] = "é" * 99
     rows[8]["image"] = "12345"  # no such row
     test_set = read(case, write(tmp_path, case, rows))
-    paths = {row["vlmeval_index"]: row["prompt"][0]["content"][0]["image_url"] for row in test_set}
+    paths = {row["index"]: row["prompt"][0]["content"][0]["image_url"] for row in test_set}
     assert len(paths) == len(rows)
     assert [index for index, path in sorted(paths.items()) if path == ""] == [
         5, 1_000_005, 2_000_005, 2_000_040
@@ -557,10 +549,7 @@ def test_a_row_without_question_or_answer_fails_alone(name, column, tmp_path):
     rows = [row | ({column: None} if row["index"] == lost else {}) for row in case.rows]
     whole, cut = write(tmp_path / "whole", case), write(tmp_path / "cut", case, rows)
     prompts, others = (
-        {
-            row["vlmeval_index"]: row["prompt"][0]["content"][-1]["text"]
-            for row in read(case, folder)
-        }
+        {row["index"]: row["prompt"][0]["content"][-1]["text"] for row in read(case, folder)}
         for folder in (whole, cut)
     )
     assert others == prompts | ({lost: ""} if column != "answer" else {})
@@ -605,14 +594,14 @@ def test_a_data_file_is_never_run(tmp_path):
     rows[2]["image"] = str([picture(), "", picture((0, 0, 9))])
     test_set = read(case, write(tmp_path, case, rows))
     paths = {
-        row["vlmeval_index"]: [block["image_url"] for block in row["prompt"][0]["content"][:-1]]
+        row["index"]: [block["image_url"] for block in row["prompt"][0]["content"][:-1]]
         for row in test_set
     }
     assert paths["i0"] == [""] and len(paths) == len(rows)
     assert [bool(path) for path in paths["i2"]] == [True, False, True]
     assert Image.open(paths["i2"][2]).getpixel((0, 0)) == (0, 0, 9)
     rows[4]["index"] = "../../outside"
-    (row,) = (r for r in read(case, write(tmp_path, case, rows)) if "outside" in r["vlmeval_index"])
+    (row,) = (r for r in read(case, write(tmp_path, case, rows)) if "outside" in r["index"])
     assert Path(row["prompt"][0]["content"][0]["image_url"]).parent.name == case.dataset
     rows[3]["answer"] = code
     write(tmp_path, case, rows)
