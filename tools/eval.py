@@ -109,11 +109,33 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = Options(
         arguments.limit, gpus, arguments.batch_size, arguments.fresh, left_out, other_files
     )
-    code = 0
-    for chosen, evaluate in ((benchmarks, _evaluate_pictures), (texts, _evaluate_texts)):
-        if asked := [benchmark for benchmark in chosen if benchmark in there]:
-            code = evaluate(arguments, models, asked, options) or code
-    return code
+    codes = [
+        _evaluate_kind(kind, arguments, models, asked, options)
+        for kind, chosen in (("visual", benchmarks), ("text", texts))
+        if (asked := [benchmark for benchmark in chosen if benchmark in there])
+    ]
+    return max(codes)
+
+
+def _evaluate_kind(
+    kind: str, arguments: argparse.Namespace, models: list[Path], asked: list, options: Options
+) -> int:
+    """Evaluate on benchmarks of one kind, ``visual`` or ``text``; return the exit code."""
+    from dpa_xtuner.evaluation.evaluate import evaluate
+    from dpa_xtuner.evaluation.report import save_beside_runs
+
+    of_kind = importlib.import_module(f"dpa_xtuner.evaluation.{kind}")
+    data, work_dir, limit = arguments.data, arguments.work_dir, options.limit
+    described = of_kind.models_of([_folder(model) for model in models], options)
+    data_sets = {b: of_kind.data_sets_of(b, data, work_dir, limit) for b in asked}
+    if kind == "text":
+        options = replace(options, other_files=())  # those are of benchmarks with pictures
+        found = evaluate(described, data_sets, work_dir, options)
+        return _show(arguments, *found, "text", "wrong_answers_text.html")
+    found = evaluate(described, data_sets, work_dir, options)
+    if limit is None and not options.other_files:
+        save_beside_runs(found[0])
+    return _show(arguments, *found, "table", "wrong_answers.html")
 
 
 def _import(module: str) -> None:
@@ -139,30 +161,6 @@ def _import(module: str) -> None:
             f"--import {module}: {type(error).__name__}: {error} ({last.filename}, line "
             f"{last.lineno})"
         ) from error
-
-
-def _evaluate_pictures(
-    arguments: argparse.Namespace, models: list[Path], asked: list, options: Options
-) -> int:
-    from dpa_xtuner.evaluation import visual
-    from dpa_xtuner.evaluation.report import save_beside_runs
-
-    folders = [_folder(model) for model in models]
-    found = visual.evaluate(folders, asked, arguments.data, arguments.work_dir, options)
-    if options.limit is None and not options.other_files:
-        save_beside_runs(found[0])
-    return _show(arguments, *found, "table", "wrong_answers.html")
-
-
-def _evaluate_texts(
-    arguments: argparse.Namespace, models: list[Path], asked: list, options: Options
-) -> int:
-    from dpa_xtuner.evaluation import text
-
-    llms = text.llms_of(_folder(model) for model in models)
-    options = replace(options, other_files=())  # those are of benchmarks with pictures
-    found = text.evaluate(llms, asked, arguments.data, arguments.work_dir, options)
-    return _show(arguments, *found, "text", "wrong_answers_text.html")
 
 
 def _show(

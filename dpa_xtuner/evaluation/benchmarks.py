@@ -159,21 +159,29 @@ class Benchmark:
         """Return the benchmark's score: the mean of its data sets', all of which must be there."""
         return sum(scores[dataset] for dataset in self.datasets) / len(self.datasets)
 
-    def config(self, dataset: str, data_root: str | Path, limit: int | None = None) -> dict:
+    def config(
+        self,
+        dataset: str,
+        data_root: str | Path,
+        limit: int | None = None,
+        images: str | Path | None = None,
+    ) -> dict:
         """Make OpenCompass's config of one of the data sets, all but its ``abbr``.
 
         The evaluation task must be given ``dump_details=True`` to keep the samples' details.
 
         Args:
             dataset: VLMEvalKit's name of it.
-            data_root: folder of the data file; its pictures are unpacked to ``images`` there.
+            data_root: folder of the data file.
             limit: the number of questions to ask, see `EvaluationDataset`.
+            images: folder to unpack its pictures to; by default one in ``data_root``.
         """
         common = dict(dataset_name=dataset, group=self.group, module=self.module)
         return dict(
             type="dpa_xtuner.evaluation.dataset.EvaluationDataset",
             **common,
             data_root=str(data_root),
+            images=str(images or Path(data_root, "images", dataset)),
             limit=limit,
             reader_cfg=dict(input_columns=["prompt"], output_column="answer"),
             infer_cfg=dict(

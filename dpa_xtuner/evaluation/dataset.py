@@ -48,6 +48,7 @@ class EvaluationDataset(BaseDataset):
     def load(
         dataset_name: str,
         data_root: str,
+        images: str,
         limit: int | None = None,
         group: int | str = 1,
         module: str | None = None,
@@ -56,7 +57,8 @@ class EvaluationDataset(BaseDataset):
 
         Args:
             dataset_name: VLMEvalKit's name.
-            data_root: folder of the file; its pictures are unpacked to ``images`` there.
+            data_root: folder of the file.
+            images: folder to unpack its pictures to. Pictures that are there are not written again.
             limit: the number of questions to ask, evenly spread over the file. Rows that belong
                 together (MMBench's rotations of a question, a pair of MMVP, a group of
                 NaturalBench) count as one question. None for all.
@@ -73,7 +75,7 @@ class EvaluationDataset(BaseDataset):
         """
         data = read_rows(Path(data_root, f"{dataset_name}.tsv"), limit, group)
         if "image" in data:
-            data["image_path"] = _unpack(data, Path(data_root, "images", dataset_name))
+            data["image_path"] = _unpack(data, Path(images))
             data = data.drop(columns="image")
         dataset = vlmeval_dataset(dataset_name, data, module, data_root)
         return Dataset.from_list(

@@ -52,12 +52,14 @@ class Model:
         folder: of the model.
         config: OpenCompass's; its ``abbr`` holds a cache key.
         reference: label of the model that it is compared to; empty for the first.
+        note: what a reader of the table should know of it.
     """
 
     label: str
     folder: Path
     config: dict
     reference: str = ""
+    note: str = ""
 
 
 def evaluate(
@@ -65,16 +67,14 @@ def evaluate(
     asked: Mapping[Benchmark, DataSets] | Mapping[TextBenchmark, DataSets],
     work_dir: Path,
     options: Options,
-    notes: Iterable[str] = (),
 ) -> tuple[Report, Details]:
     """Evaluate models on benchmarks whose files are there.
 
     Args:
-        models: the table's rows.
-        asked: the table's columns, and their data sets.
+        models: the table's rows, from `visual` or `text`.
+        asked: the table's columns and their data sets, from the same module.
         work_dir: where everything goes, and a rerun continues.
         options: see there.
-        notes: lines for the report, see there.
 
     Returns:
         The report; and the samples, see `BenchmarkEvaluator.score`.
@@ -98,7 +98,7 @@ def evaluate(
         options.limit,
         list(options.left_out),
         list(options.other_files),
-        list(notes),
+        [f"{model.label} {model.note}" for model in models if model.note],
         {m.label: {"folder": str(m.folder), "abbr": m.config["abbr"]} for m in models},
         {m.label: m.reference for m in models if m.reference},
     )

@@ -189,6 +189,8 @@ def _lines(report: Report) -> list[str]:
     lines = []
     if report.limit is not None:
         lines.append(f"Of each data set {report.limit} questions or groups at most were asked.")
+        if any(benchmark.kind in TEXT_KINDS for benchmark in report.benchmarks):
+            lines.append("These are the first ones; of MMLU at least one of each subject is asked.")
     if any(benchmark.judge for benchmark in report.benchmarks):
         lines.append(
             "No judge model is asked: where VLMEvalKit would ask one to find the chosen option "

@@ -18,9 +18,7 @@ from typing import Any
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.cache_key import cache_key
 from dpa_xtuner.evaluation.evaluate import Model, Options, opencompass_model
-from dpa_xtuner.evaluation.evaluate import evaluate as evaluate_models
 from dpa_xtuner.evaluation.folder import computing_dtype, files_read, labels, run_of_export
-from dpa_xtuner.evaluation.report import Details, Report
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
 from dpa_xtuner.files import read_json
 from dpa_xtuner.layout import PROVENANCE_FILE, STAGE_NAMES
@@ -51,6 +49,12 @@ class TextLLM:
     llm: Path
     source: Path
     adapter: Path | None = None
+
+
+def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
+    """Describe the LLMs of folders; those of a run are compared to its original one."""
+    llms, first = llms_of(folders), {}
+    return [describe(llm, options, first.setdefault(llm.group, llm.label)) for llm in llms]
 
 
 def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
@@ -154,12 +158,15 @@ def _positions(folder: Path) -> int:
     return values["max_position_embeddings"]
 
 
-def data_sets(benchmark: TextBenchmark, root: Path, limit: int | None) -> dict[str, dict]:
+def data_sets_of(
+    benchmark: TextBenchmark, data: Path, work_dir: Path, limit: int | None
+) -> dict[str, dict]:
     """Make OpenCompass's configs for our runs: local files, scores 0 - 100, cache keys in names.
 
     Args:
         benchmark: one whose files are there.
-        root: the data folder.
+        data: folder of their files.
+        work_dir: where the evaluation goes; nothing is written there.
         limit: the number of questions, the first ones; of MMLU that many over all subjects, and at
             least one of each. None for all.
 
@@ -170,7 +177,7 @@ def data_sets(benchmark: TextBenchmark, root: Path, limit: int | None) -> dict[s
     limit = limit and math.ceil(limit / len(found))
     names = [benchmark.name + f"_{config['name']}" * (len(found) > 1) for config in found]
     return {
-        name: _data_set(benchmark, config, root, limit, name)
+        name: _data_set(benchmark, config, data, limit, name)
         for name, config in zip(names, found, strict=True)
     }
 
@@ -205,30 +212,3 @@ def _name_types(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [_name_types(value) for value in config]
     return f"{config.__module__}.{config.__qualname__}" if callable(config) else config
-
-
-def evaluate(
-    llms: list[TextLLM],
-    benchmarks: list[TextBenchmark],
-    data: Path,
-    work_dir: Path,
-    options: Options,
-) -> tuple[Report, Details]:
-    """Evaluate LLMs, those of a run in comparison to its original one.
-
-    See `dpa_xtuner.evaluation.evaluate.evaluate`.
-
-    Args:
-        llms: to be asked.
-        benchmarks: the table's columns, whose files are there.
-        data: folder of their files.
-        work_dir: where everything goes.
-        options: see there.
-    """
-    first: dict[str, str] = {}
-    models = [describe(llm, options, first.setdefault(llm.group, llm.label)) for llm in llms]
-    asked = {benchmark: data_sets(benchmark, data, options.limit) for benchmark in benchmarks}
-    notes = ["These are the first ones; of MMLU one of each subject at least is asked."]
-    return evaluate_models(
-        models, asked, work_dir, options, notes if options.limit is not None else ()
-    )

@@ -136,9 +136,9 @@ def test_pictures_and_text_don_t_wait_for_each_others_files(call, tool, folder, 
     code, out, err = call(folder, "--data", data, "--benchmarks", "ai2d", "piqa", "--limit", "2")
     assert code == 0 and "AI2D" in out and "Left out: PIQA: " in err
     assert "- Left out: PIQA: " in out
-    asked = []
     monkeypatch.setattr(TextBenchmark, "missing", lambda self, root: [])
-    monkeypatch.setattr(tool, "_evaluate_texts", lambda *found: asked.extend(found[2:]) or 3)
+    asked = []
+    monkeypatch.setattr(tool, "_evaluate_kind", lambda *found: asked.extend(found[3:]) or 3)
     code, out, err = call(folder, "--data", data, "--benchmarks", "docvqa", "piqa")
     assert code == 3 and "Left out: DocVQA" in err and [b.name for b in asked[0]] == ["piqa"]
     (line,) = asked[1].left_out  # for the table that there is

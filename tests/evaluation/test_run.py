@@ -20,6 +20,7 @@ import dpa_xtuner
 from dpa_xtuner import precision
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation import cache_key, run, visual
+from dpa_xtuner.evaluation import evaluate as evaluation
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER, find_benchmarks
 from dpa_xtuner.evaluation.evaluate import Options
 from dpa_xtuner.evaluation.folder import check_llava, labels
@@ -40,7 +41,11 @@ def answered(monkeypatch):
 
 
 def evaluate(folders, data, work_dir, names=("ai2d", "mmvp"), **options):
-    return visual.evaluate(folders, find_benchmarks(names), data, work_dir, Options(**options))
+    options = Options(**options)
+    asked = {
+        b: visual.data_sets_of(b, data, work_dir, options.limit) for b in find_benchmarks(names)
+    }
+    return evaluation.evaluate(visual.models_of(folders, options), asked, work_dir, options)
 
 
 def samples(details):
@@ -135,7 +140,7 @@ def test_versions_and_ones_own_module_are_in_the_key(data, tmp_path, monkeypatch
     def names():
         own = dataclasses.replace(BENCHMARKS["ai2d"], module="own_module")
         return [
-            visual.data_set(b, "AI2D_TEST", data, tmp_path / "work", None)["abbr"]
+            visual.data_sets_of(b, data, tmp_path / "work", None)["AI2D_TEST"]["abbr"]
             for b in (BENCHMARKS["ai2d"], own)
         ]
 
@@ -160,7 +165,9 @@ def test_the_type_that_answers_are_computed_in_is_in_the_key(folder, tmp_path, m
     found, types = [], []
     for native in (True, False):
         monkeypatch.setattr(precision, "computes_bf16", lambda device, native=native: native)
-        found.append([model.config["abbr"] for model in visual.llavas([half, folder], Options())])
+        found.append(
+            [model.config["abbr"] for model in visual.models_of([half, folder], Options())]
+        )
         types.append(LlavaFolder(str(half), "cpu").model.dtype)
     assert types == [torch.bfloat16, torch.float32]
     assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
@@ -169,19 +176,19 @@ def test_the_type_that_answers_are_computed_in_is_in_the_key(folder, tmp_path, m
 def test_only_what_is_read_of_a_models_folder_counts(folder, tmp_path):
     """Not what an evaluation, or a person, puts beside it, nor where it was exported from."""
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = visual.llavas([copy], Options())
+    before = visual.models_of([copy], Options())
     for name in ("README.md", "eval.log", "work_dirs/eval/table.json", ".cache/a.json"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("{}")
     (copy / "dpa.json").write_text(json.dumps({"config": "here.py", "pad_image_to_square": False}))
-    assert visual.llavas([copy], Options()) == before
+    assert visual.models_of([copy], Options()) == before
     for name, content in (
         ("dpa.json", {"config": "there.py", "pad_image_to_square": True}),
         ("generation_config.json", {"repetition_penalty": 2}),
         ("merges.txt", {}),
     ):
         (copy / name).write_text(json.dumps(content))
-        after = visual.llavas([copy], Options())
+        after = visual.models_of([copy], Options())
         assert after != before
         before = after
 
@@ -365,12 +372,14 @@ def test_several_workers_give_the_same(folder, data, tmp_path):
     write_data(data, "OCRBench", rows("OCRBench", 3))
     (data / "OCRBench.tsv").write_bytes(b"\xff\xfe not a table")
     benchmarks = [BENCHMARKS[name] for name in ("ocrbench", "ai2d")]
-    configs = [model.config for model in visual.llavas([folder], Options())]
+    configs = [model.config for model in visual.models_of([folder], Options())]
     found = []
     for workers in (1, 2):
         work = tmp_path / f"work{workers}"
         datasets = [
-            visual.data_set(b, name, data, work, None) for b in benchmarks for name in b.datasets
+            config
+            for benchmark in benchmarks
+            for config in visual.data_sets_of(benchmark, data, work, None).values()
         ]
         for config in datasets:
             config["infer_cfg"]["inferencer"]["max_out_len"] = 8

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation import evaluate as evaluation
 from dpa_xtuner.evaluation import report, show, text, text_benchmarks
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.evaluate import Options
@@ -150,6 +151,12 @@ def plain(llm: Path) -> list[text.TextLLM]:
     return [text.TextLLM("an LLM", "", "original", llm, llm)]
 
 
+def evaluate(llms, asked, root, work_dir, options):
+    models = [text.describe(llm, options, llms[0].label) for llm in llms]
+    data_sets = {b: text.data_sets_of(b, root, work_dir, options.limit) for b in asked}
+    return evaluation.evaluate(models, data_sets, work_dir, options)
+
+
 def benchmarks(*names: str) -> list[TextBenchmark]:
     return [TEXT_BENCHMARKS[name] for name in names]
 
@@ -179,7 +186,7 @@ def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "generate", generate)
     asked = benchmarks("arc", "gsm8k")
-    found, _ = text.evaluate(plain(llm), asked, data, tmp_path, Options())
+    found, _ = evaluate(plain(llm), asked, data, tmp_path, Options())
     (row,) = found.models.values()
     # ARC: two of four. GSM8K: one of two.
     assert scores(row) == {"arc": 50.0, "gsm8k": 50.0}
@@ -197,7 +204,7 @@ def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(llm, short)
     (short / "config.json").write_text(json.dumps(config))
-    found, _ = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work", Options())
+    found, _ = evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work", Options())
     result = found.models["an LLM"]["boolq"]
     assert len(result.failed) == 2 and result.score == 0.0
     (line,) = found.failures()
@@ -218,9 +225,7 @@ def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
         context = query.split(": ", 2)[-1]
         cost = [nats(model, tokenizer, f"{context}\n{choice}") for choice in choices]
         found.append(cost.index(min(cost)))
-    made, _ = text.evaluate(
-        plain(llm), benchmarks("hellaswag"), data, tmp_path, Options(batch_size=3)
-    )
+    made, _ = evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, Options(batch_size=3))
     right = sum(one == gold for one, (_, _, gold) in zip(found, HELLASWAG, strict=True))
     assert made.models["an LLM"]["hellaswag"].score == pytest.approx(100 * right / 3)
     (result,) = (tmp_path / "results" / "results").glob("original-*/hellaswag-*.json")
@@ -249,9 +254,9 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
         return output
 
     asked = benchmarks("arc_likelihood")
-    before, _ = text.evaluate(plain(llm), asked, data, tmp_path / "before", Options())
+    before, _ = evaluate(plain(llm), asked, data, tmp_path / "before", Options())
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
-    after, _ = text.evaluate(plain(llm), asked, data, tmp_path / "after", Options())
+    after, _ = evaluate(plain(llm), asked, data, tmp_path / "after", Options())
     whole, result = (r.models["an LLM"]["arc_likelihood"] for r in (before, after))
     assert whole.failed == [] and len(result.failed) == 2 and result.samples == 4
     assert after.failures() == []
@@ -290,7 +295,7 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
     all_configs = TextBenchmark.configs
     monkeypatch.setattr(TextBenchmark, "configs", lambda self: all_configs(self)[:SUBJECTS_RUN])
     asked = list(TEXT_BENCHMARKS.values())
-    evaluated = text.evaluate(plain(llm), asked, data, tmp_path, Options(limit=2))
+    evaluated = evaluate(plain(llm), asked, data, tmp_path, Options(limit=2))
     (row,) = evaluated[0].models.values()
     assert evaluated[0].failures() == [] and set(row) == set(TEXT_BENCHMARKS)
     assert samples(row) == dict.fromkeys(TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
@@ -302,19 +307,21 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
         raise AssertionError("loaded again")
 
     monkeypatch.setattr(LanguageModel, "__init__", refuse)
-    assert text.evaluate(plain(llm), asked, data, tmp_path, Options(limit=2)) == evaluated
+    assert evaluate(plain(llm), asked, data, tmp_path, Options(limit=2)) == evaluated
 
 
 def test_what_changes_is_asked_again(llm, data, tmp_path):
     (benchmark,) = benchmarks("arc")
     names = {
-        text.data_sets(benchmark, data, None)["arc"]["abbr"],
-        text.data_sets(benchmark, data, 2)["arc"]["abbr"],
-        text.data_sets(*benchmarks("arc_likelihood"), data, None)["arc_likelihood"]["abbr"],
+        text.data_sets_of(benchmark, data, tmp_path, None)["arc"]["abbr"],
+        text.data_sets_of(benchmark, data, tmp_path, 2)["arc"]["abbr"],
+        text.data_sets_of(*benchmarks("arc_likelihood"), data, tmp_path, None)["arc_likelihood"][
+            "abbr"
+        ],
     }
     file = tmp_path / benchmark.path
     lines(file, [{"other": "content"}])
-    names.add(text.data_sets(benchmark, tmp_path, None)["arc"]["abbr"])
+    names.add(text.data_sets_of(benchmark, tmp_path, tmp_path, None)["arc"]["abbr"])
     assert len(names) == 4
     before = text.describe(plain(llm)[0], Options()).config["abbr"]
     assert text.describe(plain(llm)[0], Options(batch_size=4)).config["abbr"] == before
