@@ -249,7 +249,9 @@ def write(folder, case: Case, rows: list[dict] | None = None):
 
 def options(case: Case, folder, limit=None) -> dict:
     config = BENCHMARKS[case.benchmark].config(case.dataset, folder, limit)
-    return {k: config[k] for k in ("dataset_name", "data_root", "limit", "group", "module")}
+    return {
+        k: config[k] for k in ("dataset_name", "data_root", "images", "limit", "group", "module")
+    }
 
 
 def read(case: Case, folder, limit=None, **reader) -> Dataset:

@@ -343,15 +343,18 @@ def test_killed_and_continued(folder, data, tmp_path, answered):
         "from pathlib import Path\n"
         "from dpa_xtuner.evaluation import model, visual\n"
         "from dpa_xtuner.evaluation.benchmarks import find_benchmarks\n"
-        "from dpa_xtuner.evaluation.evaluate import Options\n"
+        "from dpa_xtuner.evaluation.evaluate import Options, evaluate\n"
         "plain, calls = model.LlavaFolder.generate, []\n"
         "def generate(self, inputs, max_out_len):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return plain(self, inputs, 8)\n"
         "model.LlavaFolder.generate = generate\n"
-        f"visual.evaluate([Path({str(folder)!r})], find_benchmarks(['ai2d', 'mmvp']),\n"
-        f"    Path({str(data)!r}), Path({str(tmp_path / 'work')!r}), Options(batch_size=2))\n"
+        f"work, data = Path({str(tmp_path / 'work')!r}), Path({str(data)!r})\n"
+        "benchmarks, options = find_benchmarks(['ai2d', 'mmvp']), Options(batch_size=2)\n"
+        "asked = {b: visual.data_sets_of(b, data, work, None) for b in benchmarks}\n"
+        f"models = visual.models_of([Path({str(folder)!r})], options)\n"
+        "evaluate(models, asked, work, options)\n"
     )
     environment = os.environ | {"DPA_WITHOUT_XTUNER": "1"}
     found = subprocess.run([sys.executable, str(killing)], env=environment, capture_output=True)

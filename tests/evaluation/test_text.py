@@ -312,12 +312,11 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
 
 def test_what_changes_is_asked_again(llm, data, tmp_path):
     (benchmark,) = benchmarks("arc")
+    (likelihood,) = benchmarks("arc_likelihood")
     names = {
         text.data_sets_of(benchmark, data, tmp_path, None)["arc"]["abbr"],
         text.data_sets_of(benchmark, data, tmp_path, 2)["arc"]["abbr"],
-        text.data_sets_of(*benchmarks("arc_likelihood"), data, tmp_path, None)["arc_likelihood"][
-            "abbr"
-        ],
+        text.data_sets_of(likelihood, data, tmp_path, None)["arc_likelihood"]["abbr"],
     }
     file = tmp_path / benchmark.path
     lines(file, [{"other": "content"}])
