@@ -159,11 +159,16 @@ def _start_worker(number: int, logs: Path) -> None:
     """Use the GPU of this number, write to a log, and end when the parent is killed."""
     import torch
 
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
     logs.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = (logs / f"worker_{number}.out").open("a", encoding="utf-8")
     if torch.cuda.is_available():
         torch.cuda.set_device(number)
+
+
+def _end_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
 
 
 def _result(folder: Path, pair: Pair) -> dict | None:

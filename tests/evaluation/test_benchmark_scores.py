@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -18,6 +19,8 @@ from opencompass.registry import ICL_EVALUATORS
 from opencompass.summarizers import DefaultSummarizer
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 from PIL import Image
+from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.smp import dump, get_intermediate_file_path, load
 from vlmeval.smp.status_report import flatten_summary_metrics
 
 from dpa_xtuner.errors import DPAError
@@ -618,6 +621,8 @@ def test_a_data_file_is_never_run(tmp_path):
         ("", "has no rows"),
         ("index\tquestion\n", "has no rows"),
         ("index\tquestion\n1\tWhat?\n\tWhy?\n", "row 2 of 2 has no index"),
+        ("question\nWhat?\nWhy?\n", "row 1 of 2 has no index"),
+        ("index\tquestion\n1\tWhat?\n1\tWhy?\n", "row 2 of 2 has the index of another row"),
         ("index\tquestion\tanswer\n1\tWhat?\t\n2\tWhy?\t \n", "has no right answers"),
     ],
 )
@@ -651,6 +656,40 @@ def test_a_file_of_another_md5_is_left_alone(tmp_path):
     before = (tmp_path / "AI2D_TEST.tsv").read_bytes()
     assert len(read(case, tmp_path)) == 5
     assert (tmp_path / "AI2D_TEST.tsv").read_bytes() == before
+
+
+class Echo(ImageBaseDataset):
+    """A class of a user's own, which VLMEvalKit knows how to build and to score."""
+
+    DATASET_URL: ClassVar = {"MyEcho": ""}
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.suffix = "Say it again."
+
+    def build_prompt(self, line):
+        return [*super().build_prompt(line)[:-1], {"type": "text", "value": self.suffix}]
+
+    def evaluate(self, eval_file, **judge):
+        data = load(eval_file)
+        data["eval_score"] = (data["prediction"] == data["answer"]).astype(float)
+        dump(data, get_intermediate_file_path(eval_file, "_results"))
+        return {"Overall": data["eval_score"].mean()}
+
+
+def test_a_class_of_ones_own_builds_its_prompts_and_scores(tmp_path, monkeypatch):
+    """Its file of answers has them as they were given; which are right is read from its record."""
+    monkeypatch.setattr(known, "DATASET_CLASSES", [*known.DATASET_CLASSES, Echo])
+    golds = ("0", "1", "2", "007", "4")
+    rows = [row | {"answer": golds[i]} for i, row in enumerate(CASES["AI2D_TEST"].rows)]
+    own = Case("ai2d", "MyEcho", rows, {}, {}, 0)
+    said = {0: "0", 1: "None", 2: "2", 3: "007", 4: "4\x07"}
+    result = score(own, write(tmp_path, own), said)
+    assert {d["index"]: d["correct"] for d in result["details"]} == {
+        0: True, 1: False, 2: True, 3: True, 4: False,
+    }  # fmt: skip
+    assert result["score"] == 60 and {d["question"] for d in result["details"]} == {"Say it again."}
+    assert all(Path(d["image"]).is_file() for d in result["details"])
 
 
 def test_multiple_choice_of_another_name(tmp_path):
