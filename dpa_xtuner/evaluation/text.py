@@ -175,7 +175,8 @@ def data_sets_of(
     """
     found = benchmark.configs()
     limit = limit and math.ceil(limit / len(found))
-    names = [benchmark.name + f"_{config['name']}" * (len(found) > 1) for config in found]
+    names = [f"{benchmark.name}_{config['name']}" for config in found if len(found) > 1]
+    names = names or [benchmark.name]
     return {
         name: _data_set(benchmark, config, data, limit, name)
         for name, config in zip(names, found, strict=True)
