@@ -1,10 +1,10 @@
 """Measure how fast an evaluation answers, in batches and one question after the other.
 
-The wrapper that `tools/eval.py` uses answers batches. VLMEvalKit's wrapper of XTuner's LLaVA models
-(`vlmeval/vlm/llava/llava_xtuner.py` of 0.0.20) answers one question after the other: it encodes the
-image, puts the features between the embeddings of the text, and generates. `OneByOne` is that loop
-for a Hugging Face LLaVA folder, so that both ask the same model the same questions, greedily, in
-turn:
+The wrapper that ``tools/eval.py`` uses answers batches. VLMEvalKit's wrapper of XTuner's LLaVA
+models (``vlmeval/vlm/llava/llava_xtuner.py`` of 0.0.20) answers one question after the other: it
+encodes the image, puts the features between the embeddings of the text, and generates.
+``OneByOne`` is that loop for a Hugging Face LLaVA folder, so that both ask the same model the same
+questions, greedily, in turn:
 
     python benchmarks/benchmark_eval.py work_dirs/dpa_smollm2_135m_openmoji/tune/hf --out docs
 """

@@ -28,7 +28,7 @@ def failed_samples(indices: Iterable, answers: Iterable) -> list[dict[str, Any]]
 
     Args:
         indices: of all samples.
-        answers: one for each; a failed one is empty, or `NO_ANSWER` and ``: reason``.
+        answers: one for each; a failed one is empty, or ``NO_ANSWER`` and ``: reason``.
     """
     failed = []
     for index, answer in zip(indices, answers, strict=True):
@@ -96,12 +96,12 @@ class Benchmark:
     Attributes:
         name: what a user types.
         title: what the table says.
-        kind: one of `KINDS`.
+        kind: one of ``KINDS``.
         files: its data sets. The benchmark's score is the mean of theirs.
         metric: which of VLMEvalKit's numbers is a data set's score.
         scale: makes 0 - 100 of VLMEvalKit's numbers: 100 for shares, 1 for percentages.
         group: rows that are right or wrong together: this many neighbours in the order of their
-            index, or `CIRCULAR` for one question with its options rotated, as in any data set
+            index, or ``CIRCULAR`` for one question with its options rotated, as in any data set
             whose name holds "mmbench" or "circular".
         answer_tokens: the longest answer: an option, "yes", a few words; fields of forms and
             formulas take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; an
@@ -173,7 +173,7 @@ class Benchmark:
         Args:
             dataset: VLMEvalKit's name of it.
             data_root: folder of the data file.
-            limit: the number of questions to ask, see `EvaluationDataset`.
+            limit: the number of questions to ask, see ``EvaluationDataset``.
             images: folder to unpack its pictures to; by default one in ``data_root``.
         """
         common = dict(dataset_name=dataset, group=self.group, module=self.module)
@@ -257,14 +257,14 @@ _TABLE = (
 )  # fmt: skip
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
-"""By name, in the paper's column order. `register_benchmark` adds to it."""
+"""By name, in the paper's column order. ``register_benchmark`` adds to it."""
 
 PAPER = tuple(BENCHMARKS)
 """The names of the paper's seven benchmarks."""
 
 
 def register_benchmark(benchmark: Benchmark) -> None:
-    """Add a benchmark of your own to `BENCHMARKS`.
+    """Add a benchmark of your own to ``BENCHMARKS``.
 
     Its ``module``, if none is given, is the module that calls. The same benchmark may be added
     twice.

@@ -62,8 +62,8 @@ class EvaluationDataset(BaseDataset):
             limit: the number of questions to ask, evenly spread over the file. Rows that belong
                 together (MMBench's rotations of a question, a pair of MMVP, a group of
                 NaturalBench) count as one question. None for all.
-            group: see `Benchmark`.
-            module: see `Benchmark`.
+            group: see ``Benchmark``.
+            module: see ``Benchmark``.
 
         Returns:
             A row for each sample: ``index``, ``prompt`` (messages), ``answer``, and ``row``, the
@@ -118,7 +118,7 @@ def vlmeval_dataset(
 
 
 def read_rows(file: Path, limit: int | None = None, group: int | str = 1) -> pd.DataFrame:
-    """Read a data file of VLMEvalKit; see `EvaluationDataset.load`.
+    """Read a data file of VLMEvalKit; see ``EvaluationDataset.load``.
 
     Returns:
         The chosen rows in the order of the questions. ``image`` holds lists of base64 texts, the

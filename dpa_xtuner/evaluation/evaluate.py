@@ -71,13 +71,13 @@ def evaluate(
     """Evaluate models on benchmarks whose files are there.
 
     Args:
-        models: the table's rows, from `visual` or `text`.
+        models: the table's rows, from ``visual`` or ``text``.
         asked: the table's columns and their data sets, from the same module.
         work_dir: where everything goes, and a rerun continues.
         options: see there.
 
     Returns:
-        The report; and the samples, see `BenchmarkEvaluator.score`.
+        The report; and the samples, see ``BenchmarkEvaluator.score``.
     """
     unique = {model.config["abbr"]: model.config for model in models}
     configs = [config for data_sets in asked.values() for config in data_sets.values()]

@@ -28,7 +28,7 @@ class BenchmarkEvaluator(BaseEvaluator):
 
     Args:
         dataset_name: VLMEvalKit's name.
-        group: see `Benchmark`, as all that follow.
+        group: see ``Benchmark``, as all that follow.
         module: imported first.
         metric: VLMEvalKit's name of the number that is the score.
         scale: makes 0 - 100 of VLMEvalKit's numbers.
@@ -47,7 +47,7 @@ class BenchmarkEvaluator(BaseEvaluator):
         self.metric, self.scale = metric, scale
 
     def evaluate(self, k: Any, n: Any, original_dataset: Dataset, **arguments: Any) -> dict:
-        """Call `score`, without the base class's statistics over repeated runs."""
+        """Call ``score``, without the base class's statistics over repeated runs."""
         return self.score(**arguments)
 
     def score(self, predictions: Sequence[str | None], test_set: Dataset) -> dict[str, Any]:
@@ -55,15 +55,15 @@ class BenchmarkEvaluator(BaseEvaluator):
 
         Args:
             predictions: an answer for each row of ``test_set``. A sample whose answer is empty or
-                begins with `NO_ANSWER` has failed and counts as wrong, and so does any sample
+                begins with ``NO_ANSWER`` has failed and counts as wrong, and so does any sample
                 whose row has no right answer.
-            test_set: the rows of `EvaluationDataset` that were asked.
+            test_set: the rows of ``EvaluationDataset`` that were asked.
 
         Returns:
             ``score`` (0 - 100), ``samples`` (how many rows), ``metrics`` (VLMEvalKit's numbers by
             name, shares as 0 - 100), ``failed`` (``index`` and ``reason`` of each) and ``details``
             (a dict for each row: index, question, image (path), answer, prediction, correct: see
-            `Scored`; group: the same for rows that are right or wrong together, None without
+            ``Scored``; group: the same for rows that are right or wrong together, None without
             groups).
         """
         data = pd.DataFrame([json.loads(row) for row in test_set["row"]])

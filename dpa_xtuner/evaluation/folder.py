@@ -27,7 +27,7 @@ _ADVICE = "Copy or export the folder again."
 def files_read(folder: Path) -> list[Path]:
     """List the files that transformers may read, sorted; no README, log or folder beside them.
 
-    ``dpa.json`` is not among them: all that counts of it is `pads_pictures`.
+    ``dpa.json`` is not among them: all that counts of it is ``pads_pictures``.
     """
     return sorted(
         path for path in folder.iterdir()

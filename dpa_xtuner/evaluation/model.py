@@ -85,7 +85,7 @@ class ChatModel(BaseModel):
         return LLAVA_1_5, True
 
     def parse_template(self, prompt_template: Any, mode: str) -> Any:
-        """Return the messages as they are: `generate` applies the folder's chat template."""
+        """Return the messages as they are: ``generate`` applies the folder's chat template."""
         return list(prompt_template) if isinstance(prompt_template, tuple) else prompt_template
 
     def get_token_len(self, prompt: str) -> int:
@@ -95,12 +95,12 @@ class ChatModel(BaseModel):
     def generate(self, inputs: Sequence[list[dict] | str], max_out_len: int) -> list[str]:
         """Answer a batch of prompts, greedily.
 
-        A sample that fails, or gets an empty answer, has an answer that begins with `NO_ANSWER`
+        A sample that fails, or gets an empty answer, has an answer that begins with ``NO_ANSWER``
         and goes on with ``: reason``; the others of its batch are not affected. A batch that runs
         out of memory, or raises, is halved until the culprit is alone.
 
         Args:
-            inputs: prompts as `encode_messages` takes them.
+            inputs: prompts as ``encode_messages`` takes them.
             max_out_len: the number of tokens that an answer may have.
 
         Returns:
@@ -165,7 +165,7 @@ class ChatModel(BaseModel):
                 or a text, which is a user's message.
 
         Returns:
-            Token ids, with `image_tokens` image tokens for each picture; and the pictures' pixel
+            Token ids, with ``image_tokens`` image tokens for each picture; and the pictures' pixel
             values (1, 3, H, W), in order.
 
         Raises:
@@ -225,7 +225,7 @@ class ChatModel(BaseModel):
 class LlavaFolder(ChatModel):
     """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
 
-    It computes in `computing_dtype`. The LLM's attention is FlashAttention-2 where that is
+    It computes in ``computing_dtype``. The LLM's attention is FlashAttention-2 where that is
     installed on a GPU. Otherwise it is transformers' choice, or the eager one if the scores are
     capped (Gemma-2), since SDPA would leave the cap out.
 
@@ -360,7 +360,7 @@ def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
         samples: all of them.
 
     Returns:
-        The results in order; that of a culprit is its `failure`.
+        The results in order; that of a culprit is its ``failure``.
 
     Raises:
         RuntimeError: the GPU is in a state that no later sample would survive.
@@ -381,7 +381,7 @@ def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
 
 
 def failure(error: Exception) -> str:
-    """Make the answer that stands for none: `NO_ANSWER` and the reason."""
+    """Make the answer that stands for none: ``NO_ANSWER`` and the reason."""
     reason = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
     return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]

@@ -1,6 +1,6 @@
 """OpenCompass's tasks for models and data sets, in a folder in which a rerun continues.
 
-Answers and scores are kept under names that hold a `cache_key`, so none comes from a stale cache.
+Answers and scores are kept under names that hold a ``cache_key``, so none comes from a stale cache.
 """
 
 from __future__ import annotations

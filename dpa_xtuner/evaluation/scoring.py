@@ -1,6 +1,6 @@
 """VLMEvalKit's scores by its own functions, together with which rows are right.
 
-`score` knows how VLMEvalKit scores the published benchmarks, and calls the functions that its
+``score`` knows how VLMEvalKit scores the published benchmarks, and calls the functions that its
 classes call. Of any other class it calls ``evaluate``, which goes through files.
 """
 
@@ -29,14 +29,14 @@ Scored = tuple[list[bool | float | None], dict[str, float]]
 """For each row whether it is right (a float where it can be partly right, None where VLMEvalKit
 does not tell); and VLMEvalKit's numbers by name."""
 
-# Reports of multiple choice, by a part of the data set's name; `report_acc` for all others.
+# Reports of multiple choice, by a part of the data set's name; ``report_acc`` for all others.
 _REPORTS = {"MMT": mcq.report_acc_MMT, "MMSci": mcq.report_acc_MMSci, "MMVP": mcq.report_acc_MMVP}
 _ANLS = ("DocVQA", "InfoVQA")
 _FORMULA = "Handwritten Mathematical Expression Recognition"
 _OCR_TASKS = (
     "Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", _FORMULA,
 )  # fmt: skip
-# Where a class's `evaluate` leaves what it made of each row, and in which column.
+# Where a class's ``evaluate`` leaves what it made of each row, and in which column.
 _ROW_FILES = (("_exact_matching_result", "hit"), ("_auxmatch", "score"), ("_results", "eval_score"))
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 _LONGEST = 32_000  # a cell of a spreadsheet holds 32,767 characters
@@ -46,9 +46,9 @@ def score(dataset: Any, data: pd.DataFrame, group: int | str, folder: Path) -> S
     """Score answers as the data set's class does, without a judge model.
 
     Args:
-        dataset: from `vlmeval_dataset`.
+        dataset: from ``vlmeval_dataset``.
         data: the file's rows and their ``prediction``, by ascending index, numbered from 0.
-        group: see `Benchmark`.
+        group: see ``Benchmark``.
         folder: where a class that is not known here may write.
     """
     kind, name = type(dataset), dataset.dataset_name

@@ -44,7 +44,7 @@ class TextBenchmark:
     Attributes:
         name: on the command line and in file names.
         title: the table's column.
-        kind: one of `TEXT_KINDS`.
+        kind: one of ``TEXT_KINDS``.
         configs_of: OpenCompass's module of configs, below ``opencompass.configs.datasets``. MMLU's
             holds 57 data sets, one for each subject; its score is their unweighted mean, as in
             OpenCompass's summaries.
@@ -52,7 +52,7 @@ class TextBenchmark:
         parts: files below ``path`` that must be there, ``{name}`` being the data set's own name;
             empty if ``path`` is the file.
         chance: what guessing scores, 0 - 100.
-        judge: none is needed, see `dpa_xtuner.evaluation.benchmarks.Benchmark`.
+        judge: none is needed, see ``dpa_xtuner.evaluation.benchmarks.Benchmark``.
     """
 
     name: str
@@ -80,7 +80,7 @@ class TextBenchmark:
         return copy.deepcopy(found)
 
     def paths(self, config: dict, root: Path) -> list[Path]:
-        """List the files that one of `configs` is read from, below the data folder."""
+        """List the files that one of ``configs`` is read from, below the data folder."""
         path = root / self.path
         return [path / part.format(name=config.get("name")) for part in self.parts] or [path]
 

@@ -158,7 +158,7 @@ _CLASSES = {
     "internlm2": "dpa_xtuner.model.internlm2.InternLM2ForCausalLM",
     "internlm3": "dpa_xtuner.model.internlm3.InternLM3ForCausalLM",
 }
-"""By model type; `AutoModelForCausalLM` loads all others."""
+"""By model type; ``AutoModelForCausalLM`` loads all others."""
 
 
 def load_llm(
@@ -260,7 +260,7 @@ class TextEvaluator(BaseEvaluator):
         self.inner, self.postprocessor = ICL_EVALUATORS.build(evaluator), postprocessor
 
     def evaluate(self, k: int, n: int, original_dataset: Any, **columns: Any) -> dict:
-        """Call `score`, without OpenCompass's statistics over repeated runs."""
+        """Call ``score``, without OpenCompass's statistics over repeated runs."""
         return self.score(**columns)
 
     def score(
