@@ -91,9 +91,7 @@ class EvaluationDataset(BaseDataset):
         )
 
 
-def vlmeval_dataset(
-    name: str, data: pd.DataFrame, module: str | None = None, root: str = "."
-) -> Any:
+def vlmeval_dataset(name: str, data: pd.DataFrame, module: str | None, root: str | Path) -> Any:
     """Make VLMEvalKit's data set of rows that are given: it reads and fetches no file.
 
     Args:
@@ -101,7 +99,7 @@ def vlmeval_dataset(
             multiple choice, as VLMEvalKit does.
         data: its rows, without pictures.
         module: imported first.
-        root: folder that VLMEvalKit may write to.
+        root: an existing folder that VLMEvalKit may write to; else it makes one in the home.
     """
     if module:
         importlib.import_module(module)

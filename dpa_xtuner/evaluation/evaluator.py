@@ -103,10 +103,12 @@ class BenchmarkEvaluator(BaseEvaluator):
         ordered = data.sort_values("index")
         places = ordered.index
         ordered = ordered.reset_index(drop=True)
-        # A class would go on with the files that an earlier evaluation left.
-        shutil.rmtree(self.output_dir, ignore_errors=True)
-        dataset = vlmeval_dataset(self.dataset_name, ordered, self.module, self.output_dir)
-        right, metrics = score(dataset, ordered, self.group_rows, Path(self.output_dir))
+        folder = Path(self.output_dir)
+        # A class would use the files that an earlier evaluation left.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        dataset = vlmeval_dataset(self.dataset_name, ordered, self.module, folder)
+        right, metrics = score(dataset, ordered, self.group_rows, folder)
         by_place = dict(zip(places, right, strict=True))
         return (
             [by_place[place] for place in range(len(data))],

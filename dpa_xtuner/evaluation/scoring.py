@@ -141,7 +141,6 @@ def _read(data: pd.DataFrame) -> list[int]:
 
 def _by_class(dataset: Any, data: pd.DataFrame, folder: Path) -> Scored:
     """Have a class score a file of answers, and read which rows are right from what it leaves."""
-    folder.mkdir(parents=True)
     file = str(folder / f"{dataset.dataset_name}.pkl")  # a spreadsheet would make 7 of "007"
     said = data["prediction"].map(lambda text: _UNWRITABLE.sub(" ", text)[:_LONGEST])
     data.assign(prediction=said).to_pickle(file)

@@ -399,13 +399,16 @@ def test_scored_again_after_other_answers(case, tmp_path):
     assert score(case, tmp_path, case.said)["score"] == pytest.approx(case.score)
 
 
-def test_details_say_what_was_asked(tmp_path):
+def test_details_say_what_was_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("LMUData", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     case = CASES["MMVP"]
     result = score(case, write(tmp_path, case), case.said)
     detail = next(d for d in result["details"] if d["index"] == 3)
     assert detail["prediction"] == "A" and detail["answer"] == "A" and detail["correct"] is True
     assert "Is the door open or shut? (1)" in detail["question"] and "B. Shut" in detail["question"]
     assert Image.open(detail["image"]).getpixel((3, 3)) == (0, 0, 0)
+    assert not (tmp_path / "home").exists()  # VLMEvalKit would make a folder for its data there
 
 
 class Oracle(BaseModel):
