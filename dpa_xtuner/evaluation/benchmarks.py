@@ -99,7 +99,7 @@ class Benchmark:
         kind: one of ``KINDS``.
         files: its data sets. The benchmark's score is the mean of theirs.
         metric: which of VLMEvalKit's numbers is a data set's score.
-        scale: makes 0 - 100 of VLMEvalKit's numbers: 100 for shares, 1 for percentages.
+        scale: makes 0 - 100 of VLMEvalKit's numbers: 100 for fractions, 1 for percentages.
         group: rows that are right or wrong together: this many neighbours in the order of their
             index, or ``CIRCULAR`` for one question with its options rotated, as in any data set
             whose name holds "mmbench" or "circular".
@@ -235,13 +235,13 @@ _TABLE = (
     Benchmark("ai2d", "AI2D", _GENERAL, _files("AI2D_TEST"), judge=_EXACT),
     # ANLS: one minus the edit distance over the length; 0 where that is below 0.5.
     Benchmark("docvqa", "DocVQA", _GENERAL, _files("DocVQA_VAL"), scale=1, answer_tokens=128),
-    # The share of questions where a reference answer occurs in the model's answer.
+    # The fraction of questions where a reference answer occurs in the model's answer.
     Benchmark(
         "ocrbench", "OCRBench", _GENERAL, _files("OCRBench"), "Final Score Norm", scale=1,
         answer_tokens=256,
     ),
     # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its two
-    # sources, ADE20K and COCO. VLMEvalKit gives only these two parts. The share of all 2,638
+    # sources, ADE20K and COCO. VLMEvalKit gives only these two parts. The fraction of all 2,638
     # questions would be another number: 1,438 of them are 2D.
     Benchmark(
         "cvbench", "CV-Bench", _VISION, _files("CV-Bench-2D", "CV-Bench-3D"), judge=_EXACT

@@ -61,10 +61,10 @@ class BenchmarkEvaluator(BaseEvaluator):
 
         Returns:
             ``score`` (0 - 100), ``samples`` (how many rows), ``metrics`` (VLMEvalKit's numbers by
-            name, shares as 0 - 100), ``failed`` (``index`` and ``reason`` of each) and ``details``
-            (a dict for each row: index, question, image (path), answer, prediction, correct: see
-            ``Scored``; group: the same for rows that are right or wrong together, None without
-            groups).
+            name, fractions as 0 - 100), ``failed`` (``index`` and ``reason`` of each) and
+            ``details`` (of each row: index, question, image (path), answer, prediction, correct, as
+            in ``Scored``, and group: the same for rows that are right or wrong together, None
+            without groups).
         """
         data = pd.DataFrame([json.loads(row) for row in test_set["row"]])
         golds = data.get("answer", pd.Series(_NO_GOLD, index=data.index))

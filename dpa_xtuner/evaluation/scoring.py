@@ -84,7 +84,7 @@ def _anls(data: pd.DataFrame, name: str) -> Scored:
     by = next((data[column] for column in ("split", "category") if column in data), None)
     parts = {} if by is None else values.groupby(by).mean().to_dict()
     means = {"Overall": values.mean(), **parts}
-    return values.tolist(), {name: 100 * share for name, share in means.items()}
+    return values.tolist(), {name: 100 * fraction for name, fraction in means.items()}
 
 
 def _listed(answer: str) -> list[str]:
@@ -123,7 +123,7 @@ def _naturalbench(data: pd.DataFrame) -> list[bool | float | None]:
 
 
 def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
-    """Return NaturalBench's shares (0 - 1) of right answers, questions, pictures and groups.
+    """Return NaturalBench's fractions (0 - 1) of right answers, questions, pictures and groups.
 
     Args:
         data: any number of groups of four rows, with ``index``, ``type`` and ``prediction``.
