@@ -38,7 +38,7 @@ EVALUATE = --benchmarks $(BENCHMARKS) --import dpa_xtuner.demo.benchmarks --show
 
 demo: $(INSTALLED)
 	@echo "Step 1 of 5: the language model, the drawings and their questions"
-	@python tools/prepare_demo.py $(DATA)
+	@python -m dpa_xtuner.demo prepare $(DATA)
 	@echo "Step 2 of 5: training. Each stage says how long it will take; most of it is tune"
 	@python tools/train.py configs/$(DPA)
 	@echo "Step 3 of 5: export"
@@ -46,7 +46,7 @@ demo: $(INSTALLED)
 	@echo "Step 4 of 5: evaluation by OpenCompass, a minute or two"
 	@python tools/eval.py $(WORK_DIR)/tune/hf $(EVALUATE)
 	@echo "Step 5 of 5: held-out questions before and after training, a minute or two"
-	@python tools/demo_report.py $(DATA) $(WORK_DIR)
+	@python -m dpa_xtuner.demo report $(DATA) $(WORK_DIR)
 
 compare: demo
 	python tools/train.py configs/$(VANILLA)

@@ -1,5 +1,5 @@
 # The demo (make demo): a real 135M language model and drawings, on two CPU cores.
-# tools/prepare_demo.py makes the models and the data. All numbers are [ours], chosen for what is
+# `python -m dpa_xtuner.demo prepare` makes the models and the data. All numbers are [ours], chosen for what is
 # learned in a quarter of an hour. Small batches: as many samples in half as many steps taught less.
 _base_ = ['_base_/dpa.py']
 

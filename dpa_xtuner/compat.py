@@ -200,31 +200,12 @@ def deepspeed_loads_safely() -> Iterator[None]:
         yield
 
 
-def vlmeval_scoring() -> None:
-    """VLMEvalKit 0.0.20 scores slowly, and in processes that it never ends.
-
-    Multiple choice is scored in a thread that writes the results so far to a file after each row:
-    50 s for AI2D. ANLS is scored in 16 forks of this process, which may hold a model and run
-    threads. Only processes that evaluate need this; where VLMEvalKit has neither function any
-    more, nothing is done.
-    """
-    import multiprocessing.dummy
-
-    from vlmeval.dataset import image_vqa
-    from vlmeval.dataset.utils import multiple_choice
-
-    if hasattr(multiple_choice, "track_progress_rich"):
-        multiple_choice.track_progress_rich = _all_at_once
-    if hasattr(image_vqa, "mp"):
-        image_vqa.mp = multiprocessing.dummy
-
-
 def vlmeval_literals() -> None:
-    """VLMEvalKit 0.0.20 runs what is in a data file as Python, to see whether it is a list.
+    """VLMEvalKit 0.0.20 runs text of a data file as Python, to see whether it is a list.
 
-    This is so in many of its data sets; mended are the modules that ours go through. Indices, lists
-    of pictures and of right answers are literals; anything else in their places is no longer run,
-    but taken for text or refused.
+    Many of its data sets do so; this mends the modules that ours use. Indices, lists of pictures
+    and of right answers are literals. Anything else in their places is no longer run, but taken
+    for text or refused.
     """
     import ast
 
@@ -234,14 +215,6 @@ def vlmeval_literals() -> None:
 
     for module in (image_vqa, vqa_eval, misc):
         module.eval = ast.literal_eval
-
-
-def _all_at_once(func, tasks, nproc, save, keys, **options) -> list:
-    from vlmeval.smp import dump
-
-    results = [func(**task) for task in tasks]
-    dump(dict(zip(keys, results, strict=True)), save)
-    return results
 
 
 def apply() -> None:

@@ -40,7 +40,7 @@ def read_json(path: Path, advice: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise DPAError(f"{path} is broken ({error}). {advice}") from None
     if not isinstance(content, dict):
         raise DPAError(f"{path} is broken (no object in it). {advice}")

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from support import harness
 
-from dpa_xtuner.stages import rehearsal
+from dpa_xtuner.planning import rehearsal
 from dpa_xtuner.stages.settings import Settings
 
 torch.set_num_threads(1)

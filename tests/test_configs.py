@@ -24,10 +24,10 @@ from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.llm import base_model
 from dpa_xtuner.model.published import published_config
+from dpa_xtuner.planning.memory import StageModel
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages import Settings, stage_table
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.memory import StageModel
 from dpa_xtuner.stages.models import complete
 
 ROOT = Path(__file__).parents[1]

@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from dpa_xtuner.errors import told_plainly
-    from dpa_xtuner.stages.from_stock import find_stock, write_config
+    from dpa_xtuner.planning.from_stock import find_stock, write_config
 
     with told_plainly():
         stock = find_stock(arguments.stock)

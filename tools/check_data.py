@@ -23,7 +23,7 @@ def main() -> int:
     path = find_config(arguments.config)
 
     from dpa_xtuner.errors import told_plainly
-    from dpa_xtuner.stages.check import check_config
+    from dpa_xtuner.planning.check import check_config
 
     with told_plainly():
         return 0 if check_config(path, arguments.cfg_options, arguments.sample) else 1

@@ -3,9 +3,8 @@
     python tools/eval.py dpa_internlm2_7b path/to/another_llava --benchmarks mmbench mmvp
 
 A model is a config (path or name), whose finished run is exported first, or the folder of a Hugging
-Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, several
-models with differences to the first. The same command again does what is missing, and nothing
-else.
+Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, with
+differences to the first model. The same command again does what is missing and nothing else.
 
     python tools/eval.py dpa_internlm2_7b --benchmarks text
 
@@ -21,16 +20,19 @@ import os
 import subprocess
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's, have no need of
+os.environ["DPA_WITHOUT_XTUNER"] = "1"  # this process and its children don't need it
 
 from _configs import config_names, find_config
 
 from dpa_xtuner.errors import DPAError, check_installed, nearest, told_plainly
+from dpa_xtuner.layout import HF_FOLDER, STAGE_NAMES
 
 if TYPE_CHECKING:
+    from dpa_xtuner.evaluation.evaluate import Options
     from dpa_xtuner.evaluation.report import Details, Report
 
 EXPORT = Path(__file__).with_name("export.py")
@@ -41,41 +43,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="config or LLaVA folder; for text also an LLM's folder",
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL",
+        help="config or LLaVA folder; for text also an LLM's folder")  # fmt: skip
+    add("--benchmarks", nargs="+", default=["all"], metavar="NAME",
+        help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all (default); text-only: "
+        "mmlu arc boolq gsm8k arc_likelihood hellaswag piqa, or text")  # fmt: skip
+    add("--data", type=Path, default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
+        help="folder of the benchmarks' files (tools/get_benchmarks.py); default: $LMUData or "
+        "data/benchmarks")  # fmt: skip
+    add(
+        "--ignore-md5",
+        action="store_true",
+        help="evaluate files that are not the published ones, too; the table names them",
     )
-    parser.add_argument("--benchmarks", nargs="+", default=["all"], metavar="NAME",
-                        help="mmbench ai2d docvqa ocrbench cvbench mmvp naturalbench, or all "
-                        "(default); text-only: mmlu arc boolq gsm8k arc_likelihood hellaswag "
-                        "piqa, or text")  # fmt: skip
-    parser.add_argument("--data", type=Path,
-                        default=os.environ.get("LMUData", "data/benchmarks"),  # noqa: SIM112
-                        help="folder of the benchmarks' files (tools/get_benchmarks.py); default: "
-                        "$LMUData or data/benchmarks")  # fmt: skip
-    parser.add_argument("--ignore-md5", action="store_true",
-                        help="evaluate files that are not the published ones as well; the table "
-                        "says which")  # fmt: skip
-    parser.add_argument("--limit", type=_positive, metavar="N",
-                        help="questions or groups of each data set, evenly spread (text-only: the "
-                        "first); default: all")  # fmt: skip
-    parser.add_argument("--gpus", type=int, metavar="N",
-                        help="GPUs that answer at a time; default: one, or the CPU where there is "
-                        "none")  # fmt: skip
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
-    parser.add_argument("--show", type=_positive, metavar="N",
-                        help="draw N wrong answers of each data set to wrong_answers.html; "
-                        "of text-only ones to wrong_answers_text.html")  # fmt: skip
-    parser.add_argument("--work-dir", type=Path, default="work_dirs/eval",
-                        help="default: work_dirs/eval")  # fmt: skip
-    parser.add_argument("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
-                        help="Python modules that register benchmarks of your own "
-                        "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
-    arguments = parser.parse_args()
+    add("--limit", type=_positive, metavar="N",
+        help="questions or groups of each data set, evenly spread (text-only: the first); default: "
+        "all")  # fmt: skip
+    add(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="GPUs that answer at a time; default: one, or the CPU if there is none",
+    )
+    add("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
+    add("--fresh", action="store_true", help="ask again what has been answered")
+    add("--show", type=_positive, metavar="N",
+        help="draw N wrong answers of each data set to wrong_answers.html; of text-only ones to "
+        "wrong_answers_text.html")  # fmt: skip
+    add("--work-dir", type=Path, default="work_dirs/eval", help="default: work_dirs/eval")
+    add("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
+        help="Python modules that register benchmarks of your own "
+        "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     with told_plainly():
-        return _evaluate(arguments)
+        return _evaluate(parser.parse_args())
 
 
 def _positive(text: str) -> int:
@@ -86,9 +87,10 @@ def _positive(text: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate: what has pictures, then what is text alone and has a table of its own."""
+    """Evaluate on pictures, and then on text alone, which has a table of its own."""
     from dpa_xtuner.evaluation import text_benchmarks as text
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
+    from dpa_xtuner.evaluation.evaluate import Options
 
     for module in arguments.modules:
         _import(module)
@@ -96,32 +98,50 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
     models = [_model(name) for name in arguments.models]
     check_installed("eval", "opencompass", "vlmeval")
-    there, left_out, other_files = _with_files(benchmarks, arguments.data, arguments.ignore_md5)
-    texts_there, texts_left_out = text.with_files(texts, arguments.data)
-    left_out += texts_left_out
-    for line in left_out:
-        print(f"Left out: {line}", file=sys.stderr, flush=True)
-    for line in other_files:
+    gpus = _gpus(arguments.gpus)
+    there, left_out, other_files = _with_files([*benchmarks, *texts], arguments)
+    for line in [*(f"Left out: {line}" for line in left_out), *other_files]:
         print(line, file=sys.stderr, flush=True)
-    if not there and not texts_there:
+    if not there:
         raise DPAError(
             f"--data {arguments.data} has the files of none of these benchmarks, see above."
         )
-    code = _evaluate_pictures(arguments, models, there, left_out, other_files) if there else 0
-    if texts_there:
-        code = _evaluate_texts(arguments, models, texts_there, left_out) or code
-    return code
+    options = Options(
+        arguments.limit, gpus, arguments.batch_size, arguments.fresh, left_out, other_files
+    )
+    codes = [
+        _evaluate_kind(kind, arguments, models, asked, options)
+        for kind, chosen in (("visual", benchmarks), ("text", texts))
+        if (asked := [benchmark for benchmark in chosen if benchmark in there])
+    ]
+    return max(codes)
+
+
+def _evaluate_kind(
+    kind: str, arguments: argparse.Namespace, models: list[Path], asked: list, options: Options
+) -> int:
+    """Evaluate on benchmarks of one kind, ``visual`` or ``text``; return the exit code."""
+    from dpa_xtuner.evaluation.evaluate import evaluate
+    from dpa_xtuner.evaluation.report import save_beside_runs
+
+    of_kind = importlib.import_module(f"dpa_xtuner.evaluation.{kind}")
+    data, work_dir, limit = arguments.data, arguments.work_dir, options.limit
+    described = of_kind.models_of([_folder(model) for model in models], options)
+    data_sets = {b: of_kind.data_sets_of(b, data, work_dir, limit) for b in asked}
+    if kind == "text":
+        options = replace(options, other_files=())  # those are of benchmarks with pictures
+        found = evaluate(described, data_sets, work_dir, options)
+        return _show(arguments, *found, "text", "wrong_answers_text.html")
+    found = evaluate(described, data_sets, work_dir, options)
+    if limit is None and not options.other_files:
+        save_beside_runs(found[0])
+    return _show(arguments, *found, "table", "wrong_answers.html")
 
 
 def _import(module: str) -> None:
-    """Import a module that registers benchmarks, from the current folder as well.
-
-    Processes that answer on GPUs of their own import it again.
-    """
+    """Import a module that registers benchmarks, also from the current folder."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (before, os.getcwd())))
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, TypeError, ValueError):  # no name of a module, or its parents' trouble
@@ -143,56 +163,18 @@ def _import(module: str) -> None:
         ) from error
 
 
-def _evaluate_pictures(
-    arguments: argparse.Namespace,
-    models: list[Path],
-    there: list,
-    left_out: list[str],
-    other_files: list[str],
-) -> int:
-    from dpa_xtuner.evaluation.report import save_beside_runs
-    from dpa_xtuner.evaluation.run import check_folder, evaluate
-
-    gpus = _gpus(arguments.gpus)
-    folders = [_folder(model) for model in models]
-    for folder in folders:
-        check_folder(folder)
-    report, details = evaluate(
-        folders, there, arguments.data, arguments.work_dir,
-        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size,
-        left_out=left_out, other_files=other_files,
-    )  # fmt: skip
-    code = _told(arguments, report, details, "table", "wrong_answers.html")
-    if arguments.limit is None and not other_files:
-        save_beside_runs(report)
-    return code
-
-
-def _evaluate_texts(
-    arguments: argparse.Namespace, models: list[Path], there: list, left_out: list[str]
-) -> int:
-    from dpa_xtuner.evaluation import text
-
-    gpus = _gpus(arguments.gpus)
-    llms = text.llms_of([_folder(model) for model in models])
-    report, details = text.evaluate(
-        llms, there, arguments.data, arguments.work_dir,
-        limit=arguments.limit, gpus=gpus, batch_size=arguments.batch_size, left_out=left_out,
-    )  # fmt: skip
-    return _told(arguments, report, details, "text", "wrong_answers_text.html")
-
-
-def _told(
+def _show(
     arguments: argparse.Namespace, report: Report, details: Details, table: str, page: str
 ) -> int:
     """Save and print the table, draw wrong answers; exit code 1 if something failed."""
     from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.report import save
+    from dpa_xtuner.files import write_text
 
     folder = arguments.work_dir
     print(f"\n{save(report, folder, table)}\n{folder / f'{table}.md'}")
     if arguments.show:
-        show.save(details, arguments.show, folder / page)
+        write_text(folder / page, show.page(details, arguments.show))
         print(folder / page)
     for line in report.failures():
         print(f"dpa_xtuner: {line}", file=sys.stderr)
@@ -200,7 +182,7 @@ def _told(
 
 
 def _model(name: str) -> Path:
-    """A LLaVA folder, or the file of a config."""
+    """Find a LLaVA folder, or the file of a config."""
     if Path(name).is_dir():
         return Path(name)
     if (name.endswith(".py") and Path(name).is_file()) or name in config_names():
@@ -212,23 +194,19 @@ def _model(name: str) -> Path:
 
 
 def _with_files(
-    benchmarks: list, data: Path, ignore_md5: bool
+    benchmarks: list, arguments: argparse.Namespace
 ) -> tuple[list, list[str], list[str]]:
-    """Benchmarks whose files are there; what is left out for want of them; files of another md5."""
-    from dpa_xtuner.evaluation.benchmarks import missing_files
-
-    missing = missing_files(benchmarks, data)
-    others = [file for file in missing if file.md5 and ignore_md5]
-    missing = [file for file in missing if file not in others]
-    lacking = {file.benchmark.name for file in missing}
+    """Return benchmarks whose files are there, what is left out, and files of another md5."""
+    missing = {benchmark: benchmark.missing(arguments.data) for benchmark in benchmarks}
+    ignored = [m for found in missing.values() for m in found if m.md5 and arguments.ignore_md5]
+    lacking = {b: [m for m in found if m not in ignored] for b, found in missing.items()}
     return (
-        [benchmark for benchmark in benchmarks if benchmark.name not in lacking],
-        [f"{file.benchmark.title}: {file}" for file in missing],
+        [benchmark for benchmark, found in lacking.items() if not found],
+        [str(file) for found in lacking.values() for file in found],
         [
-            f"{file.benchmark.title}: {file.path} is not the published file (its md5 is "
-            f"{file.md5}, expected {file.file.md5}); compare its scores with those of this file "
-            f"alone."
-            for file in others
+            f"{file.title}: {file.path} is not the published file (its md5 is {file.md5}, expected "
+            f"{file.file.md5}); compare its scores only with those of the same file."
+            for file in ignored
         ],
     )
 
@@ -246,16 +224,16 @@ def _gpus(wanted: int | None) -> int:
 
 @functools.cache
 def _folder(model: Path) -> Path:
-    """A model's folder: a config's finished run is exported by a process that may import XTuner."""
+    """Return a model's folder; a config's finished run is exported by a process with XTuner."""
     if model.suffix != ".py":
         return model
-    folder = Path("work_dirs", model.stem, "tune", "hf")
+    folder = Path("work_dirs", model.stem, STAGE_NAMES[-1], HF_FOLDER)
     others = {k: v for k, v in os.environ.items() if k != "DPA_WITHOUT_XTUNER"}
     command = [sys.executable, str(EXPORT), str(model), "-o", str(folder)]
     if subprocess.run(command, env=others).returncode:
         raise DPAError(
-            f"{model} can't be exported, see above. A run in another work dir: export it by "
-            f"tools/export.py --work-dir, and give the folder."
+            f"{model} can't be exported, see above. If the run is in another work dir, export it "
+            f"with tools/export.py --work-dir, and give the folder."
         )
     return folder
 

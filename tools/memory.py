@@ -28,8 +28,8 @@ LENGTH = 2048
 
 def table(cfg: Config, gpus: int, zero: int, length: int | None) -> list[tuple[str, ...]]:
     """A row for each stage, in GB (2^30 bytes) and millions of parameters."""
+    from dpa_xtuner.planning.memory import StageModel
     from dpa_xtuner.stages import Settings, stage_table
-    from dpa_xtuner.stages.memory import StageModel
 
     settings = Settings.from_config(cfg)
     rows = []
@@ -54,8 +54,8 @@ def totals(cfg: Config, length: int) -> dict[tuple[str, str], list[float | None]
     Returns:
         None in the place of a set-up that can't be: ZeRO-3 shares out no weights of 4 bit.
     """
+    from dpa_xtuner.planning.memory import StageModel, state_memory
     from dpa_xtuner.stages import Settings, stage_table
-    from dpa_xtuner.stages.memory import StageModel, state_memory
 
     settings, found = Settings.from_config(cfg), {}
     quantised = bool(cfg.model.llm.get("quantization_config"))

@@ -43,7 +43,7 @@ def main() -> int:
     work_dir = Path(f"{work_dir}{suffix}")
 
     from dpa_xtuner.errors import told_plainly
-    from dpa_xtuner.stages import sweep
+    from dpa_xtuner.planning import sweep
 
     with told_plainly():
         if not known.table:

@@ -1,5 +1,6 @@
-"""The demo's model before training and after, in the parts that the report asks."""
+"""The demo's model before and after training, and what it answers."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,18 +14,48 @@ from transformers import (
 )
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-from dpa_xtuner.demo.prepare import LLM_FOLDER, VIT_FOLDER
+from dpa_xtuner.demo import report
+from dpa_xtuner.demo.prepare import DATA_FOLDER, LLM_FOLDER, VIT_FOLDER
 from dpa_xtuner.demo.report import Parts
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import write_text
 from dpa_xtuner.precision import choose_precision
 from dpa_xtuner.stages.pipeline import read_state
+
+
+def print_report(root: Path, work_dir: Path) -> None:
+    """Print how well the held-out questions are answered, and draw some answers.
+
+    The report is kept in ``work_dir``. A second call prints it again, unless the model was
+    trained since.
+
+    Args:
+        root: where :func:`dpa_xtuner.demo.prepare.prepare` put models and data.
+        work_dir: folder of the training.
+
+    Raises:
+        DPAError: the training is not finished.
+    """
+    table, picture = work_dir / "report.txt", work_dir / "answers.png"
+    if not table.is_file() or _changed(work_dir / "tune" / "stage.json") > _changed(table):
+        after = after_training(root, work_dir)
+        questions = report.load_questions(root / DATA_FOLDER / "heldout_questions.json")
+        before = report.evaluate(before_training(root), questions)
+        answered = report.evaluate(after, questions)
+        report.draw_answers(questions, answered.answers, picture)
+        write_text(table, report.compare(before, answered))
+    print(f"\n{table.read_text(encoding='utf-8')}\n\n{picture.resolve()}")
+
+
+def _changed(file: Path) -> float:
+    return file.stat().st_mtime if file.is_file() else math.inf
 
 
 def before_training(root: Path) -> Parts:
     """The original LLM with a projector as it is initialised.
 
     Args:
-        root: where ``tools/prepare_demo.py`` put the models.
+        root: where :func:`dpa_xtuner.demo.prepare.prepare` put the models.
     """
     llm, vit = _llm(root / LLM_FOLDER), CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
     torch.manual_seed(0)

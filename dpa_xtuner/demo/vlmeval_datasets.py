@@ -18,7 +18,7 @@ from vlmeval.dataset.utils.multiple_choice import report_acc_MMVP
 from vlmeval.dataset.utils.vqa_eval import process_answer
 from vlmeval.smp import d2df, dump, get_intermediate_file_path, load
 
-from dpa_xtuner.evaluation.dataset import naturalbench_scores
+from dpa_xtuner.evaluation.scoring import naturalbench_scores
 
 
 class OpenMojiChoice(ImageMCQDataset):

@@ -6,41 +6,87 @@ VLMEvalKit (``DATASET_URL`` and ``DATASET_MD5`` of ms-vlmeval 0.0.20; a test com
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.evaluation.cache_key import file_digest
 
 NO_ANSWER = "\ue0d0" * 3
-"""The answer of a sample that has none: characters of Unicode's private use. Nothing in it is an
-option, "yes", "no" or a word: no benchmark takes it for right (tested for each)."""
+"""The answer of a sample that has none: characters of Unicode's private use. It holds no option, no
+"yes" or "no" and no word, so no benchmark takes it for right (tested for each)."""
 
-KINDS = ("general", "vision-centric")
+KINDS = _GENERAL, _VISION = "general", "vision-centric"
 CIRCULAR = "circular"
+
+
+def failed_samples(indices: Iterable, answers: Iterable) -> list[dict[str, Any]]:
+    """List ``index`` and ``reason`` of samples without an answer.
+
+    Args:
+        indices: of all samples.
+        answers: one for each; a failed one is empty, or ``NO_ANSWER`` and ``: reason``.
+    """
+    failed = []
+    for index, answer in zip(indices, answers, strict=True):
+        text = "" if answer is None else str(answer).strip()
+        if not text or text.startswith(NO_ANSWER):
+            reason = text.removeprefix(NO_ANSWER).removeprefix(":").strip()
+            failed.append({"index": index, "reason": reason or "empty answer"})
+    return failed
 
 
 @dataclass(frozen=True)
 class DataFile:
-    """A data set of VLMEvalKit, which is one file in the data folder.
+    """A file of the data folder: a data set of VLMEvalKit, or an archive of OpenCompass.
 
     Attributes:
-        dataset: VLMEvalKit's name of it.
-        md5: Of the file; empty if any content will do.
-        url: Where it can be fetched; empty if nowhere.
+        dataset: VLMEvalKit's name of the data set, or the folder that is in the archive.
+        md5: of the file; empty if any content will do.
+        url: where to fetch it; empty if nowhere.
+        ending: of the file's name: ``tsv``, or ``zip`` for an archive.
     """
 
     dataset: str
     md5: str = ""
     url: str = ""
+    ending: str = "tsv"
 
     @property
     def name(self) -> str:
         """The file's name."""
-        return f"{self.dataset}.tsv"
+        return f"{self.dataset}.{self.ending}"
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether the file has to be unpacked."""
+        return self.ending == "zip"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A data file that can't be used.
+
+    Attributes:
+        title: of the benchmark that needs it.
+        file: what to fetch.
+        path: of the file that is missing or wrong.
+        problem: what is wrong with it, and what to do.
+        md5: of a file whose md5 differs from the expected one; else empty.
+    """
+
+    title: str
+    file: DataFile
+    path: Path
+    problem: str
+    md5: str = ""
+
+    def __str__(self) -> str:
+        """Say what is wrong, and what to do."""
+        return f"{self.title}: {self.path}: {self.problem}"
 
 
 @dataclass(frozen=True)
@@ -48,22 +94,22 @@ class Benchmark:
     """A column of the table.
 
     Attributes:
-        name: What a user types.
-        title: What the table says.
-        kind: One of `KINDS`.
-        files: Its data sets. The benchmark's score is the mean of theirs.
-        metric: Which of VLMEvalKit's numbers is a data set's score.
-        scale: What makes 0 - 100 of VLMEvalKit's numbers: 100 for shares, 1 for percentages.
-        group: Rows that are right or wrong together: this many neighbours in the order of their
-            index, or `CIRCULAR` for one question with its options rotated, as VLMEvalKit
-            takes any data set whose name holds "mmbench" or "circular".
-        answer_tokens: Longest answer: an option, "yes", a few words; fields of forms and formulas
-            take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; what ends the
-            turn ends the answer anyway.
-        judge: What takes a judge model's place where VLMEvalKit would ask one.
-        module: Imported before a data set is built; may put classes of VLMEvalKit's kind into
-            ``vlmeval.dataset.DATASET_CLASSES``. Where it changes, the benchmark is asked again.
-        chance: The score, 0 - 100, of answering at random; None where the table need not say it.
+        name: what a user types.
+        title: what the table says.
+        kind: one of ``KINDS``.
+        files: its data sets. The benchmark's score is the mean of theirs.
+        metric: which of VLMEvalKit's numbers is a data set's score.
+        scale: makes 0 - 100 of VLMEvalKit's numbers: 100 for fractions, 1 for percentages.
+        group: rows that are right or wrong together: this many neighbours in the order of their
+            index, or ``CIRCULAR`` for one question with its options rotated, as in any data set
+            whose name holds "mmbench" or "circular".
+        answer_tokens: the longest answer: an option, "yes", a few words; fields of forms and
+            formulas take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; an
+            answer also ends where the turn ends.
+        judge: what replaces the judge model where VLMEvalKit would ask one.
+        module: imported before a data set is built; may put classes of VLMEvalKit's kind into
+            ``vlmeval.dataset.DATASET_CLASSES``. If its file changes, the benchmark is asked again.
+        chance: the score, 0 - 100, of answering at random; None if the table need not say it.
     """
 
     name: str
@@ -90,30 +136,53 @@ class Benchmark:
         """VLMEvalKit's names of its data sets."""
         return tuple(file.dataset for file in self.files)
 
+    def missing(self, root: Path) -> list[Missing]:
+        """List the data files that can't be used: not there, or of another md5."""
+        missing = []
+        for file in self.files:
+            path = root / file.name
+            get, found = f"python tools/get_benchmarks.py {self.name}", ""
+            if not path.is_file():
+                problem = f"not there; get it with: {get}" if file.url else "not there"
+            elif file.md5 and (found := file_digest(path)) != file.md5:
+                problem = (
+                    f"its md5 is {found}, expected {file.md5}: cut short, or another version. "
+                    f"Move it away and get it again: {get}; or evaluate it as it is: "
+                    f"tools/eval.py --ignore-md5"
+                )
+            else:
+                continue
+            missing.append(Missing(self.title, file, path, problem, found))
+        return missing
+
     def score(self, scores: Mapping[str, float]) -> float:
-        """Make the benchmark's score of its data sets' scores, all of which must be there."""
+        """Return the benchmark's score: the mean of its data sets', all of which must be there."""
         return sum(scores[dataset] for dataset in self.datasets) / len(self.datasets)
 
-    def config(self, dataset: str, data_root: str | Path, limit: int | None = None) -> dict:
+    def config(
+        self,
+        dataset: str,
+        data_root: str | Path,
+        limit: int | None = None,
+        images: str | Path | None = None,
+    ) -> dict:
         """Make OpenCompass's config of one of the data sets, all but its ``abbr``.
 
-        The evaluation task must be given ``dump_details=True`` for the samples' details to be kept.
+        The evaluation task must be given ``dump_details=True`` to keep the samples' details.
 
         Args:
             dataset: VLMEvalKit's name of it.
-            data_root: Folder with the data file; its pictures are unpacked to ``images`` there.
-            limit: Questions to ask at most, see `EvaluationDataset`.
+            data_root: folder of the data file.
+            limit: the number of questions to ask, see ``EvaluationDataset``.
+            images: folder to unpack its pictures to; by default one in ``data_root``.
         """
-        common = dict(
-            dataset_name=dataset,
-            data_root=str(data_root),
-            limit=limit,
-            group=self.group,
-            module=self.module,
-        )
+        common = dict(dataset_name=dataset, group=self.group, module=self.module)
         return dict(
             type="dpa_xtuner.evaluation.dataset.EvaluationDataset",
             **common,
+            data_root=str(data_root),
+            images=str(images or Path(data_root, "images", dataset)),
+            limit=limit,
             reader_cfg=dict(input_columns=["prompt"], output_column="answer"),
             infer_cfg=dict(
                 prompt_template=dict(
@@ -138,103 +207,70 @@ class Benchmark:
         )
 
 
-def _file(dataset: str, md5: str, folder: str = "VLMEval") -> DataFile:
-    return DataFile(
-        dataset, md5, f"https://opencompass.openxlab.space/utils/{folder}/{dataset}.tsv"
-    )
+_SERVER = "https://opencompass.openxlab.space/utils/{}/{{}}.tsv"
+_HUB = "https://huggingface.co/datasets/BaiqiL/NaturalBench/resolve/main/{}.tsv"
+_PUBLISHED = {  # md5 and URL
+    "MMBench_DEV_EN": ("b6caf1133a01c6bb705cf753bb527ed8", _SERVER.format("benchmarks/MMBench")),
+    "AI2D_TEST": ("0f593e0d1c7df9a3d69bf1f947e71975", _SERVER.format("VLMEval")),
+    "DocVQA_VAL": ("d5ee77e1926ff10690d469c56b73eabf", _SERVER.format("VLMEval")),
+    "OCRBench": ("e953d98a987cc6e26ef717b61260b778", _SERVER.format("VLMEval")),
+    "CV-Bench-2D": ("a7cff4cc2857cc237ee2b89e62bccb2d", _SERVER.format("VLMEval")),
+    "CV-Bench-3D": ("bb94c0d568d652d15b60e001ac40a170", _SERVER.format("VLMEval")),
+    "MMVP": ("8cb732b141a0cba5b42159df2839e557", _SERVER.format("VLMEval")),
+    "NaturalBenchDataset": ("e5f724932972eaeb8a9099e6979606ec", _HUB),
+}
+
+
+def _files(*datasets: str) -> tuple[DataFile, ...]:
+    published = [(dataset, *_PUBLISHED[dataset]) for dataset in datasets]
+    return tuple(DataFile(dataset, md5, url.format(dataset)) for dataset, md5, url in published)
 
 
 _EXACT = "exact matching"
-
 _TABLE = (
     # A question counts if it is answered rightly in each rotation of its options.
     Benchmark(
-        "mmbench",
-        "MMBench",
-        "general",
-        (_file("MMBench_DEV_EN", "b6caf1133a01c6bb705cf753bb527ed8", "benchmarks/MMBench"),),
-        group=CIRCULAR,
-        judge=_EXACT,
+        "mmbench", "MMBench", _GENERAL, _files("MMBench_DEV_EN"), group=CIRCULAR, judge=_EXACT
     ),
-    Benchmark(
-        "ai2d",
-        "AI2D",
-        "general",
-        (_file("AI2D_TEST", "0f593e0d1c7df9a3d69bf1f947e71975"),),
-        judge=_EXACT,
-    ),
+    Benchmark("ai2d", "AI2D", _GENERAL, _files("AI2D_TEST"), judge=_EXACT),
     # ANLS: one minus the edit distance over the length; 0 where that is below 0.5.
+    Benchmark("docvqa", "DocVQA", _GENERAL, _files("DocVQA_VAL"), scale=1, answer_tokens=128),
+    # The fraction of questions where a reference answer occurs in the model's answer.
     Benchmark(
-        "docvqa",
-        "DocVQA",
-        "general",
-        (_file("DocVQA_VAL", "d5ee77e1926ff10690d469c56b73eabf"),),
-        scale=1,
-        answer_tokens=128,
-    ),
-    # The share of questions of which an answer is a part of what was said.
-    Benchmark(
-        "ocrbench",
-        "OCRBench",
-        "general",
-        (_file("OCRBench", "e953d98a987cc6e26ef717b61260b778"),),
-        metric="Final Score Norm",
-        scale=1,
+        "ocrbench", "OCRBench", _GENERAL, _files("OCRBench"), "Final Score Norm", scale=1,
         answer_tokens=256,
     ),
     # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its two
-    # sources, ADE20K and COCO. VLMEvalKit gives just these two parts, and no whole. The share of
-    # all 2,638 questions would be another number: 1,438 of them are 2D.
+    # sources, ADE20K and COCO. VLMEvalKit gives only these two parts. The fraction of all 2,638
+    # questions would be another number: 1,438 of them are 2D.
     Benchmark(
-        "cvbench",
-        "CV-Bench",
-        "vision-centric",
-        (
-            _file("CV-Bench-2D", "a7cff4cc2857cc237ee2b89e62bccb2d"),
-            _file("CV-Bench-3D", "bb94c0d568d652d15b60e001ac40a170"),
-        ),
-        judge=_EXACT,
+        "cvbench", "CV-Bench", _VISION, _files("CV-Bench-2D", "CV-Bench-3D"), judge=_EXACT
     ),
     # "Overall" counts pairs with two right answers, "Average" answers.
+    Benchmark("mmvp", "MMVP", _VISION, _files("MMVP"), group=2, judge=_EXACT),
+    # The group accuracy, G_Acc, is what its authors rank models by (arXiv 2410.14669). A group is
+    # two questions to two pictures: without looking, half of the answers are right but no group.
+    # Q_Acc, I_Acc and Acc (which VLMEvalKit would take) are kept among the metrics.
     Benchmark(
-        "mmvp",
-        "MMVP",
-        "vision-centric",
-        (_file("MMVP", "8cb732b141a0cba5b42159df2839e557"),),
-        group=2,
-        judge=_EXACT,
+        "naturalbench", "NaturalBench", _VISION, _files("NaturalBenchDataset"), "G_Acc", group=4
     ),
-    # The group accuracy, G_Acc, is what its authors rank models by (arXiv 2410.14669): a group is
-    # two questions to two pictures, of which who does not look gets none right, but half of the
-    # answers. Q_Acc, I_Acc and Acc (which VLMEvalKit would take) are kept among the metrics.
-    Benchmark(
-        "naturalbench",
-        "NaturalBench",
-        "vision-centric",
-        (
-            DataFile(
-                "NaturalBenchDataset",
-                "e5f724932972eaeb8a9099e6979606ec",
-                "https://huggingface.co/datasets/BaiqiL/NaturalBench/resolve/main/"
-                "NaturalBenchDataset.tsv",
-            ),
-        ),
-        metric="G_Acc",
-        group=4,
-    ),
-)
+)  # fmt: skip
 
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
-"""By name, in the paper's column order. `register_benchmark` adds to it."""
+"""By name, in the paper's column order. ``register_benchmark`` adds to it."""
 
 PAPER = tuple(BENCHMARKS)
 """The names of the paper's seven benchmarks."""
 
 
 def register_benchmark(benchmark: Benchmark) -> None:
-    """Add a benchmark of your own to `BENCHMARKS`; again is fine, another of that name is not.
+    """Add a benchmark of your own to ``BENCHMARKS``.
 
-    Its ``module``, where none is given, is the one that calls.
+    Its ``module``, if none is given, is the module that calls. The same benchmark may be added
+    twice.
+
+    Raises:
+        DPAError: there is another benchmark of that name.
     """
     caller = sys._getframe(1).f_globals["__name__"]
     if benchmark.module is None and caller != "__main__":
@@ -247,11 +283,11 @@ def find_benchmarks(names: Iterable[str], also: Iterable[str] = ()) -> list[Benc
     """Look names up, in the table's order; "all" stands for the paper's seven.
 
     Args:
-        names: Of benchmarks.
-        also: Names that the caller takes besides, for the message.
+        names: of benchmarks.
+        also: further names that the caller knows, for the message.
 
     Raises:
-        DPAError: A name is unknown; the message has the nearest and the known ones.
+        DPAError: a name is unknown; the message has the nearest and the known ones.
     """
     found = dict.fromkeys(n for name in names for n in (PAPER if name == "all" else (name,)))
     for name in found:
@@ -261,65 +297,3 @@ def find_benchmarks(names: Iterable[str], also: Iterable[str] = ()) -> list[Benc
                 f"There is no benchmark {name!r}{nearest(name, known)}. Known: {', '.join(known)}."
             )
     return [benchmark for name, benchmark in BENCHMARKS.items() if name in found]
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A data file that can't be used.
-
-    Attributes:
-        benchmark: That needs it.
-        file: What is expected.
-        path: Where.
-        problem: What is wrong with it.
-        md5: Of the file that is there, where another is expected; else empty.
-    """
-
-    benchmark: Benchmark
-    file: DataFile
-    path: Path
-    problem: str
-    md5: str = ""
-
-    def __str__(self) -> str:
-        """What is wrong, and what to do."""
-        return f"{self.path}: {self.problem}"
-
-
-def missing_files(benchmarks: Iterable[Benchmark], root: str | Path) -> list[Missing]:
-    """List what can't be used of the benchmarks' files in a folder.
-
-    A file must be there and, where `DataFile` has one, have the right md5.
-    """
-    missing = []
-    for benchmark in benchmarks:
-        for file in benchmark.files:
-            path = Path(root, file.name)
-            get, found = f"python tools/get_benchmarks.py {benchmark.name}", ""
-            if not path.is_file():
-                problem = f"not there; get it with: {get}" if file.url else "not there"
-            elif file.md5 and (found := file_md5(path)) != file.md5:
-                problem = (
-                    f"its md5 is {found}, expected {file.md5}: cut short, or another version. "
-                    f"Move it away and get it again: {get}; or evaluate it as it is: tools/eval.py "
-                    f"--ignore-md5"
-                )
-            else:
-                continue
-            missing.append(Missing(benchmark, file, path, problem, found))
-    return missing
-
-
-def file_md5(path: str | Path) -> str:
-    """The md5 of a file, read once in a process unless the file changes."""
-    state = Path(path).stat()
-    return _file_md5(str(path), state.st_size, state.st_mtime_ns)
-
-
-@functools.cache
-def _file_md5(path: str, size: int, changed: int) -> str:
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,29 +1,122 @@
-"""What an evaluation reads of a Hugging Face folder, found without loading anything."""
+"""A Hugging Face folder: which files an evaluation reads, and what they say, without torch."""
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import read_json
+from dpa_xtuner.layout import HF_FOLDER, PROVENANCE_FILE, STAGE_NAMES, STATE_FILE
+
+if TYPE_CHECKING:
+    import torch
 
 # Config, tokenizer, processor, chat template and generation config; weights; vocabularies.
 _READ = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt", ".tiktoken")
-_ORIGIN = "dpa.json"
+_JSON_FILES = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "chat_template.json", PROVENANCE_FILE,
+)  # fmt: skip
+_ADVICE = "Copy or export the folder again."
 
 
 def files_read(folder: Path) -> list[Path]:
-    """The files that transformers may read, sorted; not a README, a log or a folder beside them.
+    """List the files that transformers may read, sorted; no README, log or folder beside them.
 
-    Nor ``dpa.json``, of which no more counts than `pads_pictures`.
+    ``dpa.json`` is not among them: all that counts of it is ``pads_pictures``.
     """
     return sorted(
         path for path in folder.iterdir()
         if path.suffix in _READ and path.is_file()
-        and path.name != _ORIGIN and not path.name.startswith(".")
+        and path.name != PROVENANCE_FILE and not path.name.startswith(".")
     )  # fmt: skip
 
 
 def pads_pictures(folder: str | Path) -> bool:
-    """Whether the model was trained on pictures that were padded to a square."""
-    file = Path(folder, _ORIGIN)
-    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return bool(described.get("pad_image_to_square"))
+    """Say whether the model was trained on pictures that were padded to a square."""
+    return bool(read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("pad_image_to_square"))
+
+
+def computing_dtype(folder: str | Path, device: str) -> torch.dtype:
+    """Return the type that a folder's model computes in: its config's, or float32 without one.
+
+    A type that the device only emulates is replaced, see
+    :func:`dpa_xtuner.precision.runnable_dtype`.
+
+    Args:
+        folder: of the model.
+        device: the device's type, ``"cuda"`` or ``"cpu"``.
+    """
+    import torch
+
+    from dpa_xtuner.precision import runnable_dtype
+
+    name = read_json(Path(folder, "config.json"), _ADVICE).get("torch_dtype") or "float32"
+    return runnable_dtype(getattr(torch, name), device)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Say whether a LLaVA's processor or tokenizer has a chat template."""
+    if any((folder / f"chat_template.{kind}").is_file() for kind in ("json", "jinja")):
+        return True
+    return "chat_template" in read_json(folder / "tokenizer_config.json", _ADVICE)
+
+
+def check_llava(folder: Path) -> None:
+    """Refuse a folder that transformers could not open as a LLaVA, before anything is loaded.
+
+    Raises:
+        DPAError: the folder is not there or is no LLaVA; the message says what is missing.
+    """
+    expected = "expected the folder of a LlavaForConditionalGeneration and its processor"
+    if not (folder / "config.json").is_file():
+        raise DPAError(
+            f"{folder} has no config.json; {expected}. To make one of a run of ours: python "
+            f"tools/export.py CONFIG"
+        )
+    config = read_json(folder / "config.json", _ADVICE)
+    for name in ("vision_config", "text_config"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise DPAError(f"{folder / 'config.json'} is broken ({name} is no object). {_ADVICE}")
+    vision = (config.get("vision_config") or {}).get("model_type")
+    if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
+        kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
+        raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
+    for wanted in ("preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"):
+        if not any(path for name in wanted.split("|") for path in folder.glob(name)):
+            raise DPAError(f"{folder} has no {wanted.replace('|', ' or ')}; {expected}.")
+    for name in _JSON_FILES:  # transformers ignores a broken generation config
+        read_json(folder / name, _ADVICE)
+
+
+def run_of_export(folder: Path) -> Path | None:
+    """Find the run whose export a folder is, ``<run>/<stage>/hf``; None for any other folder."""
+    for place in (Path(os.path.abspath(folder)), folder.resolve()):  # it may be a link
+        if place.name == HF_FOLDER and (place.parent / STATE_FILE).is_file():
+            return place.parents[1]
+    return None
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """Make short, distinct names of folders: the fewest last parts of their paths that differ.
+
+    ``hf``, the name of an exported folder, does not count as a part, and a stage's name alone is
+    not enough.
+    """
+    parts = [
+        [part for part in Path(os.path.abspath(folder)).parts if part != HF_FOLDER]
+        for folder in folders
+    ]
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["-".join(names[-length:]) for names in parts]
+        if len(set(short)) == len(short) and not set(short) & set(STAGE_NAMES):
+            break
+    found: list[str] = []
+    for label in (re.sub(r"[^\w.-]", "_", label) for label in short):
+        others = (f"{label}-{number}" for number in itertools.count(2))  # x and x/hf, "a b" and a_b
+        found.append(next(n for n in itertools.chain([label], others) if n not in found))
+    return found

@@ -11,6 +11,7 @@ from opencompass.models.base import BaseModel
 from opencompass.utils import get_logger
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -22,9 +23,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.folder import pads_pictures
+from dpa_xtuner.evaluation.folder import computing_dtype, pads_pictures
 from dpa_xtuner.model.configs import caps_attention
-from dpa_xtuner.precision import runnable_dtype
 
 LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -36,83 +36,47 @@ _LITERAL = "\ue0d1\ue0d2"  # stands for '<image>' written in a question; a templ
 _LONGEST_REASON = 300
 
 
-class LlavaFolder(BaseModel):
-    """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
-
-    The weights' type is the folder's own, unless the device only emulates it
-    (:func:`dpa_xtuner.precision.runnable_dtype`). The LLM's attention is FlashAttention-2 where
-    that is installed on a GPU, the eager one where the scores are capped (Gemma-2), which SDPA
-    would leave out, and else what transformers picks.
+class ChatModel(BaseModel):
+    """A model that answers messages in its chat template.
 
     Attributes:
-        model: The model, in evaluation mode.
-        processor: Image processor and tokenizer.
-        image_tokens: Tokens that a picture takes in the prompt.
-        pads: Whether pictures are padded to a square, in the processor's mean colour, as training
-            did: ``pad_image_to_square`` in ``dpa.json``. Other folders leave it to the processor.
+        model: a causal language model of transformers, or a LLaVA, in evaluation mode.
+        tokenizer: its tokenizer.
+        longest: the number of positions of the LLM; None for any.
+        template: the chat template.
+        as_text: whether the template takes a message as text with image tokens in it, as that of
+            an LLM's tokenizer does; that of a processor takes a list of pictures and texts.
+        image_token: the text that stands for a picture in a prompt.
+        image_id: its token; -1 for a model without pictures.
+        image_tokens: the number of tokens that a picture takes in the prompt.
     """
 
-    def __init__(self, path: str, device: str | None = None) -> None:
-        """Load the folder.
+    image_token, image_id, image_tokens = "<image>", -1, 0
+
+    def __init__(self, path: str, device: str | None, max_seq_len: int = 2048) -> None:
+        super().__init__(path=path, max_seq_len=max_seq_len, generation_kwargs={})
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def set_up(
+        self, model: PreTrainedModel, llm_config: Any, tokenizer: Any, processor: Any = None
+    ) -> None:
+        """Keep what was loaded.
 
         Args:
-            path: The folder.
-            device: Where to; None for the first GPU, or the CPU where there is none.
-
-        Raises:
-            DPAError: It is no LLaVA folder, its tokenizer knows no image token, or weights are
-                missing.
+            model: is moved to the device.
+            llm_config: of the LLM, for its positions.
+            tokenizer: the LLM's.
+            processor: image processor and tokenizer; its chat template comes before the
+                tokenizer's.
         """
-        super().__init__(path=path, generation_kwargs={})
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        config = AutoConfig.from_pretrained(path)
-        if not isinstance(config, LlavaConfig):
-            raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
-        self.processor = AutoProcessor.from_pretrained(path)
-        self.tokenizer = self.processor.tokenizer
-        self.image_token = getattr(self.processor, "image_token", "<image>")
-        self.image_id = config.image_token_index
-        if self.tokenizer.convert_tokens_to_ids(self.image_token) != self.image_id:
-            raise DPAError(
-                f"{path}: its tokenizer has no token {self.image_token!r} with the id "
-                f"{self.image_id}, the image_token_index of config.json."
-            )
-        self.pads = pads_pictures(path)
+        self.model = model.to(self.device).eval()
+        self.longest = getattr(llm_config, "max_position_embeddings", None)
+        self.tokenizer, self.processor = tokenizer, processor
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad_id = next(i for i in ids if i is not None)
         self.template, self.as_text = self._template()
-        dtype = runnable_dtype(
-            getattr(config, "torch_dtype", None) or torch.float32, self.device.type
-        )
-        for part in (config.text_config, config.vision_config):
-            # Saved by transformers 4.48 with some models; it would then take the eager attention.
-            part._attn_implementation_autoset = False
-        self.model = load_whole(
-            LlavaForConditionalGeneration,
-            path,
-            config=config,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=True,
-            attn_implementation={"text_config": _attention(config, dtype, self.device)},
-        )
-        self.model.to(self.device).eval()
-        self.longest = getattr(config.text_config, "max_position_embeddings", None)
-        self.pad_id = next(
-            i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-            if i is not None
-        )  # fmt: skip
-        blank = self._pixels(Image.new("RGB", (64, 64)))
-        with torch.inference_mode():
-            features = self.model.get_image_features(
-                blank.to(self.device, dtype),
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-            )
-        self.image_tokens = features.shape[1]
 
     def _template(self) -> tuple[str, bool]:
-        """The chat template, and whether it takes a message as text with image tokens in it.
-
-        That of a processor takes a list of pictures and texts; that of an LLM's tokenizer text.
-        """
         if template := _unnamed(getattr(self.processor, "chat_template", None)):
             return template, False
         if template := _unnamed(self.tokenizer.chat_template):
@@ -121,54 +85,45 @@ class LlavaFolder(BaseModel):
         return LLAVA_1_5, True
 
     def parse_template(self, prompt_template: Any, mode: str) -> Any:
-        """The messages as they are: the folder's chat template is applied in `generate`."""
+        """Return the messages as they are: ``generate`` applies the folder's chat template."""
         return list(prompt_template) if isinstance(prompt_template, tuple) else prompt_template
 
     def get_token_len(self, prompt: str) -> int:
-        """The tokens of a text."""
+        """Count the tokens of a text."""
         return len(self.tokenizer(prompt)["input_ids"])
 
     def generate(self, inputs: Sequence[list[dict] | str], max_out_len: int) -> list[str]:
         """Answer a batch of prompts, greedily.
 
-        A sample that can't be answered, or is answered by nothing, gets an answer that begins with
-        `NO_ANSWER` and goes on with ``: reason``; the others of its batch don't suffer. A batch
-        that runs out of memory, or raises, is halved until the culprit is alone.
+        A sample that fails, or gets an empty answer, has an answer that begins with ``NO_ANSWER``
+        and goes on with ``: reason``; the others of its batch are not affected. A batch that runs
+        out of memory, or raises, is halved until the culprit is alone.
 
         Args:
-            inputs: Prompts as OpenCompass's VLMEvalKit bridge makes them: lists of messages
-                ``{"role": ..., "content": [{"type": "text", "text": ...},
-                {"type": "image", "image_url": path}]}``. A text alone is a user's message.
-            max_out_len: Tokens that an answer may have.
+            inputs: prompts as ``encode_messages`` takes them.
+            max_out_len: the number of tokens that an answer may have.
 
         Returns:
             The answers, stripped, in order.
 
         Raises:
-            RuntimeError: The GPU is in a state that no later sample would survive.
+            RuntimeError: the GPU is in a state that no later sample would survive.
         """
         answers: list[str | None] = [None] * len(inputs)
         prepared = []
         for place, messages in enumerate(inputs):
             try:
                 prepared.append((place, *self.encode_messages(messages)))
-            except Exception as error:  # whatever is wrong with one sample is that sample's
+            except Exception as error:  # whatever is wrong with a sample, it costs that sample
                 answers[place] = failure(error)
-        empty = f"{NO_ANSWER}: empty answer"
         texts = in_halves(lambda some: self._generate(some, max_out_len), prepared)
         for (place, *_), text in zip(prepared, texts, strict=True):
-            answers[place] = text or empty
+            answers[place] = text or f"{NO_ANSWER}: empty answer"
         return answers
 
     def _generate(self, prepared: list[tuple], max_out_len: int) -> list[str]:
-        longest = max(len(ids) for _, ids, _ in prepared)
-        ids = torch.full((len(prepared), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, (_, tokens, _) in enumerate(prepared):  # left: answers go on at the right
-            ids[row, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
+        inputs = self.padded_batch([ids for _, ids, _ in prepared], "left")
         pictures = [pixels for _, _, found in prepared for pixels in found]
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         if pictures:
             inputs["pixel_values"] = torch.cat(pictures).to(self.device, self.model.dtype)
         eos = self.model.generation_config.eos_token_id
@@ -186,26 +141,37 @@ class LlavaFolder(BaseModel):
                 eos_token_id=self.tokenizer.eos_token_id if eos is None else eos,
                 pad_token_id=self.pad_id,
             )
-        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        answers = output[:, inputs["input_ids"].shape[1] :]  # (B, new tokens)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def padded_batch(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
+        """Make ``input_ids`` and ``attention_mask`` (B, T) of token ids, padded at a side."""
+        tokens = [torch.tensor(row) for row in rows]
+        ones = [torch.ones_like(row) for row in tokens]
+        ids = pad_sequence(tokens, True, padding_value=self.pad_id, padding_side=side)
+        mask = pad_sequence(ones, True, padding_value=0, padding_side=side)
+        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
     def encode_messages(self, messages: list[dict] | str) -> tuple[list[int], list[Tensor]]:
         """Turn messages into token ids and pixels.
 
-        ``<image>`` in a text is text: it is cut in two before it reaches the tokenizer, and is no
-        picture.
+        ``<image>`` in a question is text, no picture: it is cut in two before it reaches the
+        tokenizer.
 
         Args:
-            messages: See `generate`.
+            messages: as OpenCompass's VLMEvalKit bridge makes them, a list of ``{"role": ...,
+                "content": [{"type": "text", "text": ...}, {"type": "image", "image_url": path}]}``;
+                or a text, which is a user's message.
 
         Returns:
-            Token ids, in which each picture has `image_tokens` image tokens; and pixel values
-            (1, 3, H, W) of the pictures, in order.
+            Token ids, with ``image_tokens`` image tokens for each picture; and the pictures' pixel
+            values (1, 3, H, W), in order.
 
         Raises:
-            DPAError: A picture or the question is not given, the template does not show each
+            DPAError: a picture or the question is not given, the template does not show each
                 picture once, or the prompt is longer than the model's positions.
-            OSError: A picture is missing or broken.
+            OSError: a picture is missing or broken.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": [{"type": "text", "text": messages}]}]
@@ -215,7 +181,7 @@ class LlavaFolder(BaseModel):
         if texts and not any(text.strip() for text in texts):
             raise DPAError("no question is given")
         prompt = self.tokenizer.apply_chat_template(
-            [self._message(m) for m in messages],
+            [self._message(message) for message in messages],
             chat_template=self.template,
             add_generation_prompt=True,
             tokenize=False,
@@ -231,43 +197,104 @@ class LlavaFolder(BaseModel):
         return ids, [self._pixels(_opened(path)) for path in paths]
 
     def _message(self, message: dict) -> dict:
-        parts = []
+        parts: list[Any] = []
         for block in message["content"]:
             if block["type"] == "image":
-                part = f"{self.image_token}\n" if self.as_text else {"type": "image"}
+                parts.append(f"{self.image_token}\n" if self.as_text else {"type": "image"})
             else:
                 text = block["text"].replace(self.image_token, _LITERAL)
-                part = text if self.as_text else {"type": "text", "text": text}
-            parts.append(part)
+                parts.append(text if self.as_text else {"type": "text", "text": text})
         return {"role": message["role"], "content": "".join(parts) if self.as_text else parts}
 
     def _tokenise(self, prompt: str) -> list[int]:
         cut = len(self.image_token) // 2
         pieces = prompt.split(_LITERAL)
+        bos = self.tokenizer.bos_token
         ids: list[int] = []
         for place, text in enumerate(pieces):
             text = self.image_token[cut:] * (place > 0) + text
             text += self.image_token[:cut] * (place < len(pieces) - 1)
-            bos = self.tokenizer.bos_token
-            written = place > 0 or (bool(bos) and text.startswith(bos))
-            ids += self.tokenizer(text, add_special_tokens=not written)["input_ids"]
+            has_bos = place > 0 or (bool(bos) and text.startswith(bos))
+            ids += self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         return ids
+
+    def _pixels(self, picture: Image.Image) -> Tensor:
+        raise DPAError(f"{self.path} takes no pictures")
+
+
+class LlavaFolder(ChatModel):
+    """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
+
+    It computes in ``computing_dtype``. The LLM's attention is FlashAttention-2 where that is
+    installed on a GPU. Otherwise it is transformers' choice, or the eager one if the scores are
+    capped (Gemma-2), since SDPA would leave the cap out.
+
+    Attributes:
+        pads: whether pictures are padded to a square, in the processor's mean colour, as training
+            did: ``pad_image_to_square`` in ``dpa.json``. Other folders leave it to the processor.
+    """
+
+    def __init__(self, path: str, device: str | None = None) -> None:
+        """Load the folder.
+
+        Args:
+            path: the folder.
+            device: where to; None for the first GPU, or the CPU if there is none.
+
+        Raises:
+            DPAError: it is no LLaVA folder, its tokenizer knows no image token, or weights are
+                missing.
+        """
+        super().__init__(path, device)
+        config = AutoConfig.from_pretrained(path)
+        if not isinstance(config, LlavaConfig):
+            raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
+        processor = AutoProcessor.from_pretrained(path)
+        self.image_token = getattr(processor, "image_token", self.image_token)
+        self.image_id = config.image_token_index
+        if processor.tokenizer.convert_tokens_to_ids(self.image_token) != self.image_id:
+            raise DPAError(
+                f"{path}: its tokenizer has no token {self.image_token!r} with the id "
+                f"{self.image_id}, the image_token_index of config.json."
+            )
+        self.pads = pads_pictures(path)
+        dtype = computing_dtype(path, self.device.type)
+        for part in (config.text_config, config.vision_config):
+            # transformers 4.48 saves this with some models, and then takes the eager attention.
+            part._attn_implementation_autoset = False
+        model = load_whole(
+            LlavaForConditionalGeneration,
+            path,
+            config=config,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=True,
+            attn_implementation={"text_config": _attention(config, dtype, self.device)},
+        )
+        self.set_up(model, config.text_config, processor.tokenizer, processor)
+        blank = self._pixels(Image.new("RGB", (64, 64)))
+        with torch.inference_mode():
+            features = model.get_image_features(
+                blank.to(self.device, dtype),
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            )
+        self.image_tokens = features.shape[1]  # (1, image tokens, hidden size)
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         processor = self.processor.image_processor
         if self.pads:
             picture = padded(picture, tuple(int(x * 255) for x in processor.image_mean))
-        # Which side is the channels' can't be seen where the picture is 1 or 3 pixels high.
+        # transformers can't tell the channels' side if the picture is 1 or 3 pixels high.
         pixels = processor(
             np.array(picture), input_data_format="channels_last", return_tensors="pt"
         )
         return pixels["pixel_values"]
 
 
-def padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of this colour, as XTuner's ``expand2square`` puts it.
+def padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """Return the picture in the middle of a square, as XTuner's ``expand2square`` puts it.
 
-    Where the margins can't be equal, the left or upper one is the smaller.
+    If the margins can't be equal, the left or upper one is the smaller.
     """
     side = max(picture.size)
     square = Image.new("RGB", (side, side), colour)
@@ -282,18 +309,18 @@ def _opened(path: str | None) -> Image.Image:
         return picture.convert("RGB")
 
 
-def load_whole(kind: type, path: str, **options: Any) -> PreTrainedModel:
-    """``kind.from_pretrained`` of a folder that has all weights.
+def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:
+    """Call ``kind.from_pretrained`` and refuse a folder that lacks weights.
 
-    transformers leaves what is missing to chance; not so weights that are tied to others.
+    transformers would initialise missing weights at random.
 
     Args:
-        kind: Class of transformers' models, or an auto class.
-        path: The folder.
-        options: As ``from_pretrained`` takes them.
+        kind: class of transformers' models, or an auto class.
+        path: the folder.
+        options: as ``from_pretrained`` takes them.
 
     Raises:
-        DPAError: Weights are missing or of another shape than the config's.
+        DPAError: weights are missing, or have another shape than the config says.
     """
     model, found = kind.from_pretrained(
         path, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -317,7 +344,7 @@ def load_whole(kind: type, path: str, **options: Any) -> PreTrainedModel:
 
 
 def _unnamed(template: str | dict | list | None) -> str | None:
-    """A chat template; of several with names the default, or else the first."""
+    """Return a chat template: of several with names the default, or else the first."""
     if isinstance(template, list):
         template = {named["name"]: named["template"] for named in template}
     if isinstance(template, dict):
@@ -326,17 +353,17 @@ def _unnamed(template: str | dict | list | None) -> str | None:
 
 
 def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
-    """What `run` gives for samples; a batch that raises is halved until the culprit is alone.
+    """Call a function on samples; a batch that raises is halved until the culprit is alone.
 
     Args:
-        run: Takes some of the samples and returns a result for each.
-        samples: All of them.
+        run: takes some of the samples and returns a result for each.
+        samples: all of them.
 
     Returns:
-        The results in order; that of a culprit is its `failure`.
+        The results in order; that of a culprit is its ``failure``.
 
     Raises:
-        RuntimeError: The GPU is in a state that no later sample would survive.
+        RuntimeError: the GPU is in a state that no later sample would survive.
     """
     if not samples:
         return []
@@ -354,7 +381,7 @@ def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
 
 
 def failure(error: Exception) -> str:
-    """The answer that stands for none: `NO_ANSWER` and the reason."""
+    """Make the answer that stands for none: ``NO_ANSWER`` and the reason."""
     reason = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
     return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpa_xtuner import tables
 from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
+from dpa_xtuner.evaluation.folder import run_of_export
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_KINDS, TextBenchmark
 from dpa_xtuner.files import read_json, write_json, write_text
 
@@ -23,7 +23,7 @@ PAPER_MEANS = {
 """Means over the seven benchmarks as reported (arXiv 2509.14735), captions from ShareGPT4V-PT."""
 
 OWN_METRIC = "its metric"
-"""Says that a benchmark is scored without a judge model anyway."""
+"""Stands for the judge of a benchmark that never needs one."""
 
 Details = dict[tuple[str, str], list[dict]]
 """(model's label, data set) -> samples, as the evaluators list them."""
@@ -37,13 +37,13 @@ class Result:
     """What a model got on a benchmark.
 
     Attributes:
-        score: 0 - 100; None where a task failed.
-        samples: How many were asked.
-        failed: Those that could not be answered, and count as wrong: ``dataset``, ``index`` and
+        score: 0 - 100; None if a task failed.
+        samples: how many were asked.
+        failed: samples without an answer, which count as wrong: ``dataset``, ``index`` and
             ``reason`` of each.
-        metrics: The evaluator's numbers by data set.
-        error: What should make the command fail: tasks that failed, with their log files, and
-            data sets of which no sample could be answered.
+        metrics: the evaluator's numbers by data set.
+        error: why the command should fail: tasks that failed, with their log files, and data sets
+            of which no sample could be answered.
     """
 
     score: float | None
@@ -58,14 +58,14 @@ class Report:
     """An evaluation of models.
 
     Attributes:
-        models: Label -> benchmark's name -> result.
-        benchmarks: The columns, in order.
-        limit: Questions or groups asked of each data set at most; None for all.
-        left_out: Lines on benchmarks that were asked for and have no files.
-        other_files: Lines on data files that are not the published ones.
-        notes: Other lines for who reads the table.
-        sources: Label -> ``folder``, and ``abbr``, OpenCompass's name of it.
-        compared: Label -> label of the model that it is compared to; else the first.
+        models: label -> benchmark's name -> result.
+        benchmarks: the columns, in order.
+        limit: the number of questions or groups asked of each data set; None for all.
+        left_out: lines on benchmarks that were asked for and have no files.
+        other_files: lines on data files that are not the published ones.
+        notes: other lines for who reads the table.
+        sources: label -> ``folder``, and ``abbr``, OpenCompass's name of it.
+        compared: label -> label of the model that it is compared to; the first by default.
     """
 
     models: dict[str, dict[str, Result]]
@@ -77,197 +77,169 @@ class Report:
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
     compared: dict[str, str] = field(default_factory=dict)
 
-    def columns(self) -> list[tuple[str, list[str]]]:
-        """Titles and the benchmarks whose scores' mean each shows: one, a kind's, or all.
+    def columns(self) -> dict[str, list[Benchmark | TextBenchmark]]:
+        """Return titles, and the benchmarks whose mean each shows: one, a kind's, or all.
 
-        Answers and likelihoods have no common mean: their difference is what they are asked for.
+        Answers and likelihoods have no common mean: what counts is their difference.
         """
-        columns = []
+        columns = {}
         for kind in (*KINDS, *TEXT_KINDS):
             of_kind = [b for b in self.benchmarks if b.kind == kind]
-            columns += [(b.title, [b.name]) for b in of_kind]
+            columns |= {b.title: [b] for b in of_kind}
             if len(of_kind) > 1:
-                columns.append((f"{kind} ({len(of_kind)})", [b.name for b in of_kind]))
+                columns[f"{kind} ({len(of_kind)})"] = of_kind
         if {b.kind for b in self.benchmarks} == set(KINDS):
-            names = [b.name for b in self.benchmarks]
-            columns.append((f"all ({len(names)})", names))
+            columns[f"all ({len(self.benchmarks)})"] = list(self.benchmarks)
         return columns
 
     def is_papers(self) -> bool:
-        """Whether the paper's means are means of the same benchmarks, asked in full."""
+        """Return whether the paper's means are of the same benchmarks, asked in full."""
         whole = self.limit is None and not self.other_files
         return whole and {b.name for b in self.benchmarks} == set(PAPER)
 
-    def scores(self, label: str) -> list[float | None]:
-        """A model's scores, one for each of the columns."""
-        results = self.models[label]
-        return [mean([results[name].score for name in names]) for _, names in self.columns()]
+    def reference(self, label: str) -> str:
+        """Return the model that another is compared to, which may be that one itself."""
+        return self.compared.get(label, next(iter(self.models)))
 
-    def reference(self, label: str) -> str | None:
-        """The model that another is compared to; None if it is that one itself."""
-        reference = self.compared.get(label, next(iter(self.models)))
-        return None if reference == label else reference
+    def results(self) -> Iterable[tuple[str, str, Result]]:
+        """Return label, benchmark's name and result of all cells."""
+        return (
+            (label, name, result)
+            for label, results in self.models.items()
+            for name, result in results.items()
+        )
 
     def failures(self) -> list[str]:
-        """What should make the command fail: a line for each model and benchmark in trouble."""
-        lines = []
-        for label, results in self.models.items():
-            for name, result in results.items():
-                if result.error:
-                    lines.append(f"{label}, {name}: {result.error}")
-        return lines
+        """Return why the command should fail: a line for each model and benchmark in trouble."""
+        found = self.results()
+        return [f"{label}, {name}: {result.error}" for label, name, result in found if result.error]
 
 
-def mean(scores: Sequence[float | None]) -> float | None:
-    """The mean; None where a score is missing."""
+def mean(scores: Iterable[float | None]) -> float | None:
+    """Return the mean; None if a score is missing."""
+    scores = list(scores)
     return None if None in scores else sum(scores) / len(scores)
 
 
-def markdown(report: Report) -> str:
-    """The report as Markdown, for the screen and for a file."""
-    columns = report.columns()
-    header = ["", *(title for title, _ in columns)]
-    rows = []
-    for label in report.models:
-        scores = report.scores(label)
-        rows.append([label, *map(_number, scores)])
-        if reference := report.reference(label):
-            pairs = zip(scores, report.scores(reference), strict=True)
-            rows.append(["difference", *(_difference(*pair) for pair in pairs)])
-    chance = {benchmark.name: benchmark.chance for benchmark in report.benchmarks}
-    if None not in chance.values():
-        means = [mean([chance[name] for name in names]) for _, names in columns]
-        rows.append(["chance", *map(_number, means)])
-    if report.is_papers():
-        for llm, means in PAPER_MEANS.items():
-            empty = [""] * (len(columns) - 1)
-            rows += [[f"paper: {llm}, {method}", *empty, f"{m:.1f}"] for method, m in means.items()]
-    parts = [
-        tables.markdown(header, rows),
-        tables.markdown(*_asked(report)),
-        "\n".join(_lines(report)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _asked(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of what was asked: a row for each benchmark."""
-    rows = []
-    for benchmark in report.benchmarks:
-        found = [results[benchmark.name] for results in report.models.values()]
-        failed = ["" if r.score is None else str(len(r.failed)) for r in found]
-        samples = str(max(result.samples for result in found))
-        rows.append([benchmark.title, samples, benchmark.judge or OWN_METRIC, *failed])
-    return ["", "samples", "scored by", *(f"failed: {label}" for label in report.models)], rows
-
-
-def _lines(report: Report) -> list[str]:
-    lines = []
-    if report.limit is not None:
-        lines.append(f"- Of each data set {report.limit} questions or groups at most were asked.")
-    if any(benchmark.judge for benchmark in report.benchmarks):
-        lines.append(
-            "- No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
-            "in an answer, only what its exact matching finds counts."
-        )
-    if report.is_papers():
-        lines.append(
-            "- paper: means as reported (arXiv 2509.14735), captions from ShareGPT4V-PT; its "
-            "scores of single benchmarks are not listed here."
-        )
-    lines += [f"- Left out: {line}" for line in report.left_out]
-    lines += [f"- {line}" for line in (*report.other_files, *report.notes)]
-    lines += [f"- Failed: {line}" for line in report.failures()]
-    for label, results in report.models.items():
-        for name, result in results.items():
-            lines += [
-                f"- Sample without an answer: {label}, {f['dataset']} {f['index']}: {f['reason']}"
-                for f in result.failed[:LISTED]
-            ]
-            if (more := len(result.failed) - LISTED) > 0:
-                lines.append(f"- {more} more of them are listed in the JSON: {label}, {name}")
-    return lines
-
-
-def _number(score: float | None) -> str:
-    return "failed" if score is None else f"{score:.1f}"
-
-
-def _difference(score: float | None, first: float | None) -> str:
-    return "" if score is None or first is None else f"{score - first:+.1f}"
-
-
 def rows(report: Report) -> list[dict[str, Any]]:
-    """A row for each model and column: model, benchmark, score, difference, samples, ..."""
+    """Return a row for each model and column: model, benchmark, score, difference, samples, ..."""
     found = []
     for label, results in report.models.items():
-        scores, reference = report.scores(label), report.reference(label)
-        bases = report.scores(reference) if reference else [None] * len(scores)
-        for (title, names), score, base in zip(report.columns(), scores, bases, strict=True):
+        others = report.models[report.reference(label)]
+        for title, benchmarks in report.columns().items():
+            cells = [results[benchmark.name] for benchmark in benchmarks]
+            score = mean(cell.score for cell in cells)
+            base = mean(others[benchmark.name].score for benchmark in benchmarks)
+            compared = others is not results and None not in (score, base)
+            judges = dict.fromkeys(b.judge or OWN_METRIC for b in benchmarks)
             found.append(
                 {
                     "model": label,
-                    "benchmark": names[0] if len(names) == 1 else title,
+                    "benchmark": benchmarks[0].name if len(benchmarks) == 1 else title,
                     "score": score,
-                    "difference": None if None in (score, base) else score - base,
-                    "samples": sum(results[name].samples for name in names),
-                    "failed": sum(len(results[name].failed) for name in names),
+                    "difference": score - base if compared else None,
+                    "samples": sum(cell.samples for cell in cells),
+                    "failed": sum(len(cell.failed) for cell in cells),
                     "limit": report.limit,
-                    "scored_by": _judges(report.benchmarks, names),
+                    "scored_by": ", ".join(judges),
                 }
             )
     return found
 
 
-def _judges(benchmarks: Sequence[Benchmark | TextBenchmark], names: list[str]) -> str:
-    found = [b.judge or OWN_METRIC for b in benchmarks if b.name in names]
-    return ", ".join(dict.fromkeys(found))
+def markdown(report: Report) -> str:
+    """Return the report as Markdown, for the screen and for a file."""
+    columns = report.columns()
+    table, found = [], rows(report)
+    for label in report.models:
+        own = [row for row in found if row["model"] == label]
+        table.append([label, *(_shown(row["score"], "failed") for row in own)])
+        if report.reference(label) != label:
+            table.append(["difference", *(_shown(row["difference"], "", "+") for row in own)])
+    if all(benchmark.chance is not None for benchmark in report.benchmarks):
+        chances = [mean(benchmark.chance for benchmark in asked) for asked in columns.values()]
+        table.append(["chance", *(_shown(chance, "") for chance in chances)])
+    if report.is_papers():
+        empty = [""] * (len(columns) - 1)
+        for llm, means in PAPER_MEANS.items():
+            table += [[f"paper: {llm}, {how}", *empty, _shown(m, "")] for how, m in means.items()]
+    return (
+        f"{tables.markdown(['', *columns], table)}\n\n{_asked(report)}\n\n"
+        + "\n".join(f"- {line}" for line in _lines(report))
+    ).rstrip() + "\n"
+
+
+def _shown(number: float | None, missing: str, sign: str = "") -> str:
+    return missing if number is None else f"{number:{sign}.1f}"
+
+
+def _asked(report: Report) -> str:
+    """Make the table of what was asked: a row for each benchmark."""
+    table = []
+    for benchmark in report.benchmarks:
+        found = [results[benchmark.name] for results in report.models.values()]
+        failed = ["" if r.score is None else str(len(r.failed)) for r in found]
+        samples = str(max(result.samples for result in found))
+        table.append([benchmark.title, samples, benchmark.judge or OWN_METRIC, *failed])
+    header = ["", "samples", "scored by", *(f"failed: {label}" for label in report.models)]
+    return tables.markdown(header, table)
+
+
+def _lines(report: Report) -> list[str]:
+    lines = []
+    if report.limit is not None:
+        lines.append(f"Of each data set {report.limit} questions or groups at most were asked.")
+        if any(benchmark.kind in TEXT_KINDS for benchmark in report.benchmarks):
+            lines.append("These are the first ones; of MMLU at least one of each subject is asked.")
+    if any(benchmark.judge for benchmark in report.benchmarks):
+        lines.append(
+            "No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
+            "in an answer, only what its exact matching finds counts."
+        )
+    if report.is_papers():
+        lines.append(
+            "paper: means as reported (arXiv 2509.14735), captions from ShareGPT4V-PT; its "
+            "scores of single benchmarks are not listed here."
+        )
+    lines += [f"Left out: {line}" for line in report.left_out]
+    lines += [*report.other_files, *report.notes]
+    lines += [f"Failed: {line}" for line in report.failures()]
+    for label, name, result in report.results():
+        lines += [
+            f"Sample without an answer: {label}, {f['dataset']} {f['index']}: {f['reason']}"
+            for f in result.failed[:LISTED]
+        ]
+        if (more := len(result.failed) - LISTED) > 0:
+            lines.append(f"{more} more of them are listed in the JSON: {label}, {name}")
+    return lines
 
 
 def save(report: Report, folder: Path, name: str = "table") -> str:
-    """Write ``<name>.md``, ``<name>.csv`` and ``<name>.json``; returns the Markdown."""
-    text = markdown(report)
+    """Write ``<name>.md``, ``<name>.csv`` and ``<name>.json``, and return the Markdown."""
+    text, found = markdown(report), rows(report)
     write_text(folder / f"{name}.md", text)
     table = io.StringIO()
-    found = rows(report)
-    writer = csv.DictWriter(table, list(found[0]) if found else ["model"], lineterminator="\n")
+    writer = csv.DictWriter(table, list(found[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     write_text(folder / f"{name}.csv", table.getvalue())
-    results = {
-        label: {name: vars(result) for name, result in results.items()}
-        for label, results in report.models.items()
-    }
-    content = {
-        "rows": found,
-        "results": results,
-        "sources": report.sources,
-        "compared": report.compared,
-        "limit": report.limit,
-        "left_out": report.left_out,
-        "other_files": report.other_files,
-        "notes": report.notes,
-        "failures": report.failures(),
-    }
-    if report.is_papers():
-        content["paper_means"] = PAPER_MEANS
+    results: Mapping[str, dict] = {label: {} for label in report.models}
+    for label, benchmark, result in report.results():
+        results[label][benchmark] = vars(result)
+    copied = ("sources", "compared", "limit", "left_out", "other_files", "notes")
+    content = {"rows": found, "results": results}
+    content |= {key: getattr(report, key) for key in copied}
+    content |= {"failures": report.failures()}
+    content |= {"paper_means": PAPER_MEANS} if report.is_papers() else {}
     write_json(folder / f"{name}.json", content)
     return text
-
-
-def run_of_export(folder: Path) -> Path | None:
-    """The run whose export a folder is, ``<run>/<stage>/hf``; None for any other folder."""
-    for place in (Path(os.path.abspath(folder)), folder.resolve()):  # it may be a link
-        if place.name == "hf" and (place.parent / "stage.json").is_file():
-            return place.parents[1]
-    return None
 
 
 def save_beside_runs(report: Report) -> None:
     """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
 
-    Of other folders nothing is written. Scores of the same model on benchmarks that were not asked
-    this time stay.
+    Nothing is written for other folders. Scores of the same model on benchmarks that were not asked
+    this time are kept.
     """
     for label, source in report.sources.items():
         if run := run_of_export(Path(source["folder"])):

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from opencompass.models.base import BaseModel, LMTemplateParser
+from mmengine.utils import get_object_from_string
+from opencompass.models.base import LMTemplateParser
 from opencompass.models.base_api import APITemplateParser
 from opencompass.openicl.icl_evaluator import BaseEvaluator
 from opencompass.openicl.icl_inferencer import PPLInferencer
@@ -20,22 +21,20 @@ from opencompass.registry import ICL_EVALUATORS, TEXT_POSTPROCESSORS
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
-    AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
-    LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.model import LlavaFolder, failure, in_halves, load_whole
+from dpa_xtuner.evaluation.benchmarks import failed_samples
+from dpa_xtuner.evaluation.folder import computing_dtype
+from dpa_xtuner.evaluation.model import ChatModel, failure, in_halves, load_whole
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
-from dpa_xtuner.precision import runnable_dtype
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
 _ROUND = [  # as OpenCompass's own wrapper of chat models
@@ -45,10 +44,10 @@ _ROUND = [  # as OpenCompass's own wrapper of chat models
 ]
 
 
-class LanguageModel(LlavaFolder):
-    """A causal language model, or that of a LLaVA folder, asked as :class:`LlavaFolder` is.
+class LanguageModel(ChatModel):
+    """A causal language model, or that of a LLaVA folder.
 
-    Answers are written in the chat template; likelihoods are those of plain text, as OpenCompass
+    It writes answers in the chat template. Likelihoods are those of plain text, as OpenCompass
     takes them of base models.
 
     Attributes:
@@ -67,34 +66,28 @@ class LanguageModel(LlavaFolder):
 
         Args:
             path: folder of the LLM, or of a LLaVA.
-            source: folder of tokenizer, chat template and generation config; ``path`` where it
-                is None.
+            source: folder of tokenizer, chat template and generation config; None for ``path``.
             adapter: a PEFT folder to merge into the LLM.
             max_seq_len: longest prompt in tokens; OpenCompass leaves out examples beyond it.
-            device: as of :class:`LlavaFolder`.
+            device: where to; None for the first GPU, or the CPU if there is none.
         """
-        BaseModel.__init__(self, path=path, max_seq_len=max_seq_len or 2048, generation_kwargs={})
+        super().__init__(path, device, max_seq_len or 2048)
         source = source or path
         with_pictures = Path(source, "preprocessor_config.json").is_file()
-        self.processor = AutoProcessor.from_pretrained(source) if with_pictures else None
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.template, self.as_text = self._template()
-        # No text of these data sets is a picture.
-        self.image_token, self.image_id, self.image_tokens = "<image>", -1, 0
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_llm(path, adapter)
-        model.to(runnable_dtype(model.dtype, self.device.type))
+        model = load_llm(path, adapter, computing_dtype(path, self.device.type))
         with suppress(OSError):  # the end of a turn belongs to the chat template
             model.generation_config = GenerationConfig.from_pretrained(source)
-        self.model = model.to(self.device).eval()
-        self.longest = getattr(model.config, "max_position_embeddings", None)
-        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        self.pad_id = next(i for i in ends if i is not None)
+        self.set_up(
+            model,
+            model.config,
+            AutoTokenizer.from_pretrained(source),
+            AutoProcessor.from_pretrained(source) if with_pictures else None,
+        )
         self.failures: dict[str, str] = {}
         self.chat, self.plain = APITemplateParser({"round": _ROUND}), LMTemplateParser()
 
     def parse_template(self, prompt_template: Any, mode: str) -> Any:
-        """Messages for an answer (``gen``), plain text for a likelihood (``ppl``)."""
+        """Return messages for an answer (``gen``), plain text for a likelihood (``ppl``)."""
         parser = self.chat if mode == "gen" else self.plain
         return parser.parse_template(prompt_template, mode)
 
@@ -102,8 +95,8 @@ class LanguageModel(LlavaFolder):
         """Turn a prompt of OpenCompass into token ids.
 
         Args:
-            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. One without
-                text is left out, as OpenCompass does; its parser puts such in.
+            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. A message
+                without text, which OpenCompass's parser adds, is left out.
 
         Returns:
             Token ids, and no pictures.
@@ -120,10 +113,10 @@ class LanguageModel(LlavaFolder):
         return super().encode_messages(turns)
 
     def get_ppl(self, inputs: Sequence[str], mask_length: None = None) -> np.ndarray:
-        """Nats of each text, by its number of tokens; smaller is more probable.
+        """Return the nats of each text, divided by its number of tokens.
 
-        OpenCompass's own wrapper pads at the left without leaving the padding out, so that its
-        numbers depend on what else is in the batch; these don't, and are its numbers at batch 1.
+        OpenCompass's own wrapper takes the padding for text, so its numbers depend on what else is
+        in the batch. These don't, and are its numbers at batch size 1.
 
         Args:
             inputs: plain texts.
@@ -145,49 +138,47 @@ class LanguageModel(LlavaFolder):
         longest = max(map(len, tokens))
         if self.longest is not None and longest > self.longest:
             raise DPAError(f"a text of {longest} tokens; the model has {self.longest} positions")
-        ids = torch.full((len(tokens), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, found in enumerate(tokens):
-            ids[row, : len(found)] = torch.tensor(found)
-            mask[row, : len(found)] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        nats = [
-            functional.cross_entropy(
-                rows[: len(found) - 1].float(), row[1 : len(found)], reduction="sum"
-            ).item()
-            / len(found)
-            for rows, row, found in zip(logits, ids, tokens, strict=True)
-        ]
+        batch = self.padded_batch(tokens, "right")
+        logits = self.model(**batch, use_cache=False).logits  # (B, T, V)
+        nats = []
+        for row, ids, found in zip(logits, batch["input_ids"], tokens, strict=True):
+            length = len(found)
+            total = functional.cross_entropy(
+                row[: length - 1].float(), ids[1:length], reduction="sum"
+            )
+            nats.append(total.item() / length)
         return [
             value if math.isfinite(value) else failure(DPAError(f"its likelihood is {value}"))
             for value in nats
         ]
 
 
-def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
-    """A causal language model in its own type; InternLM's without remote code.
+_CLASSES = {
+    "llava": "transformers.LlavaForConditionalGeneration",
+    "internlm2": "dpa_xtuner.model.internlm2.InternLM2ForCausalLM",
+    "internlm3": "dpa_xtuner.model.internlm3.InternLM3ForCausalLM",
+}
+"""By model type; ``AutoModelForCausalLM`` loads all others."""
+
+
+def load_llm(
+    path: str, adapter: str | None = None, dtype: torch.dtype | str = "auto"
+) -> PreTrainedModel:
+    """Load a causal language model; InternLM's without remote code.
 
     Args:
         path: its folder, or that of a LLaVA, whose language model is given.
         adapter: a PEFT folder to merge into it.
+        dtype: of its weights; ``"auto"`` for the folder's own.
 
     Raises:
         DPAError: weights are missing.
     """
     kind = PretrainedConfig.get_config_dict(path)[0].get("model_type")
+    name = _CLASSES.get(kind, "transformers.AutoModelForCausalLM")
+    llm = load_whole(get_object_from_string(name), path, torch_dtype=dtype)
     if kind == "llava":
-        llm = load_whole(LlavaForConditionalGeneration, path, torch_dtype="auto").language_model
-    elif kind == "internlm2":
-        from dpa_xtuner.model.internlm2 import InternLM2ForCausalLM
-
-        llm = load_whole(InternLM2ForCausalLM, path, torch_dtype="auto")
-    elif kind == "internlm3":
-        from dpa_xtuner.model.internlm3 import InternLM3ForCausalLM
-
-        llm = load_whole(InternLM3ForCausalLM, path, torch_dtype="auto")
-    else:
-        llm = load_whole(AutoModelForCausalLM, path, torch_dtype="auto")
+        llm = llm.language_model
     if caps_attention(llm.config):
         llm.config._attn_implementation = "eager"
     if adapter is None:
@@ -199,16 +190,16 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
 
 
 def _as_text(prompt: str | list[dict]) -> str:
-    """A prompt of OpenCompass to be read."""
+    """Make a prompt of OpenCompass readable."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message["prompt"] for message in prompt)
 
 
 class LikelihoodInferencer(PPLInferencer):
-    """Picks the most probable candidate; a sample of which one failed has no answer.
+    """Pick the most probable candidate; if one of a sample's failed, the sample has no answer.
 
-    Left to itself, OpenCompass would credit a sample with a candidate that nothing was compared to.
+    OpenCompass would compare the others and take the best of them for the answer.
     """
 
     def inference(
@@ -219,7 +210,7 @@ class LikelihoodInferencer(PPLInferencer):
         output_json_filename: str,
         **templates: Any,
     ) -> list[str]:
-        """Ask for all likelihoods and write the predictions.
+        """Compute all likelihoods and write the predictions.
 
         Args:
             retriever: of the examples before a question.
@@ -252,24 +243,24 @@ class LikelihoodInferencer(PPLInferencer):
 
 
 class TextEvaluator(BaseEvaluator):
-    """Scores as a data set's own evaluator does, and keeps each sample.
+    """Score as a data set's own evaluator does, and keep each sample.
 
-    A sample that failed has the empty answer: OpenCompass would look for an option's letter, or a
-    number, in the reason.
+    A sample that failed is scored with the empty answer: OpenCompass would look for an option's
+    letter, or a number, in the reason.
     """
 
     def __init__(self, evaluator: dict, postprocessor: dict | None = None) -> None:
-        """Set up the data set's own scoring.
+        """Build the data set's own scoring.
 
         Args:
-            evaluator: config of its evaluator, which gives ``accuracy``, 0 - 100.
-            postprocessor: config of the function that finds the answer in what was written.
+            evaluator: config of its evaluator, which returns ``accuracy``, 0 - 100.
+            postprocessor: config of the function that finds the answer in the text.
         """
         super().__init__()
         self.inner, self.postprocessor = ICL_EVALUATORS.build(evaluator), postprocessor
 
     def evaluate(self, k: int, n: int, original_dataset: Any, **columns: Any) -> dict:
-        """:meth:`score`, without OpenCompass's repeated runs."""
+        """Call ``score``, without OpenCompass's statistics over repeated runs."""
         return self.score(**columns)
 
     def score(
@@ -282,11 +273,7 @@ class TextEvaluator(BaseEvaluator):
             index and reason) and ``details`` (index, question, image, answer, prediction,
             extracted, correct).
         """
-        failed = [
-            {"index": i, "reason": given.removeprefix(NO_ANSWER).removeprefix(": ")}
-            for i, given in enumerate(predictions)
-            if str(given).startswith(NO_ANSWER)
-        ]
+        failed = failed_samples(range(len(predictions)), predictions)
         without = {sample["index"] for sample in failed}
         answers = [
             "" if i in without else self._extracted(given) for i, given in enumerate(predictions)

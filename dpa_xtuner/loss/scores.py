@@ -68,7 +68,7 @@ def token_scores(
     frozen, the gradient of each row is formed in the forward pass, while its logits are
     there: a row's cross entropy depends on that row's hidden state alone, so whatever weight
     it gets later only scales it. A trained head's gradient mixes the rows, so there the
-    logits are computed again in the backward pass. ``tools/benchmark_step.py --head``
+    logits are computed again in the backward pass. ``benchmarks/benchmark_step.py --head``
     compares the two ways.
 
     Under autocast the product is formed in autocast's dtype, otherwise in the weight's; the

@@ -1,4 +1,4 @@
-"""The three stages: what each one is, how one follows the other, and how one is rehearsed."""
+"""The three stages: what each one is, and how one follows the other."""
 
 from dpa_xtuner.stages.loop import DPATrainLoop
 from dpa_xtuner.stages.optim import Bf16OptimWrapper, WarmupCosineLR

@@ -10,11 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder, write_json
+from dpa_xtuner.layout import PROVENANCE_FILE as ORIGIN
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
-
-ORIGIN = "dpa.json"
-"""The record's file name inside a written folder."""
 
 
 def save_part(

@@ -17,6 +17,8 @@ from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json, take
+from dpa_xtuner.layout import STATE_FILE as STATE
+from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
 from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import refuse_foreign
 from dpa_xtuner.stages.build import (
@@ -30,12 +32,8 @@ from dpa_xtuner.stages.build import (
 )
 from dpa_xtuner.stages.initial import check_initial, record_of_loaded
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.rehearsal import rehearse, users_files_named
 from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage, stage_table
-
-STATE = "stage.json"
-"""A stage's record of itself: what it is trained from and whether it is finished."""
 
 _DATA_CHECKED = "DPA_DATA_CHECKED"
 """Names, for the next stage's process, the work dir whose stages' data was all looked at."""

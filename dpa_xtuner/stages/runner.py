@@ -12,10 +12,10 @@ from mmengine.runner import Runner as MMEngineRunner
 from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError, told_plainly
 from dpa_xtuner.files import move_into_place
+from dpa_xtuner.planning.rehearsal import users_files_named
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
-from dpa_xtuner.stages.rehearsal import users_files_named
 from dpa_xtuner.stages.state_file import StateFile, steps_done
 from dpa_xtuner.stages.stopping import guard, stopped_in_order
 

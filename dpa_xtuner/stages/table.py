@@ -4,11 +4,8 @@ import os
 from dataclasses import dataclass
 
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.layout import STAGE_NAMES as STAGE_NAMES
 from dpa_xtuner.stages.settings import LLMSettings, Settings
-
-STAGE_NAMES = ("proxy", "align", "tune")
-"""All stages in their order. A method without a proxy has the last two, a run that begins with a
-projector that is given (``tune.init_projector``) the last one."""
 
 
 @dataclass(frozen=True)

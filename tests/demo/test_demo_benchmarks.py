@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from dpa_xtuner.demo import benchmarks, drawings, scenes
-from dpa_xtuner.evaluation.benchmarks import find_benchmarks, missing_files
+from dpa_xtuner.evaluation.benchmarks import find_benchmarks
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_yes_no_questions_are_answered_from_the_scene() -> None:
 def test_registered_for_the_command_line(folder: Path) -> None:
     found = find_benchmarks(benchmarks.CHANCE)
     assert [dataset for one in found for dataset in one.datasets] == list(benchmarks.FILES)
-    assert missing_files(found, folder) == []
+    assert [missing for one in found for missing in one.missing(folder)] == []
 
 
 @pytest.mark.parametrize("name", benchmarks.CHANCE)

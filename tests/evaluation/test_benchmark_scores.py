@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import pytest
@@ -14,15 +15,17 @@ from datasets import Dataset
 from mmengine.config import Config
 from opencompass.models.base import BaseModel
 from opencompass.partitioners import NumWorkerPartitioner
+from opencompass.registry import ICL_EVALUATORS
 from opencompass.summarizers import DefaultSummarizer
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 from PIL import Image
+from vlmeval.dataset.image_base import ImageBaseDataset
+from vlmeval.smp import dump, get_intermediate_file_path, load
 from vlmeval.smp.status_report import flatten_summary_metrics
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER
-from dpa_xtuner.evaluation.dataset import EvaluationDataset, _WholeFile
-from dpa_xtuner.evaluation.evaluator import BenchmarkEvaluator
+from dpa_xtuner.evaluation.dataset import EvaluationDataset
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG") -> str:
@@ -249,31 +252,29 @@ def write(folder, case: Case, rows: list[dict] | None = None):
 
 def options(case: Case, folder, limit=None) -> dict:
     config = BENCHMARKS[case.benchmark].config(case.dataset, folder, limit)
-    return {k: config[k] for k in ("dataset_name", "data_root", "limit", "group", "module")}
+    return {
+        k: config[k] for k in ("dataset_name", "data_root", "images", "limit", "group", "module")
+    }
 
 
-def read(case: Case, folder, limit=None, **more) -> Dataset:
-    return EvaluationDataset.load(**options(case, folder, limit), **more)
+def read(case: Case, folder, limit=None, **reader) -> Dataset:
+    reader = dict(input_columns=["prompt"], output_column="answer", **reader)
+    return EvaluationDataset(reader_cfg=reader, **options(case, folder, limit)).test
 
 
 def score(case: Case, folder, said: dict, limit=None, out=None) -> dict:
     test_set = read(case, folder, limit)
     benchmark = BENCHMARKS[case.benchmark]
-    evaluator = BenchmarkEvaluator(
-        **options(case, folder, limit), metric=benchmark.metric, scale=benchmark.scale
-    )
+    config = benchmark.config(case.dataset, folder, limit)["eval_cfg"]["evaluator"]
+    evaluator = ICL_EVALUATORS.build(config)
     evaluator._out_dir = str(out or folder / "out")
-    answers = [said[index] for index in test_set["vlmeval_index"]]
+    answers = [said[index] for index in test_set["index"]]
     return evaluator.evaluate(1, 1, test_set, predictions=answers, test_set=test_set)
 
 
 def by_vlmevalkit(case: Case, folder, monkeypatch) -> dict:
     """VLMEvalKit alone, with a file of predictions as its own program writes it."""
-    kinds = [
-        kind
-        for kind in known.DATASET_CLASSES
-        if case.dataset in kind.supported_datasets() and not issubclass(kind, _WholeFile)
-    ]
+    kinds = [kind for kind in known.DATASET_CLASSES if case.dataset in kind.supported_datasets()]
     monkeypatch.setenv("LMUData", str(folder))
     monkeypatch.setattr(kinds[0], "DATASET_MD5", {})
     dataset = kinds[0](dataset=case.dataset)
@@ -398,13 +399,16 @@ def test_scored_again_after_other_answers(case, tmp_path):
     assert score(case, tmp_path, case.said)["score"] == pytest.approx(case.score)
 
 
-def test_details_say_what_was_asked(tmp_path):
+def test_details_say_what_was_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("LMUData", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     case = CASES["MMVP"]
     result = score(case, write(tmp_path, case), case.said)
     detail = next(d for d in result["details"] if d["index"] == 3)
     assert detail["prediction"] == "A" and detail["answer"] == "A" and detail["correct"] is True
     assert "Is the door open or shut? (1)" in detail["question"] and "B. Shut" in detail["question"]
     assert Image.open(detail["image"]).getpixel((3, 3)) == (0, 0, 0)
+    assert not (tmp_path / "home").exists()  # VLMEvalKit would make a folder for its data there
 
 
 class Oracle(BaseModel):
@@ -460,21 +464,17 @@ def test_prompts_are_vlmevalkits(case, tmp_path, monkeypatch):
     """The same texts and the same pixels."""
     write(tmp_path, case)
     test_set = read(case, tmp_path)
-    kind = next(
-        k
-        for k in known.DATASET_CLASSES
-        if case.dataset in k.supported_datasets() and not issubclass(k, _WholeFile)
-    )
+    kind = next(k for k in known.DATASET_CLASSES if case.dataset in k.supported_datasets())
     monkeypatch.setenv("LMUData", str(tmp_path / "alone"))
     write(tmp_path / "alone", case)
     monkeypatch.setattr(kind, "DATASET_MD5", {})
     alone = kind(dataset=case.dataset)
     prompts = {row["index"]: alone.build_prompt(row) for _, row in alone.data.iterrows()}
-    assert sorted(test_set["vlmeval_index"]) == sorted(prompts)
+    assert sorted(test_set["index"]) == sorted(prompts)
     for row in test_set:
         (message,) = row["prompt"]
         image, text = message["content"]
-        theirs = prompts[row["vlmeval_index"]]
+        theirs = prompts[row["index"]]
         assert message["role"] == "user"
         assert text["text"] == theirs[1]["value"]
         ours, reference = Image.open(image["image_url"]), Image.open(theirs[0]["value"])
@@ -484,10 +484,10 @@ def test_prompts_are_vlmevalkits(case, tmp_path, monkeypatch):
 def test_longest_first_and_the_same_order_each_time(tmp_path):
     case = CASES["AI2D_TEST"]
     write(tmp_path, case)
-    assert read(case, tmp_path)["vlmeval_index"] == [4, 3, 2, 1, 0]
+    assert read(case, tmp_path)["index"] == [4, 3, 2, 1, 0]
     same = [row | {"question": "Which?"} for row in case.rows]
     write(tmp_path, case, same)
-    assert read(case, tmp_path)["vlmeval_index"] == [0, 1, 2, 3, 4]
+    assert read(case, tmp_path)["index"] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["MMBench_DEV_EN", "MMVP", NATURAL, "OCRBench"])
@@ -504,7 +504,7 @@ def test_limit_keeps_groups_whole(name, tmp_path):
 def test_limit_is_spread_over_the_file(tmp_path):
     case = CASES["OCRBench"]
     write(tmp_path, case)
-    assert sorted(read(case, tmp_path, limit=4)["vlmeval_index"]) == [0, 2, 4, 6]
+    assert sorted(read(case, tmp_path, limit=4)["index"]) == [0, 2, 4, 6]
     assert len(read(case, tmp_path, limit=100)) == 8
 
 
@@ -520,9 +520,9 @@ def test_parts_make_the_whole(tmp_path):
     """OpenCompass asks for parts and puts the answers behind each other."""
     case = CASES["MMBench_DEV_EN"]
     write(tmp_path, case)
-    whole = read(case, tmp_path)["vlmeval_index"]
+    whole = read(case, tmp_path)["index"]
     parts = [read(case, tmp_path, test_range=r) for r in ("[0:4]", "[4:8]", "[8:12]")]
-    assert [index for part in parts for index in part["vlmeval_index"]] == whole
+    assert [index for part in parts for index in part["index"]] == whole
 
 
 def test_no_row_is_lost_with_its_picture(tmp_path):
@@ -534,7 +534,7 @@ def test_no_row_is_lost_with_its_picture(tmp_path):
     rows[6]["image"] = "é" * 99
     rows[8]["image"] = "12345"  # no such row
     test_set = read(case, write(tmp_path, case, rows))
-    paths = {row["vlmeval_index"]: row["prompt"][0]["content"][0]["image_url"] for row in test_set}
+    paths = {row["index"]: row["prompt"][0]["content"][0]["image_url"] for row in test_set}
     assert len(paths) == len(rows)
     assert [index for index, path in sorted(paths.items()) if path == ""] == [
         5, 1_000_005, 2_000_005, 2_000_040
@@ -557,10 +557,7 @@ def test_a_row_without_question_or_answer_fails_alone(name, column, tmp_path):
     rows = [row | ({column: None} if row["index"] == lost else {}) for row in case.rows]
     whole, cut = write(tmp_path / "whole", case), write(tmp_path / "cut", case, rows)
     prompts, others = (
-        {
-            row["vlmeval_index"]: row["prompt"][0]["content"][-1]["text"]
-            for row in read(case, folder)
-        }
+        {row["index"]: row["prompt"][0]["content"][-1]["text"] for row in read(case, folder)}
         for folder in (whole, cut)
     )
     assert others == prompts | ({lost: ""} if column != "answer" else {})
@@ -605,14 +602,14 @@ def test_a_data_file_is_never_run(tmp_path):
     rows[2]["image"] = str([picture(), "", picture((0, 0, 9))])
     test_set = read(case, write(tmp_path, case, rows))
     paths = {
-        row["vlmeval_index"]: [block["image_url"] for block in row["prompt"][0]["content"][:-1]]
+        row["index"]: [block["image_url"] for block in row["prompt"][0]["content"][:-1]]
         for row in test_set
     }
     assert paths["i0"] == [""] and len(paths) == len(rows)
     assert [bool(path) for path in paths["i2"]] == [True, False, True]
     assert Image.open(paths["i2"][2]).getpixel((0, 0)) == (0, 0, 9)
     rows[4]["index"] = "../../outside"
-    (row,) = (r for r in read(case, write(tmp_path, case, rows)) if "outside" in r["vlmeval_index"])
+    (row,) = (r for r in read(case, write(tmp_path, case, rows)) if "outside" in r["index"])
     assert Path(row["prompt"][0]["content"][0]["image_url"]).parent.name == case.dataset
     rows[3]["answer"] = code
     write(tmp_path, case, rows)
@@ -627,6 +624,8 @@ def test_a_data_file_is_never_run(tmp_path):
         ("", "has no rows"),
         ("index\tquestion\n", "has no rows"),
         ("index\tquestion\n1\tWhat?\n\tWhy?\n", "row 2 of 2 has no index"),
+        ("question\nWhat?\nWhy?\n", "row 1 of 2 has no index"),
+        ("index\tquestion\n1\tWhat?\n1\tWhy?\n", "row 2 of 2 has the index of another row"),
         ("index\tquestion\tanswer\n1\tWhat?\t\n2\tWhy?\t \n", "has no right answers"),
     ],
 )
@@ -660,6 +659,40 @@ def test_a_file_of_another_md5_is_left_alone(tmp_path):
     before = (tmp_path / "AI2D_TEST.tsv").read_bytes()
     assert len(read(case, tmp_path)) == 5
     assert (tmp_path / "AI2D_TEST.tsv").read_bytes() == before
+
+
+class Echo(ImageBaseDataset):
+    """A class of a user's own, which VLMEvalKit knows how to build and to score."""
+
+    DATASET_URL: ClassVar = {"MyEcho": ""}
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.suffix = "Say it again."
+
+    def build_prompt(self, line):
+        return [*super().build_prompt(line)[:-1], {"type": "text", "value": self.suffix}]
+
+    def evaluate(self, eval_file, **judge):
+        data = load(eval_file)
+        data["eval_score"] = (data["prediction"] == data["answer"]).astype(float)
+        dump(data, get_intermediate_file_path(eval_file, "_results"))
+        return {"Overall": data["eval_score"].mean()}
+
+
+def test_a_class_of_ones_own_builds_its_prompts_and_scores(tmp_path, monkeypatch):
+    """Its file of answers has them as they were given; which are right is read from its record."""
+    monkeypatch.setattr(known, "DATASET_CLASSES", [*known.DATASET_CLASSES, Echo])
+    golds = ("0", "1", "2", "007", "4")
+    rows = [row | {"answer": golds[i]} for i, row in enumerate(CASES["AI2D_TEST"].rows)]
+    own = Case("ai2d", "MyEcho", rows, {}, {}, 0)
+    said = {0: "0", 1: "None", 2: "2", 3: "007", 4: "4\x07"}
+    result = score(own, write(tmp_path, own), said)
+    assert {d["index"]: d["correct"] for d in result["details"]} == {
+        0: True, 1: False, 2: True, 3: True, 4: False,
+    }  # fmt: skip
+    assert result["score"] == 60 and {d["question"] for d in result["details"]} == {"Say it again."}
+    assert all(Path(d["image"]).is_file() for d in result["details"])
 
 
 def test_multiple_choice_of_another_name(tmp_path):

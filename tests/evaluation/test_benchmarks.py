@@ -13,11 +13,10 @@ from dpa_xtuner.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,
     DataFile,
-    file_md5,
     find_benchmarks,
-    missing_files,
     register_benchmark,
 )
+from dpa_xtuner.evaluation.cache_key import file_digest
 
 MADE = Benchmark("made", "Made", "general", (DataFile("one", "0" * 32), DataFile("two")))
 
@@ -80,23 +79,23 @@ def test_register():
 
 
 def test_missing_files(tmp_path):
-    absent, other = missing_files([MADE], tmp_path)
-    assert str(absent).startswith(f"{tmp_path / 'one.tsv'}: not there")
+    absent, other = MADE.missing(tmp_path)
+    assert str(absent).startswith(f"Made: {tmp_path / 'one.tsv'}: not there")
     assert other.path == tmp_path / "two.tsv"
 
     (tmp_path / "one.tsv").write_text("another")
     (tmp_path / "two.tsv").write_text("whatever")
-    (wrong,) = missing_files([MADE], tmp_path)
-    assert wrong.file.name == "one.tsv" and wrong.benchmark is MADE
+    (wrong,) = MADE.missing(tmp_path)
+    assert wrong.file.name == "one.tsv" and wrong.md5
     assert "its md5 is b32d73e56ec99bc5ec8f83871cde708a, expected 0000" in str(wrong)
 
 
 def test_md5_follows_the_file(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"")
-    assert file_md5(file) == "d41d8cd98f00b204e9800998ecf8427e"
+    assert file_digest(file) == "d41d8cd98f00b204e9800998ecf8427e"
     file.write_bytes(b"another")
-    assert file_md5(file) == "b32d73e56ec99bc5ec8f83871cde708a"
+    assert file_digest(file) == "b32d73e56ec99bc5ec8f83871cde708a"
 
 
 def test_opencompass_builds_the_config(tmp_path):
@@ -115,6 +114,4 @@ def test_opencompass_builds_the_config(tmp_path):
     assert ICL_PROMPT_TEMPLATES.get(infer["prompt_template"]["type"])
     assert ICL_RETRIEVERS.get(infer["retriever"]["type"])
     assert ICL_INFERENCERS.get(infer["inferencer"]["type"])
-    evaluator = ICL_EVALUATORS.build(config["eval_cfg"]["evaluator"])
-    assert evaluator.dataset_kwargs == {"limit": 5, "group": 2}
-    assert evaluator.eval_kwargs == {"model": "exact_matching", "nproc": 1}
+    assert ICL_EVALUATORS.build(config["eval_cfg"]["evaluator"]).dataset_name == "MMVP"

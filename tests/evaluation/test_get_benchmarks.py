@@ -153,9 +153,8 @@ def archive(server, monkeypatch, tmp_path):
             file.writestr(f"gsm8k/{name}", name)
     server.content = packed.read_bytes()
     md5 = hashlib.md5(server.content).hexdigest()
-    monkeypatch.setitem(text.ARCHIVES, "gsm8k", text.Archive("gsm8k", md5))
-    url = property(lambda archive: f"http://127.0.0.1:{server.server_port}/{archive.name}")
-    monkeypatch.setattr(text.Archive, "url", url)
+    url = f"http://127.0.0.1:{server.server_port}/gsm8k.zip"
+    monkeypatch.setitem(text.ARCHIVES, "gsm8k", DataFile("gsm8k", md5, url, "zip"))
     return packed
 
 
@@ -168,7 +167,7 @@ def test_text_comes_in_archives(archive, server, tmp_path, capsys):
     assert "1 of 1 files are in" in capsys.readouterr().out
     assert get_benchmarks.get(["gsm8k"], folder) is False
     assert server.asked == [0]
-    assert text.with_files([text.TEXT_BENCHMARKS["gsm8k"]], folder)[1] == []
+    assert text.TEXT_BENCHMARKS["gsm8k"].missing(folder) == []
 
 
 def test_an_archive_that_was_put_there(archive, server, tmp_path, capsys):
@@ -186,7 +185,9 @@ def test_an_archive_that_was_put_there(archive, server, tmp_path, capsys):
     (folder / "gsm8k/test.jsonl").unlink()
     capsys.readouterr()
     assert get_benchmarks.get(["gsm8k"], folder) is True
-    assert f"{folder / 'gsm8k'} lacks test.jsonl; move it away" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{folder / 'gsm8k/test.jsonl'}: not there" in out
+    assert f"move {folder / 'gsm8k'} away" in out
     assert (folder / "gsm8k/train.jsonl").is_file() and server.asked == []
 
 
@@ -194,7 +195,7 @@ def test_an_archive_without_its_folder(archive, monkeypatch, tmp_path, capsys):
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("other/train.jsonl", "")
     md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(text.ARCHIVES, "gsm8k", text.Archive("gsm8k", md5))
+    monkeypatch.setitem(text.ARCHIVES, "gsm8k", DataFile("gsm8k", md5, ending="zip"))
     archive.rename(tmp_path / "gsm8k.zip")
     assert get_benchmarks.get(["gsm8k"], tmp_path) is True
     assert "problem   it holds no folder gsm8k" in capsys.readouterr().out
@@ -207,7 +208,7 @@ def test_archives_are_opencompasss():
     known = [(entry["url"], entry["md5"]) for entry in DATASETS_URL.values()]
     assert {b.path.partition("/")[0] for b in text.TEXT_BENCHMARKS.values()} == {*text.ARCHIVES}
     for folder, archive in text.ARCHIVES.items():
-        assert archive.folder == folder and (archive.url, archive.md5) in known
+        assert archive.dataset == folder and (archive.url, archive.md5) in known
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

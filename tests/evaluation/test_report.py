@@ -8,8 +8,9 @@ import pytest
 
 from dpa_xtuner.evaluation import report
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, PAPER, find_benchmarks
+from dpa_xtuner.evaluation.evaluate import result_of
+from dpa_xtuner.evaluation.folder import run_of_export
 from dpa_xtuner.evaluation.report import Report, Result
-from dpa_xtuner.evaluation.run import Outcome, results_of
 
 FIRST = dict(zip(PAPER, (60.0, 50.0, 20.0, 30.0, 40.0, 10.0, 70.0), strict=True))
 SECOND = dict(zip(PAPER, (62.0, 50.0, 21.0, 35.0, 40.0, 12.5, 65.5), strict=True))
@@ -105,14 +106,11 @@ def test_a_data_set_without_any_answer_is_a_failure():
         failed = [{"index": i, "reason": "no picture"} for i in range(failed)]
         return {"score": 0.0, "samples": samples, "failed": failed, "metrics": {}, "details": []}
 
-    datasets = {"cvbench": {d: {"abbr": d} for d in ("CV-Bench-2D", "CV-Bench-3D")}}
-    outcome = Outcome({("m", "CV-Bench-2D"): left(2, 2), ("m", "CV-Bench-3D"): left(4, 1)}, {})
-    models, details = results_of({"dpa": "m"}, find_benchmarks(["cvbench"]), datasets, outcome)
-    found = models["dpa"]["cvbench"]
+    (cvbench,) = find_benchmarks(["cvbench"])
+    found = result_of(cvbench, {"CV-Bench-2D": left(2, 2), "CV-Bench-3D": left(4, 1)})
     assert found.samples == 6 and len(found.failed) == 3 and found.score == 0.0
     line = "dpa, cvbench: no sample of CV-Bench-2D could be answered (no picture)"
-    assert Report(models, find_benchmarks(["cvbench"])).failures() == [line]
-    assert details == {("dpa", "CV-Bench-2D"): [], ("dpa", "CV-Bench-3D"): []}
+    assert Report({"dpa": {"cvbench": found}}, [cvbench]).failures() == [line]
 
 
 def test_files(tmp_path):
@@ -148,8 +146,8 @@ def test_a_runs_scores_are_where_a_sweep_looks_for_them(tmp_path):
     (tmp_path / "run/align").mkdir()
     (tmp_path / "run/align/stage.json").write_text("{}")
     (tmp_path / "run/align/hf").symlink_to(tmp_path / "foreign/hf")  # on a larger disk
-    assert report.run_of_export(tmp_path / "run/align/hf") == tmp_path / "run"
-    assert report.run_of_export(tmp_path / "foreign/hf") is None
+    assert run_of_export(tmp_path / "run/align/hf") == tmp_path / "run"
+    assert run_of_export(tmp_path / "foreign/hf") is None
     found = made(mmvp=Result(None, error="log"))
     found.sources.update(
         dpa={"folder": str(tmp_path / "run/tune/hf"), "abbr": "dpa-1"},

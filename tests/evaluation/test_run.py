@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import weakref
-from importlib.util import spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from support.tiny_folder import rows, write_data
 
+import dpa_xtuner
+from dpa_xtuner import precision
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation import run
+from dpa_xtuner.evaluation import cache_key, run, visual
+from dpa_xtuner.evaluation import evaluate as evaluation
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER, find_benchmarks
+from dpa_xtuner.evaluation.evaluate import Options
+from dpa_xtuner.evaluation.folder import check_llava, labels
 from dpa_xtuner.evaluation.model import LlavaFolder
 
 
@@ -36,14 +41,18 @@ def answered(monkeypatch):
 
 
 def evaluate(folders, data, work_dir, names=("ai2d", "mmvp"), **options):
-    return run.evaluate(folders, find_benchmarks(names), data, work_dir, **options)
+    options = Options(**options)
+    asked = {
+        b: visual.data_sets_of(b, data, work_dir, options.limit) for b in find_benchmarks(names)
+    }
+    return evaluation.evaluate(visual.models_of(folders, options), asked, work_dir, options)
 
 
 def samples(details):
     return {key: [d["index"] for d in found] for key, found in details.items()}
 
 
-def test_answers_are_kept_and_a_rerun_asks_nothing(folder, data, tmp_path, answered, monkeypatch):
+def test_answers_are_kept_and_a_rerun_asks_nothing(folder, data, tmp_path, answered):
     report, details = evaluate([folder], data, tmp_path / "work", batch_size=4)
     assert [len(batch) for batch in answered] == [4, 2, 4]
     lengths = [len(question) for question in answered[0] + answered[1]]
@@ -67,9 +76,13 @@ def test_answers_are_kept_and_a_rerun_asks_nothing(folder, data, tmp_path, answe
     assert first["origin_prompt"][0]["content"][0]["image_url"] and first["gold"]
 
     answered.clear()
-    monkeypatch.setattr(run, "_call_opencompass", None)  # there is nothing for it to do
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "work/results").rglob("*.json")}
     again, details_again = evaluate([folder], data, tmp_path / "work", batch_size=4)
     assert (again, details_again) == (report, details) and not answered
+    assert written == {p: p.stat().st_mtime_ns for p in written}  # nothing is scored again
+    evaluate([folder], data, tmp_path / "work", batch_size=4, fresh=True)
+    assert [len(batch) for batch in answered] == [4, 2, 4]
+    assert all(p.stat().st_mtime_ns > time for p, time in written.items())
 
 
 def test_what_changed_is_asked_again_and_nothing_else(folder, other, data, tmp_path, answered):
@@ -114,73 +127,68 @@ def test_what_changed_is_asked_again_and_nothing_else(folder, other, data, tmp_p
     assert again(copy, other)[0] == 10  # a second model, and nothing of the first
     namesake = shutil.copytree(other, tmp_path / "else/tiny")
     (namesake / "README.md").write_text("other content")
-    report = run.evaluate([copy, namesake], find_benchmarks(["ai2d"]), data, tmp_path / "work")[0]
+    report, _ = evaluate([copy, namesake], data, tmp_path / "work", ["ai2d"])
     assert [label.endswith("-tiny") for label in report.models] == [True, True]  # not "tiny" now
     assert sum(map(len, answered)) == 10 + 6  # and yet the first one's answers are found again
 
 
-def test_changed_code_of_prompts_and_scores_is_asked_again(data, tmp_path, monkeypatch):
-    """Ours, VLMEvalKit's, OpenCompass's, and a module or package of one's own."""
-    code = tmp_path / "code"
-    ours, kit, compass = code / "dpa_xtuner", code / "vlmeval", code / "opencompass"
-    files = [
-        ours / "evaluation/dataset.py", ours / "evaluation/evaluator.py", ours / "compat.py",
-        kit / "dataset/image_vqa.py", kit / "dataset/utils/vqa_eval.py", kit / "smp/misc.py",
-        compass / "datasets/vlmevalkit/image.py", compass / "evaluator/vlmevalkit.py",
-        code / "own_module.py", code / "own_package/parts/prompts.py",
-    ]  # fmt: skip
-    for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("")
-    (code / "own_package/__init__.py").write_text("")
+def test_versions_and_ones_own_module_are_in_the_key(data, tmp_path, monkeypatch):
+    """So that a change of either asks again; other changes of code are left to --fresh."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text("")
 
-    def find(name):
-        package = code / name / "__init__.py"
-        return spec_from_file_location(
-            name, package if package.parent.is_dir() else f"{package.parent}.py"
-        )
-
-    monkeypatch.setattr(run, "find_spec", find)
-    monkeypatch.setattr(run, "_HERE", ours / "evaluation")
-
-    def abbrs():
-        run._scoring_hash.cache_clear()
-        benchmarks = [
-            dataclasses.replace(BENCHMARKS["ai2d"], module=m) for m in ("own_module", "own_package")
-        ]
+    def names():
+        own = dataclasses.replace(BENCHMARKS["ai2d"], module="own_module")
         return [
-            run.dataset_config(b, "AI2D_TEST", data, tmp_path / "work", None)["abbr"]
-            for b in benchmarks
+            visual.data_sets_of(b, data, tmp_path / "work", None)["AI2D_TEST"]["abbr"]
+            for b in (BENCHMARKS["ai2d"], own)
         ]
 
-    before = abbrs()
-    assert abbrs() == before
-    for file in files:
-        file.write_text("changed = True")
-        after = abbrs()
-        changed = [one != other for one, other in zip(before, after, strict=True)]
-        own = {"own_module.py": [True, False], "prompts.py": [False, True]}
-        assert changed == own.get(file.name, [True, True]), file
-        before = after
-    run._scoring_hash.cache_clear()
+    before = names()
+    assert names() == before
+    (tmp_path / "own_module.py").write_text("changed = True")
+    published, own = names()
+    assert published == before[0] and own != before[1]
+    monkeypatch.setattr(cache_key, "__version__", "1000")
+    assert not {*names()} & {published, own}
+    monkeypatch.setattr(cache_key, "__version__", dpa_xtuner.__version__)
+    assert names() == [published, own]
+    monkeypatch.setattr(cache_key, "version", lambda package: f"{package} of another day")
+    assert not {*names()} & {published, own}
+
+
+def test_the_type_that_answers_are_computed_in_is_in_the_key(folder, tmp_path, monkeypatch):
+    """A folder in bfloat16 is computed in float32 by a CPU that would only emulate it."""
+    half = shutil.copytree(folder, tmp_path / "half")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    found, types = [], []
+    for native in (True, False):
+        monkeypatch.setattr(precision, "computes_bf16", lambda device, native=native: native)
+        found.append(
+            [model.config["abbr"] for model in visual.models_of([half, folder], Options())]
+        )
+        types.append(LlavaFolder(str(half), "cpu").model.dtype)
+    assert types == [torch.bfloat16, torch.float32]
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
 
 
 def test_only_what_is_read_of_a_models_folder_counts(folder, tmp_path):
     """Not what an evaluation, or a person, puts beside it, nor where it was exported from."""
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = run.describe_models([copy])
+    before = visual.models_of([copy], Options())
     for name in ("README.md", "eval.log", "work_dirs/eval/table.json", ".cache/a.json"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("{}")
     (copy / "dpa.json").write_text(json.dumps({"config": "here.py", "pad_image_to_square": False}))
-    assert run.describe_models([copy]) == before
+    assert visual.models_of([copy], Options()) == before
     for name, content in (
         ("dpa.json", {"config": "there.py", "pad_image_to_square": True}),
         ("generation_config.json", {"repetition_penalty": 2}),
         ("merges.txt", {}),
     ):
         (copy / name).write_text(json.dumps(content))
-        after = run.describe_models([copy])
+        after = visual.models_of([copy], Options())
         assert after != before
         before = after
 
@@ -196,24 +204,24 @@ def test_only_what_is_read_of_a_models_folder_counts(folder, tmp_path):
 )
 def test_broken_configs_are_refused(name, content, message, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    run.check_folder(copy)
+    check_llava(copy)
     (copy / name).write_text(content)
     with pytest.raises(DPAError, match=message):
-        run.check_folder(copy)
+        check_llava(copy)
 
 
 def test_several_models_are_compared_under_short_names(folder, other, data, tmp_path, answered):
     report, _ = evaluate([folder, other, folder], data, tmp_path / "work", ["ai2d"])
     assert list(report.models) == ["tiny", "other"]
     places = [Path("a/run/tune/hf"), Path("b/run/tune/hf"), Path("b/run/align/hf")]
-    labels = [f"{x}-run-{y}" for x, y in (("a", "tune"), ("b", "tune"), ("b", "align"))]
-    assert run.labels([tmp_path / p for p in places]) == labels
-    assert run.labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
-    assert run.labels([Path("/hf")]) == ["_"]
+    expected = [f"{x}-run-{y}" for x, y in (("a", "tune"), ("b", "tune"), ("b", "align"))]
+    assert labels([tmp_path / p for p in places]) == expected
+    assert labels([tmp_path / "work_dirs/dpa_x/tune/hf"]) == ["dpa_x-tune"]
+    assert labels([Path("/hf")]) == ["_"]
     places = [tmp_path / "m", tmp_path / "m/hf", tmp_path / "a b", tmp_path / "a_b"]
-    assert len(set(run.labels(places))) == 4  # a model that shares a row's label would be lost
+    assert len(set(labels(places))) == 4  # a model that shares a row's label would be lost
     (tmp_path / "link").symlink_to("other")
-    assert run.labels([tmp_path / "link"]) == ["link"]
+    assert labels([tmp_path / "link"]) == ["link"]
 
 
 def test_models_of_one_label_or_one_content_have_rows_of_their_own(
@@ -333,16 +341,20 @@ def test_killed_and_continued(folder, data, tmp_path, answered):
     killing.write_text(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from dpa_xtuner.evaluation import model, run\n"
+        "from dpa_xtuner.evaluation import model, visual\n"
         "from dpa_xtuner.evaluation.benchmarks import find_benchmarks\n"
+        "from dpa_xtuner.evaluation.evaluate import Options, evaluate\n"
         "plain, calls = model.LlavaFolder.generate, []\n"
         "def generate(self, inputs, max_out_len):\n"
         "    calls.append(1)\n"
         "    if len(calls) > 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return plain(self, inputs, 8)\n"
         "model.LlavaFolder.generate = generate\n"
-        f"run.evaluate([Path({str(folder)!r})], find_benchmarks(['ai2d', 'mmvp']),\n"
-        f"    Path({str(data)!r}), Path({str(tmp_path / 'work')!r}), batch_size=2)\n"
+        f"work, data = Path({str(tmp_path / 'work')!r}), Path({str(data)!r})\n"
+        "benchmarks, options = find_benchmarks(['ai2d', 'mmvp']), Options(batch_size=2)\n"
+        "asked = {b: visual.data_sets_of(b, data, work, None) for b in benchmarks}\n"
+        f"models = visual.models_of([Path({str(folder)!r})], options)\n"
+        "evaluate(models, asked, work, options)\n"
     )
     environment = os.environ | {"DPA_WITHOUT_XTUNER": "1"}
     found = subprocess.run([sys.executable, str(killing)], env=environment, capture_output=True)
@@ -363,21 +375,22 @@ def test_several_workers_give_the_same(folder, data, tmp_path):
     write_data(data, "OCRBench", rows("OCRBench", 3))
     (data / "OCRBench.tsv").write_bytes(b"\xff\xfe not a table")
     benchmarks = [BENCHMARKS[name] for name in ("ocrbench", "ai2d")]
-    (model,) = run.describe_models([folder])
-    configs = [run.model_config(model, 8, 0)]
+    configs = [model.config for model in visual.models_of([folder], Options())]
     found = []
     for workers in (1, 2):
         work = tmp_path / f"work{workers}"
         datasets = [
-            run.dataset_config(b, name, data, work, None) for b in benchmarks for name in b.datasets
+            config
+            for benchmark in benchmarks
+            for config in visual.data_sets_of(benchmark, data, work, None).values()
         ]
         for config in datasets:
             config["infer_cfg"]["inferencer"]["max_out_len"] = 8
         found.append(run.run(configs, datasets, work, workers))
     one, two = found
-    assert list(one.results) == list(two.results) and len(one.results) == 1
-    assert list(one.failures) == list(two.failures) and "OCRBench" in str(one.failures)
-    (a,), (b,) = one.results.values(), two.results.values()
+    assert list(one) == list(two) and len(one) == 2
+    failures, (a, b) = ([list(outcome.values())[i] for outcome in found] for i in (0, 1))
+    assert all("UnicodeDecodeError" in error and "OCRBench" in error for error in failures)
     assert a["score"] == b["score"] and a["samples"] == b["samples"] == 20
     assert [d["prediction"] for d in a["details"]] == [d["prediction"] for d in b["details"]]
     names = {p.name.rpartition("_")[2] for p in (tmp_path / "work2").rglob("predictions/*/*.json")}

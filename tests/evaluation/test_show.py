@@ -42,9 +42,8 @@ def test_wrong_answers_are_evenly_spread(samples):
     assert shown(show.page({("tiny", "MMVP"): samples[:1]}, 3)) == []
 
 
-def test_page_needs_no_other_file_and_escapes(samples, tmp_path):
-    show.save({("<i>", "MMVP"): samples}, 100, tmp_path / "page.html")
-    found = (tmp_path / "page.html").read_text(encoding="utf-8")
+def test_page_needs_no_other_file_and_escapes(samples):
+    found = show.page({("<i>", "MMVP"): samples}, 100)
     assert "What is &lt;b&gt;1&lt;/b&gt;?\nA. cow &amp; calf" in found and "&lt;i&gt;" in found
     assert "<b>" not in found and "<i>" not in found
     assert "none: no picture is given" in found and NO_ANSWER not in found

@@ -27,8 +27,10 @@ from transformers import (
 )
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.evaluation import evaluate as evaluation
 from dpa_xtuner.evaluation import report, show, text, text_benchmarks
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
+from dpa_xtuner.evaluation.evaluate import Options
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_BENCHMARKS, TextBenchmark
 from dpa_xtuner.evaluation.text_model import LanguageModel, load_llm
 
@@ -133,7 +135,7 @@ def data(tmp_path_factory) -> Path:
             ],
         )
         (root / f"piqa/{split}-labels.lst").write_text("0\n1\n")
-    for config in text_benchmarks.configs(TEXT_BENCHMARKS["mmlu"]):
+    for config in TEXT_BENCHMARKS["mmlu"].configs():
         for split, count in (("dev", 5), ("test", 2)):
             file = root / "mmlu" / split / f"{config['name']}_{split}.csv"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +149,12 @@ def data(tmp_path_factory) -> Path:
 
 def plain(llm: Path) -> list[text.TextLLM]:
     return [text.TextLLM("an LLM", "", "original", llm, llm)]
+
+
+def evaluate(llms, asked, root, work_dir, options):
+    models = [text.describe(llm, options, llms[0].label) for llm in llms]
+    data_sets = {b: text.data_sets_of(b, root, work_dir, options.limit) for b in asked}
+    return evaluation.evaluate(models, data_sets, work_dir, options)
 
 
 def benchmarks(*names: str) -> list[TextBenchmark]:
@@ -178,7 +186,7 @@ def test_answers_are_scored_as_by_hand(llm, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(LanguageModel, "generate", generate)
     asked = benchmarks("arc", "gsm8k")
-    found, _ = text.evaluate(plain(llm), asked, data, tmp_path)
+    found, _ = evaluate(plain(llm), asked, data, tmp_path, Options())
     (row,) = found.models.values()
     # ARC: two of four. GSM8K: one of two.
     assert scores(row) == {"arc": 50.0, "gsm8k": 50.0}
@@ -196,7 +204,7 @@ def test_a_data_set_without_any_answer_is_trouble(llm, data, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(llm, short)
     (short / "config.json").write_text(json.dumps(config))
-    found, _ = text.evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work")
+    found, _ = evaluate(plain(short), benchmarks("boolq"), data, tmp_path / "work", Options())
     result = found.models["an LLM"]["boolq"]
     assert len(result.failed) == 2 and result.score == 0.0
     (line,) = found.failures()
@@ -217,7 +225,7 @@ def test_likelihoods_are_those_of_plain_transformers(llm, data, tmp_path):
         context = query.split(": ", 2)[-1]
         cost = [nats(model, tokenizer, f"{context}\n{choice}") for choice in choices]
         found.append(cost.index(min(cost)))
-    made, _ = text.evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, batch_size=3)
+    made, _ = evaluate(plain(llm), benchmarks("hellaswag"), data, tmp_path, Options(batch_size=3))
     right = sum(one == gold for one, (_, _, gold) in zip(found, HELLASWAG, strict=True))
     assert made.models["an LLM"]["hellaswag"].score == pytest.approx(100 * right / 3)
     (result,) = (tmp_path / "results" / "results").glob("original-*/hellaswag-*.json")
@@ -246,9 +254,9 @@ def test_a_text_that_fails_costs_its_sample_and_wins_nothing(llm, data, tmp_path
         return output
 
     asked = benchmarks("arc_likelihood")
-    before, _ = text.evaluate(plain(llm), asked, data, tmp_path / "before")
+    before, _ = evaluate(plain(llm), asked, data, tmp_path / "before", Options())
     monkeypatch.setattr(LlamaForCausalLM, "forward", failing)
-    after, _ = text.evaluate(plain(llm), asked, data, tmp_path / "after")
+    after, _ = evaluate(plain(llm), asked, data, tmp_path / "after", Options())
     whole, result = (r.models["an LLM"]["arc_likelihood"] for r in (before, after))
     assert whole.failed == [] and len(result.failed) == 2 and result.samples == 4
     assert after.failures() == []
@@ -284,10 +292,10 @@ def test_a_text_longer_than_the_positions_is_not_cut(llm):
 
 def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "ANSWER_TOKENS", 4)
-    all_configs = text.configs
-    monkeypatch.setattr(text, "configs", lambda benchmark: all_configs(benchmark)[:SUBJECTS_RUN])
+    all_configs = TextBenchmark.configs
+    monkeypatch.setattr(TextBenchmark, "configs", lambda self: all_configs(self)[:SUBJECTS_RUN])
     asked = list(TEXT_BENCHMARKS.values())
-    evaluated = text.evaluate(plain(llm), asked, data, tmp_path, limit=2)
+    evaluated = evaluate(plain(llm), asked, data, tmp_path, Options(limit=2))
     (row,) = evaluated[0].models.values()
     assert evaluated[0].failures() == [] and set(row) == set(TEXT_BENCHMARKS)
     assert samples(row) == dict.fromkeys(TEXT_BENCHMARKS, 2) | {"mmlu": SUBJECTS_RUN}
@@ -299,46 +307,46 @@ def test_all_data_sets_run_and_a_rerun_does_nothing(llm, data, tmp_path, monkeyp
         raise AssertionError("loaded again")
 
     monkeypatch.setattr(LanguageModel, "__init__", refuse)
-    assert text.evaluate(plain(llm), asked, data, tmp_path, limit=2) == evaluated
+    assert evaluate(plain(llm), asked, data, tmp_path, Options(limit=2)) == evaluated
 
 
 def test_what_changes_is_asked_again(llm, data, tmp_path):
     (benchmark,) = benchmarks("arc")
+    (likelihood,) = benchmarks("arc_likelihood")
     names = {
-        text.data_sets(benchmark, data, None)["arc"]["abbr"],
-        text.data_sets(benchmark, data, 2)["arc"]["abbr"],
-        text.data_sets(*benchmarks("arc_likelihood"), data, None)["arc_likelihood"]["abbr"],
+        text.data_sets_of(benchmark, data, tmp_path, None)["arc"]["abbr"],
+        text.data_sets_of(benchmark, data, tmp_path, 2)["arc"]["abbr"],
+        text.data_sets_of(likelihood, data, tmp_path, None)["arc_likelihood"]["abbr"],
     }
     file = tmp_path / benchmark.path
     lines(file, [{"other": "content"}])
-    names.add(text.data_sets(benchmark, tmp_path, None)["arc"]["abbr"])
+    names.add(text.data_sets_of(benchmark, tmp_path, tmp_path, None)["arc"]["abbr"])
     assert len(names) == 4
-    before = text.model_config(plain(llm)[0], 8, 0)["abbr"]
-    assert text.model_config(plain(llm)[0], 4, 0)["abbr"] == before
+    before = text.describe(plain(llm)[0], Options()).config["abbr"]
+    assert text.describe(plain(llm)[0], Options(batch_size=4)).config["abbr"] == before
     source = tmp_path / "source"
     source.mkdir()
     (source / "tokenizer_config.json").write_text("{}")
     changed = text.TextLLM("an LLM", "", "original", llm, source)
-    assert text.model_config(changed, 8, 0)["abbr"] != before
+    assert text.describe(changed, Options()).config["abbr"] != before
 
 
 def test_missing_files_are_named_with_their_place(data, tmp_path):
     (benchmark,) = benchmarks("mmlu")
-    assert text_benchmarks.missing_files(benchmark, data) == []
-    missing = text_benchmarks.missing_files(benchmark, tmp_path)
-    assert len(missing) == 2 * MMLU_SUBJECTS
-    line = text_benchmarks.left_out(benchmark, missing)
-    assert f"{missing[0]} and 113 more not there" in line and "get_benchmarks.py mmlu" in line
+    assert benchmark.missing(data) == []
+    (missing,) = benchmark.missing(tmp_path)
+    assert missing.path.parent == tmp_path / "mmlu/dev" and missing.path.suffix == ".csv"
+    others = 2 * MMLU_SUBJECTS - 1
+    assert f"MMLU: {missing.path}: not there, or empty (and {others} more)" in str(missing)
+    assert "get_benchmarks.py mmlu" in str(missing)
     both = benchmarks("mmlu", "piqa")
-    assert text_benchmarks.with_files(both, tmp_path)[0] == []
-    assert text_benchmarks.with_files(both, data) == (both, [])
     assert text_benchmarks.choose(["mmvp", "piqa", "all"]) == (both[1:], ["mmvp", "all"])
     assert text_benchmarks.choose(["text"]) == (list(TEXT_BENCHMARKS.values()), [])
     (tmp_path / "piqa").mkdir()
     for name in ("train.jsonl", "train-labels.lst", "dev.jsonl", "dev-labels.lst"):
         (tmp_path / "piqa" / name).write_text("x" * (name != "dev.jsonl"))
-    missing = text_benchmarks.missing_files(both[1], tmp_path)
-    assert missing == [tmp_path / "piqa/dev.jsonl"]  # it is empty
+    (missing,) = both[1].missing(tmp_path)
+    assert missing.path == tmp_path / "piqa/dev.jsonl" and "more" not in str(missing)  # it is empty
 
 
 def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
@@ -369,7 +377,7 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         torch.testing.assert_close(merged, proxy.eval()(ids).logits, rtol=1e-4, atol=1e-4)
         found = load_llm(str(tuned.llm))(ids).logits
         torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
-    assert text.model_config(tuned, 8, 0)["max_seq_len"] == POSITIONS
+    assert text.describe(tuned, Options()).config["max_seq_len"] == POSITIONS
     assert tuned.label == "some_run: tuned LLM"
     (exported / "dpa.json").write_text(json.dumps({"llm": "no/such-model"}))
     with pytest.raises(DPAError, match="neither a folder nor in the hub cache"):
@@ -470,7 +478,7 @@ def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path)
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Left out: MMLU (mmlu): " in done.stderr
+    assert "Left out: MMLU: " in done.stderr
     assert done.stdout.splitlines()[-1].startswith("imported: opencompass torch transformers")
     assert (tmp_path / "text.md").read_text() in done.stdout + "\n"
     assert f"| {llm.name} " in (tmp_path / "text.md").read_text()

@@ -23,8 +23,8 @@ from dpa_xtuner.data import collate
 from dpa_xtuner.model import DPALLaVAModel
 from dpa_xtuner.model.configs import NotFound, image_tokens
 from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 from dpa_xtuner.registry import ENCODERS
-from dpa_xtuner.stages.rehearsal import _tiny_encoder
 
 DINOV2 = dict(type="dinov2", image_size=16)
 INTERNVIT = dict(type="internvit", trust_remote_code=True)
@@ -338,7 +338,7 @@ def test_stock_projector_depth_is_pointed_to_its_place(folders):
 @pytest.mark.parametrize("name", ALL)
 def test_a_rehearsal_gets_a_tiny_one_of_each_kind(name, folders, tmp_path):
     cfg = ALL[name]
-    _tiny_encoder(cfg, folders[name], tmp_path)
+    write_tiny_encoder(cfg, folders[name], tmp_path)
     kind, module = load(cfg, str(tmp_path))
     config = kind.config(str(tmp_path))
     processor = BUILDER.build(kind.processor(str(tmp_path)))
@@ -353,7 +353,7 @@ def test_a_rehearsal_gets_a_tiny_one_of_each_kind(name, folders, tmp_path):
 )
 def test_a_rehearsal_needs_no_published_configuration(cfg, tmp_path):
     name = "no/where" if isinstance(cfg, str) else "no/where + no/where"
-    _tiny_encoder(cfg, name, tmp_path)
+    write_tiny_encoder(cfg, name, tmp_path)
     kind, module = load(cfg, str(tmp_path))
     config = kind.config(str(tmp_path))
     assert kind.features(module, pixels(1, kind.image_size(config))).shape[1] == kind.tokens(config)
@@ -361,7 +361,7 @@ def test_a_rehearsal_needs_no_published_configuration(cfg, tmp_path):
 
 def test_a_rehearsal_of_remote_code_needs_its_folder(tmp_path):
     with pytest.raises(DPAError, match=r"does not say what to rehearse.*Give a local folder"):
-        _tiny_encoder(INTERNVIT, "no/where", tmp_path)
+        write_tiny_encoder(INTERNVIT, "no/where", tmp_path)
 
 
 def test_modules_are_built_without_memory_for_weights(folders):
@@ -386,7 +386,7 @@ def test_one_of_ones_own_is_a_few_lines(tmp_path):
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
         model = llava("vit", {"vit": str(tmp_path)}, cfg="vit")
         assert model.encode_images(pixels()).shape == (2, 16, 16)
-        _tiny_encoder("vit", str(tmp_path), tmp_path / "tiny")
+        write_tiny_encoder("vit", str(tmp_path), tmp_path / "tiny")
         assert load("vit", str(tmp_path / "tiny"))
     finally:
         del ENCODERS.module_dict["vit"]

@@ -12,7 +12,7 @@ from dpa_xtuner import DPAError
 from dpa_xtuner.model import DPALLaVAModel
 from dpa_xtuner.model.configs import image_tokens
 from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.stages.rehearsal import _tiny_encoder
+from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 
 # Name: class, image size, grid, channels; by the papers' and configs' own numbers.
 BACKBONES = {
@@ -111,7 +111,7 @@ def test_images_are_normalised_as_the_config_says():
 
 @pytest.mark.parametrize("name", list(BACKBONES)[:-1])
 def test_a_rehearsal_gets_a_tiny_one(name, tmp_path):
-    _tiny_encoder("mmpretrain", name, tmp_path)
+    write_tiny_encoder("mmpretrain", name, tmp_path)
     kind, module = load("mmpretrain", str(tmp_path))
     assert sum(p.numel() for p in module.parameters()) < 300_000
     processor = BUILDER.build(kind.processor(str(tmp_path)))
@@ -124,7 +124,7 @@ def test_a_rehearsal_gets_a_tiny_one(name, tmp_path):
 
 
 def test_a_model_trains_its_projector_with_one(tmp_path):
-    _tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
+    write_tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
     llm = LlamaForCausalLM(LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=64,
@@ -172,7 +172,7 @@ def test_another_models_weights_are_not_taken(published):
 
 
 def test_a_chosen_layer_is_refused(tmp_path):
-    _tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
+    write_tiny_encoder("mmpretrain", "convnext-tiny_32xb128_in1k", tmp_path)
     kind, module = load("mmpretrain", str(tmp_path))
     kind.layer = -2
     with pytest.raises(DPAError, match=r"leave model\.visual_select_layer out"):

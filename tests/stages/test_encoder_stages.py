@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config
 from support import encoder_folders, harness
 
-from dpa_xtuner.stages.rehearsal import _tiny_encoder
+from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 
 VIT = "vit-base-p16_in21k-pre_3rdparty_in1k-384px"
 EVA02 = "vit-tiny-p14_eva02-pre_in21k"
@@ -40,7 +40,7 @@ def written(name: str, folder: Path) -> str:
         return f"{written('siglip', folder / 'first')} + {written('dinov2', folder / 'second')}"
     if name in (VIT, EVA02, SWIN, CONVNEXT):
         folder.mkdir()
-        _tiny_encoder("mmpretrain", name, folder)
+        write_tiny_encoder("mmpretrain", name, folder)
         return str(folder)
     if name == "registers":
         return encoder_folders.dinov2(folder, registers=True)

@@ -21,8 +21,8 @@ from dpa_xtuner.data import collate
 from dpa_xtuner.export import export_config
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.hooks import ProxyLLMHook
-from dpa_xtuner.stages import sweep
-from dpa_xtuner.stages.check import check_config
+from dpa_xtuner.planning import sweep
+from dpa_xtuner.planning.check import check_config
 from dpa_xtuner.stages.settings import config_from_file
 
 TOOLS = Path(__file__).parents[2] / "tools"

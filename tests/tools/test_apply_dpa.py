@@ -11,8 +11,8 @@ from transformers import BitsAndBytesConfig
 from xtuner.model.utils import traverse_dict
 
 from dpa_xtuner import DPAError
+from dpa_xtuner.planning.from_stock import family_of, find_stock, stock_names, write_config
 from dpa_xtuner.stages import Settings
-from dpa_xtuner.stages.from_stock import family_of, find_stock, stock_names, write_config
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs" / "_base_" / "dpa.py"

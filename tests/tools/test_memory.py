@@ -11,8 +11,8 @@ from support import harness
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from dpa_xtuner import DPAError
+from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
 from dpa_xtuner.stages import Settings, stage_table
-from dpa_xtuner.stages.memory import Counts, Memory, StageModel, state_memory
 
 ROOT = Path(__file__).parents[2]
 # In billions, as the models' cards and repositories say.

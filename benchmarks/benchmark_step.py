@@ -2,7 +2,7 @@
 
 A step is forward, backward and the projector's optimizer step, on a random LLM that is frozen:
 
-    python tools/benchmark_step.py --head --growth --out docs
+    python benchmarks/benchmark_step.py --head --growth --out docs
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each start runs in a process of its own, on the same generated caption records, with the same
 tokenizer and image processor:
 
-    python tools/benchmark_data.py --records 50000 --json benchmark.json
+    python benchmarks/benchmark_data.py --records 50000 --json benchmark.json
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from support import harness
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.stages import sweep
+from dpa_xtuner.planning import sweep
 
 TOOL = Path(__file__).parents[2] / "tools/sweep.py"
 

@@ -162,7 +162,8 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")
-    _tiny_encoder(settings.encoder, settings.visual_encoder_name_or_path, folder / "visual_encoder")
+    name = settings.visual_encoder_name_or_path
+    write_tiny_encoder(settings.encoder, name, folder / "visual_encoder")
     if settings.tune.init_projector is not None:
         _tiny_projector(cfg, settings, folder)
     sources = {}
@@ -239,7 +240,18 @@ def _tiny_llm(template: dict, tokenizer):
     return model.to(torch.bfloat16)
 
 
-def _tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
+def write_tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
+    """Write a tiny encoder of random weights and its image processor.
+
+    Args:
+        encoder: its kind, by name or as a dict of its name and arguments.
+        name: folder or hub name of the real one. If this machine does not have it, the kind's
+            default configuration is used.
+        folder: where to.
+
+    Raises:
+        DPAError: an unknown kind, or one that has no default configuration.
+    """
     kind = build_encoder(encoder)
     try:
         config = kind.config(name, local_only=True)
