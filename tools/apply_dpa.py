@@ -30,11 +30,8 @@ def main() -> None:
 
     with told_plainly():
         stock = find_stock(arguments.stock)
-        converted = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
-    print("\n".join(converted.header))
-    if converted.not_kept:
-        print("Not kept:", *converted.not_kept, sep="\n  - ")
-    print(f"Wrote {arguments.output}. Next: xtuner train {arguments.output}")
+        notes = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
+    print(*notes, f"Wrote {arguments.output}. Next: xtuner train {arguments.output}", sep="\n")
 
 
 if __name__ == "__main__":
