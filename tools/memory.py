@@ -27,7 +27,7 @@ LENGTH = 2048
 
 
 def stage_models(cfg: Config) -> dict:
-    """Stage -> the sizes of its model (:class:`dpa_xtuner.planning.memory.StageModel`)."""
+    """Size the model of each stage: a :class:`dpa_xtuner.planning.memory.StageModel` by name."""
     from dpa_xtuner.planning.memory import StageModel
     from dpa_xtuner.stages import Settings, stage_table
 

@@ -118,7 +118,7 @@ class Stock:
 
 
 def stock_names() -> list[str]:
-    """All LLaVA configs that the installed XTuner lists."""
+    """List all LLaVA configs of the installed XTuner."""
     return sorted(n for n in cfgs_name_path if "llava" in n and not n.startswith("convert_"))
 
 
@@ -268,7 +268,7 @@ def _pattern(name: str) -> str:
 
 
 def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
-    """Settings of all stages by dotted key, and notes on them."""
+    """Translate the keys that hold for all stages; returns settings by dotted key, and notes."""
     keys, notes = stock.keys, [f"Made by tools/apply_dpa.py from XTuner's {stock.name}."]
     llm = keys["model.llm.pretrained_model_name_or_path"]
     settings: dict[str, Any] = {"family": family_of(llm)}
@@ -299,7 +299,7 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
 
 
 def _of_stage(stock: Stock, data: str) -> dict[str, Any]:
-    """Settings of the stage that a stock config trains, and of its data, by dotted key."""
+    """Translate the keys of the trained stage and its data to settings by dotted key."""
     keys = stock.keys
     accumulate = keys["optim_wrapper.accumulative_counts"]
     interval = keys["default_hooks.checkpoint.interval"]
@@ -319,7 +319,7 @@ def _of_stage(stock: Stock, data: str) -> dict[str, Any]:
 
 
 def _image_tokens(stock: Stock) -> int:
-    """Patches of an image, by the encoder's name; of CLIP ViT-L/14-336 if it does not say."""
+    """Count the patches of an image by the encoder's name, else as for CLIP ViT-L/14-336."""
     name = stock.keys["model.visual_encoder.pretrained_model_name_or_path"]
     found = re.search(r"patch(\d+)-(\d+)", name)
     patch, size = map(int, found.groups()) if found else (14, 336)
@@ -351,7 +351,7 @@ def _of_all_stages(key: str) -> bool:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Dotted key -> value; an empty dict has none."""
+    """Flatten nested dicts to dotted keys; an empty dict has none."""
     if not isinstance(value, dict) or path.rpartition(".")[2] in _WHOLE:
         return {path: value}
     found: dict[str, Any] = {}
@@ -361,5 +361,5 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _last(dotted: str) -> str:
-    """The last name, such as AutoModel of ``transformers.AutoModel.from_pretrained``."""
+    """Return the last name, such as AutoModel of ``transformers.AutoModel.from_pretrained``."""
     return dotted.removesuffix(".from_pretrained").rpartition(".")[2]

@@ -166,7 +166,7 @@ class StageModel:
         return llm
 
     def _visual(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Encoder and projector; notes what an image takes."""
+        """Build encoder and projector, and note what an image takes."""
         kind, settings = build_encoder(self.settings.encoder), self.settings
         config = _encoder_config(kind, settings.visual_encoder_name_or_path)
         patches, width = kind.tokens(config), kind.hidden_size(config)
@@ -209,7 +209,7 @@ class StageModel:
         return memory, opposite
 
     def _layer_bytes(self, length: int, zero: int) -> tuple[float, int]:
-        """Bytes that one decoder layer keeps for each token, and bytes of its input.
+        """Compute the bytes that one decoder layer keeps for each token, and those of its input.
 
         Equation 1 of Korthikanti et al. (arXiv 2205.05198) adds up what each operation of a GPT
         layer keeps, ``s b h (34 + 5 a s / h)`` bytes for ``s b`` tokens, ``h`` channels and ``a``
@@ -221,7 +221,7 @@ class StageModel:
         norms         float32 input and deviation; the normed, if weights train   4 h + 4, e h
         attention     queries, keys and values, repeated for all heads            3 e q
         fused         its output; float32 sum of each head's weights              e q + 4 a
-        eager         weights in float32 and rounded (capped: before, as well)    (4 + e) a s
+        eager         weights in float32, rounded to 16 bit; scores if capped     6 a s, e a s
         MLP           gate, its SiLU, and what it is multiplied with              3 e i
         linears       their inputs, if they or LoRA train                         e (2 h + q + i)
         LoRA          what is between its two matrices, in each linear layer      e r
@@ -236,7 +236,7 @@ class StageModel:
         boundary = (4 if full and not zero else e) * h
         norms = self.norms * (4 * h + 4 + boundary * full)
         capped = getattr(config, "attn_logit_softcapping", None) is not None
-        fused, eager = e * q + 4 * a, (4 + e + e * capped) * a * length
+        fused, eager = e * q + 4 * a, (4 + e % 4 + e * capped) * a * length
         attention = 3 * e * q + (eager if self.eager else fused)
         shared = 2 * h + q + i if zero or e == 4 else self.inputs
         linears = e * shared * (full or adapter)
@@ -244,7 +244,7 @@ class StageModel:
         return norms + attention + 3 * e * i + linears + lora, boundary
 
     def _head_bytes(self, tokens: int) -> float:
-        """Head and loss of so many supervised tokens: see :mod:`dpa_xtuner.loss.scores`."""
+        """Compute what head and loss keep: see :mod:`dpa_xtuner.loss.scores`."""
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
         product, logits, slope = self.element, 4, self.element
         chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (product + logits + slope)
