@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 from _configs import check_options, config_names, find_config
@@ -42,19 +43,15 @@ def show(cfg: Config, gpus: int, zero: int, length: int | None) -> None:
 
     rows = []
     for name, model in stage_models(cfg).items():
-        memory, opposite = model.memory(gpus, zero, length)
+        memory = model.memory(gpus, zero, length)
         counts = [f"{count / 1e6:,.1f} M" for count in (model.counts.trained, model.counts.frozen)]
-        states = (memory.parameters, memory.gradients, memory.optimizer, memory.buffers)
-        activations = f"{_gb(memory.activations)} ({_gb(opposite)})"
-        total = (_gb(memory.total), _card(memory.total) or "none of them")
-        rows.append((name, *counts, *map(_gb, states), activations, *total))
+        sizes = [*astuple(memory), memory.total]
+        rows.append((name, *counts, *map(_gb, sizes), _card(memory.total) or "none of them"))
     how = f"ZeRO-{zero}" if zero else "no DeepSpeed"
     tokens = f"{length} tokens" if length else "samples of max_length"
     print(f"{cfg.llm_name_or_path}: GB on each of {gpus} GPUs, {how}, {tokens}\n")
     print(markdown(COLUMNS, rows))
-    opposite = "kept" if cfg.model.get("use_activation_checkpointing", True) else "computed again"
-    print(f"\nIn brackets: the activations if they were {opposite}.")
-    print(f"A stage fits into a card where it takes at most {USABLE:.0%} of it.")
+    print(f"\nA stage fits into a card if it takes at most {USABLE:.0%} of it.")
 
 
 def tables(names: list[str]) -> list[str]:
@@ -74,7 +71,7 @@ def tables(names: list[str]) -> list[str]:
         sizes = []
         for stage, model in stage_models(Config.fromfile(find_config(name))).items():
             length = min(LENGTH, model.own.max_length)
-            sizes.append([model.memory(*setup, length)[0].total for setup in SETUPS])
+            sizes.append([model.memory(*setup, length).total for setup in SETUPS])
             needs.append((name, stage, f"{model.own.batch_size} x {length}", *map(_gb, sizes[-1])))
         cards = [_card(max(column)) for column in zip(*sizes, strict=True)]
         first = next(i for i, card in enumerate(cards) if card)

@@ -182,31 +182,27 @@ class StageModel:
         self.visual_bytes = self.element * patches * (states + kept)
         return encoder, projector
 
-    def memory(self, gpus: int, zero: int, length: int | None = None) -> tuple[Memory, float]:
+    def memory(self, gpus: int, zero: int, length: int | None = None) -> Memory:
         """Compute what the stage needs on each GPU.
+
+        Quantised weights are infinite under ZeRO-3, which can't share them out.
 
         Args:
             gpus: number of processes.
             zero: DeepSpeed's ZeRO stage; 0 is training without DeepSpeed.
             length: tokens of each sample, its images' among them; the stage's ``max_length``,
                 the most there can be, where it is None.
-
-        Returns:
-            The bytes as the config says, and those of the activations if it said the opposite
-            of ``use_activation_checkpointing``. Quantised weights are infinite under ZeRO-3, which
-            can't share them out.
         """
         length, layers = length or self.own.max_length, self.llm_config.num_hidden_layers
         tokens = self.own.batch_size * length
         layer, boundary = self._layer_bytes(length, zero)
-        others = self._head_bytes(tokens) + self._image_bytes()
-        kept = tokens * layers * layer + others
-        recomputed = tokens * (layers * boundary + layer) + others
-        chosen, opposite = (recomputed, kept) if self.checkpointing else (kept, recomputed)
-        memory = replace(state_memory(self.counts, gpus, zero, self.element), activations=chosen)
-        if zero == 3 and self.quantised:
-            memory = replace(memory, parameters=inf)
-        return memory, opposite
+        kept = tokens * (layers * boundary + layer if self.checkpointing else layers * layer)
+        memory = state_memory(self.counts, gpus, zero, self.element)
+        return replace(
+            memory,
+            parameters=inf if zero == 3 and self.quantised else memory.parameters,
+            activations=kept + self._head_bytes(tokens) + self._image_bytes(),
+        )
 
     def _layer_bytes(self, length: int, zero: int) -> tuple[float, int]:
         """Compute the bytes that one decoder layer keeps for each token, and those of its input.

@@ -177,8 +177,10 @@ def test_the_formula_is_what_autograd_keeps_of_a_layer(
         changes = {f"{stage}__batch_size": BATCH, "proxy__lora__r": RANK}
         changes |= {"precision": "auto" if precision == "autocast" else precision}
         changes |= {"model__llm__attn_implementation": attention}
+        changes |= {"model__use_activation_checkpointing": False}
         model = stage_model(stage, **names, **changes)
-        computed.append(model.memory(8, 0 if precision == "autocast" else 2, LENGTH)[1])
+        zero = 0 if precision == "autocast" else 2
+        computed.append(model.memory(8, zero, LENGTH).activations)
         llm = decoder(names["llm_name_or_path"], stage, attention, precision).train()
         real.append(layer_kept(llm, precision == "autocast"))
     computed, real = (pair[1] - pair[0] for pair in (computed, real))
@@ -186,17 +188,18 @@ def test_the_formula_is_what_autograd_keeps_of_a_layer(
 
 
 def test_checkpointing_keeps_a_layers_input_and_all_of_one_layer(folders):
-    deep, shallow = (
-        stage_model("tune", **folders(n), tune__batch_size=BATCH).memory(8, 2, LENGTH)
+    (deep, deep_kept), (shallow, shallow_kept) = (
+        [
+            stage_model(
+                "tune", **folders(n), tune__batch_size=BATCH, model__use_activation_checkpointing=c
+            ).memory(8, 2, LENGTH).activations
+            for c in (True, False)
+        ]
         for n in (LAYERS + 1, LAYERS)
-    )
-    boundary, layer = BATCH * LENGTH * 2 * H, deep[1] - shallow[1]
-    assert deep[0].activations - shallow[0].activations == boundary
-    assert shallow[1] - shallow[0].activations == (LAYERS - 1) * layer - LAYERS * boundary
-    kept = stage_model(
-        "tune", **folders(), tune__batch_size=BATCH, model__use_activation_checkpointing=False
-    ).memory(8, 2, LENGTH)
-    assert (kept[0].activations, kept[1]) == (shallow[1], shallow[0].activations)
+    )  # fmt: skip
+    boundary, layer = BATCH * LENGTH * 2 * H, deep_kept - shallow_kept
+    assert deep - shallow == boundary
+    assert shallow_kept - shallow == (LAYERS - 1) * layer - LAYERS * boundary
 
 
 def test_float32_takes_twice_as_much(folders):
@@ -205,10 +208,10 @@ def test_float32_takes_twice_as_much(folders):
     )
     assert single.counts.frozen_bytes == 2 * half.counts.frozen_bytes
     assert state_memory(single.counts, 8, 2, 4).gradients == single.counts.trained * 4 / 8
-    memory, of_half = single.memory(8, 2)[0], half.memory(8, 2)[0]
+    memory, of_half = single.memory(8, 2), half.memory(8, 2)
     assert memory.parameters == 2 * of_half.parameters
     assert memory.optimizer == of_half.optimizer  # float32 weights and moments in both
-    plain = single.memory(1, 0)[0]  # no copy for autocast
+    plain = single.memory(1, 0)  # no copy for autocast
     assert plain.parameters == 4 * (single.counts.trained + single.counts.frozen)
 
 
@@ -216,18 +219,20 @@ def test_zero_3_shares_out_no_4_bit_weights(folders):
     quantised = dict(type="transformers.BitsAndBytesConfig", load_in_4bit=True)
     options = {"model__llm__quantization_config": quantised, "tune__train_llm": "lora"}
     model = stage_model("align", **folders(), **options)
-    assert model.memory(8, 3)[0].total == float("inf") > model.memory(8, 2)[0].total
+    assert model.memory(8, 3).total == float("inf") > model.memory(8, 2).total
 
 
 def test_a_frozen_llm_keeps_less_and_longer_samples_more(folders):
     changes = {**folders(), "tune__batch_size": BATCH, "align__batch_size": BATCH}
+    changes["model__use_activation_checkpointing"] = False
     tune, align = (
-        stage_model(stage, **changes).memory(8, 2, LENGTH)[1] for stage in ("tune", "align")
+        stage_model(stage, **changes).memory(8, 2, LENGTH).activations
+        for stage in ("tune", "align")
     )
     assert align < tune
     model = stage_model("align", **changes)
-    assert model.memory(8, 2, 2 * LENGTH)[1] > model.memory(8, 2, LENGTH)[1]
-    tiled = stage_model("align", **changes, max_tiles=6).memory(8, 2, LENGTH)[1]
+    assert model.memory(8, 2, 2 * LENGTH).activations > align
+    tiled = stage_model("align", **changes, max_tiles=6).memory(8, 2, LENGTH).activations
     # Six tiles and a thumbnail: 7 images of 4 patches and 3 hidden states of 32 channels.
     assert tiled - align >= BATCH * 6 * 4 * 3 * 32 * 2
 
