@@ -189,7 +189,7 @@ def build(row: str, shape: Shape, args: argparse.Namespace) -> nn.Module:
             max_position_embeddings=8192,
         )
     )
-    # So small that the LLM dominates, as beside a real one.
+    # So small that the LLM dominates, as it does in a real model.
     encoder = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=64,

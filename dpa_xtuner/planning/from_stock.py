@@ -1,7 +1,7 @@
-"""From a stock XTuner LLaVA config to one of ours that keeps its model, data and schedule.
+"""Convert a stock XTuner LLaVA config to a DPA config that keeps its model, data and schedule.
 
-The tables below say which keys are taken over. All other keys that say something else than
-ours are listed at the top of the new config.
+The tables below name the keys that are taken over. The other keys, if their values differ from
+what a DPA config does, are listed at the top of the new config.
 """
 
 import os
@@ -28,7 +28,7 @@ _ENCODERS = {
     "Dinov2Model": "dinov2",
     "Dinov2WithRegistersModel": "dinov2",
 }
-# Stock key -> setting of the stage that the stock config trains.
+# Stock key -> DPA setting of the stage that the stock config trains.
 _STAGE_KEYS = {
     "optim_wrapper.optimizer.lr": "lr",
     "train_dataloader.batch_size": "batch_size",
@@ -38,27 +38,27 @@ _STAGE_KEYS = {
     "model.llm_lora.lora_alpha": "lora.lora_alpha",
     "model.llm_lora.lora_dropout": "lora.lora_dropout",
 }
-# Stock key -> key of ours, for all stages.
+# Stock key -> DPA key, for all stages.
 _RUN_KEYS = {
     "model.llm.pretrained_model_name_or_path": "llm_name_or_path",
     "model.visual_encoder.pretrained_model_name_or_path": "visual_encoder_name_or_path",
     "model.projector_depth": "projector.depth",
 }
-# Keys that both have, for all stages.
+# Keys that are the same in both, for all stages.
 _SAME_KEYS = re.compile(
     r"model\.llm\.(?!type|torch_dtype|trust_remote_code)"
     r"|model\.(use_activation_checkpointing|visual_select_layer)"
     r"|train_dataloader\.(num_workers|pin_memory)|default_hooks\.checkpoint\.max_keep_ckpts"
     r"|optim_wrapper\.(clip_grad|optimizer\.(betas|weight_decay))|randomness\.seed"
 )
-# Keys that a setting of ours is computed from, or that ours has no choice in.
+# Keys that a DPA setting is computed from, and keys that DPA leaves no choice in.
 _READ = re.compile(
     r"model\.(freeze_llm|llm\.)|optim_wrapper\.accumulative_counts"
     r"|dataset\.(data_path|image_folder|max_length|tokenizer|image_processor|template_map_fn)"
     r"|train_dataloader\.(collate_fn|sampler\.(?!type))|default_hooks\.checkpoint\.interval"
     r"|param_scheduler\.(LinearLR\.|CosineAnnealingLR\.(?!eta_min))"
 )
-# Values that say what ours does anyway, beside those of ``_base_/dpa.py``.
+# Values that change nothing, in addition to those of ``_base_/dpa.py``.
 _USUAL = {
     "model.freeze_visual_encoder": True,
     "model.llm_lora.bias": "none",
@@ -67,25 +67,25 @@ _USUAL = {
     "param_scheduler.CosineAnnealingLR.eta_min": 0.0,
 }
 _USUAL_TYPES = {"LLaVAModel", "LoraConfig", "LLaVADataset", "LengthGroupedSampler", "TrainLoop"}
-# What it means where a stock config does not have the key.
+# Values of keys that a stock config may leave out.
 _DEFAULTS = {
     "model.freeze_visual_encoder": False,
     "optim_wrapper.accumulative_counts": 1,
     "optim_wrapper.clip_grad": None,
     "default_hooks.checkpoint.max_keep_ckpts": -1,
 }
-# Dicts that are one value.
+# Dicts that are taken over, or listed, as a whole.
 _WHOLE = {"quantization_config", "clip_grad", "visual_encoder_lora", "template_map_fn"}
 
 
 @dataclass(frozen=True)
 class Stock:
-    """A LLaVA config of XTuner: one training, of the projector alone or of the LLM too.
+    """A LLaVA config of XTuner: one training, either of the projector alone or of the LLM too.
 
     Attributes:
-        name: its file's name without ``.py``.
-        keys: dotted key -> value, classes and functions as dotted names. ``dataset`` is the
-            first data set, and ``dataset_1`` what the next one has that differs.
+        name: name of its file without ``.py``.
+        keys: dotted key -> value; classes and functions are dotted names. ``dataset`` is the
+            first data set, ``dataset_1`` the keys of the next one that differ from it.
         paths: "data_path" and "image_folder" of each data set in LLaVA's format.
     """
 
@@ -95,13 +95,13 @@ class Stock:
 
     @property
     def stage(self) -> str:
-        """The stage of ours that it is: "align" or "tune"."""
+        """The DPA stage that trains the same parts: "align" or "tune"."""
         trains_llm = not self.keys.get("model.freeze_llm") or "model.llm_lora.r" in self.keys
         return "tune" if trains_llm else "align"
 
     @property
     def continues(self) -> str | None:
-        """Name of the stock config whose projector it starts from."""
+        """Name of the stock config whose projector it starts with."""
         path = self.keys.get("model.pretrained_pth")
         return Path(path).parent.name if path else None
 
@@ -112,7 +112,7 @@ class Stock:
 
     @property
     def gpus(self) -> int:
-        """Number of GPUs that its name says, 8 where it says none."""
+        """Number of GPUs in its name; 8 if there is none."""
         found = re.search(r"_gpu(\d+)", self.name)
         return int(found[1]) if found else _GPUS
 
@@ -129,7 +129,7 @@ def find_stock(name: str | Path) -> Stock:
         name: one of :func:`stock_names`, or a path to such a file, edited or not.
 
     Raises:
-        DPAError: there is none, or it is no LLaVA config.
+        DPAError: it does not exist, or is not a LLaVA config.
     """
     path = Path(name)
     if not path.is_file():
@@ -184,14 +184,14 @@ def find_partner(stock: Stock) -> Stock | None:
 
 
 def convert(stock: Stock, base: Config) -> tuple[Config, list[str]]:
-    """Translate a stock config, together with its partner, into settings of ours.
+    """Translate a stock config and its partner to DPA settings.
 
     Args:
-        stock: what the model is taken from, and one of the stages align and tune.
+        stock: gives the models, and one of the stages align and tune.
         base: ``_base_/dpa.py``.
 
     Returns:
-        What differs from ``base``, and what to say of it: where each stage comes from, and which
+        The settings that differ from ``base``, and notes: where each stage comes from, and which
         keys were not taken over.
     """
     partner, known = find_partner(stock), _flat(base.to_dict())
@@ -218,19 +218,19 @@ def convert(stock: Stock, base: Config) -> tuple[Config, list[str]]:
 
 
 def write_config(stock: Stock, output: Path, base: Path) -> list[str]:
-    """Write a stock config as one of ours.
+    """Write a stock config as a DPA config.
 
     Args:
         stock: from :func:`find_stock`.
-        output: the new file. Its ``_base_`` is relative if both are in one checkout, so that the
-            checkout can be moved, and absolute otherwise.
+        output: the new file. Its ``_base_`` is relative if both files are in one checkout, so
+            that the checkout can be moved, and absolute otherwise.
         base: ``configs/_base_/dpa.py``.
 
     Returns:
         The notes of :func:`convert`, which are the file's first lines.
 
     Raises:
-        DPAError: there is a file of that name.
+        DPAError: ``output`` exists already.
     """
     if output.exists():
         raise DPAError(f"{output} exists. Give another name with -o, or remove it.")
@@ -249,8 +249,8 @@ def write_config(stock: Stock, output: Path, base: Path) -> list[str]:
 def family_of(llm: str) -> str | None:
     """Find the family whose name the LLM's name holds, such as ``llama3`` in Meta-Llama-3-8B.
 
-    A digit or a b that follows is another number: InternLM-20B is no InternLM2, and Gemma-2B
-    no Gemma 2.
+    If a digit or a b follows, it is another number: InternLM-20B is not an InternLM2, and Gemma-2B
+    is not a Gemma 2.
     """
     FAMILIES.import_from_location()
     return _named_in(llm, FAMILIES.module_dict)
@@ -277,7 +277,7 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
     encoder = _last(keys["model.visual_encoder.type"])
     if encoder in _ENCODERS:
         settings["encoder.type"] = _ENCODERS[encoder]
-    if stock.quantised:  # ``precision`` says what it computes in
+    if stock.quantised:  # the setting ``precision`` decides what it computes in
         loading = settings["model.llm.quantization_config"]
         settings["model.llm.quantization_config"] = {
             key: loading[key] for key in loading if key != "bnb_4bit_compute_dtype"
@@ -306,7 +306,7 @@ def _of_stage(stock: Stock, data: str) -> dict[str, Any]:
     settings = {ours: keys[key] for key, ours in _STAGE_KEYS.items() if key in keys}
     settings |= {
         "global_batch_size": settings["batch_size"] * accumulate * stock.gpus,
-        "max_length": keys["dataset.max_length"] + _image_tokens(stock),  # ours counts them
+        "max_length": keys["dataset.max_length"] + _image_tokens(stock),  # DPA counts these too
         "warmup_ratio": keys.get("param_scheduler.LinearLR.end", 0) / settings["max_epochs"],
         "save_steps": max(1, round(interval / accumulate)),
     }
@@ -327,11 +327,11 @@ def _image_tokens(stock: Stock) -> int:
 
 
 def _not_kept(one: Stock, stock: Stock, known: dict[str, Any]) -> list[str]:
-    """List the keys of a stock config that are neither taken over nor the same in ours.
+    """List the keys of a stock config that are not taken over and would change something.
 
     Args:
         one: the stock config.
-        stock: that one or its partner, whose keys hold for all stages.
+        stock: the same config or its partner; its keys hold for all stages.
         known: dotted key -> value of ``_base_/dpa.py``.
     """
 
