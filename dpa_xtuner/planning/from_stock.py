@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from xtuner.configs import cfgs_name_path
 
+from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import write_text
 from dpa_xtuner.registry import FAMILIES
@@ -271,7 +272,8 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
     """Translate the keys that hold for all stages; returns settings by dotted key, and notes."""
     keys, notes = stock.keys, [f"Made by tools/apply_dpa.py from XTuner's {stock.name}."]
     llm = keys["model.llm.pretrained_model_name_or_path"]
-    settings: dict[str, Any] = {"family": family_of(llm)}
+    family = family_of(llm)
+    settings: dict[str, Any] = {"family": family}
     for key in filter(_of_all_stages, keys):
         settings[_RUN_KEYS.get(key, key)] = keys[key]
     encoder = _last(keys["model.visual_encoder.type"])
@@ -283,10 +285,14 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
             key: loading[key] for key in loading if key != "bnb_4bit_compute_dtype"
         }
     template = keys.get("dataset.template_map_fn", {}).get("template")
-    settings["prompt_template"] = _last(template) if isinstance(template, str) else template
-    if settings["family"] is not None:
-        notes.append("prompt_template is XTuner's; without it, the family's own is used.")
-    elif native := _named_in(llm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    template = _last(template) if isinstance(template, str) else template
+    if family is not None:
+        if not _writes_the_same(template, FAMILIES.get(family).template):
+            settings["prompt_template"] = template
+            notes.append("prompt_template is XTuner's; without it, the family's own is used.")
+        return settings, notes
+    settings["prompt_template"] = template
+    if native := _named_in(llm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[native]
         settings["model.llm.type"] = f"transformers.{kind}.from_pretrained"
     else:
@@ -296,6 +302,13 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
             settings["tokenizer.trust_remote_code"] = True
             notes.append("The code of LLM and tokenizer comes with the model, and is run.")
     return settings, notes
+
+
+def _writes_the_same(template: str | dict | None, own: dict) -> bool:
+    """Tell whether a template makes the same text of a conversation; None leaves it to ``own``."""
+    given = own if template is None else resolve_template(template)
+    of_text = (given.keys() | own.keys()) - {"STOP_WORDS", "STRIP", "AS_ONE_TEXT"}
+    return all(given.get(key) == own.get(key) for key in of_text)
 
 
 def _of_stage(stock: Stock, data: str) -> dict[str, Any]:

@@ -170,6 +170,21 @@ def test_an_llm_of_no_family_keeps_its_template_and_is_loaded_by_its_own_class(w
     assert "# The code of LLM and tokenizer comes with the model, and is run." in path.read_text()
 
 
+def test_a_template_with_the_familys_text_is_left_to_the_family(written):
+    """Which also strips, and tokenises, as the published chat template does."""
+    for name, path in written.items():
+        cfg = Config.fromfile(path)
+        if cfg.get("family") in ("internlm2", "llama3"):
+            assert "prompt_template" not in cfg
+        else:
+            assert (
+                cfg.prompt_template
+                == find_stock(name).keys["dataset.template_map_fn"]["template"].rsplit(".", 1)[1]
+            )
+            said = "prompt_template is XTuner's" in path.read_text()
+            assert said == ("family" in cfg)
+
+
 def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
     text = FILES[QLORA].read_text()
     for old, new in [
