@@ -1,7 +1,7 @@
 # make demo    all three stages on a laptop, what came of them, exported and evaluated
 # make compare the same by vanilla alignment, and both evaluated side by side
 # make test    the linters and all tests
-# STEPS=20     a quick demo that shows nothing but that it runs
+# STEPS=20     a quick smoke test
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?= data

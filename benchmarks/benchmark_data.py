@@ -1,4 +1,4 @@
-"""Measures the start-up of `DPADataset` against stock XTuner's `LLaVADataset`, side by side.
+"""Measure the start-up of ``DPADataset`` against stock XTuner's ``LLaVADataset``, side by side.
 
 Each start runs in a process of its own, on the same generated caption records, with the same
 tokenizer and image processor:
@@ -29,11 +29,11 @@ _COLUMNS = {
 
 
 def write_data(folder: Path, records: int) -> None:
-    """Writes caption records, one image that all share, and a small byte-level BPE tokenizer.
+    """Write caption records, one image that all share, and a small byte-level BPE tokenizer.
 
     Args:
-        folder: Where to.
-        records: Number of caption records, 20 to 60 words each.
+        folder: where to.
+        records: number of caption records, 20 to 60 words each.
     """
     import numpy as np
     from PIL import Image
@@ -68,12 +68,12 @@ def write_data(folder: Path, records: int) -> None:
 
 
 def measure(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
-    """Starts one data set in this process.
+    """Start one data set in this process.
 
     Args:
         which: "stock" or "ours".
-        folder: From `write_data`.
-        tokenizer: Folder of the tokenizer.
+        folder: from ``write_data``.
+        tokenizer: folder of the tokenizer.
 
     Returns:
         Seconds to build it and its list of lengths, memory beyond the imports in MB (as it is then,
@@ -125,7 +125,7 @@ def measure(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
 
 
 def run(start: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Runs `write_data` or `measure` in a process of its own and returns what it prints.
+    """Run ``write_data`` or ``measure`` in a process of its own and return what it prints.
 
     This process stays small, since its peak memory would count as the child's.
     """

@@ -1,4 +1,4 @@
-"""Measures a training step of the stage `align`: stock XTuner, ours, and a plain CMO, side by side.
+"""Measure a training step of stage ``align``: stock XTuner, ours, and a plain CMO, side by side.
 
 A step is forward, backward and the projector's optimizer step, on a random LLM that is frozen:
 
@@ -60,12 +60,12 @@ class Shape:
     """The sizes of a model and of its batch.
 
     Attributes:
-        hidden: The LLM's width; its heads are 128 wide.
-        layers: Of the LLM.
-        vocabulary: Of the LLM.
-        text: Text tokens of each sample: the first, before the images, is not supervised.
-        images: For each sample.
-        image_size: Pixels; a patch of 14 is an image token.
+        hidden: the LLM's width; its heads are 128 wide.
+        layers: of the LLM.
+        vocabulary: of the LLM.
+        text: text tokens of each sample: the first, before the images, is not supervised.
+        images: for each sample.
+        image_size: pixels; a patch of 14 is an image token.
     """
 
     hidden: int
@@ -117,7 +117,7 @@ class PlainCMO(LLaVAModel):
     """
 
     def forward(self, data: dict, data_samples=None, mode: str = "loss") -> dict[str, Tensor]:
-        """The loss of a stock batch with the `image_mask` (B, T) of ours."""
+        """Return the loss of a stock batch with the ``image_mask`` (B, T) of ours."""
         self._image_mask = data.pop("image_mask")
         return super().forward(data, data_samples, mode)
 
@@ -166,14 +166,14 @@ class _ComputedAgain(_ChunkedHead):
 
 
 def build(row: str, shape: Shape, args: argparse.Namespace) -> nn.Module:
-    """Builds a row's model with random weights, the same for each row.
+    """Build a row's model with random weights, the same for each row.
 
-    The LLM and the encoder have `args.dtype`; the projector, which trains, is float32.
+    The LLM and the encoder have ``args.dtype``; the projector, which trains, is float32.
 
     Args:
-        row: One of `ROWS`.
-        shape: Of the LLM and the images.
-        args: Its `dtype` and `checkpointing`.
+        row: one of ``ROWS``.
+        shape: of the LLM and the images.
+        args: its ``dtype`` and ``checkpointing``.
     """
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
@@ -189,7 +189,7 @@ def build(row: str, shape: Shape, args: argparse.Namespace) -> nn.Module:
             max_position_embeddings=8192,
         )
     )
-    # So small that the LLM dominates, as beside a real one.
+    # So small that the LLM dominates, as it does in a real model.
     encoder = CLIPVisionModel(
         CLIPVisionConfig(
             hidden_size=64,
@@ -216,11 +216,11 @@ def build(row: str, shape: Shape, args: argparse.Namespace) -> nn.Module:
 
 
 def make_data(row: str, shape: Shape) -> dict:
-    """Makes a row's batch, the same tokens and pictures for each, in the row's own format.
+    """Make a row's batch, the same tokens and pictures for each, in the row's own format.
 
     Args:
-        row: One of `ROWS`.
-        shape: Of the batch.
+        row: one of ``ROWS``.
+        shape: of the batch.
     """
     generator = torch.Generator().manual_seed(0)
     ours, stock = [], []
@@ -246,7 +246,7 @@ def make_data(row: str, shape: Shape) -> dict:
 
 
 def make_step(row: str, shape: Shape, args: argparse.Namespace) -> Callable[[], float]:
-    """Makes the function that does a training step of a row and returns its loss."""
+    """Make the function that does a training step of a row and returns its loss."""
     model, data = build(row, shape, args), make_data(row, shape)
     optimizer = torch.optim.AdamW(model.projector.parameters(), lr=2e-3, weight_decay=0.0)
 
@@ -262,12 +262,12 @@ def make_step(row: str, shape: Shape, args: argparse.Namespace) -> Callable[[], 
 
 
 def time_steps(rows: Iterable[str], shape: Shape, args: argparse.Namespace) -> dict[str, dict]:
-    """Times the rows of a shape in this process, in turn, so that a busy moment hits them all.
+    """Time the rows of a shape in this process, in turn, so that a busy moment hits them all.
 
     Args:
-        rows: Of `ROWS`.
-        shape: Of all of them.
-        args: Its `repeats`, `dtype` and `checkpointing`.
+        rows: of ``ROWS``.
+        shape: of all of them.
+        args: its ``repeats``, ``dtype`` and ``checkpointing``.
 
     Returns:
         Of each row the median of its seconds a step, all of them, the median of their ratios to
@@ -299,7 +299,7 @@ def time_steps(rows: Iterable[str], shape: Shape, args: argparse.Namespace) -> d
 
 
 def measure_memory(row: str, shape: Shape, args: argparse.Namespace) -> float:
-    """Does two steps of a row and returns this process's peak memory beyond the imports, in MB."""
+    """Do two steps of a row and return this process's peak memory beyond the imports, in MB."""
     imports = psutil.Process().memory_info().rss
     step = make_step(row, shape, args)
     for _ in range(2):
@@ -308,12 +308,12 @@ def measure_memory(row: str, shape: Shape, args: argparse.Namespace) -> float:
 
 
 def time_heads(args: argparse.Namespace) -> dict[str, dict]:
-    """Times head and cross entropy with the gradient of the hidden states, forward and backward.
+    """Time head and cross entropy with the gradient of the hidden states, forward and backward.
 
     1024 supervised tokens, hidden 512, vocabulary 49152, a frozen head.
 
     Args:
-        args: Its `repeats` and `dtype`.
+        args: its ``repeats`` and ``dtype``.
 
     Returns:
         Of each number of rows at a time, median seconds with the gradient formed in the forward
@@ -350,11 +350,11 @@ def time_heads(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def grow(panel: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Times `GROWTH_ROWS` at each value of a panel of `GROWTH`.
+    """Time ``GROWTH_ROWS`` at each value of a panel of ``GROWTH``.
 
     Args:
-        panel: Its number.
-        args: As `time_steps`.
+        panel: its number.
+        args: as ``time_steps``.
 
     Returns:
         Of each value and row the median seconds of a step, of 3 at most.
@@ -369,11 +369,11 @@ def grow(panel: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def run(task: list[str], args: argparse.Namespace):
-    """Runs a task in a process of its own and returns what it measures.
+    """Run a task in a process of its own and return what it measures.
 
     Args:
         task: "time" SHAPE, "memory" SHAPE ROW, "head" or "growth" PANEL.
-        args: The command's.
+        args: the command's.
     """
     command = [sys.executable, __file__, "--repeats", str(args.repeats), "--dtype", args.dtype]
     command += ["--checkpointing", args.checkpointing, "--task", *task]
@@ -383,7 +383,7 @@ def run(task: list[str], args: argparse.Namespace):
 
 
 def do(task: list[str], args: argparse.Namespace):
-    """Does in this process what `run` describes."""
+    """Do in this process what ``run`` describes."""
     kind, *rest = task
     if kind == "time":
         return time_steps(ROWS, SHAPES[rest[0]], args)
@@ -393,7 +393,7 @@ def do(task: list[str], args: argparse.Namespace):
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measures all that is asked for, one process after the other."""
+    """Measure all that is asked for, one process after the other."""
     results: dict = {"command": shlex.join(["python", *sys.argv]), "machine": describe(args)}
     results["shapes"] = {}
     for name in args.shapes:
@@ -414,7 +414,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def describe(args: argparse.Namespace) -> str:
-    """Says in a line on what, in which precision and with which versions it was measured."""
+    """Say in a line on what, in which precision and with which versions it was measured."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -433,7 +433,7 @@ def describe(args: argparse.Namespace) -> str:
 
 
 def shape_table(name: str, results: dict) -> str:
-    """The rows of a shape under its description."""
+    """Lay out the rows of a shape under its description."""
     shape = results["shapes"][name]
     rows = [
         [
@@ -450,7 +450,7 @@ def shape_table(name: str, results: dict) -> str:
 
 
 def head_table(results: dict) -> str:
-    """The head's ways, a line for each number of rows at a time."""
+    """Lay out the head's ways, a line for each number of rows at a time."""
     header = ["rows at a time", "gradient formed forwards, ms", "logits again backwards, ms"]
     ways = ("formed_s", "again_s", "plain_s")
     rows = [
@@ -477,7 +477,7 @@ def growth_tables(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draws the growth of a step's time."""
+    """Draw the growth of a step's time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -499,11 +499,11 @@ def plot(results: dict, path: Path) -> None:
 
 
 def write(results: dict, folder: Path) -> None:
-    """Writes `benchmark_step.json`, `.md` and, where growth was measured, `.png`.
+    """Write ``benchmark_step.json``, ``.md`` and, where growth was measured, ``.png``.
 
     Args:
-        results: Of `measure`.
-        folder: Where to; made where it is missing.
+        results: of ``measure``.
+        folder: where to; made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "benchmark_step.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Finds configs by name, and prints, without importing torch."""
+"""Find configs by name and print text, without importing torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def config_names(pattern: str = "") -> list[str]:
-    """Names of all configs that hold ``pattern``, bases left out."""
+    """List the configs whose names contain ``pattern``, without the base configs."""
     paths = (p.relative_to(CONFIGS) for p in CONFIGS.rglob("*.py"))
     return sorted(p.stem for p in paths if "_base_" not in p.parts and pattern in p.stem)
 
 
 def find_config(name: str) -> Path:
-    """The file of a config that is given by path or by name.
+    """Find the file of a config that is given by path or by name.
 
     Raises:
-        SystemExit: there is none; the message lists the nearest and the known ones.
+        SystemExit: there is no such config; the message has the nearest name and all names.
     """
     if Path(name).is_file():
         return Path(name)
@@ -34,13 +34,13 @@ def find_config(name: str) -> Path:
 
 
 def check_options(arguments: list[str]) -> None:
-    """Refuse ``--cfg-options`` that MMEngine's parser answers with a traceback.
+    """Refuse ``--cfg-options`` on which MMEngine's parser would fail with a traceback.
 
     Args:
-        arguments: of a command line.
+        arguments: a command line's arguments.
 
     Raises:
-        SystemExit: one is not of the form SETTING=VALUE, or its brackets don't close.
+        SystemExit: an option does not have the form SETTING=VALUE, or its brackets don't close.
     """
     for i, argument in enumerate(arguments):
         if argument.startswith("--cfg-options="):
@@ -60,11 +60,11 @@ def check_options(arguments: list[str]) -> None:
 
 
 def say(text: str, stream=None) -> None:
-    """Print, to stdout if ``stream`` is left out; nothing happens where nobody reads it."""
+    """Print to a stream (default: stdout), and ignore that its reader is gone."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
-        # What Python has not got rid of it would try to write again at its end.
+        # Python would try to write its buffer again at exit.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())

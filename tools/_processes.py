@@ -1,4 +1,4 @@
-"""Runs a training as a child, and ends all of it when this process is to end."""
+"""Run a training as a child process, and end all its processes when this one is told to end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import psutil
 from _configs import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SECONDS = 7  # that the processes have to end; each one ends itself after some 4
-LAUNCHER = "DPA_LAUNCHER"  # as in dpa_xtuner.stages.stopping, which takes seconds to import
+_SECONDS = 7  # until the processes are killed; each one ends by itself after about 4
+LAUNCHER = "DPA_LAUNCHER"  # as in dpa_xtuner.stages.stopping, which is slow to import
 
 
 class _Told(BaseException):
@@ -22,21 +22,22 @@ class _Told(BaseException):
 
 
 def run(command: list[str]) -> int:
-    """Run a command and return its exit code, as a shell counts it.
+    """Run a command and return its exit code; 128 + N after signal N, as in a shell.
 
     Raises:
-        SystemExit: this process got SIGINT, SIGTERM or SIGHUP; of the command no process is left.
+        SystemExit: this process got SIGINT, SIGTERM or SIGHUP. All processes of the command have
+            ended.
     """
 
     def told(number: int, frame) -> None:
-        for each in _SIGNALS:  # the next one would find half of them ended
+        for each in _SIGNALS:  # a second signal must not interrupt the clean-up
             signal.signal(each, signal.SIG_IGN)
         raise _Told(number)
 
     heeded = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, told) for each in heeded}
-    # A terminal sends Ctrl-C to all processes: it is for this one alone to act on it, once.
-    # torchrun's agent heeds what it is told to heed, ignored or not.
+    # A terminal sends Ctrl-C to all processes, but only this one may act on it, once.
+    # torchrun's agent handles the signals that it is told to handle, even ignored ones.
     environment = os.environ | {LAUNCHER: str(os.getpid()), "PET_SIGNALS_TO_HANDLE": "SIGTERM"}
     child = None
     try:
@@ -46,7 +47,7 @@ def run(command: list[str]) -> int:
         number = stop.args[0]
         if child is not None:
             _end(child)
-        if LAUNCHER not in os.environ:  # else the tool that started this one says it
+        if LAUNCHER not in os.environ:  # otherwise the tool that started this one says it
             name = signal.Signals(number).name
             say(f"\nStopped ({name}); call the same command again to go on.", sys.stderr)
         raise SystemExit(128 + number) from None
@@ -60,11 +61,11 @@ def _ignore_ctrl_c() -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Tell the ranks to end, which end their own workers; after a while, kill what is left."""
+    """Tell the ranks to end, which end their own workers; then kill what is left."""
     try:
         root = psutil.Process(child.pid)
         ranks, everything = [root], [root, *root.children(recursive=True)]
-        if "torch.distributed.run" in root.cmdline():  # its agent would report its own end
+        if "torch.distributed.run" in root.cmdline():  # its agent would report the end as a failure
             ranks = root.children()
             root.kill()
     except psutil.NoSuchProcess:

@@ -1,8 +1,8 @@
 """Turn a stock XTuner LLaVA config into an editable config of Decoupled Proxy Alignment.
 
-It keeps the stock config's model, data and schedule, and takes the other of the stages align
-and tune from the stock config that it continues, or that continues it. What can't be kept is
-printed, and stands at the top of the new file:
+The new config keeps the model, data and schedule. A stock config trains one of the stages align
+and tune; the other stage is taken from the stock config that it continues, or that continues it.
+Keys that are not taken over are printed, and listed at the top of the new file:
 
     python tools/apply_dpa.py llava_internlm2_chat_7b_clip_vit_large_p14_336_e1_gpu8_pretrain \
         -o my_config.py
@@ -17,7 +17,7 @@ from _configs import CONFIGS
 
 
 def main() -> None:
-    """Write the config and say what was not kept."""
+    """Write the config, and print its notes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,11 +30,8 @@ def main() -> None:
 
     with told_plainly():
         stock = find_stock(arguments.stock)
-        converted = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
-    print("\n".join(converted.header))
-    if converted.not_kept:
-        print("Not kept:", *converted.not_kept, sep="\n  - ")
-    print(f"Wrote {arguments.output}. Next: xtuner train {arguments.output}")
+        notes = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
+    print(*notes, f"Wrote {arguments.output}. Next: xtuner train {arguments.output}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from mmengine.config import DictAction
 
 
 def main() -> int:
-    """Print a report a data set and return the exit code."""
+    """Print a report on each data set, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="path or name of a config")
-    parser.add_argument("--sample", type=int, help="open the images of so many samples only")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as of xtuner train")
+    parser.add_argument("--sample", type=int, help="samples whose images are opened; default: all")
+    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in xtuner train")
     check_options(sys.argv[1:])
     arguments = parser.parse_args()
     path = find_config(arguments.config)

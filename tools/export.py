@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="default: <work dir>/<stage>/<format>")
     parser.add_argument("--checkpoint", type=Path,
                         help="a .pth file or DeepSpeed folder of the stage, in place of what it "
-                        "wrote when it was finished")  # fmt: skip
+                        "wrote at its end")  # fmt: skip
     parser.add_argument(
         "--dtype", help="bfloat16, float16 or float32; default: the run's precision"
     )

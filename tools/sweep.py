@@ -1,11 +1,11 @@
-"""Run a list or a grid of settings of one config, and make a table of what was measured.
+"""Run one config with a list or a grid of settings, and make a table of what was measured.
 
     python tools/sweep.py CONFIG --grid method=vanilla,pmo,cmo,dpa proxy.lora.r=64,256
     python tools/sweep.py CONFIG --list runs.yaml
 
-Each run has a folder of its own below the work dir, where sweep.md and sweep.csv are the
-table. One that fails does not stop the others; the same command again goes on where it was
-stopped and leaves finished runs alone. Other arguments go to tools/train.py.
+Each run has its own folder in the work dir. The table is written there, as sweep.md and
+sweep.csv. If a run fails, the others still run. After an interruption, run the same command
+again: finished runs are skipped. All other arguments are passed to tools/train.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRAIN = Path(__file__).with_name("train.py")
 
 
 def main() -> int:
-    """Run the sweep; exit code 1 if any run did not finish."""
+    """Run the sweep; the exit code is 1 if any run did not finish."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -49,32 +49,32 @@ def main() -> int:
         if not known.table:
             _run_all(known, others, config, work_dir, sweep)
         print(f"\n{sweep.save_table(work_dir, suffix)}", flush=True)
-        statuses = [run["status"] for run in sweep.read_record(work_dir).values()]
+        statuses = [run["status"] for run in sweep.read_runs(work_dir).values()]
     return 0 if statuses and set(statuses) == {"finished"} else 1
 
 
 def _run_all(known, others: list[str], config: Path, work_dir: Path, sweep) -> None:
-    wanted = sweep.listed(known.list) if known.list else sweep.grid(known.grid)
+    wanted = sweep.read_list(known.list) if known.list else sweep.grid(known.grid)
     common = dict(option.split("=", 1) for option in known.cfg_options)
     runs = sweep.plan(config, wanted, common)
     for run in runs:
         if run.refused:
             print(f"{run.name} can't be run: {run.refused}\n", file=sys.stderr, flush=True)
-            sweep.note(work_dir, run, "refused")
+            sweep.write_status(work_dir, run, "refused")
     for number, run in enumerate(runs, 1):
         if run.refused or sweep.is_finished(work_dir, run):
             continue
         print(f"\nRun {number} of {len(runs)}: {run.name}", flush=True)
-        sweep.note(work_dir, run, "running")
+        sweep.write_status(work_dir, run, "running")
         options = [f"{key}={value}" for key, value in (common | run.options).items()]
         command = [sys.executable, str(TRAIN), str(config), "--work-dir", str(work_dir / run.name)]
         command += [*others, *(["--cfg-options", *options] if options else [])]
         try:
             code = run_command(command)
         except SystemExit:
-            sweep.note(work_dir, run, "stopped")
+            sweep.write_status(work_dir, run, "stopped")
             raise
-        sweep.note(work_dir, run, "finished" if code == 0 else f"failed (exit code {code})")
+        sweep.write_status(work_dir, run, "finished" if code == 0 else f"failed (exit code {code})")
 
 
 if __name__ == "__main__":

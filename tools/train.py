@@ -1,7 +1,7 @@
 """Train all stages of a config, as ``xtuner train`` does, with a proper exit code and a summary.
 
-Takes all arguments of ``xtuner train``, and its environment: NPROC_PER_NODE, NNODES,
-NODE_RANK, PORT, ADDR.
+It takes all arguments of ``xtuner train``, and reads the same environment variables:
+NPROC_PER_NODE, NNODES, NODE_RANK, PORT, ADDR.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STAGES = ("proxy", "align", "tune")
 
 
 def command(config: Path, arguments: list[str]) -> list[str]:
-    """The command that ``xtuner train`` would run, with this interpreter."""
+    """Make the command that ``xtuner train`` would run, with this interpreter."""
     script = str(Path(__file__).with_name("_xtuner_train.py"))
     nodes, processes = (int(os.environ.get(name, 1)) for name in ("NNODES", "NPROC_PER_NODE"))
     if "slurm" in arguments or nodes * processes == 1:
@@ -38,13 +38,13 @@ def command(config: Path, arguments: list[str]) -> list[str]:
 
 
 def summary(work_dir: Path) -> str:
-    """A line a stage: steps, time, what was measured and written."""
+    """Summarise each stage in a line: status, steps, time, what was measured and written."""
     states = {stage: _state(work_dir / stage / "stage.json") for stage in STAGES}
     begun = [stage for stage in STAGES if states[stage]]
     if not begun:
         return "No stage has begun."
     lines = [f"{'stage':<7}{'status':<10}{'steps':>6}{'seconds':>9}  measured; written"]
-    # Stages begin in their order: one that is skipped at the start is none of the method's.
+    # Stages run in order, so the method has no stage before the first that has begun.
     for stage in STAGES[STAGES.index(begun[0]) :]:
         state = states[stage]
         measured = ", ".join(f"{k} {v:.3f}" for k, v in state.get("measured", {}).items())
@@ -62,10 +62,10 @@ def _state(path: Path) -> dict:
         state = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:  # the run has said what to do about it
+    except json.JSONDecodeError:  # the run said what to do about it
         return {"status": "broken"}
     if state.get("status") == "running" and not _is_locked(path.with_name(".lock")):
-        return state | {"status": "stopped"}  # it was killed, and could not write that
+        return state | {"status": "stopped"}  # the run was killed before it could write this
     return state
 
 

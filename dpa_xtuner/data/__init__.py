@@ -1,6 +1,6 @@
 """LLaVA-format data: reading, tokenising once, batching, checking."""
 
-from dpa_xtuner.data.check import Report, check_dataset
+from dpa_xtuner.data.check import DataReport, check_dataset
 from dpa_xtuner.data.collate import collate
 from dpa_xtuner.data.dataset import DPADataset, Skipped
 from dpa_xtuner.data.records import Problem, Record, read_records
@@ -11,10 +11,10 @@ from dpa_xtuner.data.templates import VIEWS, resolve_template
 __all__ = [
     "VIEWS",
     "DPADataset",
+    "DataReport",
     "GroupedSampler",
     "Problem",
     "Record",
-    "Report",
     "Skipped",
     "TokenStore",
     "check_dataset",

@@ -1,4 +1,4 @@
-"""Looks a data set over before training: every image, every record."""
+"""Check a data set before training: every record, every image."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _BLOCK = 4096  # samples handed to the threads at a time
 
 
 @dataclass(frozen=True)
-class Report:
+class DataReport:
     """What a check found; as a string, a short table.
 
     Attributes:
-        records: Records in the data file.
-        samples: Usable samples in the data set, each counted once.
-        checked: Samples whose images were opened.
-        truncated: Samples whose end is cut off.
-        lengths: Shortest, median and longest sample in tokens, images expanded.
-        record_problems: Records that were left out when the data were tokenised.
-        image_problems: Checked samples with a missing or broken image.
+        records: records in the data file.
+        samples: usable samples in the data set, each counted once.
+        checked: samples whose images were opened.
+        truncated: samples whose end is cut off.
+        lengths: shortest, median and longest sample in tokens, images expanded.
+        record_problems: records that were left out when the data was tokenised.
+        image_problems: checked samples with a missing or broken image.
     """
 
     records: int
@@ -40,7 +40,7 @@ class Report:
 
     @property
     def problems(self) -> list[Problem]:
-        """All problems; truncation is none."""
+        """All problems; a truncated sample is not one."""
         return self.record_problems + self.image_problems
 
     @property
@@ -48,14 +48,8 @@ class Report:
         """Whether there is no problem at all."""
         return not self.problems
 
-    @property
-    def share(self) -> float:
-        """Estimated share of unusable records, to be held against a `skip_limit`: 0 to 1."""
-        left_out = len(self.record_problems) / self.records
-        return left_out + (1 - left_out) * len(self.image_problems) / max(self.checked, 1)
-
     def __str__(self) -> str:
-        """Returns the table."""
+        """Return the table."""
         shortest, median, longest = self.lengths
         return "\n".join(
             [
@@ -69,22 +63,19 @@ class Report:
         )
 
 
-def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0) -> Report:
-    """Opens a data set's images and gathers all problems, those of the tokenising included.
+def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0) -> DataReport:
+    """Open a data set's images, and collect all problems of records and images.
 
     Args:
-        dataset: The data set; built with `skip_limit=1`, it reports on data beyond any limit too.
-        sample: Check so many samples, drawn at random; None for all.
-        seed: Seed of that draw.
-
-    Returns:
-        The report.
+        dataset: the data set. Build it with ``skip_limit=1`` so that it accepts any data.
+        sample: number of samples to check, drawn at random; None checks all.
+        seed: seed of that draw.
     """
     samples = chosen = np.array(dataset.distinct)
     if sample is not None and sample < len(samples):
         chosen = np.sort(np.random.default_rng(seed).choice(samples, sample, replace=False))
     lengths = np.array(dataset.length)
-    return Report(
+    return DataReport(
         records=dataset.records,
         samples=len(samples),
         checked=len(chosen),

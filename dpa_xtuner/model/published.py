@@ -1,4 +1,4 @@
-"""Sizes of models as published, for where neither a folder nor the hub is at hand."""
+"""Published sizes of models, for machines that have neither their folders nor the hub."""
 
 import json
 import tempfile
@@ -13,11 +13,11 @@ _FILE = Path(__file__).with_name("published.json")
 
 
 def published_config(setting: str, loader: dict, local_only: bool = False) -> PretrainedConfig:
-    """A model's configuration from its folder or the hub, else its sizes from ``published.json``.
+    """Read a model's configuration from its folder or the hub, else from ``published.json``.
 
-    The sizes are enough to count parameters and bytes; what the numbers mean for the model's
-    output (rotary base, epsilon, token ids) is not in that file, so nothing is trained by it but
-    in a rehearsal.
+    That file has the sizes that parameters and bytes are counted from. It does not have what else
+    shapes a model's output (rotary base, epsilon, token ids), so it serves for rehearsals and for
+    counting alone.
 
     Args:
         setting: the config key that names the model, for the message.
@@ -34,7 +34,7 @@ def published_config(setting: str, loader: dict, local_only: bool = False) -> Pr
         sizes = _sizes().get(name) or _sizes().get(Path(name).name)  # the demo's, not yet made
         if sizes is None:
             raise
-    with tempfile.TemporaryDirectory() as folder:  # so that its class reads it as any other
+    with tempfile.TemporaryDirectory() as folder:  # its class reads it like any other
         (Path(folder) / "config.json").write_text(json.dumps(sizes))
         return read_config(setting, {**loader, "pretrained_model_name_or_path": folder})
 

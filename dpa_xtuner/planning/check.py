@@ -1,4 +1,4 @@
-"""Checks all data of a config, without training."""
+"""Check all data of a config, without training."""
 
 from pathlib import Path
 
@@ -13,15 +13,17 @@ from dpa_xtuner.stages.table import stage_table
 
 
 def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
-    """Look at the data of ``align`` and ``tune`` (``proxy`` reads ``align``'s captions).
+    """Check the data of ``align`` and ``tune``, and print a report on each.
+
+    ``proxy`` reads the captions of ``align``.
 
     Args:
         path: a DPA config.
-        options: as of ``--cfg-options``.
-        sample: open the images of so many samples only.
+        options: settings as in ``--cfg-options``.
+        sample: number of samples whose images are opened; None opens all.
 
     Returns:
-        Whether all of it can be used.
+        Whether all data can be used.
 
     Raises:
         DPAError: settings, models or data files can't be read.

@@ -1,37 +1,28 @@
 """What a stage needs on each GPU: weights, gradients, optimizer states, activations.
 
 Nothing is loaded. Parameters are counted on models of the published size without memory (the
-meta device); activations are what autograd keeps of the decoder's own forward pass, run on
-tensors without content.
+meta device), and activations are computed by a formula.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from math import inf
 
 import torch
 from mmengine.config import Config
 from peft import LoraConfig
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
-from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss.scores import LOGITS_AT_ONCE
 from dpa_xtuner.model.configs import NotFound, image_tokens, model_class
 from dpa_xtuner.model.encoders import Encoder, build_encoder
-from dpa_xtuner.model.llm import add_lora, decode
+from dpa_xtuner.model.llm import add_lora
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.models import complete, lora_targets
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
-
-ZERO_STAGES = (0, 1, 2, 3)
-"""0 is training without DeepSpeed."""
 
 _BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, twice with overlap_comm
 _LIVE = 1_000_000_000  # elements: DeepSpeed's stage3_max_live_parameters
@@ -44,19 +35,20 @@ class Memory:
     """Bytes on each GPU.
 
     Attributes:
-        parameters: weights, trained and frozen; without DeepSpeed also the bfloat16 copies
-            of trained float32 weights that autocast keeps.
+        parameters: weights, trained and frozen; without DeepSpeed also the 16-bit copies of
+            trained float32 weights that autocast keeps.
         gradients: of the trained weights.
         optimizer: AdamW's two moments, and with DeepSpeed the float32 weights.
         buffers: for reducing gradients, and with ZeRO-3 for gathered weights.
-        activations: kept for the backward pass, with one layer's that are computed again.
+        activations: kept for the backward pass; with activation checkpointing, each layer's
+            input and all that one layer keeps.
     """
 
     parameters: float
     gradients: float
     optimizer: float
     buffers: float
-    activations: float
+    activations: float = 0.0
 
     @property
     def total(self) -> float:
@@ -66,7 +58,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a stage's model, by what becomes of them.
+    """Parameters of a stage's model.
 
     Attributes:
         trained: number of those with gradients.
@@ -79,8 +71,8 @@ class Counts:
     frozen_bytes: float
 
 
-def state_memory(counts: Counts, gpus: int, zero: int) -> Memory:
-    """Weights, gradients and optimizer states, by the ZeRO paper (arXiv 1910.02054).
+def state_memory(counts: Counts, gpus: int, zero: int, element: int = 2) -> Memory:
+    """Compute weights, gradients and optimizer states, by the ZeRO paper (arXiv 1910.02054).
 
     | bytes per trained parameter | weights  | gradients | optimizer          |
     |-----------------------------|----------|-----------|--------------------|
@@ -89,23 +81,29 @@ def state_memory(counts: Counts, gpus: int, zero: int) -> Memory:
     | ZeRO-2                      | 2        | 2 / GPUs  | 12 / GPUs          |
     | ZeRO-3                      | 2 / GPUs | 2 / GPUs  | 12 / GPUs          |
 
-    ZeRO-3 shares out the frozen weights as well.
+    In float32 each 2 with DeepSpeed is a 4, and without it there is no second copy of the
+    weights. ZeRO-3 shares out the frozen weights as well.
 
     Args:
         counts: of the stage's model.
         gpus: number of processes.
-        zero: one of :data:`ZERO_STAGES`.
+        zero: DeepSpeed's ZeRO stage; 0 is training without DeepSpeed.
+        element: bytes of a number in the run's precision.
     """
     trained, share = counts.trained, 1 / gpus
     if zero == 0:
+        copies = element % 4  # of autocast, which float32 does not need
         buckets = 4 * trained if gpus > 1 else 0  # DistributedDataParallel's
-        return Memory(6 * trained + counts.frozen_bytes, 4 * trained, 8 * trained, buckets, 0)
-    parameters = 2 * trained + counts.frozen_bytes
-    gradients = 2 * trained * (share if zero > 1 else 1)
-    buckets = 2 * 2 * _BUCKET
+        return Memory(
+            (4 + copies) * trained + counts.frozen_bytes, 4 * trained, 8 * trained, buckets
+        )
+    parameters = element * trained + counts.frozen_bytes
+    gradients = element * trained * (share if zero > 1 else 1)
+    buffers = element * 2 * _BUCKET
     if zero == 3:
-        return Memory(parameters * share, gradients, 12 * trained * share, buckets + 2 * _LIVE, 0)
-    return Memory(parameters, gradients, 12 * trained * share, buckets, 0)
+        parameters *= share
+        buffers += element * _LIVE
+    return Memory(parameters, gradients, 12 * trained * share, buffers)
 
 
 class StageModel:
@@ -121,176 +119,138 @@ class StageModel:
         image_tokens: tokens that an image takes in the sequence; 0 where the stage has none.
 
     Raises:
-        DPAError: neither a folder, nor the hub, nor the table of published sizes has a model,
-            or the run is in float32.
+        DPAError: a model is neither in a folder, nor at the hub, nor in the table of published
+            sizes.
     """
 
     def __init__(self, cfg: Config, settings: Settings, stage: Stage):
-        if settings.precision == "fp32":
-            raise DPAError(
-                "precision='fp32': the memory of 16-bit runs is computed, for GPUs. Leave it out."
-            )
-        cfg = complete(cfg, settings, Precision("bf16"))  # float16 takes as much
-        self.loader, self.stage, self.settings = cfg.model.llm, stage, settings
-        self.own = getattr(settings, stage.name)
-        self.targets = lora_targets(cfg, settings)
+        precision = Precision("fp32" if settings.precision == "fp32" else "bf16")
+        self.element, self.stage = precision.dtype.itemsize, stage
+        self.settings, self.own = settings, getattr(settings, stage.name)
+        cfg = complete(cfg, settings, precision)
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
-        self.llm_config = published_config("llm_name_or_path", self.loader)
-        self.image_tokens = 0
-        self.visual_bytes = 0  # of an image: the frozen encoder's hidden states, kept for a moment
-        llm_parts, frozen, frozen_bytes = self._count_llm()
-        trained = llm_parts
-        if "visual_encoder" in stage.builds:
-            kind = build_encoder(settings.encoder)
-            config = _encoder_config(kind, settings.visual_encoder_name_or_path)
-            size = _bytes_of(cfg.model.visual_encoder.get("torch_dtype"))
-            with torch.device("meta"):
-                encoder = kind.build(config)
-                self.projector = build_projector(
-                    settings.projector, kind.hidden_size(config), self.llm_config.hidden_size
-                )
-            frozen += _numel(encoder)
-            frozen_bytes += size * _numel(encoder)
-            trained += _numel(self.projector)
-            self.patches = kind.tokens(config), kind.hidden_size(config)
-            self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
-            layers = getattr(config, "num_hidden_layers", 0) + 1
-            self.visual_bytes = size * layers * self.patches[0] * self.patches[1]
-        self.counts = Counts(trained, frozen, frozen_bytes)
-
-    def _count_llm(self) -> tuple[int, int, float]:
-        """Of the LLM: parameters trained, parameters frozen, and the bytes of these."""
-        llm = self._llm(self.llm_config, torch.float32)
-        base, head = _numel(llm), llm.get_output_embeddings()
-        if "llm" in self.stage.trains:
-            return base, 0, 0.0
-        linear = sum(m.weight.numel() for m in llm.modules()
-                     if isinstance(m, nn.Linear) and m is not head)  # fmt: skip
-        frozen_bytes = _bytes_of(self.loader.get("torch_dtype")) * base
-        bits = _quantised_bits(self.loader.get("quantization_config"))
-        if bits is not None:
-            frozen_bytes = linear * bits / 8 + frozen_bytes / base * (base - linear)
-        adapter = 0
-        if "llm_adapter" in self.stage.trains:
-            adapter = _numel(self._with_lora(llm)) - base
-        return adapter, base, frozen_bytes
-
-    def _llm(self, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
-        owner = model_class(self.loader)
-        with torch.device("meta"), _default_dtype(dtype):
-            return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
-
-    def _with_lora(self, llm: nn.Module) -> nn.Module:
-        lora = LoraConfig(target_modules=self.targets, **self.own.lora.model_dump())
+        self.eager = cfg.model.llm.get("attn_implementation") == "eager"
+        self.llm_config = published_config("llm_name_or_path", cfg.model.llm)
+        self.image_tokens = self.visual_bytes = 0
         with torch.device("meta"):
-            return add_lora(llm, lora)
+            modules = [self._llm(cfg, precision.dtype)]
+            if "visual_encoder" in stage.builds:
+                modules += self._visual(precision.dtype)
+        parameters = [p for module in modules for p in module.parameters()]
+        frozen = [p for p in parameters if not p.requires_grad]
+        self.counts = Counts(
+            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(p.numel() for p in frozen),
+            sum(p.numel() * self.sizes.get(id(p), p.element_size()) for p in frozen),
+        )
 
-    def memory(self, gpus: int, zero: int, length: int | None = None) -> tuple[Memory, float]:
-        """What the stage needs on each GPU.
+    def _llm(self, cfg: Config, dtype: torch.dtype) -> nn.Module:
+        owner, loader = model_class(cfg.model.llm), cfg.model.llm
+        config = self.llm_config
+        llm = owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
+        llm.to(dtype).requires_grad_("llm" in self.stage.trains)
+        head = llm.get_output_embeddings()
+        linears = [m for m in llm.modules() if isinstance(m, nn.Linear) and m is not head]
+        norms = [m for m in llm.modules() if type(m).__name__.endswith("Norm")]
+        layers = config.num_hidden_layers
+        self.linears = len(linears) // layers  # of a layer
+        self.inputs = sum(m.in_features for m in linears) // layers
+        self.norms = (len(norms) - 1) // layers  # one comes last
+        bits = _quantised_bits(loader.get("quantization_config"))
+        self.quantised = bits is not None
+        self.sizes = {id(m.weight): bits / 8 for m in linears} if self.quantised else {}
+        if "llm_adapter" in self.stage.trains:
+            lora = self.own.lora.model_dump()
+            targets = lora_targets(cfg, self.settings)
+            return add_lora(llm, LoraConfig(target_modules=targets, **lora))
+        return llm
+
+    def _visual(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        """Build encoder and projector, and note what an image takes."""
+        kind, settings = build_encoder(self.settings.encoder), self.settings
+        config = _encoder_config(kind, settings.visual_encoder_name_or_path)
+        patches, width = kind.tokens(config), kind.hidden_size(config)
+        encoder = kind.build(config).to(dtype)
+        encoder.requires_grad_("visual_encoder" in self.stage.trains)
+        projector = build_projector(settings.projector, width, self.llm_config.hidden_size)
+        self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
+        # The frozen encoder's hidden states, all there for a moment, and what goes into and
+        # comes out of the projector's layers.
+        states = (getattr(config, "num_hidden_layers", 0) + 1) * width
+        linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
+        kept = sum(m.in_features + m.out_features for m in linears)
+        self.visual_bytes = self.element * patches * (states + kept)
+        return encoder, projector
+
+    def memory(self, gpus: int, zero: int, length: int | None = None) -> Memory:
+        """Compute what the stage needs on each GPU.
+
+        Quantised weights are infinite under ZeRO-3, which can't share them out.
 
         Args:
             gpus: number of processes.
-            zero: one of :data:`ZERO_STAGES`.
+            zero: DeepSpeed's ZeRO stage; 0 is training without DeepSpeed.
             length: tokens of each sample, its images' among them; the stage's ``max_length``,
                 the most there can be, where it is None.
-
-        Returns:
-            The bytes as the config says, and those of the activations if it said the opposite
-            of ``use_activation_checkpointing``.
         """
-        length = length or self.own.max_length
-        recomputed, kept = (self._activations(length, zero, c) for c in (True, False))
-        if not self.checkpointing:
-            recomputed, kept = kept, recomputed
-        return replace(state_memory(self.counts, gpus, zero), activations=recomputed), kept
+        length, layers = length or self.own.max_length, self.llm_config.num_hidden_layers
+        tokens = self.own.batch_size * length
+        layer, boundary = self._layer_bytes(length, zero)
+        kept = tokens * (layers * boundary + layer if self.checkpointing else layers * layer)
+        memory = state_memory(self.counts, gpus, zero, self.element)
+        return replace(
+            memory,
+            parameters=inf if zero == 3 and self.quantised else memory.parameters,
+            activations=kept + self._head_bytes(tokens) + self._image_bytes(),
+        )
 
-    def _activations(self, length: int, zero: int, checkpointing: bool) -> float:
-        batch, layers = self.own.batch_size, self.llm_config.num_hidden_layers
-        one, two = (self._kept(n, length, zero, checkpointing) for n in (1, 2))
-        total = one + (layers - 1) * (two - one)
-        if checkpointing:  # one layer at a time is computed again, with all that it keeps
-            one, two = (self._kept(n, length, zero, False) for n in (1, 2))
-            total += two - one
-        return total + self._head(batch * length) + self._images(batch, zero)
+    def _layer_bytes(self, length: int, zero: int) -> tuple[float, int]:
+        """Compute the bytes that one decoder layer keeps for each token, and those of its input.
 
-    def _kept(self, layers: int, length: int, zero: int, checkpointing: bool) -> int:
-        """Bytes that autograd keeps of a micro-batch's pass through a decoder of few layers.
+        Equation 1 of Korthikanti et al. (arXiv 2205.05198) adds up what each operation of a GPT
+        layer keeps, ``s b h (34 + 5 a s / h)`` bytes for ``s b`` tokens, ``h`` channels and ``a``
+        heads; with checkpointing it is the layer's input alone, ``2 s b h`` (their table 2).
+        The same sum for a layer of our LLMs, which have no dropout but a gated MLP (``i``
+        channels) and a fused attention (``q`` channels in all heads), in numbers of ``e`` bytes:
 
-        The difference between two micro-batches and one leaves out what does not depend on
-        the data: the weights, and the copies of them that autocast makes.
+        ============  ==========================================================  ============
+        norms         float32 input and deviation; the normed, if weights train   4 h + 4, e h
+        attention     queries, keys and values, repeated for all heads            3 e q
+        fused         its output; float32 sum of each head's weights              e q + 4 a
+        eager         weights in float32, rounded to 16 bit; scores if capped     6 a s, e a s
+        MLP           gate, its SiLU, and what it is multiplied with              3 e i
+        linears       their inputs, if they or LoRA train                         e (2 h + q + i)
+        LoRA          what is between its two matrices, in each linear layer      e r
+        ============  ==========================================================  ============
+
+        Under autocast each linear layer has a 16-bit copy of its input for itself.
         """
-        config = copy.deepcopy(self.llm_config)
-        config.num_hidden_layers = layers
-        eager = self.loader.get("attn_implementation") == "eager"
-        config._attn_implementation = (
-            "eager" if eager else "sdpa"
-        )  # keeps what flash attention does
-        full = "llm" in self.stage.trains
-        llm = self._llm(config, torch.float32 if full and not zero else torch.bfloat16)
-        if "llm_adapter" in self.stage.trains:
-            llm = self._with_lora(llm)
-        else:
-            llm.requires_grad_(full)
-        if zero:
-            llm.to(torch.bfloat16)
-        if checkpointing:
-            llm.gradient_checkpointing_enable()
-        llm.train()
-        batch = self.own.batch_size
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            llm.to_empty(device="cpu")
-            dtype = llm.get_input_embeddings().weight.dtype
+        config, e, trains = self.llm_config, self.element, self.stage.trains
+        h, i, a = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        q = a * (getattr(config, "head_dim", None) or h // a)
+        full, adapter = "llm" in trains, "llm_adapter" in trains
+        boundary = (4 if full and not zero else e) * h
+        norms = self.norms * (4 * h + 4 + boundary * full)
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        fused, eager = e * q + 4 * a, (4 + e % 4 + e * capped) * a * length
+        attention = 3 * e * q + (eager if self.eager else fused)
+        shared = 2 * h + q + i if zero or e == 4 else self.inputs
+        linears = e * shared * (full or adapter)
+        lora = e * self.own.lora.r * self.linears if adapter else 0
+        return norms + attention + 3 * e * i + linears + lora, boundary
 
-            def run(samples: int) -> int:
-                shape = (samples, length, self.llm_config.hidden_size)
-                inputs = torch.empty(shape, dtype=dtype).requires_grad_()
-                places = torch.arange(length).expand(samples, -1)
-                return _saved(
-                    lambda: decode(llm, {"inputs_embeds": inputs, "position_ids": places}), zero
-                )
-
-            return run(2 * batch) - run(batch)
-
-    def _head(self, tokens: int) -> float:
-        """Head and loss of so many supervised tokens: see :mod:`dpa_xtuner.loss.scores`."""
+    def _head_bytes(self, tokens: int) -> float:
+        """Compute what head and loss keep: see :mod:`dpa_xtuner.loss.scores`."""
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
-        chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (2 + 4 + 2)  # product, logits, slope
-        trained = "llm" in self.stage.trains
-        return chunk + (4 * vocabulary * width if trained else 2 * tokens * width)
+        product, logits, slope = self.element, 4, self.element
+        chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (product + logits + slope)
+        if "llm" in self.stage.trains:
+            return chunk + 4 * vocabulary * width
+        return chunk + self.element * tokens * width
 
-    def _images(self, batch: int, zero: int) -> float:
-        if not self.image_tokens:
-            return 0
+    def _image_bytes(self) -> float:
         most = self.settings.max_tiles
-        images = batch * (most + 1 if most > 1 else 1)
-        projector = copy.deepcopy(self.projector).train()
-        if zero:
-            projector.to(torch.bfloat16)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            projector.to_empty(device="cpu")
-            dtype = next(projector.parameters()).dtype
-
-            def run(count: int) -> int:
-                features = torch.empty((count, *self.patches), dtype=dtype)
-                return _saved(lambda: projector(features), zero)
-
-            return run(2 * images) - run(images) + images * self.visual_bytes
-
-
-def _saved(forward: Callable[[], Any], zero: int) -> int:
-    """Bytes of the storages that autograd keeps of a forward pass."""
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other storage takes its place
-        return tensor
-
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=not zero)
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with autocast, hooks:
-        forward()
-    return sum(storage.nbytes() for storage in kept.values())
+        return self.own.batch_size * (most + 1 if most > 1 else 1) * self.visual_bytes
 
 
 def _encoder_config(kind: Encoder, name: str) -> PretrainedConfig:
@@ -300,29 +260,9 @@ def _encoder_config(kind: Encoder, name: str) -> PretrainedConfig:
         return published_config("visual_encoder_name_or_path", kind.loader(name))
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _bytes_of(dtype: str | torch.dtype | None) -> int:
-    if dtype is None:
-        return 4
-    return getattr(torch, str(dtype).removeprefix("torch.")).itemsize
-
-
 def _quantised_bits(cfg: dict | None) -> float | None:
     if not cfg:
         return None
     if cfg.get("load_in_8bit"):
         return 8
     return _NF4_DOUBLE_BITS if cfg.get("bnb_4bit_use_double_quant") else _NF4_BITS
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

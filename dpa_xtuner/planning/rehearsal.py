@@ -1,7 +1,7 @@
-"""A config rehearsed: tiny random models of the same architectures, a handful of samples.
+"""Rehearse a config: tiny random models of the same architectures, and a few samples.
 
-Everything else is as it is in the real run: hand-over, LoRA, freezing, loss, DeepSpeed,
-saving. What is replaced lies in ``inputs`` below the rehearsal's own folder.
+Everything else is the same as in the real run: hand-over, LoRA, freezing, loss, DeepSpeed,
+saving. The tiny models and the samples are in ``inputs``, in the rehearsal's own folder.
 """
 
 import copy
@@ -43,25 +43,25 @@ _SOURCES = "sources.json"
 _WAIT_SECONDS = 600
 _TINY_LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 NOTE = f"""This folder is a rehearsal: tiny random models, {SAMPLES} samples, {STEPS} steps a
-stage. Nothing in it is worth keeping. The next rehearsal empties it first.
+stage. Nothing in it is worth keeping. The next rehearsal starts by emptying it.
 """
 
 
 def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
     """Replace models and data, and shorten the stages.
 
-    The first stage's process empties the rehearsal's folder and fills its inputs (rank 0;
-    the others wait); the processes of later stages find them.
+    In the first stage, rank 0 empties the rehearsal's folder and writes its inputs while the
+    other ranks wait. Later stages find the inputs there.
 
     Args:
         cfg: the DPA config; not changed.
         settings: read from it.
 
     Returns:
-        The config and settings of the rehearsal, whose ``work_dir`` ends in ``-rehearsal``.
+        The config and settings of the rehearsal. Its ``work_dir`` ends in ``-rehearsal``.
 
     Raises:
-        DPAError: an architecture is not known without the hub.
+        DPAError: an architecture is unknown without the hub.
     """
     base = Path(f"{cfg.work_dir.rstrip('/')}-rehearsal")
     inputs = base / "inputs"
@@ -82,9 +82,9 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
 
 def _empty(base: Path, first: str) -> None:
     if os.environ.get("DPA_STAGE", first) != first:
-        raise DPAError(f"A rehearsal starts from nothing, with stage {first}: unset DPA_STAGE.")
+        raise DPAError(f"A rehearsal always begins with stage {first}: unset DPA_STAGE.")
     if base.exists() and not (base / "REHEARSAL.txt").is_file():
-        raise DPAError(f"{base} is where the rehearsal goes, but something else is there. Move it.")
+        raise DPAError(f"{base} is needed for the rehearsal, but has other files. Move it away.")
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     (base / "REHEARSAL.txt").write_text(NOTE)
@@ -118,8 +118,8 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
         del llm["quantization_config"]
         if global_rank(cfg.launcher) == 0:
             print_log(
-                "There is no GPU, which bitsandbytes needs: rehearsing without "
-                "model.llm.quantization_config, so what is 4-bit in the real run is not here",
+                "bitsandbytes needs a GPU and there is none: rehearsing without "
+                "model.llm.quantization_config, so the LLM is not quantised here",
                 "current",
             )
     return cfg
@@ -140,8 +140,8 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
     return {
         "data_path": [str(target) for target in _targets(data, inputs, name)],
         "image_folder": [i if _is_here(f, i) else str(inputs / "images") for f, i in both],
-        # Among so few samples, one that is unusable says nothing of the whole, and a small
-        # share or weight would leave none.
+        # With so few samples, one unusable sample says nothing about all data, and a small
+        # share or weight would leave no sample at all.
         "skip_limit": 1.0,
         "share": 1.0,
         "weights": None,
@@ -149,14 +149,14 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
 
 
 def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
-    """Write a tiny LLM, a tiny encoder and a handful of samples.
+    """Write a tiny LLM, a tiny encoder and a few samples.
 
     Args:
         cfg: names the classes of the models.
-        settings: names the user's data, whose first records are taken where it is there.
-        folder: where to; ``llm``, ``visual_encoder``, ``captions.json``,
-            ``instructions.json``, where the data is generated ``images``, and where the projector
-            is given ``projector``.
+        settings: names the user's data. Its first records are used if it exists.
+        folder: where to. Gets ``llm``, ``visual_encoder``, ``captions.json`` and
+            ``instructions.json``; also ``images`` if data is generated, and ``projector`` if
+            ``tune.init_projector`` is set.
     """
     cfg = complete(cfg, settings, Precision("bf16"))  # published weights are
     tokenizer = _tokenizer(cfg)
@@ -197,13 +197,13 @@ def _first_records(file: str) -> list[dict]:
 
 @contextmanager
 def users_files_named(base: Path) -> Iterator[None]:
-    """Let an error about a rehearsal's copy of data name the file that it was copied from.
+    """Rename files in error messages: the user's file for the rehearsal's copy of it.
 
     Args:
-        base: the work dir; one that is no rehearsal's changes nothing.
+        base: the work dir. If it is not a rehearsal's, messages stay as they are.
 
     Raises:
-        DPAError: what was raised within, with other names.
+        DPAError: the error that was raised inside, with the user's file names.
     """
     try:
         yield
@@ -267,13 +267,13 @@ def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
     llm = json.loads((folder / "llm" / "config.json").read_text())
     projector = build_projector(settings.projector, kind.hidden_size(encoder), llm["hidden_size"])
     projector.save_pretrained(folder / "projector")
-    # As a stage's record, with no LLM or encoder that it would have to agree with.
-    record = {
+    # Like a stage's file, but without an LLM or encoder that it would have to agree with.
+    origin = {
         "part": "projector",
         "encoder": settings.encoder,
         "visual_select_layer": cfg.model.get("visual_select_layer"),
     }
-    write_json(folder / "projector" / ORIGIN, record)
+    write_json(folder / "projector" / ORIGIN, origin)
 
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:
@@ -340,7 +340,7 @@ def _generated(folder: Path, with_text_only: bool) -> list[dict]:
 
 
 def _launch() -> dict:
-    """What tells this launch from the last one, the same for all its ranks."""
+    """Identify this launch: the same for all its ranks, different for each launch."""
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
     launch = {name: os.environ.get(name) for name in names}
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one node: one parent for all

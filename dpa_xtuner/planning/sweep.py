@@ -1,4 +1,4 @@
-"""Many runs of one config: which there are, and a table of what they measured."""
+"""Many runs of one config: plan them, note how far each is, and tabulate what they measured."""
 
 import csv
 import hashlib
@@ -19,8 +19,8 @@ from dpa_xtuner.stages.pipeline import read_state
 from dpa_xtuner.stages.settings import Settings, config_from_file
 from dpa_xtuner.stages.table import STAGE_NAMES
 
-RECORD = "sweep.json"
-"""What a sweep's folder says of its runs: name -> settings, config and how it ended."""
+STATE_FILE = "sweep.json"
+"""In a sweep's folder: name of each run -> its settings, config and status."""
 
 _LONGEST_NAME = 120
 
@@ -30,10 +30,10 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder, made of its settings.
+        name: name of its folder, made of its settings.
         options: dotted setting -> value, as text for ``--cfg-options``.
-        config: SHA-256 of the whole config that they lead to.
-        refused: why it can't be run, or nothing.
+        config: SHA-256 of the complete config with these settings.
+        refused: why it can't be run; empty if it can.
     """
 
     name: str
@@ -43,26 +43,26 @@ class Run:
 
 
 def grid(axes: list[str]) -> list[dict[str, str]]:
-    """All combinations of ``["method=vanilla,dpa", "proxy.lora.r=64,256"]``.
+    """Combine all values of axes such as ``["method=vanilla,dpa", "proxy.lora.r=64,256"]``.
 
     Raises:
-        DPAError: an axis is not of this form.
+        DPAError: an axis does not have this form.
     """
     values = []
     for axis in axes:
         key, equals, listed = axis.partition("=")
         if not equals or not key or not listed:
             raise DPAError(f"--grid {axis!r}: expected SETTING=VALUE,VALUE,...")
-        # Commas inside of brackets belong to a value.
+        # A comma in brackets is part of a value.
         values.append([(key, value) for value in re.split(r",(?![^\[(]*[\])])", listed)])
     return [dict(combination) for combination in itertools.product(*values)]
 
 
-def listed(path: str) -> list[dict[str, str]]:
-    """The ``runs`` of a YAML, JSON or Python file: a list of dicts, dotted setting -> value.
+def read_list(path: str) -> list[dict[str, str]]:
+    """Read ``runs`` from a YAML, JSON or Python file: a list of dicts, dotted setting -> value.
 
     Raises:
-        DPAError: the file is missing, or has no such list.
+        DPAError: the file is missing, or does not have such a list.
     """
     try:
         runs = Config.fromfile(path).get("runs")
@@ -78,15 +78,15 @@ def listed(path: str) -> list[dict[str, str]]:
 
 
 def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> list[Run]:
-    """The runs of a sweep, each once, those that can't be run with the reason.
+    """List the runs of a sweep, without duplicates.
 
-    Settings that a run's method does not read are left out, so that of a grid over methods and
-    ranks of the proxy each method without a proxy is run once.
+    Settings that a run's method does not read are left out. In a grid over methods and the proxy's
+    ranks, each method without a proxy is therefore run once.
 
     Args:
         config: a DPA config.
-        wanted: the settings that make each run.
-        common: settings of all runs.
+        wanted: the settings of each run.
+        common: settings that all runs share.
     """
     runs: dict[str, Run] = {}
     for options in wanted:
@@ -115,51 +115,51 @@ def _name(options: dict[str, str]) -> str:
     return f"{safe[:_LONGEST_NAME]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
-def read_record(work_dir: Path) -> dict[str, dict]:
-    """The record of a sweep's folder, empty where there is none.
+def read_runs(work_dir: Path) -> dict[str, dict]:
+    """Read what a sweep's folder says of its runs; empty if there is no sweep in it.
 
     Raises:
-        DPAError: it is broken.
+        DPAError: the file is broken.
     """
     advice = "Remove it: finished runs are then looked at again, which takes seconds each."
-    return read_json(work_dir / RECORD, advice)
+    return read_json(work_dir / STATE_FILE, advice)
 
 
-def note(work_dir: Path, run: Run, status: str) -> None:
+def write_status(work_dir: Path, run: Run, status: str) -> None:
     """Write down how far a run is.
 
     Args:
-        work_dir: the sweep's.
-        run: one of it.
+        work_dir: folder of the sweep.
+        run: one of its runs.
         status: ``running``, ``finished``, ``stopped``, ``failed (...)`` or ``refused``.
     """
-    record = read_record(work_dir)
-    record[run.name] = {"options": run.options, "config": run.config, "status": status}
+    runs = read_runs(work_dir)
+    runs[run.name] = {"options": run.options, "config": run.config, "status": status}
     work_dir.mkdir(parents=True, exist_ok=True)
-    write_json(work_dir / RECORD, record)
+    write_json(work_dir / STATE_FILE, runs)
 
 
 def is_finished(work_dir: Path, run: Run) -> bool:
-    """Whether a run has ended well with the config as it is now."""
-    known = read_record(work_dir).get(run.name, {})
+    """Tell whether a run has finished with its present config."""
+    known = read_runs(work_dir).get(run.name, {})
     return known.get("status") == "finished" and known.get("config") == run.config
 
 
 def rows(work_dir: Path, suffix: str = "") -> list[dict[str, Any]]:
-    """What there is of every run of a sweep's folder: differing settings, status, numbers.
+    """Collect the settings that differ, the status and the numbers of each run.
 
     The numbers are the held-out captions' cross entropy (``original``, ``floor``, ``align``), the
     last logged cross entropy of each stage, and the numbers of the run's ``scores.json`` files.
 
     Args:
-        work_dir: the sweep's.
-        suffix: of the runs' folders, ``-rehearsal`` for rehearsed ones.
+        work_dir: folder of the sweep.
+        suffix: end of the runs' folder names; ``-rehearsal`` for rehearsed runs.
     """
-    record = read_record(work_dir)
-    keys = list(dict.fromkeys(key for run in record.values() for key in run["options"]))
-    differ = [key for key in keys if len({run["options"].get(key) for run in record.values()}) > 1]
+    runs = read_runs(work_dir)
+    keys = list(dict.fromkeys(key for run in runs.values() for key in run["options"]))
+    differ = [key for key in keys if len({run["options"].get(key) for run in runs.values()}) > 1]
     found = []
-    for name, run in record.items():
+    for name, run in runs.items():
         settings = {key: run["options"].get(key) for key in differ} or {"run": name}
         folder = work_dir / f"{name}{suffix}"
         found.append(settings | {"status": run["status"]} | _numbers(folder))
@@ -184,7 +184,7 @@ def _last_logged(folder: Path, key: str) -> float | None:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 logged = json.loads(line)
-            except json.JSONDecodeError:  # a line that a killed run did not write to its end
+            except json.JSONDecodeError:  # a killed run did not complete its last line
                 continue
             if key in logged:
                 last = max(last, (logged["step"], logged[key]))
@@ -202,7 +202,7 @@ def _leaves(scores: dict, prefix: str = "") -> dict[str, float]:
 
 
 def save_table(work_dir: Path, suffix: str = "") -> str:
-    """Write ``sweep.md`` and ``sweep.csv`` of :func:`rows`; the Markdown is returned."""
+    """Write :func:`rows` to ``sweep.md`` and ``sweep.csv``, and return the Markdown."""
     found = rows(work_dir, suffix)
     columns = list(dict.fromkeys(key for row in found for key in row))
     text = [[_cell(row.get(column)) for column in columns] for row in found]

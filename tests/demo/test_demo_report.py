@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpa_xtuner.demo import report
+from dpa_xtuner import DPAError
+from dpa_xtuner.demo import report, trained
 
 WORDS = ["<|im_start|>", "<|im_end|>", "user", "assistant", "what", "red", "blue", "is", "it", "\n"]
 
@@ -157,3 +159,18 @@ def test_evaluation_counts_and_picture(
     assert result.rows["all"].chance == 0.5
     report.draw_answers(questions, ["red", "no"], tmp_path / "out" / "answers.png")
     assert Image.open(tmp_path / "out" / "answers.png").width > 1000
+
+
+def test_a_report_is_kept_until_the_model_is_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "tune").mkdir()
+    state, table = tmp_path / "tune" / "stage.json", tmp_path / "report.txt"
+    state.write_text("{}")
+    table.write_text("a table")
+    os.utime(state, (1, 1))
+    trained.print_report(tmp_path / "nowhere", tmp_path)
+    assert "a table" in capsys.readouterr().out
+    os.utime(table, (0, 0))
+    with pytest.raises(DPAError, match="is not finished"):
+        trained.print_report(tmp_path / "nowhere", tmp_path)

@@ -1,4 +1,4 @@
-"""A sweep's runs, its going on after a failure and a restart, and its table."""
+"""A sweep's runs, its table, and how it goes on after a failure and a restart."""
 
 import csv
 import json
@@ -74,7 +74,7 @@ def test_a_list_of_runs_is_read(suffix, tmp_path):
             "py": "runs = [dict(method='vanilla'), {'method': 'dpa', 'proxy.lora.r': 8}]\n",
         }[suffix]
     )
-    assert sweep.listed(str(file)) == [
+    assert sweep.read_list(str(file)) == [
         {"method": "vanilla"},
         {"method": "dpa", "proxy.lora.r": "8"},
     ]
@@ -85,7 +85,7 @@ def test_a_file_without_a_list_is_refused_with_an_example(content, tmp_path):
     file = tmp_path / "runs.yaml"
     file.write_text(content)
     with pytest.raises(DPAError, match=r"runs:\n  - \{method: vanilla\}"):
-        sweep.listed(str(file))
+        sweep.read_list(str(file))
 
 
 def write_stage(folder: Path, measured: dict, *logged: dict) -> None:
@@ -102,7 +102,7 @@ def test_the_table_holds_what_each_run_measured(tmp_path):
         "c": sweep.Run("c", {"method": "cmo", "align.lr": "1"}, "", "no"),
     }
     for name, status in {"a": "finished", "b": "failed (exit code 1)", "c": "refused"}.items():
-        sweep.note(tmp_path, runs[name], status)
+        sweep.write_status(tmp_path, runs[name], status)
     write_stage(tmp_path / "a/proxy", {"original": 4.0, "floor": 0.5}, {"loss": 1, "step": 2})
     write_stage(
         tmp_path / "a/tune",

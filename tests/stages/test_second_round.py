@@ -396,7 +396,7 @@ def test_the_tools_know_a_run_of_one_stage(rounds, tmp_path, monkeypatch):
     assert not any(run.refused for run in plan)
     for run in plan:
         shutil.copytree(second.work_dir, tmp_path / run.name)
-        sweep.note(tmp_path, run, "finished")
+        sweep.write_status(tmp_path, run, "finished")
     assert all(row["tune cross_entropy"] > 0 for row in sweep.rows(tmp_path))
 
 

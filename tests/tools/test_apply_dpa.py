@@ -90,19 +90,28 @@ def test_model_data_and_schedule_are_kept(name, written):
     assert not missing or "refcoco" in name
 
 
+def lost_keys(file: Path, stage: str) -> str:
+    """What the new config says is not taken over into a stage."""
+    notes = file.read_text().split("_base_")[0]
+    return notes.split(f"Not taken over into {stage}:")[1].split("# Not taken over")[0]
+
+
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_what_is_not_kept_is_said(name, written):
     stock = Config.fromfile(FILES[name])
-    said = " ".join(line.strip("# ") for line in written[name].read_text().splitlines())
+    trains_llm = not stock.model.freeze_llm or "llm_lora" in stock.model
+    lost = lost_keys(written[name], "tune" if trains_llm else "align")
     for hook in stock.custom_hooks:
-        assert hook["type"].__name__ in said
-    assert "float16" in said
+        assert hook["type"].__name__ in lost
+    assert "optim_wrapper.dtype='float16'" in lost
     rank = stock.model.get("visual_encoder_lora", {}).get("r")
-    assert rank is None or f"LoRA of rank {rank} on the visual encoder" in said
-    if not stock.model.freeze_visual_encoder:
-        assert "trained visual encoder" in said
+    assert (f"'r': {rank}," in lost) == (rank is not None)
+    assert ("freeze_visual_encoder=False" in lost) == (not stock.model.freeze_visual_encoder)
+    assert ("model.pretrained_pth=" in lost) == ("pretrained_pth" in stock.model)
     if "refcoco" in name:
-        assert "RefCOCOJsonDataset" in said and "InvRefCOCOJsonDataset" in said
+        assert ".RefCOCOJsonDataset" in lost and ".InvRefCOCOJsonDataset" in lost
+    for taken_over in ("optim_wrapper.optimizer", "train_cfg", "env_cfg", "model.llm"):
+        assert taken_over not in lost
 
 
 def test_the_other_stage_comes_from_the_config_that_belongs_to_it(written):
@@ -111,7 +120,8 @@ def test_the_other_stage_comes_from_the_config_that_belongs_to_it(written):
         assert pretrain[key] == qlora[key]
     assert full.align == qlora.align and full.captions == qlora.captions
     assert qlora.tune.lora.r == 512 and full.tune.train_llm == "full"
-    assert "align: its LLM in 4 bit" in written[FULL].read_text()
+    assert "model.llm.quantization_config={" in lost_keys(written[FULL], "align")
+    assert "quantization_config" not in lost_keys(written[QLORA], "align")
 
 
 def test_a_quantised_llm_without_a_tune_stage_is_tuned_by_lora(written):
@@ -157,7 +167,22 @@ def test_an_llm_of_no_family_keeps_its_template_and_is_loaded_by_its_own_class(w
     assert internlm.prompt_template == "internlm_chat"
     assert internlm.model.llm.type == "transformers.AutoModelForCausalLM.from_pretrained"
     assert internlm.model.llm.trust_remote_code and internlm.tokenizer.trust_remote_code
-    assert "# The stock config asks for it: the code" in path.read_text()
+    assert "# The code of LLM and tokenizer comes with the model, and is run." in path.read_text()
+
+
+def test_a_template_with_the_familys_text_is_left_to_the_family(written):
+    """Which also strips, and tokenises, as the published chat template does."""
+    for name, path in written.items():
+        cfg = Config.fromfile(path)
+        if cfg.get("family") in ("internlm2", "llama3"):
+            assert "prompt_template" not in cfg
+        else:
+            assert (
+                cfg.prompt_template
+                == find_stock(name).keys["dataset.template_map_fn"]["template"].rsplit(".", 1)[1]
+            )
+            said = "prompt_template is XTuner's" in path.read_text()
+            assert said == ("family" in cfg)
 
 
 def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
@@ -179,7 +204,7 @@ def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
         text = text.replace(old, new)
     edited = tmp_path / "mine.py"
     edited.write_text(text)
-    converted = write_config(find_stock(edited), tmp_path / "ours.py", BASE)
+    notes = write_config(find_stock(edited), tmp_path / "ours.py", BASE)
     cfg = Config.fromfile(tmp_path / "ours.py")
     assert cfg.tune.lr == 3e-4 and cfg.align.lr == 1e-3
     assert cfg.encoder == dict(type="siglip")
@@ -189,9 +214,9 @@ def test_an_edited_stock_config_is_read_by_its_path(tmp_path):
     assert cfg.prompt_template == dict(INSTRUCTION="Q: {input} A:", SEP="\n")
     assert cfg.randomness.seed == 7
     assert cfg.tune.global_batch_size == 128  # on 8 GPUs, since the name says nothing
-    said = "\n".join(converted.not_kept)
-    assert "max_dataset_length=99 of its dataset" in said
-    assert "max_position_embeddings=4096 of its model" in said
+    assert "  dataset.max_dataset_length=99" in notes
+    assert "  model.max_position_embeddings=4096" in notes
+    assert "  model.llm_lora.bias='all'" in notes
     assert Settings.from_config(cfg).projector == dict(type="mlp", depth=3)
 
 
@@ -227,7 +252,8 @@ def test_the_tool_says_what_it_did(tmp_path):
     done = subprocess.run(command, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert f"tune: the training of {QLORA}." in done.stdout
-    assert "Not kept:\n  - " in done.stdout and f"xtuner train {output}" in done.stdout
+    assert "Not taken over into tune:\n  " in done.stdout
+    assert f"xtuner train {output}" in done.stdout
     again = subprocess.run(command, text=True, capture_output=True)
     assert again.returncode == 1 and "exists" in again.stderr
     assert "Traceback" not in again.stderr

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from peft import LoraConfig
 from support import harness
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from dpa_xtuner import DPAError
+from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
 from dpa_xtuner.stages import Settings, stage_table
 
@@ -34,7 +38,7 @@ PUBLISHED = {
 }
 CLIP = 0.3035
 H, Q, HEADS, INNER, LAYERS, VOCABULARY = 64, 64, 4, 96, 3, 512
-BATCH, LENGTH = 2, 40
+BATCH, LENGTH, RANK = 2, 40, 8
 
 
 def stage_model(stage: str, path: Path | None = None, **changes) -> StageModel:
@@ -46,20 +50,21 @@ def stage_model(stage: str, path: Path | None = None, **changes) -> StageModel:
 
 @pytest.fixture
 def folders(tmp_path):
-    """A LLaMA and a CLIP of sizes to work out by hand: their configurations alone."""
+    """An LLM and a CLIP of sizes to work out by hand: their configurations alone."""
 
-    def make(layers: int = LAYERS) -> dict[str, str]:
-        llm, encoder = tmp_path / f"llm{layers}", tmp_path / "encoder"
-        LlamaConfig(
-            hidden_size=H, intermediate_size=INNER, num_hidden_layers=layers, vocab_size=VOCABULARY,
-            num_attention_heads=HEADS, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
+    def make(layers: int = LAYERS, kind: str = "llama") -> dict[str, str]:
+        llm, encoder = tmp_path / f"{kind}{layers}", tmp_path / "encoder"
+        AutoConfig.for_model(
+            kind, hidden_size=H, intermediate_size=INNER, num_hidden_layers=layers,
+            vocab_size=VOCABULARY, num_attention_heads=HEADS, num_key_value_heads=2,
+            head_dim=Q // HEADS,
         ).save_pretrained(llm)  # fmt: skip
         CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
             image_size=28, patch_size=14,
         ).save_pretrained(encoder)  # fmt: skip
         names = {"llm_name_or_path": str(llm), "visual_encoder_name_or_path": str(encoder)}
-        return names | {"family": "vicuna"}
+        return names | {"family": {"llama": "vicuna", "gemma2": "gemma2"}[kind]}
 
     return make
 
@@ -123,36 +128,111 @@ def test_lora_and_4_bit_weights_by_hand(folders):
         assert model.counts.frozen_bytes == pytest.approx(linear * bits / 8 + 2 * rest)
 
 
-def test_what_a_layer_keeps_by_hand(folders):
-    deep, shallow = (
-        stage_model("tune", **folders(n), tune__batch_size=BATCH).memory(8, 2, LENGTH)
+def layer_kept(llm: nn.Module, autocast: bool) -> int:
+    """Bytes that autograd really keeps for ``BATCH`` samples of a decoder's forward pass."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other storage takes its place
+        return tensor
+
+    def run(samples: int) -> int:
+        kept.clear()
+        dtype = llm.get_input_embeddings().weight.dtype
+        inputs = torch.zeros(samples, LENGTH, H, dtype=dtype, requires_grad=True)
+        positions = torch.arange(LENGTH).expand(samples, -1)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), hooks:
+            decode(llm, {"inputs_embeds": inputs, "position_ids": positions})
+        return sum(storage.nbytes() for storage in kept.values())
+
+    return run(2 * BATCH) - run(BATCH)  # without the weights and autocast's copies of them
+
+
+def decoder(folder: str, stage: str, attention: str, precision: str) -> nn.Module:
+    """The LLM of a folder with random weights, as a stage trains it; ``autocast`` is bf16."""
+    config = AutoConfig.from_pretrained(folder, attn_implementation=attention)
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    llm = AutoModelForCausalLM.from_config(config).requires_grad_(stage == "tune")
+    if stage == "proxy":
+        llm = add_lora(llm.to(dtype), LoraConfig(r=RANK))
+    if precision == "autocast" and stage != "align":
+        return llm  # trained weights stay float32
+    return llm.to(dtype)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bf16", "fp32"])
+@pytest.mark.parametrize("stage", ["proxy", "align", "tune"])
+@pytest.mark.parametrize(
+    ("kind", "attention", "tolerance"),
+    [("llama", "sdpa", 0), ("llama", "eager", 0), ("gemma2", "eager", 0.11)],
+)
+def test_the_formula_is_what_autograd_keeps_of_a_layer(
+    folders, kind, attention, tolerance, stage, precision
+):
+    computed, real = [], []
+    for layers in (LAYERS, LAYERS + 1):
+        names = folders(layers, kind)
+        changes = {f"{stage}__batch_size": BATCH, "proxy__lora__r": RANK}
+        changes |= {"precision": "auto" if precision == "autocast" else precision}
+        changes |= {"model__llm__attn_implementation": attention}
+        changes |= {"model__use_activation_checkpointing": False}
+        model = stage_model(stage, **names, **changes)
+        zero = 0 if precision == "autocast" else 2
+        computed.append(model.memory(8, zero, LENGTH).activations)
+        llm = decoder(names["llm_name_or_path"], stage, attention, precision).train()
+        real.append(layer_kept(llm, precision == "autocast"))
+    computed, real = (pair[1] - pair[0] for pair in (computed, real))
+    assert computed == pytest.approx(real, rel=tolerance, abs=0)
+
+
+def test_checkpointing_keeps_a_layers_input_and_all_of_one_layer(folders):
+    (deep, deep_kept), (shallow, shallow_kept) = (
+        [
+            stage_model(
+                "tune", **folders(n), tune__batch_size=BATCH, model__use_activation_checkpointing=c
+            ).memory(8, 2, LENGTH).activations
+            for c in (True, False)
+        ]
         for n in (LAYERS + 1, LAYERS)
+    )  # fmt: skip
+    boundary, layer = BATCH * LENGTH * 2 * H, deep_kept - shallow_kept
+    assert deep - shallow == boundary
+    assert shallow_kept - shallow == (LAYERS - 1) * layer - LAYERS * boundary
+
+
+def test_float32_takes_twice_as_much(folders):
+    half, single = (
+        stage_model("align", **folders(), precision=precision) for precision in ("bf16", "fp32")
     )
-    tokens = BATCH * LENGTH
-    # Bytes a token in bfloat16. Norms: input in float32, its deviation, the normed, the scaled.
-    norms = 2 * (4 * H + 4 + 2 * H + 2 * H)
-    # q and, repeated for all heads, k and v; sum of weights; output, and the same in a row.
-    attention = 3 * 2 * Q + 4 * HEADS + 2 * 2 * Q
-    # gate, its SiLU, up, and their product.
-    mlp = 4 * 2 * INNER
-    assert deep[1] - shallow[1] == tokens * (norms + attention + mlp)
-    # Checkpointing keeps the layer's input alone.
-    assert deep[0].activations - shallow[0].activations == tokens * 2 * H
-    kept = stage_model(
-        "tune", **folders(), tune__batch_size=BATCH, model__use_activation_checkpointing=False
-    ).memory(8, 2, LENGTH)
-    assert (kept[0].activations, kept[1]) == (shallow[1], shallow[0].activations)
+    assert single.counts.frozen_bytes == 2 * half.counts.frozen_bytes
+    assert state_memory(single.counts, 8, 2, 4).gradients == single.counts.trained * 4 / 8
+    memory, of_half = single.memory(8, 2), half.memory(8, 2)
+    assert memory.parameters == 2 * of_half.parameters
+    assert memory.optimizer == of_half.optimizer  # float32 weights and moments in both
+    plain = single.memory(1, 0)  # no copy for autocast
+    assert plain.parameters == 4 * (single.counts.trained + single.counts.frozen)
+
+
+def test_zero_3_shares_out_no_4_bit_weights(folders):
+    quantised = dict(type="transformers.BitsAndBytesConfig", load_in_4bit=True)
+    options = {"model__llm__quantization_config": quantised, "tune__train_llm": "lora"}
+    model = stage_model("align", **folders(), **options)
+    assert model.memory(8, 3).total == float("inf") > model.memory(8, 2).total
 
 
 def test_a_frozen_llm_keeps_less_and_longer_samples_more(folders):
     changes = {**folders(), "tune__batch_size": BATCH, "align__batch_size": BATCH}
+    changes["model__use_activation_checkpointing"] = False
     tune, align = (
-        stage_model(stage, **changes).memory(8, 2, LENGTH)[1] for stage in ("tune", "align")
+        stage_model(stage, **changes).memory(8, 2, LENGTH).activations
+        for stage in ("tune", "align")
     )
     assert align < tune
     model = stage_model("align", **changes)
-    assert model.memory(8, 2, 2 * LENGTH)[1] > model.memory(8, 2, LENGTH)[1]
-    tiled = stage_model("align", **changes, max_tiles=6).memory(8, 2, LENGTH)[1]
+    assert model.memory(8, 2, 2 * LENGTH).activations > align
+    tiled = stage_model("align", **changes, max_tiles=6).memory(8, 2, LENGTH).activations
     # Six tiles and a thumbnail: 7 images of 4 patches and 3 hidden states of 32 channels.
     assert tiled - align >= BATCH * 6 * 4 * 3 * 32 * 2
 
@@ -184,7 +264,7 @@ def test_the_documented_table_is_the_tools_own(monkeypatch):
         return [line for line in found if not line.startswith("|:-")]
 
     documented = lines((ROOT / "docs/memory.md").read_text())
-    made = lines(tool.page(["dpa_internlm2_7b_qlora", "dpa_qwen2_5_1_5b"]))
+    made = lines("\n".join(tool.tables(["dpa_internlm2_7b_qlora", "dpa_qwen2_5_1_5b"])))
     assert sum(line.startswith("| dpa_") for line in made) == 2 * (1 + 3)
     assert [line for line in made if line not in documented] == []
     rows = [line.split("|")[1].strip() for line in documented if line.startswith("| dpa_")]
