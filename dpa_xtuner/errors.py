@@ -53,7 +53,7 @@ _MENDABLE = {
 
 
 @contextmanager
-def told_plainly(every_rank: bool = False) -> Iterator[None]:
+def cli_errors(every_rank: bool = False) -> Iterator[None]:
     """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
 
     Args:

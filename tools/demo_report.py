@@ -34,10 +34,10 @@ def _changed(file: Path) -> float:
 def _evaluate(root: Path, work_dir: Path, table: Path, picture: Path) -> None:
     from dpa_xtuner.demo import report, trained
     from dpa_xtuner.demo.prepare import DATA_FOLDER
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.files import write_text
 
-    with told_plainly():
+    with cli_errors():
         after = trained.after_training(root, work_dir)
         questions = report.load_questions(root / DATA_FOLDER / "heldout_questions.json")
         before = report.evaluate(trained.before_training(root), questions)

@@ -28,7 +28,7 @@ os.environ["DPA_WITHOUT_XTUNER"] = "1"  # which this process, and OpenCompass's,
 
 from _configs import config_names, find_config
 
-from dpa_xtuner.errors import DPAError, check_installed, nearest, told_plainly
+from dpa_xtuner.errors import DPAError, check_installed, cli_errors, nearest
 
 if TYPE_CHECKING:
     from dpa_xtuner.evaluation.report import Details, Report
@@ -74,7 +74,7 @@ def main() -> int:
                         help="Python modules that register benchmarks of your own "
                         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     arguments = parser.parse_args()
-    with told_plainly():
+    with cli_errors():
         return _evaluate(arguments)
 
 

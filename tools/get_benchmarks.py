@@ -23,7 +23,7 @@ os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
 
 from tqdm import tqdm
 
-from dpa_xtuner.errors import DPAError, check_installed, told_plainly
+from dpa_xtuner.errors import DPAError, check_installed, cli_errors
 from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import (
     Benchmark,
@@ -57,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="fetch nothing")
     args = parser.parse_args()
-    with told_plainly():
+    with cli_errors():
         missing = get(args.names, args.data, fetch_them=not args.list)
     sys.exit(1 if missing else 0)
 

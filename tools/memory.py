@@ -159,10 +159,10 @@ def main() -> None:
     if arguments.gpus < 1 or (arguments.length or 1) < 1:
         parser.error("--gpus and --length are numbers from 1 on")
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.files import write_text
 
-    with told_plainly():
+    with cli_errors():
         if arguments.table:
             write_text(arguments.table, page(config_names()))
         else:

@@ -1,4 +1,4 @@
-"""Looks a data set over before training: every image, every record."""
+"""Look a data set over before training: every image, every record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dpa_xtuner.data.dataset import DPADataset
-from dpa_xtuner.data.records import Problem
-from dpa_xtuner.data.store import list_problems
+from dpa_xtuner.data.problems import Problem, list_problems
 
 _BLOCK = 4096  # samples handed to the threads at a time
 
@@ -21,13 +20,13 @@ class Report:
     """What a check found; as a string, a short table.
 
     Attributes:
-        records: Records in the data file.
-        samples: Usable samples in the data set, each counted once.
-        checked: Samples whose images were opened.
-        truncated: Samples whose end is cut off.
-        lengths: Shortest, median and longest sample in tokens, images expanded.
-        record_problems: Records that were left out when the data were tokenised.
-        image_problems: Checked samples with a missing or broken image.
+        records: records in the data file.
+        samples: usable samples in the data set, each counted once.
+        checked: samples whose images were opened.
+        truncated: samples whose end is cut off.
+        lengths: shortest, median and longest sample in tokens, images expanded.
+        record_problems: records that were left out when the data were tokenised.
+        image_problems: checked samples with a missing or broken image.
     """
 
     records: int
@@ -49,13 +48,13 @@ class Report:
         return not self.problems
 
     @property
-    def share(self) -> float:
-        """Estimated share of unusable records, to be held against a `skip_limit`: 0 to 1."""
+    def fraction(self) -> float:
+        """Estimated fraction of unusable records, to be held against a ``skip_limit``: 0 to 1."""
         left_out = len(self.record_problems) / self.records
         return left_out + (1 - left_out) * len(self.image_problems) / max(self.checked, 1)
 
     def __str__(self) -> str:
-        """Returns the table."""
+        """The table."""
         shortest, median, longest = self.lengths
         return "\n".join(
             [
@@ -70,12 +69,12 @@ class Report:
 
 
 def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0) -> Report:
-    """Opens a data set's images and gathers all problems, those of the tokenising included.
+    """Open a data set's images and gather all problems, those of the tokenising included.
 
     Args:
-        dataset: The data set; built with `skip_limit=1`, it reports on data beyond any limit too.
-        sample: Check so many samples, drawn at random; None for all.
-        seed: Seed of that draw.
+        dataset: the data set; built with ``skip_limit=1``, it reports on data beyond any limit too.
+        sample: check so many samples, drawn at random; None for all.
+        seed: seed of that draw.
 
     Returns:
         The report.

@@ -1,4 +1,4 @@
-"""Puts samples of different lengths and modalities into one batch."""
+"""Put samples of different lengths and modalities into one batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from dpa_xtuner.data.dataset import Skipped
 
 @FUNCTIONS.register_module(name="dpa_collate")
 def collate(instances: Sequence[dict[str, Any] | Skipped | None]) -> dict[str, Any]:
-    """Pads samples on the right and marks where the image tokens sit.
+    """Pad samples on the right and mark where the image tokens sit.
 
     Skipped samples, and None, are left out. Where all are, one row with one token and no label
     remains, so that this rank still takes part in the step.
 
     Args:
-        instances: Items of a `DPADataset`, or what its `text` gives; left unchanged.
+        instances: items of a :class:`DPADataset`, or what its ``text`` gives; left unchanged.
 
     Returns:
         {"data": ..., "data_samples": None}, where data holds, for B rows of T tokens with N images:
         "input_ids" (B, T) int64, 0 at image positions and in the padding; "labels" (B, T) int64,
-        `IGNORE_INDEX` where nothing is supervised; "attention_mask" (B, T) bool; "position_ids"
+        ``IGNORE_INDEX`` where nothing is supervised; "attention_mask" (B, T) bool; "position_ids"
         (B, T) int64; "image_mask" (B, T) bool; "pixel_values" (N, 3, H, W) float32 in the order of
         the images in the rows, absent where N is 0; "ids", the record ids of the rows, and
         "indices", their places in the data set; "skipped", a list of (record id, reason).

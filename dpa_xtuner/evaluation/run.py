@@ -28,7 +28,7 @@ from dpa_xtuner.evaluation.benchmarks import Benchmark
 from dpa_xtuner.evaluation.folder import files_read, pads_pictures
 from dpa_xtuner.evaluation.report import Details, Report, Result
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
-from dpa_xtuner.files import take, write_json, write_text
+from dpa_xtuner.files import acquire_lock, write_json, write_text
 
 RUN = "results"
 """OpenCompass's folder below the work dir: always the same, so that reruns go on in it."""
@@ -355,7 +355,7 @@ def run(models: list[dict], datasets: list[dict], work_dir: Path, workers: int =
     """
     folder = work_dir.resolve() / RUN
     pairs = [(m["abbr"], d["abbr"]) for m in models for d in datasets]
-    lock = take(
+    lock = acquire_lock(
         work_dir / ".lock",
         f"Another evaluation is writing to {work_dir}: wait for it, or give --work-dir.",
     )

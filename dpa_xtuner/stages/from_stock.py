@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from xtuner.configs import cfgs_name_path
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.data.records import Problem, Record
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.templates import resolve_template, to_pieces
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import write_text
