@@ -10,11 +10,11 @@ from mmengine.registry import FUNCTIONS
 from torch.nn.utils.rnn import pad_sequence
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-from dpa_xtuner.data.dataset import Skipped
+from dpa_xtuner.data.problems import Problem
 
 
 @FUNCTIONS.register_module(name="dpa_collate")
-def collate(instances: Sequence[dict[str, Any] | Skipped | None]) -> dict[str, Any]:
+def collate(instances: Sequence[dict[str, Any] | Problem | None]) -> dict[str, Any]:
     """Pad samples on the right and mark where the image tokens sit.
 
     Skipped samples, and None, are left out. Where all are, one row with one token and no label
@@ -32,7 +32,7 @@ def collate(instances: Sequence[dict[str, Any] | Skipped | None]) -> dict[str, A
         "indices", their places in the data set; "skipped", a list of (record id, reason).
     """
     samples = [item for item in instances if isinstance(item, dict)]
-    skipped = [(item.id, item.reason) for item in instances if isinstance(item, Skipped)]
+    skipped = [(p.record_id, p.reason) for p in instances if isinstance(p, Problem)]
     rows = [torch.from_numpy(sample["input_ids"]) for sample in samples]
     labels = [torch.from_numpy(sample["labels"]) for sample in samples]
     if not samples:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,19 +27,6 @@ from dpa_xtuner.data.store import open_store
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Stands in a batch for a sample that can't be loaded.
-
-    Attributes:
-        id: the record's id.
-        reason: "kind: details", as in :class:`Problem`.
-    """
-
-    id: str
-    reason: str
 
 
 @DATASETS.register_module()
@@ -151,7 +138,7 @@ class DPADataset(Dataset):
         """Number of samples."""
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped | None:
+    def __getitem__(self, index: int) -> dict[str, Any] | Problem | None:
         """Load a sample.
 
         Args:
@@ -160,7 +147,7 @@ class DPADataset(Dataset):
         Returns:
             None for ``NOTHING``. Otherwise what :meth:`text` gives, and "pixel_values", a list of
             (3, H, W) float32 tensors: one per image, or its tiles in order and its thumbnail; or a
-            :class:`Skipped` where an image is missing, broken or not of the size that its tokens
+            :class:`Problem` where an image is missing, broken or not of the size that its tokens
             were counted for.
         """
         if index == NOTHING:
@@ -171,7 +158,7 @@ class DPADataset(Dataset):
         try:
             pixels = [tensor for image in images for tensor in self._load(*image)]
         except ImageProblem as problem:
-            return Skipped(record_id, str(problem))
+            return Problem(record_id, str(problem))
         return self.text(index) | {"pixel_values": pixels}
 
     def text(self, index: int) -> dict[str, Any]:
@@ -181,9 +168,9 @@ class DPADataset(Dataset):
             index: from 0 to ``len(self) - 1``.
 
         Returns:
-            "index", "id" (str), "input_ids" and "labels" ((T,) int64; each image is
-            ``image_tokens`` times ``IMAGE_TOKEN_INDEX`` for each of its tiles and its thumbnail,
-            what is not supervised is ``IGNORE_INDEX`` in the labels).
+            "index", "id" (the record's, in a mixture "file: id"), "input_ids" and "labels", (T,)
+            int64. An image is ``image_tokens`` times ``IMAGE_TOKEN_INDEX`` for each of its tiles
+            and its thumbnail; what is not supervised is ``IGNORE_INDEX`` in the labels.
         """
         file, row = self._find(index)
         tokens, supervised = self.stores[file].tokens(row)  # (n,), an image is one of them
@@ -208,10 +195,6 @@ class DPADataset(Dataset):
         except ImageProblem as problem:
             return Problem(record_id, str(problem))
         return None
-
-    def record_id(self, index: int) -> str:
-        """A sample's record id; in a mixture, "file: id"."""
-        return self._names(index)[0]
 
     @property
     def fingerprint(self) -> str:

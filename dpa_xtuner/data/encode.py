@@ -108,10 +108,6 @@ class RecordTokenizer:
             "tokenizer": _tokenizer_hash(self.tokenizer),
         }
 
-    def fingerprint(self) -> str:
-        """Hash the facts: a hexadecimal string."""
-        return hashlib.sha256(json.dumps(self.facts(), sort_keys=True).encode()).hexdigest()
-
     def __call__(self, items: Sequence[Record | Problem]) -> TokenizedRecords:
         """Tokenise a batch.
 

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -125,11 +125,12 @@ def open_store(
         image_folder: folder that the images' paths are relative to; read where images are tiled.
 
     Raises:
-        DPAError: the data file can't be read or changes meanwhile, or the cache can't be written.
+        OSError: the data file can't be read.
+        DPAError: it is no JSON or changes meanwhile, or the cache can't be written.
     """
     source = _identify(data_path)
     images = os.path.realpath(image_folder or "") if tokenizer.tiling else ""
-    key = f"{FORMAT} {source} {tokenizer.fingerprint()} {images}"
+    key = json.dumps([FORMAT, source, tokenizer.facts(), images], sort_keys=True)
     folder = cache_root() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     how = "read"
     store = _usable_store(folder)
@@ -149,14 +150,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("DPA_CACHE") or "~/.cache/dpa_xtuner").expanduser().absolute()
 
 
-def _identify(data_path: str | Path) -> str:
-    try:
-        stat = os.stat(data_path)
-    except OSError as error:
-        raise DPAError(
-            f"data file {data_path} cannot be read ({error}); check data_path."
-        ) from error
-    return json.dumps([os.path.realpath(data_path), stat.st_size, stat.st_mtime_ns])
+def _identify(data_path: str | Path) -> tuple[str, int, int]:
+    stat = os.stat(data_path)
+    return os.path.realpath(data_path), stat.st_size, stat.st_mtime_ns
 
 
 def _usable_store(folder: Path) -> TokenStore | None:
@@ -165,16 +161,12 @@ def _usable_store(folder: Path) -> TokenStore | None:
         store = TokenStore(folder)
     except (OSError, ValueError, KeyError):
         return None
-    lacking = (problem.image for problem in store.problems if problem.image)
-    return None if any(map(_is_readable, lacking)) else store
-
-
-def _is_readable(image: str) -> bool:
-    try:
-        read_size(image)
-    except ImageProblem:
-        return False
-    return True
+    for problem in store.problems:
+        if problem.image is not None:
+            with suppress(ImageProblem):
+                read_size(problem.image)
+                return None
+    return store
 
 
 def _lock(folder: Path) -> AcquireReturnProxy:
@@ -189,7 +181,7 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 
 def _build(
-    data_path: Path, source: str, tokenizer: RecordTokenizer, image_folder: str, folder: Path
+    data_path: Path, source: tuple, tokenizer: RecordTokenizer, image_folder: str, folder: Path
 ) -> TokenStore:
     """Build a store beside its place and move it there; the caller holds its lock."""
     with whole_folder(folder) as partial:

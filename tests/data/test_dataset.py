@@ -13,7 +13,7 @@ from xtuner.dataset import LLaVADataset
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.data import DPADataset, Skipped, check_dataset, collate
+from dpa_xtuner.data import DPADataset, Problem, check_dataset, collate
 from dpa_xtuner.data.images import ImageProblem, load_pixels
 from dpa_xtuner.errors import DPAError
 
@@ -92,11 +92,11 @@ def test_the_text_format_needs_no_image(write, caption, tokenizer):
 def test_held_out_samples_are_no_training_samples(make, caption):
     data = [caption(str(i)) for i in range(20)]
     train, held_out = (make(data, held_out=6, split=split) for split in ("train", "held_out"))
-    kept, trained = ([d.record_id(i) for i in range(len(d))] for d in (held_out, train))
+    kept, trained = ([d.text(i)["id"] for i in range(len(d))] for d in (held_out, train))
     assert len(kept) == 6 and sorted(kept + trained, key=int) == [str(i) for i in range(20)]
     data[0] = caption("0", "")  # a record that one format drops moves no other to the other split
     again = make(data, sample_format="caption_text", held_out=6, split="held_out", skip_limit=0.1)
-    assert {again.record_id(i) for i in range(len(again))} == set(kept) - {"0"}
+    assert {again.text(i)["id"] for i in range(len(again))} == set(kept) - {"0"}
     with pytest.raises(KeyError, match="test"):
         make(data, split="test", skip_limit=1)
 
@@ -116,7 +116,7 @@ def test_a_bad_image_is_skipped_with_its_path(make, caption, images):
     names = {"missing": "none.png", "broken": "broken.png", "void": "empty.png", "dir": "."}
     dataset = make([caption(key, image=name) for key, name in names.items()])
     for sample, (key, name) in zip((dataset[i] for i in range(4)), names.items(), strict=True):
-        assert isinstance(sample, Skipped) and sample.id == key
+        assert isinstance(sample, Problem) and sample.record_id == key
         assert sample.reason.startswith("missing image" if key == "missing" else "broken image")
         assert str(images / name) in sample.reason
 
@@ -198,7 +198,7 @@ def sample(record_id, tokens, images=0):
 def test_a_batch_by_hand():
     data = batch(
         sample("a", [7, -200, -200, 8], images=1),
-        Skipped("b", "missing image: x.png"),
+        Problem("b", "missing image: x.png"),
         sample("c", [9]),
         sample("d", [5, -200], images=1),
     )
@@ -234,7 +234,7 @@ def test_collate_leaves_its_inputs_unchanged():
 
 def test_text_only_and_all_skipped_batches():
     assert "pixel_values" not in batch(sample("a", [1, 2]))
-    data = batch(Skipped("a", "broken image: x"), Skipped("b", "missing image: y"))
+    data = batch(Problem("a", "broken image: x"), Problem("b", "missing image: y"))
     assert data["input_ids"].tolist() == [[0]] and data["labels"].tolist() == [[-100]]
     assert data["attention_mask"].tolist() == [[True]] and not data["image_mask"].any()
     assert data["ids"] == [] and len(data["skipped"]) == 2 and "pixel_values" not in data
@@ -253,7 +253,7 @@ def test_check_finds_everything(make, caption):
         "half": "broken image",
     }
     assert (report.records, report.samples, report.checked, report.truncated) == (11, 9, 9, 1)
-    lengths = sorted(len(x["input_ids"]) for x in dataset if not isinstance(x, Skipped))
+    lengths = sorted(len(x["input_ids"]) for x in dataset if not isinstance(x, Problem))
     assert report.lengths[0] == min(dataset.length) and report.lengths[2] == lengths[-1] == 120
     assert not report.ok and report.fraction == pytest.approx(4 / 11)
     assert "1  missing image: gone" in str(report) and "1  truncated" in str(report)

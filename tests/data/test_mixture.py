@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpa_xtuner.data import DPADataset, Skipped, check_dataset
+from dpa_xtuner.data import DPADataset, Problem, check_dataset
 from dpa_xtuner.data.mixture import choose
 from dpa_xtuner.errors import DPAError
 
@@ -139,10 +139,10 @@ def test_a_mixture_is_its_files_one_after_the_other(make, files, tiles):
 def test_a_weighted_epoch(make, files):
     dataset = make(weights=[2, 1], held_out=4)
     # 18 records, 4 of them held out; two thirds of 14 samples are 9.33.
-    found = [dataset.record_id(i).partition(": ")[0] for i in range(len(dataset))]
+    found = [dataset.text(i)["id"].partition(": ")[0] for i in range(len(dataset))]
     assert [found.count(str(path)) for path in files[0]] == [9, 5]
     kept = make(weights=[2, 1], held_out=4, split="held_out")
-    ids = [{d.record_id(i) for i in range(len(d))} for d in (dataset, kept)]
+    ids = [{d.text(i)["id"] for i in range(len(d))} for d in (dataset, kept)]
     assert not ids[0] & ids[1] and len(kept) == 4
     assert len(dataset.distinct) == len(ids[0]) < len(dataset)
     lengths = [len(dataset.text(i)["input_ids"]) for i in range(len(dataset))]
@@ -169,7 +169,7 @@ def test_problems_name_their_file(make, files, write, caption):
     write([caption("0", ""), caption("1", image="none.png")], "first.json")
     dataset = make(skip_limit=0.1)
     assert [problem.record_id for problem in dataset.problems] == [f"{first}: 0"]
-    assert isinstance(dataset[0], Skipped) and dataset[0].id == f"{first}: 1"
+    assert isinstance(dataset[0], Problem) and dataset[0].record_id == f"{first}: 1"
     report = check_dataset(make(skip_limit=0.1, weights=[10, 1]))
     # The only sample of the first file is there 12 times, and told once.
     assert {p.record_id for p in report.problems} == {f"{first}: 0", f"{first}: 1"}

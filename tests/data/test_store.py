@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from dpa_xtuner import files
-from dpa_xtuner.data import open_store, store
+from dpa_xtuner.data import store
 from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
 from dpa_xtuner.data.records import parse_record
+from dpa_xtuner.data.store import open_store
 from dpa_xtuner.errors import DPAError
 
 FORK = multiprocessing.get_context("fork")
@@ -109,12 +110,12 @@ def test_a_change_of_anything_that_counts_builds_anew(
 
 
 def test_a_tokenizer_is_known_by_what_it_does(tokenizer, tmp_path):
-    key = encoder(tokenizer).fingerprint()
+    key = encoder(tokenizer).facts()
     tokenizer.pad_token = "</s>"
     tokenizer(["cat", "two cats"], padding=True, truncation=True, max_length=3)
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     moved = type(tokenizer).from_pretrained(tmp_path / "elsewhere")
-    assert encoder(tokenizer).fingerprint() == encoder(moved).fingerprint() == key
+    assert encoder(tokenizer).facts() == encoder(moved).facts() == key
 
 
 def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
@@ -122,7 +123,7 @@ def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
 
     def key():
         files = bpe_folder / "vocab.json", bpe_folder / "merges.txt"
-        return encoder(GPT2Tokenizer(*files, unk_token="</s>")).fingerprint()
+        return encoder(GPT2Tokenizer(*files, unk_token="</s>")).facts()
 
     before = key()
     assert key() == before

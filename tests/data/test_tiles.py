@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
-from dpa_xtuner.data import DPADataset, GroupedSampler, Skipped, check_dataset, collate, store
+from dpa_xtuner.data import DPADataset, GroupedSampler, Problem, check_dataset, collate, store
 from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
@@ -259,8 +259,8 @@ def test_a_bad_image_behind_a_good_header_is_skipped(make, caption, images):
     assert len(dataset) == 3
     picture(15, 10).save(images / "wide.png")
     half, shrunk, _ = (dataset[i] for i in range(3))
-    assert isinstance(half, Skipped) and half.reason.startswith("broken image")
-    assert isinstance(shrunk, Skipped)
+    assert isinstance(half, Problem) and half.reason.startswith("broken image")
+    assert isinstance(shrunk, Problem)
     assert shrunk.reason == f"changed image: {images / 'wide.png'} (15, 10), was (30, 20)"
     assert {p.record_id for p in check_dataset(dataset).problems} == {"half", "shrunk"}
 
