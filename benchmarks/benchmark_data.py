@@ -100,7 +100,7 @@ def measure(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
     imports = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     if which == "ours":
-        dataset = DPADataset(**common, view="caption", image_tokens=576, max_length=2048)
+        dataset = DPADataset(**common, sample_format="caption", image_tokens=576, max_length=2048)
     else:
         dataset = LLaVADataset(
             **common,

@@ -5,6 +5,7 @@ is there, and does nothing where it is gone. Nothing else in this package patche
 foreign code.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -32,15 +33,12 @@ def triton_without_ops() -> None:
     peft imports bitsandbytes for any LoRA, so every LoRA run would fail on import. The
     two functions that bitsandbytes takes are only used by its int8 Triton kernels.
     """
-    if importlib.util.find_spec("triton") is None or "triton.ops" in sys.modules:
+    find = importlib.util.find_spec
+    if not find("triton") or "triton.ops" in sys.modules or find("triton.ops"):
         return
-    if importlib.util.find_spec("triton.ops"):
-        return
-    ops = types.ModuleType("triton.ops")
     model = types.ModuleType("triton.ops.matmul_perf_model")
     model.early_config_prune = model.estimate_matmul_time = None
-    ops.matmul_perf_model = model
-    sys.modules["triton.ops"] = ops
+    sys.modules["triton.ops"] = types.ModuleType("triton.ops")
     sys.modules["triton.ops.matmul_perf_model"] = model
 
 
@@ -87,7 +85,8 @@ def deepspeed_without_mpi() -> None:
     if importlib.util.find_spec("mpi4py"):
         return
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
 
 
@@ -103,8 +102,6 @@ def checkpoint_globals() -> None:
     import torch
     from mmengine.logging.history_buffer import HistoryBuffer
 
-    if not hasattr(torch.serialization, "add_safe_globals"):
-        return
     multiarray = np.core.multiarray
     dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, bool)}
     torch.serialization.add_safe_globals(
@@ -127,20 +124,18 @@ def optim_wrapper_rebuilt() -> None:
     from mmengine.config import Config
 
     replace = Config.__setitem__
+    if hasattr(replace, "__wrapped__"):
+        return
 
+    @functools.wraps(replace)
     def keep(self, name, value):
         before = self._cfg_dict.get(name)
-        if (
-            (name == "strategy" or (name == "optim_wrapper" and _is_deepspeed(value)))
-            and self._cfg_dict.get("_scope_") == "dpa_xtuner"
-            and isinstance(before, dict)
-        ):
-            value = {**dict(before), **value}
+        ours = self._cfg_dict.get("_scope_") == "dpa_xtuner" and isinstance(before, dict)
+        if ours and (name == "strategy" or (name == "optim_wrapper" and _is_deepspeed(value))):
+            value = {**before, **value}
         replace(self, name, value)
 
-    if not getattr(replace, "_keeps", False):
-        keep._keeps = True
-        Config.__setitem__ = keep
+    Config.__setitem__ = keep
 
 
 def options_that_do_not_fit() -> None:
@@ -152,7 +147,10 @@ def options_that_do_not_fit() -> None:
     from mmengine.config import Config
 
     merge = Config.merge_from_dict
+    if hasattr(merge, "__wrapped__"):
+        return
 
+    @functools.wraps(merge)
     def told(self, options, *args, **kwargs):
         try:
             merge(self, options, *args, **kwargs)
@@ -161,9 +159,8 @@ def options_that_do_not_fit() -> None:
                 f"--cfg-options don't fit into {self.filename}: {error.args[0]}"
             ) from None
 
-    if merge.__name__ != told.__name__:
-        Config.merge_from_dict = told
-        sys.excepthook = _plainly(sys.excepthook)
+    Config.merge_from_dict = told
+    sys.excepthook = _plainly(sys.excepthook)
 
 
 def _plainly(usual: Callable) -> Callable:

@@ -53,7 +53,7 @@ _MENDABLE = {
 
 
 @contextmanager
-def told_plainly(every_rank: bool = False) -> Iterator[None]:
+def cli_errors(every_rank: bool = False) -> Iterator[None]:
     """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
 
     Args:
@@ -66,15 +66,15 @@ def told_plainly(every_rank: bool = False) -> Iterator[None]:
     except (DPAError, OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in _MENDABLE:
             raise
-        if every_rank or _is_first():
+        if every_rank or is_first_of_node():
             print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        if _is_first():
+        if is_first_of_node():
             print("\nStopped. To go on, call the same command again.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
-def _is_first() -> bool:
+def is_first_of_node() -> bool:
     """Whether this process is the first of its node."""
     return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"

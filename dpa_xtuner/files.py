@@ -47,7 +47,7 @@ def read_json(path: Path, advice: str) -> dict:
     return content
 
 
-def take(path: Path, taken: str) -> FileLock:
+def acquire_lock(path: Path, taken: str) -> FileLock:
     """Take a lock for this process; it goes with the process, however that ends.
 
     Args:

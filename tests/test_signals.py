@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,8 @@ from dpa_xtuner.hooks import IterationSeedHook
 
 ROOT = Path(__file__).parents[1]
 TOOL = [sys.executable, str(ROOT / "tools" / "train.py")]
+XTUNER = ["xtuner", "train"]
+TRAINS = str(Path(find_spec("xtuner").origin).parent / "tools" / "train.py")  # what it starts
 LONG = ("proxy.max_epochs=1000", "proxy.max_steps=5000")
 SECONDS = 10
 
@@ -78,10 +81,9 @@ class Command:
     def output(self) -> str:
         return self.log.read_text()
 
-    def ends(self) -> int:
+    def ends(self, seconds: float = SECONDS) -> int:
         """Wait for all processes; the exit code."""
-        left = "processes are left after 10 s"
-        wait_for(lambda: not self.processes(), SECONDS, left)
+        wait_for(lambda: not self.processes(), seconds, f"processes are left after {seconds} s")
         return self.process.wait()
 
     def close(self) -> None:
@@ -93,12 +95,10 @@ class Command:
 
 @pytest.fixture
 def start(tiny, tmp_path):
-    """Starts a command that goes on from a checkpoint; no process outlives the test."""
+    """Starts a command that trains; no process outlives the test."""
     started = []
 
-    def make(command: list[str], ranks: int = 1, begun: bool = True) -> Command:
-        if begun:
-            trains_on(tmp_path / "run", ranks)
+    def make(command: list[str], ranks: int = 1) -> Command:
         started.append(Command(command, tmp_path / "run", ranks))
         return started[-1]
 
@@ -107,30 +107,13 @@ def start(tiny, tmp_path):
         command.close()
 
 
-def trains_on(work_dir: Path, ranks: int) -> str:
-    """Start in forked processes, wait for two more checkpoints, and kill: the output."""
-    before = state(work_dir).get("steps", 0)
-    run = harness.start("proxy", work_dir, *LONG, "proxy.save_steps=1", ranks=ranks)
-    try:
-        wait_for(lambda: not run.alive() or state(work_dir).get("steps", 0) > before + 1, 60, "")
-        assert run.alive(), run.log.read_text()
-    finally:
-        run.kill()
-    return run.log.read_text()
-
-
 @pytest.mark.parametrize(
-    ("command", "ranks", "number"),
-    [
-        (TOOL, 1, signal.SIGTERM),
-        (TOOL, 2, signal.SIGINT),
-        (["xtuner", "train"], 1, signal.SIGHUP),
-        (["xtuner", "train"], 2, signal.SIGTERM),
-    ],
-    ids=["tool-1", "tool-2", "xtuner-1", "xtuner-2"],
+    ("command", "number"),
+    [(TOOL, signal.SIGINT), (XTUNER, signal.SIGTERM)],
+    ids=["tool", "xtuner"],
 )
-def test_a_signal_to_the_command_ends_all_its_processes(command, ranks, number, start):
-    run = start(command, ranks)
+def test_a_signal_to_the_command_ends_all_its_processes(command, number, start):
+    run = start(command, ranks=2)
     wait_for(run.trains, 90, "it does not begin to train")
     before = len(run.output())
     if number == signal.SIGINT:  # as a terminal sends it
@@ -146,19 +129,33 @@ def test_a_signal_to_the_command_ends_all_its_processes(command, ranks, number, 
     assert state(run.work_dir)["reason"].startswith("SIG")
     with FileLock(run.work_dir / "proxy/.lock", timeout=0):  # nobody holds it
         pass
-    steps = state(run.work_dir)["steps"]
-    assert f"goes on from {run.work_dir / 'proxy/iter_'}" in trains_on(run.work_dir, ranks)
-    found = state(run.work_dir)
-    assert found["status"] == "running" and "reason" not in found and found["steps"] > steps
 
 
-def test_ctrl_c_while_xtuner_is_imported_is_one_sentence(start):
-    run = start(TOOL, begun=False)
+def test_xtuner_that_is_killed_while_the_run_imports_leaves_no_run(start, tmp_path):
+    """``xtuner`` is one that starts what XTuner 0.2.0 does, and imports nothing before."""
+    xtuner = tmp_path / "xtuner"
+    xtuner.write_text(
+        f"import subprocess, sys\nsubprocess.run(['python', {TRAINS!r}, *sys.argv[2:]])"
+    )
+    run = start([sys.executable, str(xtuner), "train"])
+    wait_for(lambda: any(TRAINS in process.cmdline() for process in run.processes()), 60, "no run")
+    run.process.kill()
+    assert run.ends(seconds=60) == -signal.SIGKILL
+    end = "\nStopped (the command that started it has ended); call the same command again to go on."
+    assert end in run.output() and "Iter(train)" not in run.output()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_xtuner_is_imported_is_one_sentence(number, start):
+    run = start(TOOL)
     wait_for(lambda: len(run.processes()) == 2, 20, "it starts nothing")
     time.sleep(1)
-    os.killpg(run.process.pid, signal.SIGINT)
-    assert run.ends() == 130
-    assert run.output() == "\nStopped (SIGINT); call the same command again to go on.\n"
+    if number == signal.SIGINT:
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
+    assert run.ends() == 128 + number
+    assert run.output() == f"\nStopped ({number.name}); call the same command again to go on.\n"
 
 
 # In forked processes, which need no import.
@@ -309,12 +306,9 @@ def test_a_reader_that_is_gone_neither_stops_nor_fails_a_run(tiny, tmp_path):
     assert f"Wrote llm_adapter to {work_dir / 'proxy/llm_adapter'}" in log.read_text()
 
 
-@pytest.mark.parametrize("tool", ["list_configs.py", "train.py"])
-def test_a_tool_whose_reader_is_gone_prints_no_traceback(tool, tiny, tmp_path, reference):
-    command = [sys.executable, str(ROOT / "tools" / tool)]
-    command += [str(harness.TINY_CONFIG)] * (tool != "list_configs.py")
-    if tool == "train.py":
-        command += ["--work-dir", str(reference(harness.Layout()).work_dir)]
+@pytest.mark.parametrize("tool", [["list_configs.py"], ["_xtuner_train.py", "--help"]])
+def test_a_tool_whose_reader_is_gone_prints_no_traceback(tool):
+    command = [sys.executable, str(ROOT / "tools" / tool[0]), *tool[1:]]
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)

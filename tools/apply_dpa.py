@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the config to write")
     arguments = parser.parse_args()
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.planning.from_stock import find_stock, write_config
 
-    with told_plainly():
+    with cli_errors():
         stock = find_stock(arguments.stock)
         notes = write_config(stock, arguments.output, CONFIGS / "_base_" / "dpa.py")
     print(*notes, f"Wrote {arguments.output}. Next: xtuner train {arguments.output}", sep="\n")

@@ -22,10 +22,10 @@ def main() -> int:
     arguments = parser.parse_args()
     path = find_config(arguments.config)
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.planning.check import check_config
 
-    with told_plainly():
+    with cli_errors():
         return 0 if check_config(path, arguments.cfg_options, arguments.sample) else 1
 
 

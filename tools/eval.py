@@ -28,7 +28,7 @@ os.environ["DPA_WITHOUT_XTUNER"] = "1"  # this process and its children don't ne
 
 from _configs import config_names, find_config
 
-from dpa_xtuner.errors import DPAError, check_installed, nearest, told_plainly
+from dpa_xtuner.errors import DPAError, check_installed, cli_errors, nearest
 from dpa_xtuner.layout import HF_FOLDER, STAGE_NAMES
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def main() -> int:
     add("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
         help="Python modules that register benchmarks of your own "
         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
-    with told_plainly():
+    with cli_errors():
         return _evaluate(parser.parse_args())
 
 

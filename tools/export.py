@@ -41,10 +41,10 @@ def main() -> None:
     arguments["config"] = find_config(arguments["config"])
     arguments["options"] = arguments.pop("cfg_options")
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.export import export_config
 
-    with told_plainly():
+    with cli_errors():
         export_config(**arguments)
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
 
 from tqdm import tqdm
 
-from dpa_xtuner.errors import DPAError, check_installed, told_plainly
+from dpa_xtuner.errors import DPAError, check_installed, cli_errors
 from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import DataFile, Missing, find_benchmarks
 from dpa_xtuner.evaluation.cache_key import file_digest
@@ -45,7 +45,7 @@ def main() -> None:
                         )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="fetch nothing")
     args = parser.parse_args()
-    with told_plainly():
+    with cli_errors():
         missing = get(args.names, args.data, fetch_them=not args.list)
     sys.exit(1 if missing else 0)
 

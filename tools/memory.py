@@ -119,11 +119,11 @@ def main() -> None:
     if arguments.gpus < 1 or (arguments.length or 1) < 1:
         parser.error("--gpus and --length are numbers from 1 on")
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.files import write_text
     from dpa_xtuner.stages.settings import config_from_file
 
-    with told_plainly():
+    with cli_errors():
         if arguments.table:
             made = iter(tables(config_names()))
             page = arguments.table.read_text(encoding="utf-8")

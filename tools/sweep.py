@@ -42,10 +42,10 @@ def main() -> int:
     suffix = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
     work_dir = Path(f"{work_dir}{suffix}")
 
-    from dpa_xtuner.errors import told_plainly
+    from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.planning import sweep
 
-    with told_plainly():
+    with cli_errors():
         if not known.table:
             _run_all(known, others, config, work_dir, sweep)
         print(f"\n{sweep.save_table(work_dir, suffix)}", flush=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 from tqdm import tqdm
 
 from dpa_xtuner.data.dataset import DPADataset
-from dpa_xtuner.data.records import Problem
-from dpa_xtuner.data.store import list_problems
+from dpa_xtuner.data.problems import Problem, list_problems
 
-_BLOCK = 4096  # samples handed to the threads at a time
+_CHUNK = 32  # samples handed to a thread at a time
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,7 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
 
 
 def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
-    problems = []
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(chosen), desc="Opening images", unit=" samples") as progress,
-    ):
-        for start in range(0, len(chosen), _BLOCK):
-            block = chosen[start : start + _BLOCK].tolist()
-            problems += filter(None, pool.map(dataset.check_images, block))
-            progress.update(len(block))
-    return problems
+    with ThreadPool(os.cpu_count()) as pool:
+        found = pool.imap(dataset.check_images, chosen.tolist(), chunksize=_CHUNK)
+        progress = tqdm(found, "Opening images", len(chosen), unit=" samples")
+        return [problem for problem in progress if problem]

@@ -1,4 +1,4 @@
-"""Puts samples of different lengths and modalities into one batch."""
+"""Put samples of different lengths and modalities into one batch."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from mmengine.registry import FUNCTIONS
 from torch.nn.utils.rnn import pad_sequence
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-from dpa_xtuner.data.dataset import Skipped
+from dpa_xtuner.data.problems import Problem
 
 
 @FUNCTIONS.register_module(name="dpa_collate")
-def collate(instances: Sequence[dict[str, Any] | Skipped | None]) -> dict[str, Any]:
-    """Pads samples on the right and marks where the image tokens sit.
+def collate(instances: Sequence[dict[str, Any] | Problem | None]) -> dict[str, Any]:
+    """Pad samples on the right and mark where the image tokens sit.
 
     Skipped samples, and None, are left out. Where all are, one row with one token and no label
     remains, so that this rank still takes part in the step.
 
     Args:
-        instances: Items of a `DPADataset`, or what its `text` gives; left unchanged.
+        instances: items of a :class:`DPADataset`, or what its ``text`` gives; left unchanged.
 
     Returns:
         {"data": ..., "data_samples": None}, where data holds, for B rows of T tokens with N images:
         "input_ids" (B, T) int64, 0 at image positions and in the padding; "labels" (B, T) int64,
-        `IGNORE_INDEX` where nothing is supervised; "attention_mask" (B, T) bool; "position_ids"
+        ``IGNORE_INDEX`` where nothing is supervised; "attention_mask" (B, T) bool; "position_ids"
         (B, T) int64; "image_mask" (B, T) bool; "pixel_values" (N, 3, H, W) float32 in the order of
         the images in the rows, absent where N is 0; "ids", the record ids of the rows, and
         "indices", their places in the data set; "skipped", a list of (record id, reason).
     """
     samples = [item for item in instances if isinstance(item, dict)]
-    skipped = [(item.id, item.reason) for item in instances if isinstance(item, Skipped)]
+    skipped = [(p.record_id, p.reason) for p in instances if isinstance(p, Problem)]
     rows = [torch.from_numpy(sample["input_ids"]) for sample in samples]
     labels = [torch.from_numpy(sample["labels"]) for sample in samples]
     if not samples:

@@ -1,4 +1,4 @@
-"""Loads an image file into the tensor that the visual encoder takes."""
+"""Load an image file into the tensors that the visual encoder takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from xtuner.dataset.utils import expand2square
 
-from dpa_xtuner.data.tiles import cut
+from dpa_xtuner.data.tiles import Tiling
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _MOST_PIXELS = 178_956_970  # Pillow's own limit, held against the padded square too
@@ -24,16 +24,10 @@ class ImageProblem(Exception):
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """Reads an image's size from its header.
-
-    Args:
-        path: The image file.
-
-    Returns:
-        (width, height) in pixels.
+    """Read an image's (width, height) in pixels from its header.
 
     Raises:
-        ImageProblem: The file is missing or no image. What lies behind the header is not read.
+        ImageProblem: the file is missing or no image. What lies behind the header is not read.
     """
     with _opened(path) as image:
         return image.size
@@ -42,11 +36,11 @@ def read_size(path: str | Path) -> tuple[int, int]:
 def load_image(
     path: str | Path, pad_to_square: bool, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """Opens and decodes an image.
+    """Open and decode an image.
 
     Args:
-        path: The image file.
-        pad_to_square: Whether it is to be padded; then it must not be huge as a square, else it
+        path: the image file.
+        pad_to_square: whether it is to be padded; then it must not be huge as a square, else it
             must not be too thin to be scaled.
         size: (width, height) that it had when it was measured; None where it was not.
 
@@ -54,16 +48,14 @@ def load_image(
         The whole image, decoded, in RGB, not padded.
 
     Raises:
-        ImageProblem: The file is missing, is no image that can be decoded, is out of shape, or has
+        ImageProblem: the file is missing, is no image that can be decoded, is out of shape, or has
             another size than it had.
     """
     with _opened(path) as image:
         if size is not None and image.size != size:
             raise ImageProblem(f"changed image: {path} {image.size}, was {size}")
         longest, shortest = max(image.size), min(image.size)
-        if (pad_to_square and longest**2 > _MOST_PIXELS) or (
-            not pad_to_square and longest > _THINNEST * shortest
-        ):
+        if longest**2 > _MOST_PIXELS if pad_to_square else longest > _THINNEST * shortest:
             raise ImageProblem(f"image out of shape: {path} {image.size}")
         return image.convert("RGB")
 
@@ -80,18 +72,18 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def load_pixels(path: str | Path, image_processor: Any, pad_to_square: bool) -> torch.Tensor:
-    """Loads an image and prepares it as stock `LLaVADataset` does.
+    """Load an image and prepare it as stock ``LLaVADataset`` does.
 
     Args:
-        path: The image file.
-        image_processor: A Hugging Face image processor.
-        pad_to_square: Whether to pad it to a square in the processor's mean colour first.
+        path: the image file.
+        image_processor: a Hugging Face image processor.
+        pad_to_square: whether to pad it to a square in the processor's mean colour first.
 
     Returns:
         Pixel values of shape (3, H, W), float32.
 
     Raises:
-        ImageProblem: The file is missing or broken, or the processor cannot take it.
+        ImageProblem: the file is missing or broken, or the processor can't take it.
     """
     image = load_image(path, pad_to_square)
     if pad_to_square:
@@ -107,38 +99,36 @@ def load_tiles(
     path: str | Path,
     image_processor: Any,
     pad_to_square: bool,
-    max_tiles: int,
-    tile_size: int,
+    tiling: Tiling,
     size: tuple[int, int],
 ) -> list[torch.Tensor]:
-    """Loads an image, cuts it into tiles and prepares these; see `tiles.cut`.
+    """Load an image, cut it into tiles and prepare these.
 
     The processor only normalises them: where it would scale or crop (as DINOv2's does, which cuts
     off a margin), the tiles would no longer join.
 
     Args:
-        path: The image file.
-        image_processor: A Hugging Face image processor.
-        pad_to_square: Whether the thumbnail, or an image of a single tile, is padded to a square in
+        path: the image file.
+        image_processor: a Hugging Face image processor.
+        pad_to_square: whether the thumbnail, or an image of a single tile, is padded to a square in
             the processor's mean colour. Else it is stretched, as in InternVL.
-        max_tiles: Tiles that the grid may have.
-        tile_size: Side of a tile in pixels.
+        tiling: how it is cut.
         size: (width, height) that the image had when its tokens were counted.
 
     Returns:
-        `tiles.count_tiles` tensors of shape (3, tile_size, tile_size), float32, the thumbnail last.
+        ``tiling.count(size)`` tensors of shape (3, tile_size, tile_size), float32, the thumbnail
+        last.
 
     Raises:
-        ImageProblem: The file is missing or broken, or the image has another size now.
+        ImageProblem: the file is missing or broken, or the image has another size now.
     """
     image = load_image(path, pad_to_square, size)
-    background = _mean_colour(image_processor) if pad_to_square else None
-    tiles = cut(image, max_tiles, tile_size, background)
+    tiles = tiling.cut(image, _mean_colour(image_processor) if pad_to_square else None)
     steps = [name for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)]
     left_out = dict.fromkeys(steps, False)
     pixels = image_processor.preprocess(tiles, return_tensors="pt", **left_out)["pixel_values"]
     return list(pixels.float())
 
 
-def _mean_colour(image_processor: Any) -> tuple[int, int, int]:
+def _mean_colour(image_processor: Any) -> tuple[int, ...]:
     return tuple(int(x * 255) for x in image_processor.image_mean)

@@ -1,9 +1,9 @@
 """Which samples of which files an epoch is made of.
 
-The records of all files form one list, which a fixed seed shuffles once. Its first `held_out` are
-kept out of training, whatever the other settings say. Of the rest, the first `share` are trained
+The records of all files form one list, which a fixed seed shuffles once. Its first ``held_out`` are
+kept out of training, whatever the other settings say. Of the rest, the first ``share`` are trained
 on, so that a smaller share is part of a larger one. Records are drawn rather than usable samples:
-views that cannot use the same ones (a text without its image, a caption that is cut off) still
+formats that cannot use the same ones (a text without its image, a caption that is cut off) still
 agree on the others.
 
 Without weights, an epoch holds each of these N samples once. With weights, it has N samples too, of
@@ -17,82 +17,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from dpa_xtuner.errors import DPAError
 
 
-def check_choice(
-    files: int, held_out: int, part: str, share: float, weights: Sequence[float] | None
-) -> None:
-    """Refuses settings of `choose` that are impossible, before any data are read.
-
-    Args:
-        files: Number of data files.
-        held_out: As in `choose`.
-        part: As in `choose`.
-        share: As in `choose`.
-        weights: As in `choose`.
-
-    Raises:
-        DPAError: One of them is.
-    """
-    if part not in ("train", "held_out"):
-        raise DPAError(f"part is {part!r}; expected 'train' or 'held_out'.")
-    if held_out < 0:
-        raise DPAError(f"held_out is {held_out}; expected a number of samples, 0 for none.")
-    if not 0 < share <= 1:
-        raise DPAError(f"share is {share}; expected a share of the data above 0, at most 1.")
-    if weights is None:
-        return
-    if len(weights) != files:
-        raise DPAError(
-            f"weights has {len(weights)} values and data_path {files} files; expected one weight "
-            "for each file."
-        )
-    if not all(isinstance(w, (int, float)) and 0 < w < math.inf for w in weights):
-        raise DPAError(
-            f"weights is {list(weights)}; expected numbers above 0. Leave out a file that is not "
-            "wanted."
-        )
-
-
 def choose(
     positions: Sequence[np.ndarray],
     records: Sequence[int],
     held_out: int = 0,
-    part: str = "train",
+    split: Literal["train", "held_out"] = "train",
     share: float = 1.0,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Chooses the samples of a data set.
+    """Choose the samples of a data set.
 
     Args:
-        positions: Per file, (S_i,): the place of each usable sample's record among its records.
-        records: Per file, the number of its records, usable or not.
-        held_out: Records that are kept out of training.
-        part: "train", or "held_out" for these.
-        share: Share of the other records that is trained on, above 0 and at most 1.
-        weights: Per file, its part of an epoch relative to the others'.
+        positions: per file, (S_i,): the place of each usable sample's record among its records.
+        records: per file, the number of its records, usable or not.
+        held_out: records that are kept out of training.
+        split: "train", or "held_out" for these.
+        share: fraction of the other records that is trained on, above 0 and at most 1.
+        weights: per file, its part of an epoch relative to the others', above 0.
 
     Returns:
         (S,) int64, places in the list of all files' samples, file after file. A sample that is seen
         twice in an epoch is there twice.
 
     Raises:
-        DPAError: A weighted file has nothing to give.
+        DPAError: a weighted file has nothing to give.
     """
     total = sum(records)
-    rank = np.empty(total, np.int64)
+    rank = np.empty(total, np.int64)  # of each record in the shuffled order
     rank[np.random.default_rng(0).permutation(total)] = np.arange(total)
     starts = np.cumsum([0, *records[:-1]])
     drawn = rank[np.concatenate([p + start for p, start in zip(positions, starts, strict=True)])]
-    if part == "held_out":
-        return np.flatnonzero(drawn < held_out)
-    last = held_out + round(share * max(total - held_out, 0))
-    rows = np.flatnonzero((drawn >= held_out) & (drawn < last))
-    if weights is None:
+    end = held_out + round(share * max(total - held_out, 0))
+    first, last = {"held_out": (0, held_out), "train": (held_out, end)}[split]
+    rows = np.flatnonzero((drawn >= first) & (drawn < last))
+    if weights is None or split == "held_out":
         return rows
     ends = np.cumsum([len(p) for p in positions])
     files = np.split(rows, np.searchsorted(rows, ends[:-1]))
@@ -106,13 +71,13 @@ def choose(
                 "weight."
             )
         times, rest = divmod(count, len(file))
-        first = file[np.argsort(drawn[file])[:rest]]
-        epoch.append(np.sort(np.concatenate([np.tile(file, times), first])))
+        once_more = file[np.argsort(drawn[file])[:rest]]
+        epoch.append(np.sort(np.concatenate([np.tile(file, times), once_more])))
     return np.concatenate(epoch)
 
 
 def _apportion(total: int, weights: Sequence[float]) -> list[int]:
-    """Splits a whole number by weights, the remainder to those that miss most by rounding down."""
+    """Split a whole number by weights, the remainder to those that miss most by rounding down."""
     exact = total * np.array(weights, float) / math.fsum(weights)
     counts = np.floor(exact).astype(int)
     most_missed = np.argsort(counts - exact, kind="stable")[: total - counts.sum()]

@@ -1,4 +1,4 @@
-"""Reads LLaVA-format data: a JSON array or JSON lines, one record at a time, in bounded memory."""
+"""Read LLaVA-format data: a JSON array or JSON lines, one record at a time, in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, TextIO
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
+from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.errors import DPAError
 
 _CHUNK = 1 << 20  # characters read at a time
 _LONGEST_RECORD = 1 << 26  # characters; an array item beyond this is taken for a missing bracket
-_WHITESPACE = re.compile(r"[ \t\r\n]*")
-_CUT_NUMBER = re.compile(r"[-+.eE0-9]*\Z")  # what follows a number that the window's end has cut
+_SPACE = re.compile(r"[ \t\r\n]*")
+_MARK = re.compile(r"[ \t\r\n]*([,\]])")  # what follows an item of an array
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,11 @@ class Record:
     """A well-formed LLaVA record.
 
     Attributes:
-        id: The record's "id"; its index in the file where it has none.
-        images: Paths as written in the file, in the order of the `<image>` marks.
-        system: Text of a leading "system" turn, or None.
-        turns: (human text with its `<image>` marks, gpt text) per turn, at least one.
-        position: Its place among the file's records, from 0.
+        id: the record's "id"; its index in the file where it has none.
+        images: paths as written in the file, in the order of the ``<image>`` marks.
+        system: text of a leading "system" turn, or None.
+        turns: (human text with its ``<image>`` marks, gpt text) per turn, at least one.
+        position: its place among the file's records, from 0.
         sizes: (width, height) of each image in pixels; empty where they were not read.
     """
 
@@ -41,49 +42,31 @@ class Record:
     sizes: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A record that cannot be trained on.
-
-    Attributes:
-        record_id: The record's id.
-        reason: "kind" or "kind: details"; problems are counted by kind.
-    """
-
-    record_id: str
-    reason: str
-
-    @property
-    def kind(self) -> str:
-        """The reason without its details."""
-        return self.reason.partition(": ")[0]
-
-
 def read_records(path: str | Path) -> Iterator[Record | Problem]:
-    """Streams the records of a JSON array or of JSON lines; the content decides which it is.
+    """Stream the records of a JSON array or of JSON lines; the content decides which it is.
 
     Args:
-        path: The data file, UTF-8.
+        path: the data file, UTF-8.
 
     Yields:
-        A `Record`, or a `Problem` for a record that is malformed.
+        a :class:`Record`, or a :class:`Problem` for a record that is malformed.
 
     Raises:
-        DPAError: The file is missing, empty or no JSON; the message names the position.
+        DPAError: the file is missing, empty or no JSON; the message names the position.
     """
     for index, item in enumerate(_read_items(Path(path))):
         yield item if isinstance(item, Problem) else parse_record(item, index)
 
 
 def parse_record(item: Any, index: int) -> Record | Problem:
-    """Checks one decoded JSON value.
+    """Check one decoded JSON value.
 
     Args:
-        item: What the file holds at this place.
-        index: Its index in the file, the id of a record without "id".
+        item: what the file holds at this place.
+        index: its index in the file, the id of a record without "id".
 
     Returns:
-        The `Record`, or the `Problem` with it.
+        The :class:`Record`, or the :class:`Problem` with it.
     """
     if not isinstance(item, dict):
         return Problem(str(index), f"not a record: {type(item).__name__}, expected an object")
@@ -105,7 +88,7 @@ def parse_record(item: Any, index: int) -> Record | Problem:
 
 
 class _Malformed(Exception):
-    """Carries a reason from the checks below to `parse_record`."""
+    """A reason, from the checks below to :func:`parse_record`."""
 
 
 def _images(value: Any) -> tuple[str, ...]:
@@ -145,23 +128,24 @@ def _check_marks(
 def _read_items(path: Path) -> Iterator[Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            window = _Window(file)
-            first = window.peek()
+            before = 0
+            while (first := file.read(1)).isspace():
+                before += 1
             if first == "[":
-                yield from _array_items(window, path)
+                yield from _array_items(file, path, before + 1)
                 return
-        if first == "{":
-            with path.open(encoding="utf-8-sig") as file:
+            if first == "{":
+                file.seek(0)
                 yield from _line_items(file, path)
-            return
+                return
     except FileNotFoundError:
-        raise DPAError(f"data file {path} does not exist; check `data_path`.") from None
+        raise DPAError(f"data file {path} does not exist; check data_path.") from None
     except UnicodeDecodeError as error:
         raise DPAError(
             f"data file {path} is not UTF-8 text ({error.reason}); expected a JSON array or JSON "
             "lines in UTF-8."
         ) from error
-    found = f"begins with {first!r} at character {window.position}" if first else "is empty"
+    found = f"begins with {first!r}" if first else "is empty"
     raise DPAError(f"data file {path} {found}; expected a JSON array ('[') or JSON lines ('{{').")
 
 
@@ -183,89 +167,44 @@ def _line_items(file: TextIO, path: Path) -> Iterator[Any]:
         yield item
 
 
-def _array_items(window: _Window, path: Path) -> Iterator[Any]:
-    read = 0
+def _array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
+    """Decode the items of a JSON array one by one, with about one chunk of its text in memory.
 
-    def broken(what: str, position: int) -> DPAError:
-        return DPAError(
-            f"data file {path} is broken at character {position}, after {read} records: {what}. "
-            "Expected a JSON array of records; write the file again."
-        )
+    Where an item and the mark behind it can't be read, the text may only end too early: they are
+    read again with the next chunk.
 
-    window.skip("[")
-    while window.peek() != "]":
-        try:
-            yield window.value()
-        except json.JSONDecodeError as error:
-            raise broken(error.msg, window.position - window.at + error.pos) from error
-        read += 1
-        if window.peek() == ",":
-            window.skip(",")
-            if window.peek() == "]":
-                raise broken("a comma before the closing ']'", window.position)
-        elif window.peek() != "]":
-            raise broken(
-                f"expected ',' or ']', got {window.peek() or 'its end'!r}", window.position
-            )
-    window.skip("]")
-    if window.peek():
-        raise broken("text after the closing ']'", window.position)
-
-
-class _Window:
-    """A window that slides over a text file, so that a whole array is never in memory.
-
-    The standard decoder's `raw_decode` reads one item; where it runs into the window's end, the
-    window is widened and the item read again.
+    Args:
+        file: the open file, behind the array's ``[``.
+        path: the file, for messages.
+        position: characters before the file's place.
     """
+    decode = json.JSONDecoder().raw_decode
+    text, at, read, mark = "", 0, 0, ","
+    while mark != "]":
+        at = _SPACE.match(text, at).end()
+        if not read and text.startswith("]", at):  # an empty array
+            at += 1
+            break
+        try:
+            item, end = decode(text, at)
+            found = _MARK.match(text, end)
+            if not found:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+        except json.JSONDecodeError as error:
+            chunk = file.read(max(_CHUNK, len(text) - at))
+            if not chunk or len(text) - at > _LONGEST_RECORD:
+                raise _broken(path, position + error.pos, read, error.msg) from error
+            text, at, position = text[at:] + chunk, 0, position + at
+            continue
+        yield item
+        read += 1
+        at, mark = found.end(), found[1]
+    if (text[at:] + file.read(_CHUNK)).strip():
+        raise _broken(path, position + at, read, "text after the closing ']'")
 
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._decoder = json.JSONDecoder()
-        self._text = ""
-        self._dropped = 0
-        self.at = 0
 
-    @property
-    def position(self) -> int:
-        """Characters between the file's start and the window's current place."""
-        return self._dropped + self.at
-
-    def skip(self, text: str) -> None:
-        """Moves past `text`, which `peek` has shown to be next."""
-        self.at += len(text)
-
-    def peek(self) -> str:
-        """Moves to the next character that is no white space and returns it, '' at the end."""
-        while True:
-            self.at = _WHITESPACE.match(self._text, self.at).end()
-            if self.at < len(self._text):
-                return self._text[self.at]
-            if not self._widen():
-                return ""
-
-    def value(self) -> Any:
-        """Reads one JSON value and moves past it.
-
-        Raises:
-            json.JSONDecodeError: There is none, or it is longer than 64M characters.
-        """
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self.at)
-            except json.JSONDecodeError:
-                if len(self._text) - self.at > _LONGEST_RECORD or not self._widen():
-                    raise
-                continue
-            if _CUT_NUMBER.match(self._text, end) and self._widen():
-                continue
-            self.at = end
-            return value
-
-    def _widen(self) -> bool:
-        chunk = self._file.read(max(_CHUNK, len(self._text) - self.at))
-        if chunk:
-            self._text = self._text[self.at :] + chunk
-            self._dropped += self.at
-            self.at = 0
-        return bool(chunk)
+def _broken(path: Path, position: int, read: int, what: str) -> DPAError:
+    return DPAError(
+        f"data file {path} is broken at character {position}, after {read} records: {what}. "
+        "Expected a JSON array of records; write the file again."
+    )

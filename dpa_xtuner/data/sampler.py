@@ -16,18 +16,18 @@ NOTHING = -1
 
 @DATA_SAMPLERS.register_module()
 class GroupedSampler(LengthGroupedSampler):
-    """Stock `LengthGroupedSampler` that gives each sample once, and has a place to begin.
+    """Stock ``LengthGroupedSampler`` that gives each sample once, and has a place to begin.
 
-    With `mega_batch_mult=1` it shuffles and sorts by length within one global batch only. Where the
-    stock sampler fills up the last global batch with samples that were seen before, this one gives
-    `NOTHING`: all ranks take the same number of micro-batches, and the samples that are left are
-    spread evenly over them.
+    With ``mega_batch_mult=1`` it shuffles and sorts by length within one global batch only. The
+    stock sampler fills up the last global batch with samples that were seen before. This one gives
+    ``NOTHING`` instead: all ranks take the same number of micro-batches, and the samples that are
+    left are spread evenly over them.
 
     Args:
-        *args: As in the stock sampler.
-        start: Samples of this rank that the next iteration leaves out; later ones are whole. A run
+        *args: as in the stock sampler.
+        start: samples of this rank that the next iteration leaves out; later ones are whole. A run
             that resumes sets it (also as an attribute) and loads none of what it skips.
-        **kwargs: As in the stock sampler, such as `length_property="modality_length"`.
+        **kwargs: as in the stock sampler, such as ``length_property="modality_length"``.
     """
 
     def __init__(self, *args: Any, start: int = 0, **kwargs: Any) -> None:
@@ -35,7 +35,7 @@ class GroupedSampler(LengthGroupedSampler):
         self.start = start
 
     def __iter__(self) -> Iterator[int]:
-        """Yields this rank's indices, the first `start` left out this once."""
+        """Yield this rank's indices, the first ``start`` left out this once."""
         start, self.start = self.start, 0
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)

@@ -1,13 +1,13 @@
-"""Turns a record into pieces of text, each supervised or not, for one of three views of the data.
+"""Turn a record into pieces of text, each supervised or not, in one of three sample formats.
 
-| view           | stage | pieces (supervised ones in brackets)                                    |
+| sample format  | stage | pieces (supervised ones in brackets)                                    |
 |----------------|-------|-------------------------------------------------------------------------|
 | `caption_text` | proxy | [caption, newline]                                                      |
 | `caption`      | align | image, [caption, newline]                                               |
 | `chat`         | tune  | system and instruction, [answer and its end], separator; and so on      |
 
-The chat view follows XTuner's `llava_map_fn`, `template_map_fn` and `encode_fn`. A template has
-XTuner's keys and, where a family's published chat template asks for them, these:
+The format ``chat`` follows XTuner's ``llava_map_fn``, ``template_map_fn`` and ``encode_fn``. A
+template has XTuner's keys and, where a family's published chat template asks for them, these:
 
 | key                  | meaning                                                         |
 |----------------------|-----------------------------------------------------------------|
@@ -24,17 +24,17 @@ Vicuna).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN, PROMPT_TEMPLATE
 
-from dpa_xtuner.data.records import Problem, Record
-from dpa_xtuner.errors import DPAError
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.records import Record
+from dpa_xtuner.errors import DPAError, nearest
 
-VIEWS = ("caption_text", "caption", "chat")
+SampleFormat = Literal["caption_text", "caption", "chat"]
 _TEMPLATE_KEYS = (
     "SYSTEM",
     "INSTRUCTION",
@@ -61,37 +61,26 @@ class Piece(NamedTuple):
     """A stretch that is tokenised on its own.
 
     Attributes:
-        content: Text, or a special token.
-        supervised: Whether its tokens are trained on.
+        content: text, or a special token.
+        supervised: whether its tokens are trained on.
     """
 
     content: str | Special
     supervised: bool
 
 
-def check_view(view: str) -> str:
-    """Returns `view` if it is one of `VIEWS`.
-
-    Raises:
-        DPAError: It is not; the message names the nearest one.
-    """
-    if view not in VIEWS:
-        raise DPAError(_unknown("view", view, VIEWS))
-    return view
-
-
 def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """Finds a prompt template of the chat view.
+    """Find the prompt template of the format ``chat``.
 
     Args:
-        template: A name in `xtuner.utils.PROMPT_TEMPLATE`, or a mapping with "INSTRUCTION" and, as
-            needed, XTuner's other keys and those of this module.
+        template: a name in ``xtuner.utils.PROMPT_TEMPLATE``, or a mapping with "INSTRUCTION" and,
+            as needed, XTuner's other keys and those of this module.
 
     Returns:
         The template as a plain dict.
 
     Raises:
-        DPAError: The name or a key is unknown, or "INSTRUCTION" is missing.
+        DPAError: the name or a key is unknown, or "INSTRUCTION" is missing.
     """
     if isinstance(template, str):
         if template not in PROMPT_TEMPLATE:
@@ -99,7 +88,7 @@ def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]
         return dict(PROMPT_TEMPLATE[template])
     if not isinstance(template, Mapping) or "{input}" not in template.get("INSTRUCTION", ""):
         raise DPAError(
-            f"prompt_template is {template!r}; the chat view needs a name from "
+            f"prompt_template is {template!r}; the format 'chat' needs a name from "
             "xtuner.utils.PROMPT_TEMPLATE or a dict with INSTRUCTION='... {input} ...'."
         )
     for key in template:
@@ -108,18 +97,20 @@ def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]
     return dict(template)
 
 
-def to_pieces(record: Record, view: str, template: Mapping[str, Any]) -> list[Piece] | Problem:
-    """Lays a record out for a view.
+def to_pieces(
+    record: Record, sample_format: SampleFormat, template: Mapping[str, Any]
+) -> list[Piece] | Problem:
+    """Lay a record out in a sample format.
 
     Args:
-        record: A well-formed record.
-        view: One of `VIEWS`.
-        template: From `resolve_template`; read by the chat view only.
+        record: a well-formed record.
+        sample_format: see above.
+        template: from :func:`resolve_template`; read by "chat" only.
 
     Returns:
-        Its pieces, or the `Problem` that keeps it out of this view.
+        Its pieces, or the :class:`Problem` that keeps it out of this format.
     """
-    if view == "chat":
+    if sample_format == "chat":
         return _chat(record, template)
     if len(record.turns) > 1:
         return Problem(
@@ -129,7 +120,7 @@ def to_pieces(record: Record, view: str, template: Mapping[str, Any]) -> list[Pi
     caption = record.turns[0][1]
     if not caption.strip():
         return Problem(record.id, "empty caption")
-    if view == "caption_text":
+    if sample_format == "caption_text":
         return [Piece(caption + "\n", True)]
     if not record.images:
         return Problem(record.id, "caption without an image")
@@ -158,7 +149,7 @@ def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
 
 
 def _prompt(human: str, system: str | None, number: int, template: Mapping[str, Any]) -> str:
-    """A turn's text up to its answer; `system` only where it stands in this turn."""
+    """A turn's text up to its answer; ``system`` only where it stands in this turn."""
     if system is not None and "SYSTEM_INSTRUCTION" in template:
         return template["SYSTEM_INSTRUCTION"].format(system=system, input=human, round=number)
     before = "" if system is None else template["SYSTEM"].format(system=system)
@@ -166,7 +157,7 @@ def _prompt(human: str, system: str | None, number: int, template: Mapping[str, 
 
 
 def _image_first(human: str) -> str:
-    """Moves a turn's only image to its front, as stock XTuner and LLaVA do.
+    """Move a turn's only image to its front, as stock XTuner and LLaVA do.
 
     Several images stay where they are written: the text around them may refer to their places.
     """
@@ -176,7 +167,7 @@ def _image_first(human: str) -> str:
     return f"{DEFAULT_IMAGE_TOKEN}\n{text}".strip()
 
 
-def _unknown(what: str, name: object, known: Iterable[str]) -> str:
-    known = sorted(known)
-    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-    return f"unknown {what} {name!r}; did you mean {nearest!r}? Known: {', '.join(known)}."
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    return (
+        f"unknown {what} {name!r}{nearest(name, known) or '.'} Known: {', '.join(sorted(known))}."
+    )

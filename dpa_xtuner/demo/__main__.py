@@ -11,7 +11,7 @@ from pathlib import Path
 from dpa_xtuner.demo.prepare import LLM_FOLDER, SHIPPED_VIT, prepare
 from dpa_xtuner.demo.trained import print_report
 from dpa_xtuner.demo.vit import train_shipped
-from dpa_xtuner.errors import told_plainly
+from dpa_xtuner.errors import cli_errors
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     command.set_defaults(run=train_shipped)
     arguments = vars(parser.parse_args())
     run = arguments.pop("run")
-    with told_plainly():
+    with cli_errors():
         run(**arguments)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from dpa_xtuner.files import take, write_text
+from dpa_xtuner.files import acquire_lock, write_text
 
 RUN = "results"
 """OpenCompass's folder below the work dir."""
@@ -53,7 +53,7 @@ def run(
     """
     folder = work_dir.resolve() / RUN
     pairs = {(m["abbr"], d["abbr"]): (m, d) for m in models for d in data_sets}
-    lock = take(
+    lock = acquire_lock(
         work_dir / ".lock",
         f"Another evaluation is writing to {work_dir}: wait for it, or give --work-dir.",
     )

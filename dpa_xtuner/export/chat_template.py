@@ -13,7 +13,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 from xtuner.utils import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 
 # A turn's only image goes to its front, as dpa_xtuner.data.templates has it in training.
@@ -148,9 +148,9 @@ def _image(tokenizer: PreTrainedTokenizerBase) -> str:
 _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It sleeps."))
 
 
-def _examples(view: str) -> dict[str, Record]:
+def _examples(sample_format: str) -> dict[str, Record]:
     """A caption, or conversations of one turn and of two, without an image and with one."""
-    if view == "caption":
+    if sample_format == "caption":
         return {"an image": Record("", ("x",), None, ((DEFAULT_IMAGE_TOKEN, "A red balloon."),))}
     found = {}
     for turns in (_TURNS[:1], _TURNS):
@@ -163,7 +163,7 @@ def _examples(view: str) -> dict[str, Record]:
 
 def disagreements(
     template: Mapping[str, Any],
-    view: str,
+    sample_format: str,
     exported: PreTrainedTokenizerBase,
     trained: PreTrainedTokenizerBase,
 ) -> list[str]:
@@ -174,14 +174,14 @@ def disagreements(
 
     Args:
         template: the training template.
-        view: ``chat``, or ``caption``, where what stands before the caption is compared.
+        sample_format: ``chat``, or ``caption``, where what stands before the caption is compared.
         exported: the tokenizer as transformers loads it, with its chat template.
         trained: the tokenizer of the training.
     """
-    encode = Encoder(trained, view, 1, template, 2**20)
+    encode = RecordTokenizer(trained, sample_format, 1, template, 2**20)
     image_id = exported.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
     wrong = []
-    for name, record in _examples(view).items():
+    for name, record in _examples(sample_format).items():
         messages = []
         for question, answer in record.turns:
             messages.append({"role": "user", "content": question})
@@ -189,7 +189,7 @@ def disagreements(
         encoded = encode([record])
         tokens = encoded.tokens
         tokens[tokens == IMAGE_TOKEN_INDEX] = image_id
-        if view == "caption":
+        if sample_format == "caption":
             messages, tokens = messages[:1], tokens[~encoded.supervised]
         text = exported.apply_chat_template(messages, tokenize=False)
         if exported(text).input_ids != tokens.tolist():

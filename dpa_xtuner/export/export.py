@@ -15,7 +15,7 @@ from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import Weights
-from dpa_xtuner.files import take, whole_folder, write_json
+from dpa_xtuner.files import acquire_lock, whole_folder, write_json
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
 
@@ -69,7 +69,7 @@ def export_config(
     if _is_fresh(out, made_from):
         print_log(f"{out} is up to date", "current")
         return out
-    lock = take(
+    lock = acquire_lock(
         out.with_name(f".{out.name}.lock"),
         f"Another export is writing {out}. Wait for it, or export to another folder with -o.",
     )

@@ -77,7 +77,9 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
         chat_template=jinja,
     ).save_pretrained(folder)
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    differs = disagreements(source.template, source.stage.view, loaded, load_tokenizer(source))
+    differs = disagreements(
+        source.template, source.stage.sample_format, loaded, load_tokenizer(source)
+    )
     return {"image_token_index": image_id, "template_differs": differs}
 
 

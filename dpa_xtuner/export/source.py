@@ -18,7 +18,7 @@ from dpa_xtuner.stages.settings import (
     StageSettings,
     config_from_file,
     differences,
-    refuse_idle_options,
+    refuse_unused_options,
 )
 from dpa_xtuner.stages.table import Stage, find_stage
 
@@ -54,7 +54,7 @@ class Source:
     @property
     def template(self) -> dict[str, Any]:
         """The chat template that the stage trained with."""
-        return self.settings.template if self.stage.view == "chat" else dict(_CAPTION)
+        return self.settings.template if self.stage.sample_format == "chat" else dict(_CAPTION)
 
     @property
     def encoder(self) -> Encoder:
@@ -172,7 +172,7 @@ def read_source(
     """
     cfg = config_from_file(config, options)
     settings = Settings.from_config(cfg)
-    refuse_idle_options(cfg, settings)
+    refuse_unused_options(cfg, settings)
     row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
@@ -247,7 +247,7 @@ def _refuse_changed(source: Source, origin: dict) -> None:
     settings, own, trained = source.settings, source.own, origin.get("settings", {})
     # Models may have moved: their names are not compared, see Weights.
     now = {
-        "prompt_template": settings.template if source.stage.view == "chat" else "plain",
+        "prompt_template": settings.template if source.stage.sample_format == "chat" else "plain",
         "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
     }
     if "lora" not in trained:

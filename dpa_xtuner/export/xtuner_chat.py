@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from xtuner.utils import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.export.hf import load_tokenizer
 from dpa_xtuner.export.source import Source
@@ -34,7 +34,7 @@ def chat_command(
     command = ["xtuner", "chat", llm or "FOLDER", "--llava", "FOLDER"]
     if not has_encoder:
         command += ["--visual-encoder", source.settings.visual_encoder_name_or_path]
-    if source.stage.view == "chat":
+    if source.stage.sample_format == "chat":
         options, differs = _prompt_options(source, llm or folder)
     else:
         options, differs = [], ["any question: captions were learned without one"]
@@ -86,6 +86,6 @@ def _chat_tokens(
 
 
 def _trained_tokens(source: Source) -> list[int]:
-    encode = Encoder(load_tokenizer(source), "chat", 1, source.template, 2**20)
+    encode = RecordTokenizer(load_tokenizer(source), "chat", 1, source.template, 2**20)
     encoded = encode([Record("", ("x",), None, ((_QUESTION, "Two cats."),))])
     return encoded.tokens[: encoded.supervised.argmax()].tolist()

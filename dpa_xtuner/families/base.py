@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError
@@ -178,7 +178,9 @@ def _ours(
     system: str | None,
 ) -> tuple[list[int], list[int]]:
     """All tokens of a conversation, and those before its last answer."""
-    encoded = Encoder(tokenizer, "chat", 1, template, 2**20)([Record("", (), system, turns)])
+    encoded = RecordTokenizer(tokenizer, "chat", 1, template, 2**20)(
+        [Record("", (), system, turns)]
+    )
     tokens, supervised = encoded.tokens.tolist(), encoded.supervised.tolist()
     start = len(tokens)
     while not supervised[start - 1]:  # what follows the last answer

@@ -8,7 +8,7 @@ from dpa_xtuner.data import check_dataset
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_idle_options
+from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_unused_options
 from dpa_xtuner.stages.table import stage_table
 
 
@@ -30,7 +30,7 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     """
     cfg = config_from_file(path, options)
     settings = Settings.from_config(cfg)
-    refuse_idle_options(cfg, settings)
+    refuse_unused_options(cfg, settings)
     cfg = complete(cfg, settings, Precision("fp32"))  # no weight is loaded
     ok = True
     for name, stage in stage_table(settings).items():

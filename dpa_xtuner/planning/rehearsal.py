@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from dpa_xtuner.data import Record, read_records
-from dpa_xtuner.data.store import list_problems
+from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
@@ -167,8 +167,8 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     if settings.tune.init_projector is not None:
         _tiny_projector(cfg, settings, folder)
     sources = {}
-    views = {stage.view for stage in stage_table(settings).values()}
-    for name in ("captions", "instructions") if views != {"chat"} else ("instructions",):
+    formats = {stage.sample_format for stage in stage_table(settings).values()}
+    for name in ("captions", "instructions") if formats != {"chat"} else ("instructions",):
         data = getattr(settings, name)
         for file, images, target in zip(
             data.files, data.folders, _targets(data, folder, name), strict=True

@@ -16,7 +16,7 @@ from mmengine.registry import DATASETS
 from transformers import PretrainedConfig
 
 from dpa_xtuner.data import DPADataset, check_dataset
-from dpa_xtuner.data.store import list_problems
+from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.configs import architecture
@@ -172,7 +172,7 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     world = world_size(cfg.launcher)
     for stage in stages:
         accumulative_counts(getattr(settings, stage.name), world, stage.name)
-        key = "instructions" if stage.view == "chat" else "captions"
+        key = "instructions" if stage.sample_format == "chat" else "captions"
         names = (
             ("data_path", "image_folder") if "visual_encoder" in stage.builds else ("data_path",)
         )
@@ -474,7 +474,7 @@ def _hooks(
             writes={part: str(base / folder) for part, folder in stage.writes.items()},
             origin=origin,
             samples=samples,
-            held_out=dict(dataset, part="held_out") if dataset.get("held_out") else None,
+            held_out=dict(dataset, split="held_out") if dataset.get("held_out") else None,
         ),
     ]
 
@@ -503,7 +503,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
         "config": str(cfg.filename),
         "data": data.model_dump(exclude_defaults=True, exclude={"skip_limit"})
         | {"sha256": [file_sha256(path) for path in data.files]},
-        "prompt_template": settings.template if stage.view == "chat" else "plain",
+        "prompt_template": settings.template if stage.sample_format == "chat" else "plain",
         "seed": cfg.randomness.seed,
         "precision": precision.name,
         "settings": own.model_dump(exclude=unread),
@@ -527,7 +527,7 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
 
 
 def _data(settings: Settings, stage: Stage) -> DataSettings:
-    return settings.instructions if stage.view == "chat" else settings.captions
+    return settings.instructions if stage.sample_format == "chat" else settings.captions
 
 
 def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
@@ -563,11 +563,11 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         **data.model_dump(exclude_defaults=True),
         tokenizer=config.tokenizer,
         image_processor=config.image_processor if "visual_encoder" in stage.builds else None,
-        view=stage.view,
+        sample_format=stage.sample_format,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,
     )
-    if stage.view == "chat":
+    if stage.sample_format == "chat":
         dataset["prompt_template"] = settings.template
     if "visual_encoder" in stage.builds:
         dataset |= tiles(settings)

@@ -16,7 +16,7 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import file_sha256, read_json, take
+from dpa_xtuner.files import acquire_lock, file_sha256, read_json
 from dpa_xtuner.layout import STATE_FILE as STATE
 from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
 from dpa_xtuner.precision import Precision, choose_precision
@@ -32,7 +32,7 @@ from dpa_xtuner.stages.build import (
 )
 from dpa_xtuner.stages.initial import check_initial, record_of_loaded
 from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.settings import Settings, differences, refuse_idle_options
+from dpa_xtuner.stages.settings import Settings, differences, refuse_unused_options
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage, stage_table
 
 _DATA_CHECKED = "DPA_DATA_CHECKED"
@@ -55,7 +55,7 @@ def next_stage(cfg: Config) -> Config | None:
             finished or started stage that the config no longer describes.
     """
     settings = Settings.from_config(cfg)
-    refuse_idle_options(cfg, settings)
+    refuse_unused_options(cfg, settings)
     refuse_owned_keys(cfg, settings)
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
@@ -155,7 +155,7 @@ def samples_of(config: Config) -> str:
     return next(h["samples"] for h in config.custom_hooks if h["type"] == "ProxyLLMHook")
 
 
-def hold(config: Config) -> FileLock:
+def lock_stage_folder(config: Config) -> FileLock:
     """Take a stage's folder for this run.
 
     The lock goes with the process, however that ends, and a stage that replaces its
@@ -165,13 +165,13 @@ def hold(config: Config) -> FileLock:
         DPAError: another run trains in it, such as one whose parent alone was killed.
     """
     folder = Path(config.work_dir)
-    return take(
+    return acquire_lock(
         folder / ".lock",
         f"Another run is training in {folder}. Wait for it, stop it, or use another --work-dir.",
     )
 
 
-def agree(config: Config) -> None:
+def check_ranks_agree(config: Config) -> None:
     """See that all ranks are about to do the same.
 
     Raises:

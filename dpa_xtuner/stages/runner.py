@@ -10,12 +10,19 @@ from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
 
 from dpa_xtuner import compat
-from dpa_xtuner.errors import DPAError, told_plainly
+from dpa_xtuner.errors import DPAError, cli_errors
 from dpa_xtuner.files import move_into_place
 from dpa_xtuner.planning.rehearsal import users_files_named
 from dpa_xtuner.registry import RUNNERS
 from dpa_xtuner.stages.build import global_rank
-from dpa_xtuner.stages.pipeline import agree, hold, next_stage, remove_partial, run_next, summary
+from dpa_xtuner.stages.pipeline import (
+    check_ranks_agree,
+    lock_stage_folder,
+    next_stage,
+    remove_partial,
+    run_next,
+    summary,
+)
 from dpa_xtuner.stages.state_file import StateFile, steps_done
 from dpa_xtuner.stages.stopping import guard, stopped_in_order
 
@@ -28,7 +35,7 @@ class _StageRunner:
         """Build the runner of the next unfinished stage; exit when there is none."""
         guard()
         scope = DefaultScope.overwrite_default_scope("mmengine")
-        with told_plainly(), scope, stopped_in_order():
+        with cli_errors(), scope, stopped_in_order():
             stage = next_stage(cfg)
             if stage is None:
                 print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
@@ -36,7 +43,7 @@ class _StageRunner:
             if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
             rank = global_rank(stage.launcher)
-            lock = hold(stage) if rank == 0 else None
+            lock = lock_stage_folder(stage) if rank == 0 else None
             state_file = StateFile(Path(stage.work_dir), rank)
             if rank == 0:
                 state_file.begin()
@@ -44,7 +51,7 @@ class _StageRunner:
                 runner = super().from_cfg(stage)
                 runner.lock = lock  # held as long as the runner lives
                 runner.state_file = state_file
-                agree(stage)
+                check_ranks_agree(stage)
                 if is_main_process():
                     remove_partial(Path(runner.work_dir))
             return runner
@@ -53,7 +60,7 @@ class _StageRunner:
         """Train the stage, then go on with the next one in a fresh process."""
         base = Path(self.cfg.work_dir).parent
         noted = self.state_file.ends_noted(lambda: steps_done(self.cfg, self.iter))
-        with told_plainly(every_rank=True), users_files_named(base), noted:
+        with cli_errors(every_rank=True), users_files_named(base), noted:
             model = super().train()
         with stopped_in_order():
             run_next(self.cfg)

@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from dpa_xtuner.data.mixture import check_choice
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.declared import mistyped, parameters
 from dpa_xtuner.errors import DPAError, nearest
@@ -56,8 +55,8 @@ class DataSettings(_Strict):
 
     data_path: str | _List[str]
     image_folder: str | _List[str]
-    weights: _List[float] | None = None
-    share: float = 1.0
+    weights: _List[Annotated[float, Field(gt=0)]] | None = None
+    share: float = Field(default=1.0, gt=0, le=1)
     skip_limit: float = Field(default=0.01, ge=0, le=1)
 
     @property
@@ -79,7 +78,11 @@ class DataSettings(_Strict):
                 f"data_path names {len(self.files)} files and image_folder {len(self.folders)} "
                 f"folders: give one folder for all, or one for each file"
             )
-        check_choice(len(self.files), 0, "train", self.share, self.weights)
+        if self.weights is not None and len(self.weights) != len(self.files):
+            raise ValueError(
+                f"weights has {len(self.weights)} values and data_path {len(self.files)} files: "
+                f"give one weight for each file"
+            )
         return self
 
 
@@ -306,7 +309,7 @@ class Settings(_Strict):
         return settings
 
     @property
-    def idle(self) -> dict[str, str]:
+    def unused_settings(self) -> dict[str, str]:
         """Settings that this method or scheme does not read, by prefix, and why."""
         found, with_llm = {}, ["proxy", "tune"]
         if not self.has_proxy:
@@ -432,20 +435,20 @@ def config_from_file(path: Path | str, options: dict | None = None) -> Config:
     return cfg
 
 
-def refuse_idle_options(cfg: Config, settings: Settings) -> None:
+def refuse_unused_options(cfg: Config, settings: Settings) -> None:
     """Refuse ``--cfg-options`` that have no effect; a file may set what its method leaves out.
 
     Raises:
         DPAError: there are some, each on a line of its own.
     """
-    if not settings.idle or cfg.filename is None:
+    if not settings.unused_settings or cfg.filename is None:
         return
     file = _plain(Config.fromfile(cfg.filename)._cfg_dict)
     changed = [path for path, *_ in differences(file, _plain(cfg._cfg_dict))]
     lines = [
         f"  {path}: {reason}, so nothing reads it; leave it out"
         for path in changed
-        for prefix, reason in settings.idle.items()
+        for prefix, reason in settings.unused_settings.items()
         if path.startswith(prefix)
     ]
     if lines:

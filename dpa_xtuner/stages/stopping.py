@@ -21,6 +21,8 @@ from pathlib import Path
 
 import psutil
 
+from dpa_xtuner.errors import is_first_of_node
+
 LAUNCHER = "DPA_LAUNCHER"
 """Environment variable: the process of ``tools/train.py``, which tells of the end itself."""
 
@@ -214,8 +216,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _say(reason: str) -> None:
     """Tell of the end, once on each node, unless the launcher does."""
-    first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
-    if LAUNCHER not in os.environ and first:
+    if LAUNCHER not in os.environ and is_first_of_node():
         text = f"\nStopped ({reason}); call the same command again to go on."
         with suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ class Stage:
 
     Attributes:
         name: one of :data:`STAGE_NAMES`, and the stage's folder below the work dir.
-        view: how it sees the data (:mod:`dpa_xtuner.data.templates`).
+        sample_format: how it sees the data (:mod:`dpa_xtuner.data.templates`).
         builds: parts that its model has.
         loads: part -> folder below the work dir that an earlier stage wrote, or the absolute path
             of one that the config gives.
@@ -23,7 +23,7 @@ class Stage:
     """
 
     name: str
-    view: str
+    sample_format: str
     builds: tuple[str, ...]
     loads: dict[str, str]
     trains: tuple[str, ...]
@@ -43,7 +43,7 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
         stages.append(
             Stage(
                 name="proxy",
-                view="caption_text",
+                sample_format="caption_text",
                 builds=tuple(dict.fromkeys(("llm", trained))),
                 loads={},
                 trains=(trained,),
@@ -52,7 +52,7 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
         )
     align = Stage(
         name="align",
-        view="caption",
+        sample_format="caption",
         builds=("llm", "visual_encoder", "projector"),
         loads=proxy_writes,
         trains=("projector",),
@@ -89,7 +89,7 @@ def _tune(settings: Settings, loads: dict[str, str]) -> Stage:
     trained = _trained(settings.tune)
     return Stage(
         name="tune",
-        view="chat",
+        sample_format="chat",
         builds=tuple(dict.fromkeys(("llm", trained, "visual_encoder", "projector"))),
         loads=loads,
         trains=(trained, "projector"),

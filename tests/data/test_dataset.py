@@ -13,7 +13,7 @@ from xtuner.dataset import LLaVADataset
 from xtuner.dataset.map_fns import llava_map_fn, template_map_fn_factory
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.data import DPADataset, Skipped, check_dataset, collate
+from dpa_xtuner.data import DPADataset, Problem, check_dataset, collate
 from dpa_xtuner.data.images import ImageProblem, load_pixels
 from dpa_xtuner.errors import DPAError
 
@@ -22,9 +22,9 @@ from dpa_xtuner.errors import DPAError
 def make(images, tokenizer, processor, write):
     """Makes a data set from records."""
 
-    def make_dataset(data, view="caption", **settings):
+    def make_dataset(data, sample_format="caption", **settings):
         settings = {"image_tokens": 4, "skip_limit": 0, **settings}
-        return DPADataset(write(data), images, tokenizer, processor, view, **settings)
+        return DPADataset(write(data), images, tokenizer, processor, sample_format, **settings)
 
     return make_dataset
 
@@ -58,7 +58,7 @@ def test_equals_stock_llava_dataset(images, tokenizer, processor, write, chat):
 def test_images_are_expanded_and_inputs_marked(make, chat, tokenizer):
     dataset = make(
         [chat("a", "<image> or <image>?", "Cats", image=["wide.png", "grey.png"])],
-        view="chat",
+        sample_format="chat",
         prompt_template={"INSTRUCTION": "{input}", "SUFFIX": "</s>", "SUFFIX_AS_EOS": True},
         image_tokens=3,
     )
@@ -77,32 +77,28 @@ def test_images_are_expanded_and_inputs_marked(make, chat, tokenizer):
 
 def test_lengths_tell_the_modality(make, chat):
     data = [chat("a", "<image>?", "Cats", image="wide.png"), chat("b", "Hi", "Hello")]
-    dataset = make(data, view="chat", prompt_template="qwen_chat")
+    dataset = make(data, sample_format="chat", prompt_template="qwen_chat")
     with_image, without = (len(dataset[i]["input_ids"]) for i in range(2))
     assert dataset.modality_length == [with_image, -without]
     assert dataset.length == [with_image, without]
     assert dataset[1]["pixel_values"] == []
 
 
-def test_text_view_needs_no_image(write, caption, tokenizer):
+def test_the_text_format_needs_no_image(write, caption, tokenizer):
     dataset = DPADataset(write([caption("a")]), None, tokenizer, None, "caption_text")
     assert dataset[0]["pixel_values"] == [] and dataset.modality_length[0] < 0
-    with pytest.raises(DPAError, match="set image_folder"):
-        DPADataset(write([caption("a")]), None, tokenizer, None, "caption", 4)
 
 
 def test_held_out_samples_are_no_training_samples(make, caption):
     data = [caption(str(i)) for i in range(20)]
-    train, held_out = (make(data, held_out=6, part=part) for part in ("train", "held_out"))
-    kept, trained = ([d.record_id(i) for i in range(len(d))] for d in (held_out, train))
+    train, held_out = (make(data, held_out=6, split=split) for split in ("train", "held_out"))
+    kept, trained = ([d.text(i)["id"] for i in range(len(d))] for d in (held_out, train))
     assert len(kept) == 6 and sorted(kept + trained, key=int) == [str(i) for i in range(20)]
-    data[0] = caption("0", "")  # a record that one view drops moves no other to the other part
-    again = make(data, view="caption_text", held_out=6, part="held_out", skip_limit=0.1)
-    assert {again.record_id(i) for i in range(len(again))} == set(kept) - {"0"}
-    with pytest.raises(DPAError, match="part is 'test'"):
-        make(data, part="test")
-    with pytest.raises(DPAError, match="held_out is -1"):
-        make(data, held_out=-1)
+    data[0] = caption("0", "")  # a record that one format drops moves no other to the other split
+    again = make(data, sample_format="caption_text", held_out=6, split="held_out", skip_limit=0.1)
+    assert {again.text(i)["id"] for i in range(len(again))} == set(kept) - {"0"}
+    with pytest.raises(KeyError, match="test"):
+        make(data, split="test", skip_limit=1)
 
 
 def test_too_many_problems_stop_the_start(make, caption):
@@ -120,7 +116,7 @@ def test_a_bad_image_is_skipped_with_its_path(make, caption, images):
     names = {"missing": "none.png", "broken": "broken.png", "void": "empty.png", "dir": "."}
     dataset = make([caption(key, image=name) for key, name in names.items()])
     for sample, (key, name) in zip((dataset[i] for i in range(4)), names.items(), strict=True):
-        assert isinstance(sample, Skipped) and sample.id == key
+        assert isinstance(sample, Problem) and sample.record_id == key
         assert sample.reason.startswith("missing image" if key == "missing" else "broken image")
         assert str(images / name) in sample.reason
 
@@ -158,7 +154,7 @@ def test_from_config_in_workers(write, images, tokenizer, processor, caption, tm
         "type": "DPADataset",
         "data_path": str(write([caption(str(i), "A cat. " * (i + 1)) for i in range(6)])),
         "image_folder": str(images),
-        "view": "caption",
+        "sample_format": "caption",
         "image_tokens": 4,
         "tokenizer": {
             "type": "transformers.AutoTokenizer.from_pretrained",
@@ -202,7 +198,7 @@ def sample(record_id, tokens, images=0):
 def test_a_batch_by_hand():
     data = batch(
         sample("a", [7, -200, -200, 8], images=1),
-        Skipped("b", "missing image: x.png"),
+        Problem("b", "missing image: x.png"),
         sample("c", [9]),
         sample("d", [5, -200], images=1),
     )
@@ -238,7 +234,7 @@ def test_collate_leaves_its_inputs_unchanged():
 
 def test_text_only_and_all_skipped_batches():
     assert "pixel_values" not in batch(sample("a", [1, 2]))
-    data = batch(Skipped("a", "broken image: x"), Skipped("b", "missing image: y"))
+    data = batch(Problem("a", "broken image: x"), Problem("b", "missing image: y"))
     assert data["input_ids"].tolist() == [[0]] and data["labels"].tolist() == [[-100]]
     assert data["attention_mask"].tolist() == [[True]] and not data["image_mask"].any()
     assert data["ids"] == [] and len(data["skipped"]) == 2 and "pixel_values" not in data
@@ -257,7 +253,7 @@ def test_check_finds_everything(make, caption):
         "half": "broken image",
     }
     assert (report.records, report.samples, report.checked, report.truncated) == (11, 9, 9, 1)
-    lengths = sorted(len(x["input_ids"]) for x in dataset if not isinstance(x, Skipped))
+    lengths = sorted(len(x["input_ids"]) for x in dataset if not isinstance(x, Problem))
     assert report.lengths[0] == min(dataset.length) and report.lengths[2] == lengths[-1] == 120
     assert not report.ok
     assert "1  missing image: gone" in str(report) and "1  truncated" in str(report)

@@ -11,7 +11,7 @@ from xtuner.dataset.map_fns.template_map_fn import template_map_fn
 from xtuner.dataset.utils import encode_fn
 from xtuner.utils import IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import parse_record
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError
@@ -19,8 +19,10 @@ from dpa_xtuner.errors import DPAError
 BY_HAND = {"INSTRUCTION": "Q{round}: {input} A: ", "SYSTEM": "S: {system} ", "SEP": "\n"}
 
 
-def encode(tokenizer, *records, view="chat", image_tokens=4, template=BY_HAND, max_length=2048):
-    encoder = Encoder(tokenizer, view, image_tokens, template, max_length)
+def encode(
+    tokenizer, *records, sample_format="chat", image_tokens=4, template=BY_HAND, max_length=2048
+):
+    encoder = RecordTokenizer(tokenizer, sample_format, image_tokens, template, max_length)
     return encoder([parse_record(record, i) for i, record in enumerate(records)])
 
 
@@ -87,10 +89,10 @@ def test_several_images_of_one_turn_stay_in_place(tokenizer, chat):
     assert shown == "<s>Q1: First <image> then <image>? A: [Cats</s>]\n"
 
 
-def test_caption_views_by_hand(tokenizer, caption):
+def test_caption_formats_by_hand(tokenizer, caption):
     record = caption("a", "A red balloon.")
-    with_image = encode(tokenizer, record, view="caption")
-    text_only = encode(tokenizer, record, view="caption_text")
+    with_image = encode(tokenizer, record, sample_format="caption")
+    text_only = encode(tokenizer, record, sample_format="caption_text")
     assert show(tokenizer, with_image) == "<s><image>[A red balloon.\n]"
     assert show(tokenizer, text_only) == "<s>[A red balloon.\n]"
     assert text_only.records[0].images == ()
@@ -100,8 +102,8 @@ def test_caption_text_is_caption_without_the_image(tokenizer, caption):
     data = [
         caption(str(i), "cat " * i, image=["x", "y"], prompt="<image><image>") for i in range(1, 9)
     ]
-    with_image = encode(tokenizer, *data, view="caption")
-    text_only = encode(tokenizer, *data, view="caption_text")
+    with_image = encode(tokenizer, *data, sample_format="caption")
+    text_only = encode(tokenizer, *data, sample_format="caption_text")
     is_text = with_image.tokens != IMAGE_TOKEN_INDEX
     assert with_image.tokens[is_text].tolist() == text_only.tokens.tolist()
     assert with_image.supervised[is_text].tolist() == text_only.supervised.tolist()
@@ -132,12 +134,18 @@ def test_a_batch_equals_its_samples_one_by_one(tokenizer, chat):
 
 
 def test_max_length_counts_image_tokens(tokenizer, caption):
-    full = encode(tokenizer, caption("a", "A red balloon."), view="caption", image_tokens=4)
+    full = encode(
+        tokenizer, caption("a", "A red balloon."), sample_format="caption", image_tokens=4
+    )
     text = int(full.counts[0]) - 1  # BOS and caption
     assert full.lengths.tolist() == [text + 4]
-    exact = encode(tokenizer, caption("a", "A red balloon."), view="caption", max_length=text + 4)
+    exact = encode(
+        tokenizer, caption("a", "A red balloon."), sample_format="caption", max_length=text + 4
+    )
     assert not exact.truncated.any() and exact.tokens.tolist() == full.tokens.tolist()
-    cut = encode(tokenizer, caption("a", "A red balloon."), view="caption", max_length=text + 3)
+    cut = encode(
+        tokenizer, caption("a", "A red balloon."), sample_format="caption", max_length=text + 3
+    )
     assert cut.truncated.tolist() == [True] and cut.lengths.tolist() == [text + 3]
     assert cut.tokens.tolist() == full.tokens.tolist()[:-1]
 
@@ -147,7 +155,7 @@ def test_max_length_counts_image_tokens(tokenizer, caption):
 )
 def test_what_truncation_ruins_is_a_problem(tokenizer, caption, max_length, reason):
     good = caption("good", "cat")  # BOS, 4 image tokens, caption
-    encoded = encode(tokenizer, good, view="caption", max_length=max_length)
+    encoded = encode(tokenizer, good, sample_format="caption", max_length=max_length)
     kinds = [problem.kind for problem in encoded.problems]
     assert kinds == ([] if reason is None else [reason])
     assert len(encoded.records) == (reason is None)
@@ -162,28 +170,28 @@ def test_a_second_image_that_is_cut_off_is_found(tokenizer, chat):
 
 def test_a_first_token_alone_is_no_supervision(make_tokenizer, caption):
     tokenizer = make_tokenizer(adds_bos=False)
-    encoded = encode(tokenizer, caption("a", "cats"), view="caption_text", max_length=2)
+    encoded = encode(tokenizer, caption("a", "cats"), sample_format="caption_text", max_length=2)
     assert len(encoded.records) == 1
-    long = encode(tokenizer, caption("a", "x"), view="caption_text")
+    long = encode(tokenizer, caption("a", "x"), sample_format="caption_text")
     assert int(long.counts[0]) == 2  # the letter and the newline
     tokenizer.add_tokens(["x\n"])
-    lone = encode(tokenizer, caption("a", "x"), view="caption_text")
+    lone = encode(tokenizer, caption("a", "x"), sample_format="caption_text")
     assert [problem.kind for problem in lone.problems] == ["no supervised token"]
 
 
-@pytest.mark.parametrize("view", ["caption", "caption_text"])
-def test_captions_that_are_none(tokenizer, chat, caption, view):
+@pytest.mark.parametrize("sample_format", ["caption", "caption_text"])
+def test_captions_that_are_none(tokenizer, chat, caption, sample_format):
     data = [chat("two", "<image>a", "b", "c", "d", image="x"), caption("blank", " \n")]
-    encoded = encode(tokenizer, *data, view=view)
+    encoded = encode(tokenizer, *data, sample_format=sample_format)
     reasons = {problem.record_id: problem.reason for problem in encoded.problems}
     assert reasons["two"].endswith("caption record has 2 answers, expected 1")
     assert reasons["blank"] == "empty caption"
 
 
-def test_a_caption_without_image_serves_the_text_view_only(tokenizer, chat):
+def test_a_caption_without_image_serves_the_text_format_only(tokenizer, chat):
     record = chat("a", "Describe.", "A balloon.")
-    assert encode(tokenizer, record, view="caption_text").problems == []
-    (problem,) = encode(tokenizer, record, view="caption").problems
+    assert encode(tokenizer, record, sample_format="caption_text").problems == []
+    (problem,) = encode(tokenizer, record, sample_format="caption").problems
     assert problem.kind == "caption without an image"
 
 
@@ -196,9 +204,10 @@ def test_a_system_turn_that_the_template_cannot_say(tokenizer, chat):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("qwen_caht", "did you mean 'qwen_chat'"),
-        (None, "the chat view needs a name"),
-        ({"SEP": "x"}, "the chat view needs a name"),
+        ("qwen_caht", "unknown prompt_template 'qwen_caht'; did you mean 'qwen_chat'?"),
+        ("zzz", r"unknown prompt_template 'zzz'\. Known: baichuan"),
+        (None, "the format 'chat' needs a name"),
+        ({"SEP": "x"}, "the format 'chat' needs a name"),
         ({"INSTRUCTION": "{input}", "SUFIX": "x"}, "did you mean 'SUFFIX'"),
     ],
 )
@@ -208,15 +217,9 @@ def test_a_wrong_template_is_answered(template, message):
 
 
 def test_impossible_settings_are_answered(tokenizer, make_tokenizer, chat):
-    with pytest.raises(DPAError, match="did you mean 'caption_text'"):
-        Encoder(tokenizer, "captoin_text", 4, None, 2048)
-    with pytest.raises(DPAError, match="image_tokens is 0"):
-        Encoder(tokenizer, "caption", 0, None, 2048)
     with pytest.raises(DPAError, match="record a has an image, but image_tokens is 0"):
         encode(tokenizer, chat("a", "<image>", "Hi", image="x"), image_tokens=0)
-    with pytest.raises(DPAError, match="max_length is 1"):
-        Encoder(tokenizer, "caption", 4, None, 1)
     without_eos = make_tokenizer()
     without_eos.eos_token = None
     with pytest.raises(DPAError, match="no eos_token"):
-        Encoder(without_eos, "chat", 4, BY_HAND, 2048)
+        RecordTokenizer(without_eos, "chat", 4, BY_HAND, 2048)

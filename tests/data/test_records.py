@@ -1,10 +1,12 @@
 """Reading LLaVA-format files."""
 
 import json
+import tracemalloc
 
 import pytest
 
 from dpa_xtuner.data import Problem, Record, read_records, records
+from dpa_xtuner.data.records import parse_record
 from dpa_xtuner.errors import DPAError
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
@@ -25,29 +27,32 @@ def test_json_and_jsonl_give_the_same_records(write, caption, chat):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_window_edges_do_not_matter(tmp_path, monkeypatch, chunk, indent):
-    values = [1234567, -1.5e3, True, None, 'a]b,c\\"é🥊', {"k": [1, {"l": "}"}]}, [], "", 98765]
+def test_window_edges_do_not_matter(tmp_path, chat, monkeypatch, chunk, indent):
+    record = chat("a", "Hi", 'a]b,c\\"é🥊') | {"extra": {"k": [1, {"l": "}"}]}}
+    values = [1234567, -1.5e3, True, None, record, [], "", float("nan"), 98765]
     path = tmp_path / "data.json"
-    path.write_text(json.dumps(values, indent=indent))
+    path.write_text(f"  {json.dumps(values, indent=indent)}\n ")
     monkeypatch.setattr(records, "_CHUNK", chunk)
-    assert list(records._read_items(path)) == values
+    found = list(read_records(path))
+    assert found == [parse_record(value, i) for i, value in enumerate(values)]
+    assert isinstance(found[4], Record)
+
+
+def test_an_empty_array_has_no_record(tmp_path):
+    (tmp_path / "data.json").write_text(" [ ] ")
+    assert list(read_records(tmp_path / "data.json")) == []
 
 
 def test_memory_is_bounded_by_the_longest_record(write, caption, monkeypatch):
-    path = write([caption(str(i), "word " * 20) for i in range(200)])
-    monkeypatch.setattr(records, "_CHUNK", 1000)
-    widest = 0
-
-    class Watched(records._Window):
-        def _widen(self):
-            nonlocal widest
-            done = super()._widen()
-            widest = max(widest, len(self._text))
-            return done
-
-    monkeypatch.setattr(records, "_Window", Watched)
-    assert len(list(read_records(path))) == 200
-    assert path.stat().st_size > 40_000 and widest < 4_000
+    path = write([caption(str(i), "word " * 20) for i in range(20_000)])
+    monkeypatch.setattr(records, "_CHUNK", 10_000)
+    tracemalloc.start()
+    try:
+        assert sum(isinstance(record, Record) for record in read_records(path)) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 200_000 < path.stat().st_size / 20
 
 
 def test_a_record_without_id_gets_its_index(write, caption):
@@ -110,12 +115,12 @@ def test_a_broken_line_is_a_problem_of_its_own(write, caption):
     [
         (b"", "is empty"),
         (b"  \n", "is empty"),
-        (b"id,caption\n", "begins with 'i' at character 0"),
+        (b"id,caption\n", "begins with 'i'; expected a JSON array"),
         (b'{"id": 1\n}', "line 1, column 9"),
         (b'[{"a": 1}, {"a" 2}]', "character 16, after 1 records: Expecting ':'"),
-        (b'[{"a": 1} {"a": 2}]', "character 10, after 1 records: expected ',' or ']'"),
-        (b'[{"a": 1}, ]', "character 11, after 1 records: a comma before"),
-        (b'[{"a": 1}', "after 1 records: expected ',' or ']', got 'its end'"),
+        (b'[{"a": 1} {"a": 2}]', "character 9, after 0 records: Expecting ',' or ']'"),
+        (b'[{"a": 1}, ]', "character 11, after 1 records: Expecting value"),
+        (b'[{"a": 1}', "character 9, after 0 records: Expecting ',' or ']'"),
         (b'[{"a": 1}]\n{"a": 1}', "text after the closing"),
         (b'["\xff"]', "not UTF-8"),
     ],

@@ -6,7 +6,7 @@ from support import runs, small_tokenizers
 from transformers import AddedToken
 from xtuner.utils import IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.export.chat_template import (
     chat_template,
@@ -81,7 +81,7 @@ def test_tokens_are_those_of_training(pieces, name, conversation):
     system, turns, asked = CONVERSATIONS[conversation]
     images = tuple("x" for human, _ in turns for _ in range(human.count("<image>")))
     record = Record("", images, system, tuple(turns))
-    encoded = Encoder(trained, "chat", 1, template, 4096)([record])
+    encoded = RecordTokenizer(trained, "chat", 1, template, 4096)([record])
     exported.chat_template = chat_template(template, exported)
     without_bos(exported)
     messages = messages_of(system, asked, [answer for _, answer in turns])
@@ -108,7 +108,7 @@ def test_captions_are_an_image_and_a_text(pieces, kind):
     exported.add_tokens([AddedToken("<image>", special=True, normalized=False)])
     template = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
     record = Record("", ("x",), None, (("<image>", "A red balloon."),))
-    tokens = Encoder(trained, "caption", 1, None, 4096)([record]).tokens
+    tokens = RecordTokenizer(trained, "caption", 1, None, 4096)([record]).tokens
     tokens[tokens == IMAGE_TOKEN_INDEX] = exported.convert_tokens_to_ids("<image>")
     exported.chat_template = chat_template(template, exported)
     without_bos(exported)

@@ -3,7 +3,7 @@
 import pytest
 from support import documented
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.families import check_template, find_family
 from dpa_xtuner.registry import FAMILIES
@@ -36,7 +36,9 @@ def test_tokens_are_those_of_the_published_template(mistral, sentencepiece, kind
     tokenizer = sentencepiece(kind)
     tokenizer.chat_template = MISTRAL
     check_template(mistral, tokenizer, "mistral")
-    encoded = Encoder(tokenizer, "chat", 1, mistral.template, 4096)([Record("", (), system, TURNS)])
+    encoded = RecordTokenizer(tokenizer, "chat", 1, mistral.template, 4096)(
+        [Record("", (), system, TURNS)]
+    )
     messages = [{"role": "system", "content": system}] if system else []
     for human, gpt in TURNS:
         messages += [{"role": "user", "content": human}, {"role": "assistant", "content": gpt}]

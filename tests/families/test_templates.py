@@ -5,7 +5,7 @@ from support import published_templates as published
 from support.small_tokenizers import byte_level
 from xtuner.utils import PROMPT_TEMPLATE
 
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.families import check_template, find_family
@@ -46,7 +46,9 @@ def make(sentencepiece, name):
 
 
 def encode(tokenizer, template, system, turns):
-    return Encoder(tokenizer, "chat", 1, template, 4096)([Record("", (), system, tuple(turns))])
+    return RecordTokenizer(tokenizer, "chat", 1, template, 4096)(
+        [Record("", (), system, tuple(turns))]
+    )
 
 
 def as_messages(system, turns):
@@ -114,7 +116,7 @@ def test_white_space_around_contents_goes_where_the_published_template_strips(se
 def test_an_image_stands_in_the_first_turn(sentencepiece, name):
     tokenizer, template = make(sentencepiece, name), find_family(name).template
     record = Record("a", ("x.png",), None, (("What is it?\n<image>", "Cats."),))
-    encoded = Encoder(tokenizer, "chat", 4, template, 4096)([record])
+    encoded = RecordTokenizer(tokenizer, "chat", 4, template, 4096)([record])
     (place,) = (encoded.tokens < 0).nonzero()[0]
     before = tokenizer.decode(encoded.tokens[:place])
     after = tokenizer.decode(encoded.tokens[place + 1 :])

@@ -18,7 +18,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
-from dpa_xtuner.data.dataset import Skipped
+from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.loss import scores
 from dpa_xtuner.model import DPALLaVAModel
 
@@ -120,7 +120,7 @@ def test_activations_are_recomputed_until_it_is_switched_off():
     assert not model.llm.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("items", [[MIXED[1]], [Skipped("0", "missing image")]])
+@pytest.mark.parametrize("items", [[MIXED[1]], [Problem("0", "missing image")]])
 def test_a_batch_without_a_picture_gives_the_projector_zero_gradients(items, model):
     model.train()
     loss = model(collate(items)["data"])["loss"]

@@ -56,13 +56,14 @@ captions.image_folder=nowhere | captions.image_folder='nowhere'
 captions.held_out=-1 | captions.held_out
 captions.held_out=True | captions.held_out: Input should be a valid integer
 captions.held_out=x | captions.held_out
-captions.share=0 | share is 0
-captions.share=2 | share is 2
+captions.share=0 | captions.share: Input should be greater than 0
+captions.share=2 | captions.share: Input should be less than or equal to 1
 captions.share=True | captions.share: Input should be a valid number
 captions.share=nan | captions.share
 captions.skip_limit=2 | captions.skip_limit
 captions.skip_limit=-1 | captions.skip_limit
 captions.weights=[1,2] | weights has 2 values
+captions.weights=[0] | Input should be greater than 0
 captions.weights=x | captions.weights
 captions.heldout=1 | did you mean 'held_out'
 instructions=None | instructions

@@ -25,7 +25,7 @@ from xtuner.registry import BUILDER
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data import collate
-from dpa_xtuner.data.encode import Encoder
+from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.images import load_pixels
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
@@ -122,9 +122,9 @@ class Run:
         return encoded.tokens[:last].tolist()
 
     def _encoded(self, record: Record):
-        view = "chat" if self.stage == "tune" else "caption"
-        template = self.settings.template if view == "chat" else None
-        return Encoder(self.tokenizer, view, 4, template, 4096)([record])
+        sample_format = "chat" if self.stage == "tune" else "caption"
+        template = self.settings.template if sample_format == "chat" else None
+        return RecordTokenizer(self.tokenizer, sample_format, 4, template, 4096)([record])
 
     def batch(self, tokens: list[int], image: Path) -> dict:
         """What the training model takes."""
