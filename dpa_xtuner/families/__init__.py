@@ -2,24 +2,21 @@
 
 from dpa_xtuner.families import (
     gemma2,
-    internlm2,
-    internlm3,
+    internlm,
     llama2,
     llama3,
     qwen2,
     smollm2,
     vicuna,
 )
-from dpa_xtuner.families.base import Family, check_model_type, check_template, find_family
+from dpa_xtuner.families.base import Family, check_model_type, find_family
 
 __all__ = [
     "Family",
     "check_model_type",
-    "check_template",
     "find_family",
     "gemma2",
-    "internlm2",
-    "internlm3",
+    "internlm",
     "llama2",
     "llama3",
     "qwen2",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.loss import CAL, CMO, TokenScores, Uniform, build_scheme
+from dpa_xtuner.loss import CAL, CMO, TokenLogProbs, Uniform, build_scheme
 
 # Two samples. The first has two turns: a token that is not supervised stands between them.
 SUPERVISED = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
@@ -13,12 +13,12 @@ WITHOUT = [0.2, 0.1, 0.4, 0.05, 0.1, 0.1, 0.1]
 CLAMPED = [0.5, 0.25, 0.05, 0.45, 0.35, 0.05, 0.15]
 
 
-def of(p=None, logit=None) -> TokenScores:
+def of(p=None, logit=None) -> TokenLogProbs:
     p = torch.tensor(p if p is not None else [0.5] * len(logit))
-    return TokenScores(-p.log(), torch.tensor(logit) if logit else torch.zeros(len(p)))
+    return TokenLogProbs(-p.log(), torch.tensor(logit) if logit else torch.zeros(len(p)))
 
 
-def weights(scheme, one: TokenScores, other: TokenScores, supervised=SUPERVISED) -> list[float]:
+def weights(scheme, one: TokenLogProbs, other: TokenLogProbs, supervised=SUPERVISED) -> list[float]:
     return pytest.approx(scheme.weights(one, other, supervised).values.tolist(), abs=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_uniform_needs_no_second_pass():
 def test_weights_carry_no_gradient_and_nothing_is_changed():
     given = [x.requires_grad_() for x in (*of(WITH), *of(WITHOUT))]
     before = [x.detach().clone() for x in given]
-    found, _ = CMO().weights(TokenScores(*given[:2]), TokenScores(*given[2:]), SUPERVISED)
+    found, _ = CMO().weights(TokenLogProbs(*given[:2]), TokenLogProbs(*given[2:]), SUPERVISED)
     assert not found.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
