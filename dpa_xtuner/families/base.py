@@ -7,15 +7,7 @@ from transformers import PretrainedConfig
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import FAMILIES, find_named
 
-LLAMA_LAYERS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)
+LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of a LLaMA-type decoder layer."""
 
 

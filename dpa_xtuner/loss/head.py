@@ -77,10 +77,10 @@ def token_log_probs(
         One entry for each token; the cross entropy is differentiable once in ``hidden``, ``weight``
         and ``bias``.
     """
-    kind = hidden.device.type
-    at_once = LOGITS_AT_ONCE_ON_CPU if kind == "cpu" else LOGITS_AT_ONCE
+    device = hidden.device.type
+    at_once = LOGITS_AT_ONCE_ON_CPU if device == "cpu" else LOGITS_AT_ONCE
     rows = chunk_size or max(1, at_once // len(weight))
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if dtype != torch.float64 and weight.dtype == torch.float64:
         dtype = weight.dtype  # as autocast does
     return TokenLogProbs(*_ChunkedHead.apply(hidden, weight, bias, targets, softcap, rows, dtype))
@@ -101,11 +101,11 @@ class _ChunkedHead(torch.autograd.Function):
         for part in _parts(len(hidden), rows):
             logits = _logits(hidden[part], *cast, softcap)  # (rows, V)
             log_p = logits.log_softmax(-1, dtype=_accurate(logits))
-            place = targets[part].unsqueeze(-1)  # (rows, 1)
-            logit[part] = logits.gather(-1, place).squeeze(-1).to(logit.dtype)
-            cross_entropy[part] = -log_p.gather(-1, place).squeeze(-1)
+            index = targets[part].unsqueeze(-1)  # (rows, 1)
+            logit[part] = logits.gather(-1, index).squeeze(-1).to(logit.dtype)
+            cross_entropy[part] = -log_p.gather(-1, index).squeeze(-1)
             if ctx.formed:
-                slope = _slope(logits, log_p, place, softcap)
+                slope = _slope(logits, log_p, index, softcap)
                 row_gradients[part] = (slope.to(dtype) @ cast[0]).to(hidden.dtype)
         if ctx.formed:
             ctx.save_for_backward(row_gradients)
@@ -163,8 +163,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return logits.to(_accurate(logits)).div_(softcap).tanh_().mul_(softcap)
 
 
-def _slope(logits: Tensor, log_p: Tensor, place: Tensor, softcap: float | None) -> Tensor:
+def _slope(logits: Tensor, log_p: Tensor, index: Tensor, softcap: float | None) -> Tensor:
     # Of each row's cross entropy in its uncapped logits; written over log_p.
     slope = log_p.exp_()
-    slope.scatter_add_(-1, place, -torch.ones_like(place, dtype=slope.dtype))
+    slope.scatter_add_(-1, index, -torch.ones_like(index, dtype=slope.dtype))
     return slope if softcap is None else slope.mul_(1 - (logits / softcap).square_())

@@ -24,7 +24,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from dpa_xtuner.errors import DPAError
 
-_HUB = (
+_HUB = {
     "cache_dir",
     "force_download",
     "local_files_only",
@@ -32,7 +32,7 @@ _HUB = (
     "revision",
     "subfolder",
     "token",
-)
+}
 _INTERNLM2_TO_LLAMA = {
     "model.tok_embeddings": "model.embed_tokens",
     "output": "lm_head",
@@ -218,7 +218,7 @@ def to_llama(weights: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tenso
 
 def hub_options(kwargs: dict) -> dict:
     """Pick those arguments of a ``from_pretrained`` that say where its files come from."""
-    return {key: kwargs[key] for key in _HUB if key in kwargs}
+    return {key: value for key, value in kwargs.items() if key in _HUB}
 
 
 def read_weights(name: str, **hub) -> dict[str, Tensor]:
