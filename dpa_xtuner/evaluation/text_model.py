@@ -155,8 +155,8 @@ class LanguageModel(ChatModel):
 
 _CLASSES = {
     "llava": "transformers.LlavaForConditionalGeneration",
-    "internlm2": "dpa_xtuner.model.internlm2.InternLM2ForCausalLM",
-    "internlm3": "dpa_xtuner.model.internlm3.InternLM3ForCausalLM",
+    "internlm2": "dpa_xtuner.families.internlm.llm.InternLM2ForCausalLM",
+    "internlm3": "dpa_xtuner.families.internlm.llm.InternLM3ForCausalLM",
 }
 """By model type; ``AutoModelForCausalLM`` loads all others."""
 

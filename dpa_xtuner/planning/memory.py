@@ -13,11 +13,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig
 
-from dpa_xtuner.loss.scores import LOGITS_AT_ONCE
-from dpa_xtuner.model.configs import NotFound, image_tokens, model_class
-from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.loss.head import LOGITS_AT_ONCE
+from dpa_xtuner.model.configs import NotFound, model_class
+from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
-from dpa_xtuner.model.projectors import build_projector
+from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.models import complete, lora_targets
@@ -240,7 +240,7 @@ class StageModel:
         return norms + attention + 3 * e * i + linears + lora, boundary
 
     def _head_bytes(self, tokens: int) -> float:
-        """Compute what head and loss keep: see :mod:`dpa_xtuner.loss.scores`."""
+        """Compute what head and loss keep: see :mod:`dpa_xtuner.loss.head`."""
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
         product, logits, slope = self.element, 4, self.element
         chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (product + logits + slope)
@@ -253,7 +253,7 @@ class StageModel:
         return self.own.batch_size * (most + 1 if most > 1 else 1) * self.visual_bytes
 
 
-def _encoder_config(kind: Encoder, name: str) -> PretrainedConfig:
+def _encoder_config(kind: VisionEncoderSpec, name: str) -> PretrainedConfig:
     try:
         return kind.config(name)
     except NotFound:

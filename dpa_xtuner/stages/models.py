@@ -12,11 +12,12 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner.declared import mistyped, parameters, taken
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.families import check_model_type, check_template
+from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
-from dpa_xtuner.model.configs import image_tokens, read_config
+from dpa_xtuner.families.template_check import check_template
+from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.model.projectors import build_projector
+from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.settings import Settings, refuse_training_quantised
 from dpa_xtuner.stages.table import Stage
