@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import statistics
-from dpa_xtuner.loss.relevance import EPS
+from dpa_xtuner.loss.relevance import EPS, FIGURES
 
 
 @HOOKS.register_module(name=["OptimizerStepHook", "GlobalNormalizationHook"])
@@ -33,53 +33,72 @@ class OptimizerStepHook(Hook):
             DPAError: this optimizer has no place for it.
         """
         self.objective = unwrap(runner.model).objective
-        self.step: dict[str, float] | None = None
-        wrapper = runner.optim_wrapper
-        take_step = wrapper.step
-        engine = getattr(wrapper, "model", None)  # DeepSpeed's
-        divides = self.objective.normalize == "global"
-        if divides and engine is not None and not hasattr(engine.optimizer, "loss_scaler"):
-            raise DPAError(
-                f"normalize='global' does not work with {type(engine.optimizer).__name__}: use "
-                f"--deepspeed zero1, zero2 or zero3, or normalize='micro_batch'."
-            )
-
-        def step_of_all(**kwargs) -> None:
-            if engine is not None and not engine.is_gradient_accumulation_boundary():
-                take_step(**kwargs)
-                return
-            self.step = self._exchange()
-            # Gradients come as means over ranks and micro-batches, and should be sums.
-            divisor = (self.step["weight"] + EPS) / self.step["micro_batches"] if divides else 1.0
-            if engine is None:
-                if divides:
-                    for group in wrapper.param_groups:
-                        for parameter in group["params"]:
-                            if parameter.grad is not None:
-                                parameter.grad.mul_(1 / divisor)
-                take_step(**kwargs)
-                return
-            optimizer = engine.optimizer
-            if divides:
-                optimizer.loss_scale *= divisor
-            try:
-                take_step(**kwargs)
-            finally:  # float16's may have been adapted meanwhile, so not to what it was
-                if divides:
-                    optimizer.loss_scale /= divisor
-
-        wrapper.step = step_of_all
+        self.sums: dict[str, float] | None = None  # of a whole step, until they are logged
+        engine = getattr(runner.optim_wrapper, "model", None)
+        if engine is None:
+            self._divide_gradients(runner.optim_wrapper)
+        else:
+            self._scale_deepspeed_loss(runner.optim_wrapper, engine)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Replace the micro-batch's figures by the step's, at its end; before it there are none."""
         if outputs is None:
             return
-        outputs.clear()
-        if self.step is not None:
-            outputs.update(statistics(self.step))
+        for name in FIGURES:
+            outputs.pop(name, None)
+        if self.sums is not None:
+            outputs.update(statistics(self.sums))
             if self.objective.normalize == "micro_batch":  # what was minimised
-                outputs["loss"] = self.step["micro_batch_loss"] / self.step["micro_batches"]
-            self.step = None
+                outputs["loss"] = self.sums["micro_batch_loss"] / self.sums["micro_batches"]
+            self.sums = None
+
+    def _divide_gradients(self, wrapper) -> None:
+        take_step = wrapper.step
+
+        def step(**kwargs) -> None:
+            factor = 1 / self._finish_sums()
+            if factor != 1:
+                for group in wrapper.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            parameter.grad.mul_(factor)
+            take_step(**kwargs)
+
+        wrapper.step = step
+
+    def _scale_deepspeed_loss(self, wrapper, engine) -> None:
+        take_step = wrapper.step
+        optimizer = engine.optimizer
+        divides = self.objective.normalize == "global"
+        if divides and not hasattr(optimizer, "loss_scaler"):
+            raise DPAError(
+                f"normalize='global' does not work with {type(optimizer).__name__}: use "
+                f"--deepspeed zero1, zero2 or zero3, or normalize='micro_batch'."
+            )
+
+        def step(**kwargs) -> None:
+            if not engine.is_gradient_accumulation_boundary():
+                take_step(**kwargs)
+                return
+            divisor = self._finish_sums()
+            if not divides:
+                take_step(**kwargs)
+                return
+            optimizer.loss_scale *= divisor
+            try:
+                take_step(**kwargs)
+            finally:  # fp16's scale may have been adapted by the step: undo our factor only
+                optimizer.loss_scale /= divisor
+
+        wrapper.step = step
+
+    def _finish_sums(self) -> float:
+        """Keep the sums of the step for the log, and return what its gradients are divided by."""
+        self.sums = self._exchange()
+        if self.objective.normalize != "global":
+            return 1.0
+        # Gradients come as means over ranks and micro-batches, and should be sums.
+        return (self.sums["weight"] + EPS) / self.sums["micro_batches"]
 
     def _exchange(self) -> dict[str, float]:
         """The sums of the step over all ranks: one collective, and one wait for the device."""

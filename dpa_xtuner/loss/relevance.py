@@ -78,6 +78,13 @@ def relevance_loss(
     return RelevanceLoss(loss, weights, sums)
 
 
+FIGURES = (
+    "loss", "cross_entropy", "mean_weight", "supervised_tokens",
+    "share_at_d_min", "share_at_d_max", "mean_p_difference",
+)  # fmt: skip
+"""All that :func:`statistics` can give."""
+
+
 def statistics(sums: dict) -> dict:
     """Compute the log's figures of any number of micro-batches, from their added sums.
 
