@@ -14,18 +14,20 @@ from dpa_xtuner.export.folders import write_llm, write_parts, write_xtuner
 from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
-from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import take, whole_folder, write_json
+from dpa_xtuner.model.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
+from dpa_xtuner.stages.table import TUNE
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, "llm": write_llm}
+_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, LLM: write_llm}
 
 
 def export_config(
     config: Path,
-    stage: str = "tune",
+    stage: str = TUNE,
     fmt: str = "hf",
     out: Path | None = None,
     checkpoint: Path | None = None,
@@ -62,7 +64,7 @@ def export_config(
     dtype = dtype or str(source.precision.dtype).removeprefix("torch.")
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
-    if fmt == "llm" and _is_written(source, out):
+    if fmt == LLM and _is_written(source, out):
         print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
         return out
     made_from = _made_from(source, fmt, dtype)
@@ -87,7 +89,7 @@ def _write(
     source: Source, fmt: str, dtype: str, out: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
-        about = _WRITERS[fmt](source, Weights(source), partial, _DTYPES[dtype])
+        about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
         write_json(partial / ORIGIN, record | about | known)
     return about
@@ -125,7 +127,7 @@ def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
 
 def _is_written(source: Source, out: Path) -> bool:
     """Whether a folder is the LLM that the stage itself wrote, tokenizer included."""
-    written = source.folder("llm")
+    written = source.written(LLM)
     is_there = written is not None and written.resolve() == out
     return is_there and (out / "tokenizer_config.json").is_file()
 
@@ -177,8 +179,10 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
         )
     if "llm_adapter_on" in about:
         lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
-    if fmt == "llm" and (projector := source.folder("projector")):
+    if fmt == LLM and (projector := source.written(PROJECTOR)):
         options = f"llm_name_or_path={out} tune.init_projector={projector.resolve()}"
+        if encoder := source.written(VISUAL_ENCODER):
+            options += f" {VISUAL_ENCODER.setting}={encoder.resolve()}"
         lines.append(f"Tune it further: --cfg-options {options}")
     if "command" in about:
         lines.append(f"Open it: {about['command'].replace('FOLDER', shlex.quote(str(out)))}")

@@ -28,7 +28,7 @@ from dpa_xtuner.export.chat_template import (
 from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.stages.models import encoder_config
 
@@ -36,7 +36,9 @@ SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
 
 
-def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def write_hf(
+    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     """Write model, generation settings, tokenizer, image processor and chat template.
 
     Args:
@@ -129,7 +131,7 @@ def _config(
     tokenizer: PreTrainedTokenizerBase,
     extra: int,
 ) -> LlavaConfig:
-    # A part that is saved with this set chooses no attention when it is loaded, and so gets the
+    # A module that is saved with this set chooses no attention when it is loaded, and so gets the
     # eager one.
     llm.config._attn_implementation_autoset = caps_attention(llm.config)
     encoder.config._attn_implementation_autoset = False

@@ -6,12 +6,12 @@ from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.encoders import Encoder
-from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.models import encoder_config, llm_config
 
-FORMATS = ("hf", "xtuner", "parts", "llm")
+FORMATS = ("hf", "xtuner", "parts", LLM)
 """hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:
 of that the LLM, to be tuned further."""
 
@@ -26,7 +26,7 @@ def refuse_inexpressible(source: Source, fmt: str) -> None:
     """
     if reasons := inexpressible(source, fmt):
         # llm leaves the projector out: it stands for no other format.
-        able = [other for other in FORMATS if other != "llm" and not inexpressible(source, other)]
+        able = [other for other in FORMATS if other != LLM and not inexpressible(source, other)]
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise DPAError(
             f"This model can't be exported with --format {fmt}:\n{listed}\n"
@@ -38,9 +38,9 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
     """Why a format can't hold the model; nothing where it can."""
     if fmt == "parts":
         return []
-    if fmt == "llm":
+    if fmt == LLM:
         return _llm(source)
-    if not source.has_projector:
+    if not source.sees_pictures:
         return [f"stage {source.stage.name} has neither visual encoder nor projector"]
     reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
     if source.settings.max_tiles > 1:
@@ -64,11 +64,11 @@ def keeps_adapter(source: Source) -> bool:
     The LLaMA names of an adapter are not those of InternLM's published weights, and published
     weights of Gemma-2 are loaded without their cap on attention.
     """
-    adapters = [p for p in (*source.inputs(), *source.stage.trains) if p == "llm_adapter"]
-    whole = "llm" in source.stage.trains or "llm" in source.inputs()
+    begun_or_trained = [*source.inputs(), *source.stage.trains]
+    adapters, whole = begun_or_trained.count(LLM_ADAPTER), LLM in begun_or_trained
     loader = str(source.cfg.model.llm.type)
     ours = not loader.startswith("transformers.") or caps_attention(llm_config(source.cfg))
-    return not whole and len(adapters) <= 1 and not ours
+    return not whole and adapters <= 1 and not ours
 
 
 def extra_tokens(source: Source) -> int:
@@ -81,7 +81,7 @@ def extra_tokens(source: Source) -> int:
 
 
 def _llm(source: Source) -> list[str]:
-    if not {"llm", "llm_adapter"} & set(source.stage.trains):
+    if not {LLM, LLM_ADAPTER} & set(source.stage.trains):
         return [f"stage {source.stage.name} trains no LLM"]
     return [_QUANTISED] if is_quantised(source) else []
 
@@ -102,8 +102,7 @@ def _encoder(source: Source, fmt: str) -> list[str]:
 
 
 def _projector(source: Source, fmt: str) -> list[str]:
-    with torch.device("meta"):
-        projector = build_projector(source.settings.projector, 8, 8)
+    projector = PROJECTOR.empty(source.cfg, source.settings)
     if not isinstance(projector, ProjectorModel):
         return [f"projector={source.settings.projector['type']!r} is not an MLP patch by patch"]
     if fmt == "hf" and projector.config.depth != 2:

@@ -2,40 +2,40 @@
 
 from collections.abc import Callable
 from inspect import signature
+from pathlib import Path
 
 import torch
-from mmengine.model import BaseModel
+from mmengine.config import ConfigDict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from xtuner.model.modules.dispatch import SUPPORT_FLASH2
-from xtuner.model.utils import LoadWoInit, find_all_linear_names
+from xtuner.model.utils import LoadWoInit, find_all_linear_names, traverse_dict
+from xtuner.registry import BUILDER
 from xtuner.utils import IGNORE_INDEX
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenScores, token_scores
+from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.configs import model_class, options_refused
-from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.last_layer import only_read
 from dpa_xtuner.model.packing import depends_on_length, pack, takes_pairs
 from dpa_xtuner.model.replaced import forward_replaced
 
 
-def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
-    """Build an LLM or encoder from its config with XTuner's builder; a module is returned as it is.
+def load(cfg: dict | nn.Module) -> nn.Module:
+    """Build an LLM or encoder for training; a module is returned as it is.
 
     FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
     the config does not say otherwise; without it, the eager attention for a model that caps its
     attention scores (Gemma-2), which SDPA leaves uncapped (transformers 4.48).
 
     Args:
-        model: XTuner's model that the part is for.
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
 
     Raises:
-        DPAError: it does not take one of the arguments or its value, or weights are missing.
+        DPAError: as :func:`load_pretrained`.
     """
     if isinstance(cfg, nn.Module):
         return cfg
@@ -45,8 +45,23 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
         cfg.setdefault("attn_implementation", "flash_attention_2")
     elif _caps_attention(owner):
         cfg.setdefault("attn_implementation", "eager")
+    return load_pretrained(cfg)
+
+
+def load_pretrained(cfg: dict, **more) -> nn.Module:
+    """Load an LLM or encoder with all its weights.
+
+    Args:
+        cfg: a config dict whose ``type`` is a ``from_pretrained``.
+        more: other arguments, which go before those of the config.
+
+    Raises:
+        DPAError: it does not take one of the arguments or its value, or weights are missing.
+    """
+    options = ConfigDict(cfg).to_dict() | more
     with LoadWoInit(), options_refused("model"):
-        built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
+        traverse_dict(options)  # "torch.bfloat16" to the dtype
+        built, info = BUILDER.build(options | {"output_loading_info": True})
     if info["missing_keys"]:  # transformers only warns, and without initialisation they are noise
         missing = sorted(info["missing_keys"])
         raise DPAError(
@@ -54,6 +69,30 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
             f"{type(built).__name__}: {', '.join(missing[:5])}. Is it another model's folder?"
         )
     return built
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
+    """Give a module the weights of a checkpoint, uncopied.
+
+    Args:
+        module: those of its parameters that are trained have to be in the checkpoint. It may be
+            without memory (on the meta device).
+        state: names as in the module.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        DPAError: weights are missing or unknown.
+    """
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    wrong = sorted((trained - state.keys()) | (state.keys() - module.state_dict().keys()))
+    if wrong:
+        raise DPAError(
+            f"{path} does not fit a {type(module).__name__}: {len(wrong)} weights are missing or "
+            f"unknown ({', '.join(wrong[:5])}). Is it a checkpoint of this config?"
+        )
+    module.load_state_dict(state, strict=False, assign=True)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
 
 
 def _caps_attention(owner: type) -> bool:
@@ -103,12 +142,8 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftMo
         config = PeftConfig.from_pretrained(folder)
         config.lora_dropout = 0.0
         return PeftModel.from_pretrained(llm, folder, config=config)
-    wrapped = PeftModel.from_pretrained(llm, folder)
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            with gathered(list(module.get_base_layer().parameters()), modify=True):
-                module.merge()
-    return wrapped.unload()
+    read_adapter(folder).add_to(llm)
+    return llm
 
 
 def token_scores_of(

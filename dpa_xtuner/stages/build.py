@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -13,26 +13,19 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
-from transformers import PretrainedConfig
 
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.store import list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.configs import architecture
+from dpa_xtuner.model.components import COMPONENTS, PUBLISHED, own_rates
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.initial import lineage
-from dpa_xtuner.stages.models import (
-    check_models,
-    encoder_config,
-    llm_config,
-    lora_targets,
-    tiles,
-)
+from dpa_xtuner.stages.models import check_models, tiles
 from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
 from dpa_xtuner.stages.signatures import check_arguments
-from dpa_xtuner.stages.table import Stage, stage_table
+from dpa_xtuner.stages.table import Stage, StagePlan, stage_table
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -173,9 +166,7 @@ def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     for stage in stages:
         accumulative_counts(getattr(settings, stage.name), world, stage.name)
         key = "instructions" if stage.view == "chat" else "captions"
-        names = (
-            ("data_path", "image_folder") if "visual_encoder" in stage.builds else ("data_path",)
-        )
+        names = ("data_path", "image_folder") if stage.sees_pictures else ("data_path",)
         for name in names:
             given = getattr(getattr(settings, key), name)
             for path in [given] if isinstance(given, str) else given:
@@ -246,10 +237,8 @@ def refuse_owned_keys(cfg: Config, settings: Settings) -> None:
     if "strategy" in cfg and cfg.get("runner_type") != "FlexibleRunner":
         lines.append("  strategy: give --deepspeed, which sets it")
     own = cfg.optim_wrapper.get("constructor")
-    if settings.tune.projector_lr is not None and own is not None:
-        lines.append(
-            f"  optim_wrapper.constructor={own!r} knows no tune.projector_lr: leave out either"
-        )
+    for rate in own_rates(settings.tune, COMPONENTS) if own is not None else ():
+        lines.append(f"  optim_wrapper.constructor={own!r} knows no tune.{rate}: leave out either")
     for kind in ("val", "test"):
         given = [f"{kind}_{name}" for name in ("dataloader", "cfg", "evaluator")]
         lacking = [key for key in given if cfg.get(key) is None]
@@ -330,7 +319,7 @@ def _outline(cfg: Config, settings: Settings, stage: Stage) -> Config:
     config.model = model_config(config, settings, stage, base, deepspeed)
     config.train_dataloader.update(dataset=dataset_config(config, settings, stage))
     config.custom_hooks = config.get("custom_hooks") or []
-    _set_optimizer(config, own, deepspeed)
+    _set_optimizer(config, own, own_rates(own, stage.trains), deepspeed)
     return config
 
 
@@ -421,28 +410,26 @@ def _set_precision(config: Config, deepspeed: bool) -> None:
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
 
 
-def _set_optimizer(config: Config, own: StageSettings, deepspeed: bool) -> None:
+def _set_optimizer(
+    config: Config, own: StageSettings, rates: dict[str, float], deepspeed: bool
+) -> None:
     wrapper = config.optim_wrapper
     wrapper.optimizer.lr = own.lr
-    if (constructor := constructor_of(wrapper, own)) is not None:
+    if (constructor := constructor_of(wrapper, rates)) is not None:
         wrapper.constructor = constructor
-    if (rate := getattr(own, "projector_lr", None)) is not None:
-        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "projector_lr": rate}
+    if rates:
+        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), **rates}
     if deepspeed:
         wrapper.pop("clip_grad", None)  # DeepSpeed clips by strategy.gradient_clipping
 
 
-def constructor_of(wrapper: dict, own: StageSettings) -> str | None:
+def constructor_of(wrapper: dict, rates: dict[str, float]) -> str | None:
     """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
 
-    Ours is taken where parameters differ: by ``projector_lr``, by a weight decay that norms and
-    biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
+    Ours is taken where parameters differ: by a component's own rate, by a weight decay that norms
+    and biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
     """
-    differ = (
-        getattr(own, "projector_lr", None) is not None
-        or wrapper["optimizer"].get("weight_decay") != 0
-        or wrapper.get("paramwise_cfg")
-    )
+    differ = rates or wrapper["optimizer"].get("weight_decay") != 0 or wrapper.get("paramwise_cfg")
     return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
 
 
@@ -463,18 +450,21 @@ def _hooks(
                 precision=origin["precision"],
             )
         )
+    hooks.append(dict(type="SkippedSamplesHook", limit=_data(settings, stage).skip_limit))
+    if dataset.get("held_out"):
+        how, data = asdict(stage.held_out), dict(dataset, part="held_out")
+        hooks.append(dict(type="HeldOutHook", data=data, precision=origin["precision"], **how))
     return [
         *hooks,
-        dict(type="SkippedSamplesHook", limit=_data(settings, stage).skip_limit),
         dict(
-            type="ProxyLLMHook",
+            type="HandOverHook",
             stage=stage.name,
             stages=list(stage_table(settings)),
-            loads={part: str(base / folder) for part, folder in stage.loads.items()},
-            writes={part: str(base / folder) for part, folder in stage.writes.items()},
+            loads={name: str(base / folder) for name, folder in stage.loads.items()},
+            writes={name: str(base / folder) for name, folder in stage.writes.items()},
+            guards=[name for name in stage.guards if name not in stage.trains],
             origin=origin,
             samples=samples,
-            held_out=dict(dataset, part="held_out") if dataset.get("held_out") else None,
         ),
     ]
 
@@ -496,8 +486,9 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
     # They change no weight, but for batch_size under normalize="micro_batch"; that has to be free
     # all the same, for a run that goes on with other GPUs or less memory.
     unread = {"batch_size", "save_steps", "contrast_cache"}
-    if "llm_adapter" not in stage.trains:
-        unread.add("lora")
+    for component in COMPONENTS:
+        if component not in stage.trains:
+            unread.update(component.settings)
     origin = {
         "stage": stage.name,
         "config": str(cfg.filename),
@@ -509,13 +500,13 @@ def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precisio
         "settings": own.model_dump(exclude=unread),
         "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
         "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),
-        "constructor": constructor_of(cfg.optim_wrapper, own),
-        "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
+        "constructor": constructor_of(cfg.optim_wrapper, own_rates(own, stage.trains)),
     }
-    if "visual_encoder" in stage.builds:
-        name = settings.visual_encoder_name_or_path
+    for component in PUBLISHED:
+        if component in stage.builds:
+            origin[component] = component.facts(cfg, settings)
+    if stage.sees_pictures:
         origin |= {
-            "visual_encoder": _facts(name, encoder_config(settings)),
             "encoder": settings.encoder,
             "visual_select_layer": cfg.model.get("visual_select_layer"),
             "projector": settings.projector,
@@ -544,10 +535,6 @@ def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
         )
 
 
-def _facts(name: str, config: PretrainedConfig) -> dict:
-    return {"name": name, "architecture": architecture(config)}
-
-
 def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
     """The config of a stage's :class:`dpa_xtuner.data.DPADataset`.
 
@@ -562,14 +549,14 @@ def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
         type="DPADataset",
         **data.model_dump(exclude_defaults=True),
         tokenizer=config.tokenizer,
-        image_processor=config.image_processor if "visual_encoder" in stage.builds else None,
+        image_processor=config.image_processor if stage.sees_pictures else None,
         view=stage.view,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,
     )
     if stage.view == "chat":
         dataset["prompt_template"] = settings.template
-    if "visual_encoder" in stage.builds:
+    if stage.sees_pictures:
         dataset |= tiles(settings)
     return dataset
 
@@ -583,39 +570,14 @@ def model_config(
         config: from :func:`dpa_xtuner.stages.models.complete`.
         settings: the method's.
         stage: the row of the stage table.
-        base: the work dir, in which the parts of earlier stages are.
+        base: the work dir, in which the components of earlier stages are.
         deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
     """
-    own: StageSettings = getattr(settings, stage.name)
+    plan = StagePlan(config, settings, stage, base, deepspeed)
     # Whatever else the config says of the model goes to its class, which knows its arguments.
-    model = {**config.model, "llm": dict(config.model.llm), "normalize": own.normalize}
-    if "llm" in stage.loads:
-        model["llm"]["pretrained_model_name_or_path"] = str(base / stage.loads["llm"])
-    if "llm" in stage.trains and not deepspeed:
-        # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
-        # its own float32 copies.
-        model["llm"]["torch_dtype"] = "torch.float32"
-    lora = None
-    if "llm_adapter" in stage.trains:
-        lora = dict(
-            type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.lora.model_dump(),
-            target_modules=lora_targets(config, settings),
-        )  # fmt: skip
-    if "visual_encoder" not in stage.builds:
-        for key in ("visual_encoder", "visual_select_layer"):
-            model.pop(key, None)
-        return dict(model, type="ProxyLLM", lora=lora)
-    model.update(
-        type="DPALLaVAModel",
-        encoder=settings.encoder,
-        projector=settings.projector,
-        loss=own.loss,
-        freeze_llm="llm" not in stage.trains,
-        freeze_visual_encoder=True,
-        llm_lora=lora,
-    )
-    if "llm_adapter" in stage.loads:
-        model["merged_adapter"] = str(base / stage.loads["llm_adapter"])
-    if "projector" in stage.loads:
-        model["pretrained_projector"] = str(base / stage.loads["projector"])
+    model = {**config.model, "type": "ProxyLLM", "normalize": plan.own.normalize}
+    if stage.sees_pictures:
+        model |= {"type": "DPALLaVAModel", "loss": plan.own.loss}
+    for component in COMPONENTS:
+        component.configure(model, plan)
     return model

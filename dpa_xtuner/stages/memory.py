@@ -20,13 +20,14 @@ from transformers import PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss.scores import LOGITS_AT_ONCE
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
 from dpa_xtuner.model.configs import NotFound, image_tokens, model_class
 from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete, lora_targets
+from dpa_xtuner.stages.models import complete
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
 
@@ -137,10 +138,10 @@ class StageModel:
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
         self.llm_config = published_config("llm_name_or_path", self.loader)
         self.image_tokens = 0
-        self.visual_bytes = 0  # of an image: the frozen encoder's hidden states, kept for a moment
+        self.visual_bytes = 0  # of an image: the encoder's hidden states
         llm_parts, frozen, frozen_bytes = self._count_llm()
         trained = llm_parts
-        if "visual_encoder" in stage.builds:
+        if stage.sees_pictures:
             kind = build_encoder(settings.encoder)
             config = _encoder_config(kind, settings.visual_encoder_name_or_path)
             size = _bytes_of(cfg.model.visual_encoder.get("torch_dtype"))
@@ -149,8 +150,13 @@ class StageModel:
                 self.projector = build_projector(
                     settings.projector, kind.hidden_size(config), self.llm_config.hidden_size
                 )
-            frozen += _numel(encoder)
-            frozen_bytes += size * _numel(encoder)
+            encoder.requires_grad_(VISUAL_ENCODER in stage.trains)
+            if VISUAL_ENCODER in stage.trains:
+                kind.freeze_unread(encoder)
+            learns = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+            trained += learns
+            frozen += _numel(encoder) - learns
+            frozen_bytes += size * (_numel(encoder) - learns)
             trained += _numel(self.projector)
             self.patches = kind.tokens(config), kind.hidden_size(config)
             self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
@@ -162,7 +168,7 @@ class StageModel:
         """Of the LLM: parameters trained, parameters frozen, and the bytes of these."""
         llm = self._llm(self.llm_config, torch.float32)
         base, head = _numel(llm), llm.get_output_embeddings()
-        if "llm" in self.stage.trains:
+        if LLM in self.stage.trains:
             return base, 0, 0.0
         linear = sum(m.weight.numel() for m in llm.modules()
                      if isinstance(m, nn.Linear) and m is not head)  # fmt: skip
@@ -171,7 +177,7 @@ class StageModel:
         if bits is not None:
             frozen_bytes = linear * bits / 8 + frozen_bytes / base * (base - linear)
         adapter = 0
-        if "llm_adapter" in self.stage.trains:
+        if LLM_ADAPTER in self.stage.trains:
             adapter = _numel(self._with_lora(llm)) - base
         return adapter, base, frozen_bytes
 
@@ -225,9 +231,9 @@ class StageModel:
         config._attn_implementation = (
             "eager" if eager else "sdpa"
         )  # keeps what flash attention does
-        full = "llm" in self.stage.trains
+        full = LLM in self.stage.trains
         llm = self._llm(config, torch.float32 if full and not zero else torch.bfloat16)
-        if "llm_adapter" in self.stage.trains:
+        if LLM_ADAPTER in self.stage.trains:
             llm = self._with_lora(llm)
         else:
             llm.requires_grad_(full)
@@ -255,7 +261,7 @@ class StageModel:
         """Head and loss of so many supervised tokens: see :mod:`dpa_xtuner.loss.scores`."""
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
         chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (2 + 4 + 2)  # product, logits, slope
-        trained = "llm" in self.stage.trains
+        trained = LLM in self.stage.trains
         return chunk + (4 * vocabulary * width if trained else 2 * tokens * width)
 
     def _images(self, batch: int, zero: int) -> float:

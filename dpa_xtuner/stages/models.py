@@ -91,14 +91,6 @@ def tiles(settings: Settings) -> dict[str, int]:
     }
 
 
-def lora_targets(cfg: Config, settings: Settings) -> list[str] | None:
-    """The family's, where its loader is used; None for every linear layer but the head."""
-    family = settings.llm_family
-    if family is None or cfg.model.llm.type != family.llm:
-        return None
-    return list(family.lora_targets)
-
-
 def check_models(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
     """Refuse models that don't fit what the config says of them.
 
@@ -122,7 +114,7 @@ def check_models(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
         is_name = isinstance(settings.prompt_template, str)
         name = settings.prompt_template if is_name else "prompt_template"
     check_template(settings.template, _loaded("tokenizer", "llm_name_or_path", cfg), name)
-    if any("projector" in stage.builds for stage in stages):
+    if any(stage.sees_pictures for stage in stages):
         encoder = encoder_config(settings)
         check_loader("model.visual_encoder", cfg.model.visual_encoder.to_dict(), encoder)
         _loaded("image_processor", "visual_encoder_name_or_path", cfg)

@@ -17,6 +17,7 @@ from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json, take
+from dpa_xtuner.model.components import PUBLISHED
 from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import refuse_foreign
 from dpa_xtuner.stages.build import (
@@ -79,7 +80,7 @@ def _next_stage(cfg: Config, settings: Settings) -> Config | None:
         _need_inputs(stage, base)
         origin = origin_of(cfg, settings, stage, precision) | {"loads": input_hashes(stage, base)}
         for folder in stage.loads.values():
-            own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
+            own = {side: origin[side] for side in PUBLISHED if side in origin}
             record = record_of_loaded(base / folder, settings.llm_name_or_path)
             refuse_foreign(base / folder, record, own, "architecture")
         state = read_state(base / stage.name)
@@ -154,7 +155,7 @@ def run_facts(config: Config) -> dict:
 
 def samples_of(config: Config) -> str:
     """The fingerprint of the samples that a stage's config trains on."""
-    return next(h["samples"] for h in config.custom_hooks if h["type"] == "ProxyLLMHook")
+    return next(h["samples"] for h in config.custom_hooks if h["type"] == "HandOverHook")
 
 
 def hold(config: Config) -> FileLock:
@@ -230,8 +231,8 @@ def summary(work_dir: str | Path) -> str:
     lines = []
     for name in STAGE_NAMES:
         state = read_state(Path(work_dir) / name)
-        for part, folder in state.get("writes", {}).items():
-            lines.append(f"  {name:<6} {part:<12} {folder}")
+        for component, folder in state.get("writes", {}).items():
+            lines.append(f"  {name:<6} {component:<12} {folder}")
     return "\n".join(lines)
 
 
@@ -243,7 +244,7 @@ def _wanted(settings: Settings) -> list[Stage]:
 
 
 def _need_inputs(stage: Stage, base: Path) -> None:
-    for part, folder in stage.loads.items():
+    for component, folder in stage.loads.items():
         if Path(folder).is_absolute():  # given by the config: check_initial has seen it
             continue
         writer = folder.split("/")[0]
@@ -251,17 +252,18 @@ def _need_inputs(stage: Stage, base: Path) -> None:
         if not finished or not (base / folder).is_dir():
             what = "does not exist" if finished else "is not finished"
             raise DPAError(
-                f"Stage {stage.name} starts from the {part} of stage {writer}, but {base / folder} "
-                f"{what}. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+                f"Stage {stage.name} starts from the {component} of stage {writer}, but "
+                f"{base / folder} {what}. Run DPA_STAGE={writer} first, or all stages without "
+                f"DPA_STAGE."
             )
 
 
 def input_hashes(stage: Stage, base: Path) -> dict[str, str]:
-    """SHA-256 of the weight files that a stage loads and earlier ones wrote, as part/file."""
+    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
     hashes = {}
-    for part, folder in stage.loads.items():
+    for component, folder in stage.loads.items():
         for file in sorted((base / folder).glob("*.safetensors")):
-            hashes[f"{part}/{file.name}"] = file_sha256(file)
+            hashes[f"{component}/{file.name}"] = file_sha256(file)
     return hashes
 
 

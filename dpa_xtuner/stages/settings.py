@@ -157,12 +157,15 @@ class TuneSettings(PictureSettings, LLMSettings):
     """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy.
 
     ``projector_lr`` is the projector's learning rate, None for the stage's ``lr``.
+    ``train_visual_encoder`` trains the visual encoder too, at ``visual_encoder_lr`` or ``lr``.
     ``init_projector`` is the folder of a projector that a stage of an earlier run wrote. With it
     the run has the stage tune alone.
     """
 
     start_from: Literal["target", "proxy"]
     projector_lr: float | None = Field(default=None, gt=0)
+    train_visual_encoder: bool = False
+    visual_encoder_lr: float | None = Field(default=None, gt=0)
     init_projector: str | None = None
 
 
@@ -315,6 +318,9 @@ class Settings(_Strict):
         if self.tune.init_projector is not None:
             reason = "with tune.init_projector the run has the stage tune alone"
             found |= dict.fromkeys(("proxy.", "align.", "captions."), reason)
+        if not self.tune.train_visual_encoder:
+            reason = "tune.train_visual_encoder=False trains no visual encoder"
+            found["tune.visual_encoder_lr"] = reason
         for name in with_llm:
             if getattr(self, name).train_llm == "full":
                 found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"

@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 
 from dpa_xtuner.declared import parameters, problems
 from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.model.components import COMPONENTS, PROJECTOR
 
 # What a place of a config names a type of. In lists and dicts of such, * stands for any.
 _REGISTRIES: dict[str, Registry] = {
@@ -100,10 +101,10 @@ _PARAMWISE = {
     name
     for name in DefaultOptimWrapperConstructor.add_params.__code__.co_consts
     if isinstance(name, str) and name.endswith(("_mult", "_keys", "_duplicate"))
-} | {"projector_lr"}
+} | {component.rate for component in COMPONENTS if component.rate is not None}
 # Made of the settings, which were checked. Above, their types may stand for something else:
 # pixel_shuffle is a layer of mmcv's too, once that is imported.
-_OURS = ("encoder", "llm_lora", "lora", "loss", "origin", "projector")
+_OURS = ("encoder", "llm_lora", "lora", "loss", "origin", PROJECTOR)
 
 
 def check_arguments(configs: list[dict], filename: str) -> None:

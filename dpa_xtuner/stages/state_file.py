@@ -26,10 +26,14 @@ class StateFile:
     Args:
         folder: the stage's.
         rank: of this process.
+
+    Attributes:
+        measured: what the stage has measured on held-out captions, by name.
     """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
+        self.measured: dict[str, float] = {}
         self.before = read_state(folder).get("seconds", 0.0)
         self.began = time.monotonic()
 
@@ -46,6 +50,10 @@ class StateFile:
     def write(self, state: dict) -> None:
         """Replace the content."""
         write_json(self.folder / STATE, state | {"seconds": self.seconds()})
+
+    def write_measured(self) -> None:
+        """Replace :attr:`measured` alone; all else stays."""
+        self.write(read_state(self.folder) | {"measured": self.measured})
 
     @contextmanager
     def ends_noted(self, steps: Callable[[], int] | None = None) -> Iterator[None]:

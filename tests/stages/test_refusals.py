@@ -12,7 +12,7 @@ from mmengine.runner import IterBasedTrainLoop
 from support import harness
 from support.harness import Layout
 
-from dpa_xtuner.hooks import ProxyLLMHook
+from dpa_xtuner.hooks import HandOverHook
 
 FULL = Layout(dropout=0.0, train_llm="full")
 
@@ -235,7 +235,7 @@ def test_a_disk_too_full_for_the_written_llm_is_told(deepspeed, reference, work_
     whole = reference(Layout(deepspeed=deepspeed, dropout=0.0, train_llm="full"))
     for stage in ("proxy", "align"):
         harness.copy_stage(whole.work_dir, work_dir, stage)
-    full = before(ProxyLLMHook, "after_train")
+    full = before(HandOverHook, "after_train")
     kept = refused_for_lack_of_room("tune", work_dir, full, deepspeed)
     assert kept == {"iter_8.pth", "iter_12.pth"}
     harness.finish("tune", work_dir, deepspeed=deepspeed)

@@ -31,7 +31,7 @@ from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.internlm2 import to_internlm2
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import save_part
+from dpa_xtuner.stages.artifacts import save_component
 from dpa_xtuner.stages.build import model_config, origin_of
 from dpa_xtuner.stages.models import complete, tiles
 from dpa_xtuner.stages.pipeline import input_hashes
@@ -165,7 +165,7 @@ def _logits(model: nn.Module, batch: dict) -> torch.Tensor:
 
 def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="target",
          stage="tune", options=None, precision="fp32") -> Run:  # fmt: skip
-    """Write models, config and the parts that a stage writes."""
+    """Write models, config and the components that a stage writes."""
     write_llm(folder / "llm", pieces, name)
     kind = encoder if isinstance(encoder, dict) else dict(type=encoder)
     getattr(encoder_folders, kind["type"])(folder / "encoder")
@@ -199,9 +199,10 @@ def _train(run: Run, row) -> nn.Module:
     origin = origin_of(run.cfg, run.settings, row, precision) | {"loads": loads}
     for side, value in model.fingerprints.items():
         origin[side]["fingerprint"] = value
-    for part, place in row.writes.items():
+    for component, place in row.writes.items():
         (run.work_dir / place).parent.mkdir(parents=True, exist_ok=True)
-        save_part(model, part, run.work_dir / place, origin, run.tokenizer)
+        companion = component.companion(run.cfg)
+        save_component(model, component, run.work_dir / place, origin, companion)
     write_json(run.work_dir / row.name / "stage.json", {"status": "finished", "origin": origin})
     return model
 
