@@ -16,7 +16,6 @@ from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.export.xtuner_chat import chat_command
 from dpa_xtuner.model.components import (
-    COMPONENTS,
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
@@ -46,10 +45,11 @@ def write_xtuner(
         _copy(source.inputs()[LLM_ADAPTER], folder / LLM_ADAPTER)
     elif LLM_ADAPTER in source.stage.trains:
         _write_adapter(source, weights, folder / LLM_ADAPTER, dtype)
-    has_encoder = weights.has(VISUAL_ENCODER)
-    for component in (PROJECTOR, VISUAL_ENCODER) if has_encoder else (PROJECTOR,):
-        _WRITERS[component](source, weights, folder / component, dtype)
-    return chat_command(source, None if own else LLM.name(source.settings), folder, has_encoder)
+    _write_projector(source, weights, folder / PROJECTOR, dtype)
+    if weights.has_encoder:
+        _write_encoder(source, weights, folder / VISUAL_ENCODER, dtype)
+    llm = None if own else LLM.name(source.settings)
+    return chat_command(source, llm, folder, weights.has_encoder)
 
 
 def write_parts(
@@ -64,10 +64,12 @@ def write_parts(
     Returns:
         The components, and what the adapter belongs on where that is not the published LLM.
     """
-    wanted, about = [c for c in COMPONENTS if weights.has(c)], {}
+    wanted, about = set(source.stage.trains), {}
+    if weights.has_encoder:
+        wanted.add(VISUAL_ENCODER)
     if LLM_ADAPTER in wanted:
         if not is_quantised(source):
-            wanted.append(LLM)
+            wanted.add(LLM)
         if first := "".join(f" + {path}" for path in source.inputs().values()):
             about["llm_adapter_on"] = LLM.name(source.settings) + first
     for component in wanted:

@@ -48,9 +48,10 @@ class StageWeights:
         found = {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
         return {k.removeprefix("base_model.model."): v for k, v in found.items()}
 
-    def has(self, component: Component) -> bool:
-        """Whether the stage trained a component, or the checkpoint holds it."""
-        return component in self.source.stage.trains or bool(self._of(component))
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the visual encoder was trained: by the stage, or as a checkpoint has it."""
+        return VISUAL_ENCODER in self.source.stage.trains or bool(self._of(VISUAL_ENCODER))
 
     def projector(self) -> dict[str, Tensor]:
         """Its state dict.
@@ -146,6 +147,8 @@ class StageWeights:
         loader, folder = source.cfg.model[component], written or source.inputs().get(component)
         place = {"pretrained_model_name_or_path": str(folder)} if folder else {}
         more = {"torch_dtype": dtype} if written else {}
+        if component in source.stage.trains and not written:
+            more["torch_dtype"] = torch.float32  # as it was trained
         if component == LLM:
             # Without use_cache, Gemma-2's generation settings are complained of.
             config = read_config(component.setting, loader | place)

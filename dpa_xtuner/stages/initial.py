@@ -78,9 +78,9 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
     if record.get(KIND) != PROJECTOR or "train_llm" not in record.get("settings", {}):
         return record
     if trained := record.get(trained_key(VISUAL_ENCODER)):
-        with_it = {"name": str(folder.with_name(VISUAL_ENCODER)), "fingerprint": trained}
+        with_it = {"name": str(folder.parent / VISUAL_ENCODER), "fingerprint": trained}
         record = record | {VISUAL_ENCODER: record[VISUAL_ENCODER] | with_it}
-    tuned, together = _record_of_llm(llm), folder.with_name(LLM)
+    tuned, together = _record_of_llm(llm), folder.parent / LLM
     if reason := _not_together(folder, record, llm, tuned):
         by = f", which python tools/export.py {record['config']} --format llm writes"
         raise DPAError(
