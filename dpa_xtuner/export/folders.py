@@ -1,5 +1,6 @@
 """XTuner's own LLaVA format, and a folder for each part."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,7 @@ from dpa_xtuner.export.weights import Adapter, Weights
 from dpa_xtuner.export.xtuner_chat import chat_command
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm_folder import save_llm
-from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.stages.artifacts import ORIGIN
-from dpa_xtuner.stages.models import encoder_config, llm_config
 
 
 def write_xtuner(
@@ -132,12 +131,7 @@ def _write_llm(
 
 def _write_projector(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> None:
     state = weights.projector()
-    with torch.device("meta"):
-        projector = build_projector(
-            source.settings.projector,
-            source.encoder.hidden_size(encoder_config(source.settings)),
-            llm_config(source.cfg).hidden_size,
-        )
+    projector = copy.deepcopy(source.run.projector)
     own = {name: weight.shape for name, weight in projector.state_dict().items()}
     given = {name: weight.shape for name, weight in state.items()}
     if own != given:

@@ -1,6 +1,5 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,17 @@ from mmengine.config import Config
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete, encoder_config, llm_config
-from dpa_xtuner.stages.pipeline import STATE, input_hashes, newest_checkpoint, read_state
+from dpa_xtuner.stages.pipeline import newest_checkpoint
+from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import (
     Settings,
     StageSettings,
     config_from_file,
-    differences,
-    refuse_idle_options,
+    refuse_unused_options,
 )
+from dpa_xtuner.stages.state_file import STATE, is_finished, read_state
 from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.
@@ -31,38 +30,41 @@ class Source:
     """Where a model's weights are, and what is known of it before they are loaded.
 
     Attributes:
-        cfg: the config, completed by :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run, its precision that of its first stage; bfloat16 where no state file says it.
         stage: the row of the stage table.
         base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
-        precision: what the stage computed in; bfloat16 for a run that has no record of it.
     """
 
-    cfg: Config
-    settings: Settings
+    run: Run
     stage: Stage
     base: Path
     checkpoint: Path | None
-    precision: Precision
 
     @property
-    def own(self) -> StageSettings:
+    def cfg(self) -> Config:
+        """The config, with how models are loaded filled in."""
+        return self.run.cfg
+
+    @property
+    def settings(self) -> Settings:
+        """All settings of the run."""
+        return self.run.settings
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computed in."""
+        return self.run.precision
+
+    @property
+    def stage_settings(self) -> StageSettings:
         """The settings of the stage."""
-        return getattr(self.settings, self.stage.name)
+        return self.settings.of_stage(self.stage.name)
 
     @property
     def template(self) -> dict[str, Any]:
         """The chat template that the stage trained with."""
         return self.settings.template if self.stage.view == "chat" else dict(_CAPTION)
-
-    @property
-    def encoder(self) -> Encoder:
-        """The kind of visual encoder, its layer as the config sets it."""
-        kind = build_encoder(self.settings.encoder)
-        if (layer := self.cfg.model.get("visual_select_layer")) is not None:
-            kind.layer = layer
-        return kind
 
     @property
     def record(self) -> Path:
@@ -110,11 +112,11 @@ class Source:
             if part not in replaced and not (part == "llm_adapter" and "llm" in replaced)
         }
 
-    def facts(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What the exported weights and files follow from, for ``dpa.json``."""
         written = [folder for part in self.stage.writes if (folder := self.folder(part))]
         folders = [*written, *self.inputs().values()]
-        facts = {
+        found = {
             "method": self.settings.method,
             "stage": self.stage.name,
             "llm": self.settings.llm_name_or_path,
@@ -124,16 +126,16 @@ class Source:
             "published": _published(self.cfg),
         }
         if self.has_projector:
-            facts |= {
+            found |= {
                 "visual_encoder": self.settings.visual_encoder_name_or_path,
                 "encoder": self.settings.encoder,
-                "vision_feature_layer": self.encoder.layer,
+                "vision_feature_layer": self.run.encoder_spec.layer,
                 "projector": self.settings.projector,
                 "max_tiles": self.settings.max_tiles,
                 "image_processor": self.cfg.image_processor.to_dict(),
-                "pad_image_to_square": self.own.pad_image_to_square,
+                "pad_image_to_square": self.stage_settings.pad_image_to_square,
             }
-        return facts
+        return found
 
 
 def _hashes(paths: list[Path]) -> dict[str, str]:
@@ -172,17 +174,16 @@ def read_source(
     """
     cfg = config_from_file(config, options)
     settings = Settings.from_config(cfg)
-    refuse_idle_options(cfg, settings)
+    refuse_unused_options(cfg, settings)
     row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
-    cfg = complete(cfg, settings, precision)
-    source = Source(cfg, settings, row, base, checkpoint, precision)
+    source = Source(Run.of(cfg, settings, precision), row, base, checkpoint)
     _need_inputs(source)
-    llm_config(source.cfg)  # now, and not after a large file was read
+    _ = source.run.llm_config  # now, and not after a large file was read
     if source.has_projector:
-        encoder_config(settings)
+        _ = source.run.encoder_config
     return source
 
 
@@ -203,7 +204,11 @@ def _need_inputs(source: Source) -> None:
             raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
         needed = []
     if source.origin:
-        _refuse_changed(source, source.origin)
+        now = model_of(source.run, source.stage)
+        trained = {key: value for key, value in source.origin.get("settings", {}).items()
+                   if key in now["settings"]}  # fmt: skip
+        before = {key: source.origin.get(key) for key in now} | {"settings": trained}
+        refuse_changed(source.record, before, now, "Give them as in training, by --cfg-options.")
     for part, folder in source.inputs().items():
         _need_finished(base, folder.parent.name, f"stage {name} starts from its {part}")
         needed.append(folder)
@@ -232,7 +237,7 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
 
 def _need_finished(base: Path, stage: str, why: str) -> None:
     folder = base / stage
-    if read_state(folder).get("status") == "finished":
+    if is_finished(folder):
         return
     if not base.is_dir():
         raise DPAError(
@@ -241,31 +246,3 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
     found = newest_checkpoint(folder)
     advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
     raise DPAError(f"Stage {stage} in {base} is not finished, and {why}. Train it{advice}.")
-
-
-def _refuse_changed(source: Source, origin: dict) -> None:
-    settings, own, trained = source.settings, source.own, origin.get("settings", {})
-    # Models may have moved: their names are not compared, see Weights.
-    now = {
-        "prompt_template": settings.template if source.stage.view == "chat" else "plain",
-        "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
-    }
-    if "lora" not in trained:
-        now["settings"].pop("lora", None)
-    if source.has_projector:
-        now["settings"]["pad_image_to_square"] = own.pad_image_to_square
-        now |= {
-            "encoder": settings.encoder,
-            "visual_select_layer": source.cfg.model.get("visual_select_layer"),
-            "projector": settings.projector,
-            "max_tiles": settings.max_tiles,
-        }
-    before = {key: origin.get(key) for key in now}
-    before["settings"] = {key: trained.get(key) for key in now["settings"]}
-    now = json.loads(json.dumps(now))  # as it was written: no tuples
-    changes = [f"  {key}: was {a}, is {b}" for key, a, b in differences(before, now)]
-    if changes:
-        raise DPAError(
-            f"{source.record} was trained with other settings than the config "
-            f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
-        )

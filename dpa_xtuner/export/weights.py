@@ -1,5 +1,6 @@
 """Loads what is exported: the LLM with its adapters added, the encoder, the projector."""
 
+import copy
 import json
 import re
 from collections.abc import Iterable
@@ -21,7 +22,6 @@ from dpa_xtuner.errors import DPAError, install
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.configs import model_class, options_refused, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.stages.models import encoder_config, llm_config, lora_targets
 
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:default\.)?weight")
 
@@ -101,7 +101,7 @@ class Weights:
         """The adapter that the stage trained."""
         if folder := self.source.folder("llm_adapter"):
             return read_adapter(folder)
-        lora = getattr(self.source.own, "lora", None)
+        lora = getattr(self.source.stage_settings, "lora", None)
         adapter = _adapter(self._below("llm."), lora.r, lora.lora_alpha) if lora else None
         if adapter:
             self._refuse_partial(adapter)
@@ -110,9 +110,9 @@ class Weights:
     def _refuse_partial(self, adapter: Adapter) -> None:
         """Refuse a checkpoint's adapter that is not for all layers that the stage adapts."""
         source = self.source
-        llm = _on_meta(source.cfg.model.llm, llm_config(source.cfg))
+        llm = _on_meta(source.cfg.model.llm, source.run.llm_config)
         adapter.refuse_other(llm)
-        targets, head = lora_targets(source.cfg, source.settings), llm.get_output_embeddings()
+        targets, head = source.run.lora_targets, llm.get_output_embeddings()
         wanted = [
             name for name, module in llm.named_modules()
             if isinstance(module, nn.Linear) and module is not head
@@ -136,7 +136,7 @@ class Weights:
             loader |= {"pretrained_model_name_or_path": str(whole)}
         state = _without_lora(self._below("llm."))
         if state:
-            llm = _filled(_on_meta(loader, llm_config(source.cfg)), state, source.checkpoint)
+            llm = _filled(_on_meta(loader, source.run.llm_config), state, source.checkpoint)
         elif source.checkpoint and "llm" in source.stage.trains:
             raise DPAError(
                 f"{source.checkpoint} holds no LLM, which stage {source.stage.name} trains in "
@@ -183,8 +183,8 @@ class Weights:
         source = self.source
         loader, trained = dict(source.cfg.model.visual_encoder), self._below("visual_encoder.")
         if state := _without_lora(trained):
-            config = encoder_config(source.settings)
-            encoder = _filled(_on_meta(loader, config), state, source.checkpoint)
+            encoder = _on_meta(loader, source.run.encoder_config)
+            encoder = _filled(encoder, state, source.checkpoint)
         else:
             encoder = load_pretrained(loader)
             name = source.settings.visual_encoder_name_or_path
@@ -294,7 +294,7 @@ def load_pretrained(loader: dict, dtype: torch.dtype | None = None, **more) -> P
 
 
 def _on_meta(loader: dict, config) -> PreTrainedModel:
-    owner = model_class(loader)
+    owner, config = model_class(loader), copy.deepcopy(config)  # the model may change it
     with torch.device("meta"):
         return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 

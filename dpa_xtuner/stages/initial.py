@@ -2,45 +2,40 @@
 
 from pathlib import Path
 
-import torch
-from mmengine.config import Config
-
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json
 from dpa_xtuner.model.configs import architecture
-from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.model.projectors import build_projector, read_projector
+from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import ORIGIN, read_origin, refuse_foreign
-from dpa_xtuner.stages.models import encoder_config, llm_config
-from dpa_xtuner.stages.settings import Settings, differences
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import differences
 
 _FILES = (ORIGIN, "config.json", "model.safetensors")
 
 
-def check_initial(cfg: Config, settings: Settings) -> None:
+def check_initial(run: Run) -> None:
     """Refuse a ``tune.init_projector`` that does not fit the run, before anything is loaded.
 
     Args:
-        cfg: from :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run.
 
     Raises:
         DPAError: it is missing, is no projector that a stage wrote, is of another kind or size,
             or belongs to another visual encoder or LLM.
     """
+    settings = run.settings
     folder = Path(settings.tune.init_projector)
     _refuse_no_projector(folder)
     record = record_of_loaded(folder, settings.llm_name_or_path)
-    llm, encoder = llm_config(cfg), encoder_config(settings)
     vision = settings.visual_encoder_name_or_path
     own = {
-        "llm": {"name": settings.llm_name_or_path, "architecture": architecture(llm)},
-        "visual_encoder": {"name": vision, "architecture": architecture(encoder)},
+        "llm": {"name": settings.llm_name_or_path, "architecture": architecture(run.llm_config)},
+        "visual_encoder": {"name": vision, "architecture": architecture(run.encoder_config)},
     }
     refuse_foreign(folder, record, own, "architecture")
     now = {
         "encoder": settings.encoder,
-        "model.visual_select_layer": cfg.model.get("visual_select_layer"),
+        "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     before = {key: record.get(key.removeprefix("model.")) for key in now}
     changes = [f"{key}: was {old}, is {new}" for key, old, new in differences(before, now)]
@@ -49,10 +44,7 @@ def check_initial(cfg: Config, settings: Settings) -> None:
             f"tune.init_projector={str(folder)!r} was trained with another visual encoder "
             f"({'; '.join(changes)}). Set it as it was trained."
         )
-    hidden_size = build_encoder(settings.encoder).hidden_size(encoder)
-    with torch.device("meta"):
-        projector = build_projector(settings.projector, hidden_size, llm.hidden_size)
-    read_projector(projector, str(folder))
+    read_projector(run.projector, str(folder))
 
 
 def _refuse_no_projector(folder: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings, stage_table
-from dpa_xtuner.stages.settings import refuse_idle_options
+from dpa_xtuner.stages.settings import refuse_unused_options
 
 # Written out: has a proxy stage, scheme of align and tune.
 METHODS = {
@@ -28,7 +28,7 @@ def settings(**changes) -> Settings:
     cfg = Config.fromfile(harness.TINY_CONFIG)
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
     found = Settings.from_config(cfg)
-    refuse_idle_options(cfg, found)
+    refuse_unused_options(cfg, found)
     return found
 
 
