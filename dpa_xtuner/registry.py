@@ -7,7 +7,7 @@ from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
 from dpa_xtuner.declared import problems
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError, nearest, told_plainly
 
 SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
 """Weighting schemes: classes like those in :mod:`dpa_xtuner.loss.weighting`."""
@@ -24,14 +24,10 @@ PROJECTORS = Registry("projector", scope="dpa_xtuner", locations=["dpa_xtuner.mo
 
 class _Runners(Registry):
     def get(self, key: str) -> type:
-        """The runner of a name.
-
-        Raises:
-            DPAError: there is none, where MMEngine would end in a traceback.
-        """
-        found = super().get(key)
-        if found is None:
-            raise DPAError(f"runner_type={key!r} is not a known runner: leave it out, or 'Runner'.")
+        """The runner of a name; ends the process where there is none, which MMEngine would not."""
+        with told_plainly():
+            if (found := super().get(key)) is None:
+                raise DPAError(f"runner_type={key!r} is not a known runner: set it to 'Runner'.")
         return found
 
 

@@ -263,7 +263,8 @@ def test_steps_of_one_stage_after_the_other_at_tiny_size(name, tmp_path):
     check(work_dir, output, tuned="llm" if settings.tune.train_llm == "full" else "llm_adapter")
     llm = json.loads((Path(base) / "inputs/llm/config.json").read_text())
     assert llm["model_type"] in settings.llm_family.model_types
-    rehearsed = model_class(fill_in_loaders(load(name), settings, BF16).model.llm).config_class(**llm)
+    loader = fill_in_loaders(load(name), settings, BF16).model.llm
+    rehearsed = model_class(loader).config_class(**llm)
     if name != DEMO:  # whose own LLM is a local folder, which is not here
         assert rehearsed.tie_word_embeddings == LLMS[settings.llm_name_or_path].tied
 

@@ -1,6 +1,7 @@
-"""The table of all settings: ``python -m dpa_xtuner.stages.settings_table > docs/settings.md``."""
+"""Writes the table of all settings: ``python -m dpa_xtuner.stages.settings_table``."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -9,9 +10,12 @@ from pydantic import BaseModel
 from dpa_xtuner import tables
 from dpa_xtuner.stages.settings import Settings, settings_in
 
+FILE = Path(__file__).parents[2] / "docs" / "settings.md"
+"""Where the table goes."""
+
 _TOP = """# Settings
 
-Written by `python -m dpa_xtuner.stages.settings_table > docs/settings.md`.
+Written by `python -m dpa_xtuner.stages.settings_table` from `dpa_xtuner/stages/settings.py`.
 
 A setting stands in a config, or on the command line: `--cfg-options align.lr=1e-3`. Those without
 a default here get their value in [`configs/_base_/dpa.py`](../configs/_base_/dpa.py).
@@ -26,9 +30,9 @@ The column *changes* says what a change of the setting changes, and so when it m
 
 
 def settings_table() -> str:
-    """The content of ``docs/settings.md``."""
+    """The content of :data:`FILE`."""
     columns = ["setting", "type", "default", "changes", "what it is"]
-    return f"{_TOP}\n{tables.markdown(columns, list(_rows(Settings)), numbers=False)}"
+    return f"{_TOP}\n{tables.markdown(columns, list(_rows(Settings)), numbers=False)}\n"
 
 
 def _rows(owner: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
@@ -59,4 +63,4 @@ def _type(kind: Any) -> str:
 
 
 if __name__ == "__main__":
-    print(settings_table())
+    FILE.write_text(settings_table(), encoding="utf-8")

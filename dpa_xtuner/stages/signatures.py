@@ -134,9 +134,11 @@ def config_problems(config: dict, settings: set[str], owned: Mapping[str, str]) 
         for key, way_out in owned.items()
         if not _is_unset(_at(config, key), _BASE.get(key))
     }
-    for key, what in (*problems([Runner], config, settings | _OTHERS), *_ruled(config)):
-        if _place(key) is None:  # else it is told below
+    for key, what in problems([Runner], config, settings | _OTHERS):
+        if _place(key) is None:  # else it is told when that is visited
             found.setdefault(key, what)
+    for key, what in _ruled(config):
+        found.setdefault(key, what)
     visit = _Visit(config, found)
     for key, value in config.items():
         if key not in settings:

@@ -32,8 +32,8 @@ from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.internlm2 import to_internlm2
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import save_part
 from dpa_xtuner.stages import run as resolved
+from dpa_xtuner.stages.artifacts import save_part
 from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.provenance import provenance_of
 from dpa_xtuner.stages.settings import Settings
