@@ -67,8 +67,8 @@ def export_config(
     if fmt == LLM and _is_written(source, out):
         print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
         return out
-    made_from = _made_from(source, fmt, dtype)
-    if _is_fresh(out, made_from):
+    provenance = _provenance(source, fmt, dtype)
+    if _is_fresh(out, provenance):
         print_log(f"{out} is up to date", "current")
         return out
     lock = take(
@@ -77,7 +77,7 @@ def export_config(
     )
     try:
         _refuse_to_replace(out, source)
-        about = _write(source, fmt, dtype, out, {"config": str(config), **made_from})
+        about = _write(source, fmt, dtype, out, {"config": str(config), **provenance})
     finally:
         lock.release()
     for line in _told(source, fmt, out, about):
@@ -95,9 +95,9 @@ def _write(
     return about
 
 
-def _made_from(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
-    facts = {"format": fmt, "dtype": dtype, "dpa_xtuner": dpa_xtuner.__version__}
-    return json.loads(json.dumps(facts | source.facts()))  # as it is read back: no tuples
+def _provenance(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
+    found = {"format": fmt, "dtype": dtype, "dpa_xtuner": dpa_xtuner.__version__}
+    return json.loads(json.dumps(found | source.provenance()))  # as it is read back: no tuples
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -117,10 +117,10 @@ def _record(out: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and {"format", "stage"} <= record.keys() else {}
 
 
-def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
+def _is_fresh(out: Path, provenance: dict[str, Any]) -> bool:
     """Whether a folder was made from the same, and all that was written is still there."""
     record = _record(out)
-    if not record or any(record.get(key) != made_from[key] for key in made_from):
+    if not record or any(record.get(key) != provenance[key] for key in provenance):
         return False
     return "files" in record and record["files"].items() <= _sizes(out).items()
 
@@ -160,12 +160,12 @@ def _refuse_to_replace(out: Path, source: Source) -> None:
 
 def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[str]:
     lines = [f"Wrote {out}"]
-    if fmt == "hf" and source.own.pad_image_to_square:
+    if fmt == "hf" and source.stage_settings.pad_image_to_square:
         lines.append(
             "Images were padded to a square in training, which no image processor of transformers "
             "4.48 does: pad them in the mean colour first (tools/eval.py does)"
         )
-    if fmt == "xtuner" and not source.own.pad_image_to_square:
+    if fmt == "xtuner" and not source.stage_settings.pad_image_to_square:
         lines.append(
             "Images were not padded to a square in training, and xtuner chat pads every image: "
             "only square ones are seen as in training"

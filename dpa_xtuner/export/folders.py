@@ -1,5 +1,6 @@
 """XTuner's own LLaVA format, and a folder for each component."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,14 +113,14 @@ def _write_projector(
     source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
 ) -> None:
     state = {name: weight.to(dtype).contiguous() for name, weight in weights.projector().items()}
-    projector = PROJECTOR.empty(source.cfg, source.settings).to(dtype)
+    projector = copy.deepcopy(source.run.projector).to(dtype)
     projector.save_pretrained(folder, state_dict=state)
 
 
 def _write_encoder(source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     encoder = weights.visual_encoder(dtype)
-    source.encoder.save(encoder, folder, processor=VISUAL_ENCODER.companion(source.cfg))
+    source.run.encoder_spec.save(encoder, folder, processor=VISUAL_ENCODER.companion(source.cfg))
 
 
 def _copy(written: Path, folder: Path) -> None:

@@ -30,7 +30,6 @@ from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.model.configs import caps_attention
-from dpa_xtuner.stages.models import encoder_config
 
 SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
@@ -139,8 +138,8 @@ def _config(
         vision_config=encoder.config,
         text_config=llm.config,
         image_token_index=image_id,
-        image_seq_length=source.encoder.tokens(encoder_config(source.settings)),
-        vision_feature_layer=source.encoder.layer,
+        image_seq_length=source.run.encoder_spec.tokens(source.run.encoder_config),
+        vision_feature_layer=source.run.encoder_spec.layer,
         vision_feature_select_strategy="default" if extra else "full",
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,

@@ -6,10 +6,9 @@ from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.encoders import Encoder
-from dpa_xtuner.stages.models import encoder_config, llm_config
 
 FORMATS = ("hf", "xtuner", "parts", LLM)
 """hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:
@@ -47,14 +46,14 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
         reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
     if is_quantised(source) and (fmt == "hf" or not keeps_adapter(source)):
         reasons.append(_QUANTISED)
-    if type(llm_config(source.cfg)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(source.run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reasons.append(f"the LLM's class is not one of transformers': {source.cfg.model.llm.type}")
     return reasons
 
 
 def is_quantised(source: Source) -> bool:
     """Whether the LLM was quantised when it was trained."""
-    published = getattr(llm_config(source.cfg), "quantization_config", None)
+    published = getattr(source.run.llm_config, "quantization_config", None)
     return bool(source.cfg.model.llm.get("quantization_config") or published)
 
 
@@ -67,13 +66,13 @@ def keeps_adapter(source: Source) -> bool:
     begun_or_trained = [*source.inputs(), *source.stage.trains]
     adapters, whole = begun_or_trained.count(LLM_ADAPTER), LLM in begun_or_trained
     loader = str(source.cfg.model.llm.type)
-    ours = not loader.startswith("transformers.") or caps_attention(llm_config(source.cfg))
+    ours = not loader.startswith("transformers.") or caps_attention(source.run.llm_config)
     return not whole and adapters <= 1 and not ours
 
 
 def extra_tokens(source: Source) -> int:
     """Tokens of the encoder that are no patches, such as a class token: counted without weights."""
-    config, kind = encoder_config(source.settings), source.encoder
+    config, kind = source.run.encoder_config, source.run.encoder_spec
     size = kind.image_size(config)
     with torch.device("meta"):
         hidden = kind.hidden(kind.build(config), torch.zeros(1, 3, size, size))
@@ -87,7 +86,7 @@ def _llm(source: Source) -> list[str]:
 
 
 def _encoder(source: Source, fmt: str) -> list[str]:
-    kind, config = source.encoder, encoder_config(source.settings)
+    kind, config = source.run.encoder_spec, source.run.encoder_config
     name = f"encoder={source.settings.encoder['type']!r}"
     known = getattr(config, "model_type", None) in CONFIG_MAPPING and type(config) in MODEL_MAPPING
     if not known or type(kind).features is not Encoder.features:
@@ -102,7 +101,7 @@ def _encoder(source: Source, fmt: str) -> list[str]:
 
 
 def _projector(source: Source, fmt: str) -> list[str]:
-    projector = PROJECTOR.empty(source.cfg, source.settings)
+    projector = source.run.projector
     if not isinstance(projector, ProjectorModel):
         return [f"projector={source.settings.projector['type']!r} is not an MLP patch by patch"]
     if fmt == "hf" and projector.config.depth != 2:

@@ -1,6 +1,5 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,46 +9,63 @@ from mmengine.config import Config
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
-from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.pipeline import STATE, input_hashes, newest_checkpoint, read_state
+from dpa_xtuner.stages.pipeline import newest_checkpoint
+from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import (
     Settings,
+    StageSettings,
     config_from_file,
-    differences,
-    refuse_idle_options,
+    refuse_unused_options,
 )
-from dpa_xtuner.stages.table import TUNE, StagePlan, find_stage
+from dpa_xtuner.stages.state_file import STATE, is_finished, read_state
+from dpa_xtuner.stages.table import TUNE, Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.
 _CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source(StagePlan):
+@dataclass(frozen=True)
+class Source:
     """Where a model's weights are, and what is known of it before they are loaded.
 
     Attributes:
+        run: the run, its precision that of its first stage; bfloat16 where no state file says it.
+        stage: the row of the stage table.
+        base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
-        precision: what the stage computed in; bfloat16 for a run that has no record of it.
     """
 
+    run: Run
+    stage: Stage
+    base: Path
     checkpoint: Path | None
-    precision: Precision
+
+    @property
+    def cfg(self) -> Config:
+        """The config, with how models are loaded filled in."""
+        return self.run.cfg
+
+    @property
+    def settings(self) -> Settings:
+        """All settings of the run."""
+        return self.run.settings
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computed in."""
+        return self.run.precision
+
+    @property
+    def stage_settings(self) -> StageSettings:
+        """The settings of the stage."""
+        return self.settings.of_stage(self.stage.name)
 
     @property
     def template(self) -> dict[str, Any]:
         """The chat template that the stage trained with."""
         return self.settings.template if self.stage.view == "chat" else dict(_CAPTION)
-
-    @property
-    def encoder(self) -> Encoder:
-        """The kind of visual encoder, its layer as the config sets it."""
-        kind = build_encoder(self.settings.encoder)
-        if (layer := self.cfg.model.get("visual_select_layer")) is not None:
-            kind.layer = layer
-        return kind
 
     @property
     def record(self) -> Path:
@@ -77,6 +93,11 @@ class Source(StagePlan):
             )
         return origin
 
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether the stage's model takes images."""
+        return self.stage.sees_pictures
+
     def written(self, component: str) -> Path | None:
         """Where the stage wrote a component; None for a checkpoint, or what it did not train."""
         if self.checkpoint is not None or component not in self.stage.writes:
@@ -96,11 +117,11 @@ class Source(StagePlan):
             if component not in trains
         }
 
-    def facts(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What the exported weights and files follow from, for ``dpa.json``."""
         written = [folder for name in self.stage.writes if (folder := self.written(name))]
         folders = [*written, *self.inputs().values()]
-        facts = {
+        found = {
             "method": self.settings.method,
             "stage": self.stage.name,
             LLM: LLM.name(self.settings),
@@ -110,16 +131,16 @@ class Source(StagePlan):
             "published": _published(self.cfg),
         }
         if self.sees_pictures:
-            facts |= {
+            found |= {
                 VISUAL_ENCODER: VISUAL_ENCODER.name(self.settings),
                 "encoder": self.settings.encoder,
-                "vision_feature_layer": self.encoder.layer,
+                "vision_feature_layer": self.run.encoder_spec.layer,
                 PROJECTOR: self.settings.projector,
                 "max_tiles": self.settings.max_tiles,
                 "image_processor": self.cfg.image_processor.to_dict(),
-                "pad_image_to_square": self.own.pad_image_to_square,
+                "pad_image_to_square": self.stage_settings.pad_image_to_square,
             }
-        return facts
+        return found
 
 
 def _hashes(paths: list[Path]) -> dict[str, str]:
@@ -158,17 +179,16 @@ def read_source(
     """
     cfg = config_from_file(config, options)
     settings = Settings.from_config(cfg)
-    refuse_idle_options(cfg, settings)
+    refuse_unused_options(cfg, settings)
     row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
-    cfg = complete(cfg, settings, precision)
-    source = Source(cfg, settings, row, base, checkpoint=checkpoint, precision=precision)
+    source = Source(Run.of(cfg, settings, precision), row, base, checkpoint)
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # now, and not after a large file was read
-            component.config(cfg, settings)
+            component.config(source.run)
     return source
 
 
@@ -189,7 +209,12 @@ def _need_inputs(source: Source) -> None:
             raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
         needed = []
     if source.origin:
-        _refuse_changed(source, source.origin)
+        now = model_of(source.run, source.stage)
+        known = source.stage_settings.changing("model")
+        trained = {key: value for key, value in source.origin.get("settings", {}).items()
+                   if key in known}  # fmt: skip
+        before = {key: source.origin.get(key) for key in now} | {"settings": trained}
+        refuse_changed(source.record, before, now, "Give them as in training, by --cfg-options.")
     for component, folder in source.inputs().items():
         _need_finished(base, folder.parent.name, f"stage {name} starts from its {component}")
         needed.append(folder)
@@ -218,7 +243,7 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
 
 def _need_finished(base: Path, stage: str, why: str) -> None:
     folder = base / stage
-    if read_state(folder).get("status") == "finished":
+    if is_finished(folder):
         return
     if not base.is_dir():
         raise DPAError(
@@ -227,34 +252,3 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
     found = newest_checkpoint(folder)
     advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
     raise DPAError(f"Stage {stage} in {base} is not finished, and {why}. Train it{advice}.")
-
-
-def _refuse_changed(source: Source, origin: dict) -> None:
-    settings, own, trained = source.settings, source.own, origin.get("settings", {})
-    # Models may have moved: their names are not compared, see StageWeights.
-    now = {
-        "prompt_template": settings.template if source.stage.view == "chat" else "plain",
-        "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
-    }
-    if "lora" not in trained:
-        now["settings"].pop("lora", None)
-    trains_encoder = getattr(own, "train_visual_encoder", False)
-    if trains_encoder or "train_visual_encoder" in trained:
-        now["settings"]["train_visual_encoder"] = trains_encoder
-    if source.sees_pictures:
-        now["settings"]["pad_image_to_square"] = own.pad_image_to_square
-        now |= {
-            "encoder": settings.encoder,
-            "visual_select_layer": source.cfg.model.get("visual_select_layer"),
-            PROJECTOR: settings.projector,
-            "max_tiles": settings.max_tiles,
-        }
-    before = {key: origin.get(key) for key in now}
-    before["settings"] = {key: trained.get(key) for key in now["settings"]}
-    now = json.loads(json.dumps(now))  # as it was written: no tuples
-    changes = [f"  {key}: was {a}, is {b}" for key, a, b in differences(before, now)]
-    if changes:
-        raise DPAError(
-            f"{source.record} was trained with other settings than the config "
-            f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
-        )

@@ -1,5 +1,6 @@
 """The weights of what is exported: the LLM with its adapters added, the encoder, the projector."""
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from pickle import PickleError
@@ -20,7 +21,6 @@ from dpa_xtuner.model.components import (
     PROJECTOR,
     VISUAL_ENCODER,
     Component,
-    lora_targets,
 )
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
@@ -64,7 +64,7 @@ class StageWeights:
             state = load_file(folder / "model.safetensors")
         elif not (state := self._of(PROJECTOR)):
             raise DPAError(f"{source.checkpoint} holds no projector: it is not of this stage.")
-        empty = PROJECTOR.empty(source.cfg, source.settings)
+        empty = source.run.projector
         own = {name: weight.shape for name, weight in empty.state_dict().items()}
         given = {name: weight.shape for name, weight in state.items()}
         if own != given:
@@ -83,12 +83,12 @@ class StageWeights:
         source = self.source
         if folder := source.written(LLM_ADAPTER):
             return read_adapter(folder)
-        lora = getattr(source.own, "lora", None)
+        lora = getattr(source.stage_settings, "lora", None)
         found = adapter_of(self._of(LLM_ADAPTER), lora.r, lora.lora_alpha) if lora else None
         if found:
             empty = self._empty(LLM)
             found.refuse_other(empty)
-            found.refuse_partial(empty, lora_targets(source.cfg, source.settings))
+            found.refuse_partial(empty, source.run.lora_targets)
         elif LLM_ADAPTER in source.stage.trains:
             raise DPAError(f"{source.checkpoint} holds no adapter: it is not of this stage.")
         return found
@@ -125,7 +125,7 @@ class StageWeights:
         source, trained = self.source, self._of(VISUAL_ENCODER)
         encoder = self._loaded(VISUAL_ENCODER, dtype)
         if state := without_adapter(trained):
-            source.encoder.freeze_unread(encoder)  # a checkpoint holds what learns
+            source.run.encoder_spec.freeze_unread(encoder)  # a checkpoint holds what learns
             fill(encoder, state, source.checkpoint)
         encoder.to(dtype)
         lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
@@ -163,7 +163,7 @@ class StageWeights:
         """A published model without memory."""
         source = self.source
         owner = model_class(source.cfg.model[component])
-        config = component.config(source.cfg, source.settings)
+        config = copy.deepcopy(component.config(source.run))  # the model may change it
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 

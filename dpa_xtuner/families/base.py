@@ -5,7 +5,7 @@ from itertools import takewhile
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Record
@@ -56,23 +56,20 @@ def find_family(name: str) -> type[Family]:
     return family
 
 
-def check_model_type(family: type[Family], model: str, **hub) -> None:
+def check_model_type(family: type[Family], model: str, found: str) -> None:
     """Refuse a model that another family's loader reads.
 
     transformers only warns of it, and loads what has the same name.
 
     Args:
         family: the config's.
-        model: a folder or hub name.
-        hub: of ``PretrainedConfig.get_config_dict``, e.g. ``local_files_only``.
+        model: a folder or hub name, for the message.
+        found: the ``model_type`` of its configuration, as the family's loader reads it.
 
     Raises:
         DPAError: the configuration is of a type that the family does not load; the message
             names the families that do.
-        OSError: neither a folder nor the hub has it.
     """
-    values, _ = PretrainedConfig.get_config_dict(model, **hub)
-    found = values.get("model_type")
     if found in family.model_types:
         return
     others = [name for name, other in _families() if found in other.model_types]

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from torch import Tensor, nn
@@ -18,13 +17,12 @@ from transformers import PretrainedConfig
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.model.configs import architecture, read_config
-from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
-from dpa_xtuner.model.projectors import Projector, build_projector
 
 if TYPE_CHECKING:  # stages build on models
+    from dpa_xtuner.stages.run import Run
     from dpa_xtuner.stages.settings import Settings, StageSettings
     from dpa_xtuner.stages.table import StagePlan
 
@@ -96,16 +94,15 @@ class _Published(Component):
         """The published model that a run begins with."""
         return getattr(settings, self.setting)
 
-    def facts(self, cfg: Config, settings: Settings) -> dict:
+    def facts(self, run: Run) -> dict:
         """Name and architecture, as records have them.
 
         Raises:
             DPAError: neither a folder nor the hub has the model.
         """
-        config = self.config(cfg, settings)
-        return {"name": self.name(settings), "architecture": architecture(config)}
+        return {"name": self.name(run.settings), "architecture": architecture(self.config(run))}
 
-    def config(self, cfg: Config, settings: Settings) -> PretrainedConfig:
+    def config(self, run: Run) -> PretrainedConfig:
         """The published configuration.
 
         Raises:
@@ -134,9 +131,9 @@ class _LLM(_Published):
         """All of the LLM's but adapters."""
         return super().owns(parameter) and ".lora_" not in parameter
 
-    def config(self, cfg: Config, settings: Settings) -> PretrainedConfig:
+    def config(self, run: Run) -> PretrainedConfig:
         """See :meth:`_Published.config`."""
-        return read_config(self.setting, cfg.model[self])
+        return run.llm_config
 
     def companion(self, cfg: Config) -> Any:
         """Its tokenizer."""
@@ -190,9 +187,9 @@ class _VisualEncoder(_Published):
     label, module = "visual encoder", "visual_encoder"
     settings, rate = ("train_visual_encoder", "visual_encoder_lr"), "visual_encoder_lr"
 
-    def config(self, cfg: Config, settings: Settings) -> PretrainedConfig:
+    def config(self, run: Run) -> PretrainedConfig:
         """See :meth:`_Published.config`; the configuration may also be of another kind."""
-        return build_encoder(settings.encoder).config(self.name(settings))
+        return run.encoder_config
 
     def configure(self, model: dict, plan: StagePlan) -> None:
         """See :meth:`Component.configure`."""
@@ -231,16 +228,6 @@ class _Projector(Component):
             model["pretrained_projector"] = plan.loaded_from(self)
         if self not in plan.stage.trains:
             model["freeze_projector"] = True
-
-    def empty(self, cfg: Config, settings: Settings) -> Projector:
-        """The projector of a run without memory (on the meta device)."""
-        kind = build_encoder(settings.encoder)
-        with torch.device("meta"):
-            return build_projector(
-                settings.projector,
-                kind.hidden_size(VISUAL_ENCODER.config(cfg, settings)),
-                LLM.config(cfg, settings).hidden_size,
-            )
 
 
 LLM = _LLM("llm")

@@ -2,37 +2,36 @@
 
 from pathlib import Path
 
-from mmengine.config import Config
-
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED, VISUAL_ENCODER
+from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
-from dpa_xtuner.stages.settings import Settings, differences
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import differences
 
 _FILES = (ORIGIN, "config.json", "model.safetensors")
 
 
-def check_initial(cfg: Config, settings: Settings) -> None:
+def check_initial(run: Run) -> None:
     """Refuse a ``tune.init_projector`` that does not fit the run, before anything is loaded.
 
     Args:
-        cfg: from :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run.
 
     Raises:
         DPAError: it is missing, is no projector that a stage wrote, is of another kind or size,
             or belongs to another visual encoder or LLM.
     """
+    settings = run.settings
     folder = Path(settings.tune.init_projector)
     _refuse_no_projector(folder)
     record = record_of_loaded(folder, settings.llm_name_or_path)
-    own = {component: component.facts(cfg, settings) for component in PUBLISHED}
+    own = {component: component.facts(run) for component in PUBLISHED}
     refuse_foreign(folder, record, own, "architecture")
     now = {
         "encoder": settings.encoder,
-        "model.visual_select_layer": cfg.model.get("visual_select_layer"),
+        "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     before = {key: record.get(key.removeprefix("model.")) for key in now}
     changes = [f"{key}: was {old}, is {new}" for key, old, new in differences(before, now)]
@@ -41,7 +40,7 @@ def check_initial(cfg: Config, settings: Settings) -> None:
             f"tune.init_projector={str(folder)!r} was trained with another visual encoder "
             f"({'; '.join(changes)}). Set it as it was trained."
         )
-    read_projector(PROJECTOR.empty(cfg, settings), str(folder))
+    read_projector(run.projector, str(folder))
 
 
 def _refuse_no_projector(folder: Path) -> None:
@@ -77,9 +76,6 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
     record = read_origin(folder)
     if record.get(KIND) != PROJECTOR or "train_llm" not in record.get("settings", {}):
         return record
-    if trained := record.get(trained_key(VISUAL_ENCODER)):
-        with_it = {"name": str(folder.parent / VISUAL_ENCODER), "fingerprint": trained}
-        record = record | {VISUAL_ENCODER: record[VISUAL_ENCODER] | with_it}
     tuned, together = _record_of_llm(llm), folder.parent / LLM
     if reason := _not_together(folder, record, llm, tuned):
         by = f", which python tools/export.py {record['config']} --format llm writes"
@@ -88,8 +84,14 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
             f"is not that LLM: {reason}. Set llm_name_or_path to {together}"
             f"{by * (record['settings']['train_llm'] == 'lora')}."
         )
-    with_it = {"name": str(together), "fingerprint": tuned[trained_key(LLM)]}
-    return record | {LLM: record[LLM] | with_it}
+    left = {component: record.get(trained_key(component)) for component in PUBLISHED}
+    left[LLM] = tuned[trained_key(LLM)]  # a record of an adapter says nothing of the LLM
+    return record | {
+        component: record[component]
+        | {"name": str(folder.parent / component), "fingerprint": trained}
+        for component, trained in left.items()
+        if trained is not None
+    }
 
 
 def _record_of_llm(llm: str) -> dict:

@@ -27,7 +27,7 @@ from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.run import fill_in_loaders
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
 
@@ -131,7 +131,7 @@ class StageModel:
             raise DPAError(
                 "precision='fp32': the memory of 16-bit runs is computed, for GPUs. Leave it out."
             )
-        cfg = complete(cfg, settings, Precision("bf16"))  # float16 takes as much
+        cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # float16 takes as much
         self.loader, self.stage, self.settings = cfg.model.llm, stage, settings
         self.own = getattr(settings, stage.name)
         self.targets = lora_targets(cfg, settings)

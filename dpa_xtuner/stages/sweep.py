@@ -92,8 +92,8 @@ def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> 
     for options in wanted:
         refused = ""
         try:
-            idle = tuple(Settings.from_config(_merged(config, common | options)).idle)
-            options = {k: v for k, v in options.items() if not k.startswith(idle)}
+            unused = tuple(Settings.from_config(_merged(config, common | options)).unused)
+            options = {k: v for k, v in options.items() if not k.startswith(unused)}
         except DPAError as error:
             refused = str(error)
         content = "" if refused else _merged(config, common | options).dump()

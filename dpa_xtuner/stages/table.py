@@ -96,7 +96,7 @@ class StagePlan:
     """A stage of a run: all that its components need to know before anything is built.
 
     Attributes:
-        cfg: the config, completed by :func:`dpa_xtuner.stages.models.complete`.
+        cfg: the config, completed by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
         settings: read from it.
         stage: the row of the table.
         base: the run's work dir.

@@ -232,7 +232,11 @@ def test_a_pair_is_also_a_folder_of_two(tmp_path):
     ("cfg", "name", "message"),
     [
         ("clpi", "clip", r"'clpi' is not a known encoder; did you mean 'clip'\?.*Known: clip, di"),
-        (dict(type="clip", layr=1), "clip", "The encoder 'clip' has no 'layr'; did you mean 'laye"),
+        (
+            dict(type="clip", layr=1),
+            "clip",
+            "'clip' can't be built: layr: not .*'layer'",
+        ),
         ("clip", "siglip", "is a model of type 'siglip_vision_model', and the encoder CLIP loads"),
         ("siglip", "dinov2", "is a model of type 'dinov2'.*Set encoder to the kind"),
         (dict(type="dinov2", image_size=18), "dinov2", "image_size=18 is not a multiple of .* 4"),

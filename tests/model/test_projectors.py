@@ -167,8 +167,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     ("cfg", "message"),
     [
         ("pixel_shufle", "'pixel_shufle' is not a known projector; did you mean 'pixel_shuffle'"),
-        (dict(type="avg_pool", facto=2), "'avg_pool' has no 'facto'; did you mean 'factor'"),
-        (dict(type="mlp", factor=2), "it takes depth"),
+        (dict(type="avg_pool", facto=2), "facto: not a known key; did you mean 'factor'"),
+        (dict(type="mlp", factor=2), "It takes depth"),
         (dict(type="avg_pool", factor=0), "factor=0 is not a whole number from 1 on"),
         (dict(type="avg_pool", factor=4), "factor=4 does not divide the encoder's 6 x 6 patches"),
         (dict(type="resampler", queries=0), "queries=0 is not a whole number from 1 on"),

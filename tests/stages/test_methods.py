@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings, stage_table
-from dpa_xtuner.stages.settings import refuse_idle_options
+from dpa_xtuner.stages.settings import refuse_unused_options
 
 # Written out: has a proxy stage, scheme of align and tune.
 METHODS = {
@@ -28,7 +28,7 @@ def settings(**changes) -> Settings:
     cfg = Config.fromfile(harness.TINY_CONFIG)
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
     found = Settings.from_config(cfg)
-    refuse_idle_options(cfg, found)
+    refuse_unused_options(cfg, found)
     return found
 
 
@@ -82,7 +82,7 @@ def test_a_stage_can_have_a_loss_of_its_own(changes, align, tune):
         ),
         ({"tune__lora__r": 2}, "tune.lora.r: tune.train_llm='full' trains no LoRA"),
         ({"proxy__lora__r": 0}, r"proxy.lora.r: Input should be greater than 0 \(got 0\)"),
-        ({"encoder": {"type": "pair"}}, "encoder: The encoder 'pair' needs first, second."),
+        ({"encoder": {"type": "pair"}}, "encoder: The encoder 'pair' .* first: it is missing; sec"),
         ({"proxy__train_llm": "all"}, r"proxy.train_llm: .*'full' or 'lora' \(got 'all'\)"),
         ({"captions__share": 0.0}, "captions: share is 0.0; expected a share of the data above 0"),
         (

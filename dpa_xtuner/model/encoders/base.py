@@ -73,15 +73,13 @@ class Encoder:
             DPAError: it can't be had, or is another kind's.
         """
         config = read_config(SETTING, self.loader(name), local_only)
-        if self.model_types:
-            published, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_only)
-            found = published.get("model_type")
-            if found not in self.model_types:
-                raise DPAError(
-                    f"{SETTING}={name!r} is a model of type {found!r}, and the encoder "
-                    f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
-                    f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
-                )
+        # A class of transformers reads any configuration, and keeps the type written there.
+        if self.model_types and config.model_type not in self.model_types:
+            raise DPAError(
+                f"{SETTING}={name!r} is a model of type {config.model_type!r}, and the encoder "
+                f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
+                f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
+            )
         return config
 
     def default_config(self) -> PretrainedConfig:
