@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED, VISUAL_ENCODER
+from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
 from dpa_xtuner.stages.settings import Settings, differences
@@ -77,9 +77,6 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
     record = read_origin(folder)
     if record.get(KIND) != PROJECTOR or "train_llm" not in record.get("settings", {}):
         return record
-    if trained := record.get(trained_key(VISUAL_ENCODER)):
-        with_it = {"name": str(folder.parent / VISUAL_ENCODER), "fingerprint": trained}
-        record = record | {VISUAL_ENCODER: record[VISUAL_ENCODER] | with_it}
     tuned, together = _record_of_llm(llm), folder.parent / LLM
     if reason := _not_together(folder, record, llm, tuned):
         by = f", which python tools/export.py {record['config']} --format llm writes"
@@ -88,8 +85,14 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
             f"is not that LLM: {reason}. Set llm_name_or_path to {together}"
             f"{by * (record['settings']['train_llm'] == 'lora')}."
         )
-    with_it = {"name": str(together), "fingerprint": tuned[trained_key(LLM)]}
-    return record | {LLM: record[LLM] | with_it}
+    left = {component: record.get(trained_key(component)) for component in PUBLISHED}
+    left[LLM] = tuned[trained_key(LLM)]  # a record of an adapter says nothing of the LLM
+    return record | {
+        component: record[component]
+        | {"name": str(folder.parent / component), "fingerprint": trained}
+        for component, trained in left.items()
+        if trained is not None
+    }
 
 
 def _record_of_llm(llm: str) -> dict:
