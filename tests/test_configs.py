@@ -207,7 +207,7 @@ def test_all_stages_at_full_size_without_memory(name):
     encoder = ENCODERS.get(settings.visual_encoder_name_or_path)
     if encoder is not None:
         assert numel(align.visual_encoder) / 1e9 == pytest.approx(encoder, rel=0.01)
-        assert align.encoder.tokens(align.visual_encoder.config) == 576
+        assert align.encoder_spec.tokens(align.visual_encoder.config) == 576
 
     tune = meta_stage(cfg, settings, "tune")
     if settings.tune.train_llm == "lora":

@@ -36,8 +36,8 @@ from xtuner.model import LLaVAModel
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data import collate
-from dpa_xtuner.loss import token_scores
-from dpa_xtuner.loss.scores import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
+from dpa_xtuner.loss import token_log_probs
+from dpa_xtuner.loss.head import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
 from dpa_xtuner.model import DPALLaVAModel
 from dpa_xtuner.tables import markdown
 
@@ -328,7 +328,7 @@ def time_heads(args: argparse.Namespace) -> dict[str, dict]:
     ways = {"plain": {"all": lambda: F.cross_entropy((hidden @ weight.T).float(), targets)}}
     ways |= {"formed": {}, "again": {}}
     for rows in (16, 64, 256, LOGITS_AT_ONCE_ON_CPU // len(weight), 1024):
-        ways["formed"][rows] = lambda rows=rows: token_scores(
+        ways["formed"][rows] = lambda rows=rows: token_log_probs(
             hidden, targets, weight, chunk_size=rows
         ).cross_entropy.mean()
         ways["again"][rows] = lambda rows=rows: _ComputedAgain.apply(

@@ -179,11 +179,11 @@ def load_llm(path: str, adapter: str | None = None) -> PreTrainedModel:
     if kind == "llava":
         llm = load_whole(LlavaForConditionalGeneration, path, torch_dtype="auto").language_model
     elif kind == "internlm2":
-        from dpa_xtuner.model.internlm2 import InternLM2ForCausalLM
+        from dpa_xtuner.families.internlm.llm import InternLM2ForCausalLM
 
         llm = load_whole(InternLM2ForCausalLM, path, torch_dtype="auto")
     elif kind == "internlm3":
-        from dpa_xtuner.model.internlm3 import InternLM3ForCausalLM
+        from dpa_xtuner.families.internlm.llm import InternLM3ForCausalLM
 
         llm = load_whole(InternLM3ForCausalLM, path, torch_dtype="auto")
     else:

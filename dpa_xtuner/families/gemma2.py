@@ -9,7 +9,7 @@ class Gemma2(Family):
     """One BOS, ``<end_of_turn>`` behind every turn, no system prompt.
 
     The head is tied to the embeddings and its logits are soft-capped, which
-    :func:`dpa_xtuner.model.llm.token_scores_of` knows. The attention scores are capped too:
+    :func:`dpa_xtuner.model.llm.head_log_probs` knows. The attention scores are capped too:
     without FlashAttention-2 the eager attention is taken, since SDPA can't cap them.
     """
 

@@ -16,8 +16,8 @@ from dpa_xtuner.data import DPADataset, collate
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder
 from dpa_xtuner.hooks.unwrap import unwrap
-from dpa_xtuner.loss import TokenScores
-from dpa_xtuner.model.contrast import contrast_scores
+from dpa_xtuner.loss import supervised_mask
+from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
 from dpa_xtuner.precision import Precision
 
@@ -136,6 +136,6 @@ def _scores(
 ) -> tuple[np.ndarray, list[int]]:
     data = model.data_preprocessor(collate(samples), False)["data"]
     with amp:
-        scores: TokenScores = contrast_scores(model.llm, data)
-    counts = (data["labels"][:, 1:] != -100).sum(1).tolist()
-    return torch.stack(scores, dim=-1).float().cpu().numpy(), counts
+        log_probs = contrast_log_probs(model.llm, data)
+    counts = supervised_mask(data["labels"]).sum(1).tolist()
+    return torch.stack(log_probs, dim=-1).float().cpu().numpy(), counts

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from mmengine.device import get_device
-from mmengine.dist import all_reduce, get_dist_info, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
-from torch import Tensor, nn
 
-from dpa_xtuner.data import collate
 from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.loss.held_out import cross_entropy_per_token
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.pipeline import read_state
 from dpa_xtuner.stages.state_file import steps_done
@@ -101,48 +99,3 @@ class HeldOutHook(Hook):
 
 def _measured(folder: Path) -> dict[str, float]:
     return dict(read_state(folder)["measured"])
-
-
-@torch.no_grad()
-def cross_entropy_per_token(
-    model: nn.Module, dataset, batch_size: int, amp: torch.autocast
-) -> float:
-    """Mean cross entropy of a data set's supervised tokens, each sample's first left out.
-
-    Every rank takes its share, and all take the same number of batches, as ZeRO-3 needs.
-
-    Args:
-        model: :class:`ProxyLLM` or :class:`DPALLaVAModel`, not wrapped.
-        dataset: a :class:`dpa_xtuner.data.DPADataset`.
-        batch_size: samples at a time on a device.
-        amp: the context to compute in.
-
-    Returns:
-        Nats per token over all ranks.
-    """
-    rank, world = get_dist_info()
-    batches = [
-        range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
-    ]
-    total = torch.zeros(2, dtype=torch.float64)
-    training = model.training
-    model.eval()
-    for start in range(0, len(batches), world):
-        mine = start + rank
-        batch = collate([dataset[i] for i in batches[min(mine, len(batches) - 1)]])
-        data = model.data_preprocessor(batch, False)["data"]
-        data = data | {"labels": without_first(data["labels"])}
-        with amp:
-            losses = model.scores(data).cross_entropy
-        if mine < len(batches):
-            total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
-    model.train(training)
-    total = total.to(get_device())
-    all_reduce(total)
-    return (total[0] / total[1].clamp(min=1)).item()
-
-
-def without_first(labels: Tensor) -> Tensor:
-    """Labels (B, T) with the first supervised token of each row ignored; a new tensor."""
-    first = (labels != -100).int().argmax(dim=1, keepdim=True)
-    return labels.scatter(1, first, -100)

@@ -1,21 +1,35 @@
-"""The relevance-weighted loss: from hidden states to scores, weights and one number."""
+"""The relevance-weighted loss: from hidden states to log-probabilities, weights and one number."""
 
+from dpa_xtuner.loss.head import TokenLogProbs, token_log_probs
+from dpa_xtuner.loss.objective import IGNORE_INDEX, Objective, supervised_mask
 from dpa_xtuner.loss.relevance import NORMALIZE, RelevanceLoss, relevance_loss, statistics
-from dpa_xtuner.loss.scores import TokenScores, scores_of_logits, token_scores
-from dpa_xtuner.loss.weighting import CAL, CMO, Contrast, Uniform, Weights, build_scheme
+from dpa_xtuner.loss.weighting import (
+    CAL,
+    CMO,
+    Contrast,
+    ContrastScheme,
+    TokenWeights,
+    Uniform,
+    WeightingScheme,
+    build_scheme,
+)
 
 __all__ = [
     "CAL",
     "CMO",
+    "IGNORE_INDEX",
     "NORMALIZE",
     "Contrast",
+    "ContrastScheme",
+    "Objective",
     "RelevanceLoss",
-    "TokenScores",
+    "TokenLogProbs",
+    "TokenWeights",
     "Uniform",
-    "Weights",
+    "WeightingScheme",
     "build_scheme",
     "relevance_loss",
-    "scores_of_logits",
     "statistics",
-    "token_scores",
+    "supervised_mask",
+    "token_log_probs",
 ]

@@ -1,4 +1,4 @@
-"""From scores to the loss."""
+"""From log-probabilities to the loss."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.loss.scores import TokenScores
+from dpa_xtuner.loss.head import TokenLogProbs
+from dpa_xtuner.loss.weighting import WeightingScheme
 
 EPS = 1e-6
 """Added to the sum of weights, as in the authors' code."""
@@ -32,18 +33,18 @@ class RelevanceLoss(NamedTuple):
 
 
 def relevance_loss(
-    scores: TokenScores,
-    without: TokenScores | None,
+    log_probs: TokenLogProbs,
+    no_image: TokenLogProbs | None,
     supervised: Tensor,
-    scheme,
+    scheme: WeightingScheme,
     normalize: str = "micro_batch",
 ) -> RelevanceLoss:
-    """sum_j w_j CE_j / (sum_j w_j + 1e-6) over the N supervised tokens (arXiv 2509.14735).
+    """Compute sum_j w_j CE_j / (sum_j w_j + 1e-6) over N supervised tokens (arXiv 2509.14735).
 
     Args:
-        scores: of the ordinary pass; gradients flow through its cross entropy and nowhere else.
-        without: of the contrast pass; None for a scheme that needs none.
-        supervised: (B, T) bool with N true places, the tokens' own, row by row.
+        log_probs: of the ordinary pass; gradients flow through its cross entropy and nowhere else.
+        no_image: of the contrast pass; None for a scheme that needs none.
+        supervised: (B, T) bool with N true positions, the tokens' own, row by row.
         scheme: from :func:`dpa_xtuner.loss.build_scheme`.
         normalize: ``"micro_batch"`` divides by this micro-batch's own weights, so that a token
             counts for more in a micro-batch of short answers. ``"global"``: the value is the
@@ -57,28 +58,28 @@ def relevance_loss(
         DPAError: ``normalize`` is unknown.
     """
     check_normalize(normalize)
-    weights, relevance = scheme.weights(scores, without, supervised)
-    total = (weights * scores.cross_entropy).sum()
+    weights, relevance = scheme.weights(log_probs, no_image, supervised)
+    total = (weights * log_probs.cross_entropy).sum()
     loss = total / (weights.sum() + EPS)
-    if normalize == "global":
+    if normalize == "global":  # the value of the quotient, the gradient of the sum
         loss = loss.detach() + (total - total.detach())
     with torch.no_grad():
-        parts = {
+        per_token = {
             "supervised_tokens": torch.ones_like(weights),
             "weight": weights,
-            "weighted": weights * scores.cross_entropy,
-            "cross_entropy": scores.cross_entropy,
+            "weighted": weights * log_probs.cross_entropy,
+            "cross_entropy": log_probs.cross_entropy,
         }
-        if relevance is not None:
-            parts["at_d_min"] = relevance <= scheme.d_min
-            parts["at_d_max"] = relevance >= scheme.d_max
-            parts["p_difference"] = scores.probability - without.probability
-        sums = {name: values.double().sum() for name, values in parts.items()}
+        if relevance is not None and no_image is not None:
+            per_token["at_d_min"] = relevance <= scheme.d_min
+            per_token["at_d_max"] = relevance >= scheme.d_max
+            per_token["p_difference"] = log_probs.probability - no_image.probability
+        sums = {name: values.double().sum() for name, values in per_token.items()}
     return RelevanceLoss(loss, weights, sums)
 
 
 def statistics(sums: dict) -> dict:
-    """The log's figures of any number of micro-batches, from their added sums.
+    """Compute the log's figures of any number of micro-batches, from their added sums.
 
     Args:
         sums: as of :class:`RelevanceLoss`, tensors or numbers.
@@ -88,7 +89,7 @@ def statistics(sums: dict) -> dict:
         with vanilla runs), ``mean_weight`` and ``supervised_tokens``; from a contrast pass also
         ``share_at_d_min``, ``share_at_d_max`` and ``mean_p_difference``.
     """
-    # Of no token at all, every sum is 0.
+    # Without a token every sum is 0, and so is every figure.
     tokens = sums["supervised_tokens"] + (sums["supervised_tokens"] == 0)
     figures = {
         "loss": sums["weighted"] / (sums["weight"] + EPS),

@@ -1,20 +1,20 @@
 """How much each supervised token counts: weighting schemes, by name."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.loss.scores import TokenScores
+from dpa_xtuner.loss.head import TokenLogProbs
 from dpa_xtuner.registry import SCHEMES, build_named
 
 BOUNDARIES = ("sample", "flat")
 
 
-class Weights(NamedTuple):
+class TokenWeights(NamedTuple):
     """A scheme's answer for N supervised tokens.
 
     Attributes:
@@ -26,28 +26,66 @@ class Weights(NamedTuple):
     relevance: Tensor | None
 
 
+class WeightingScheme(Protocol):
+    """What the loss asks of a weighting scheme.
+
+    Most schemes compare the two passes: derive those from :class:`ContrastScheme`, which has
+    everything but the comparison.
+    """
+
+    @property
+    def contrast(self) -> bool:
+        """Whether the contrast pass is run for this scheme."""
+
+    @property
+    def d_min(self) -> float:
+        """Lower bound of the relevance, for the log."""
+
+    @property
+    def d_max(self) -> float:
+        """Upper bound of the relevance, for the log."""
+
+    def weights(
+        self, log_probs: TokenLogProbs, no_image: TokenLogProbs | None, supervised: Tensor
+    ) -> TokenWeights:
+        """Weigh the supervised tokens of a micro-batch.
+
+        Args:
+            log_probs: of N tokens, with the picture.
+            no_image: of the same tokens without it; None where ``contrast`` is False.
+            supervised: (B, T) bool with N true positions, the tokens' own, row by row.
+
+        Returns:
+            Weights without a graph.
+        """
+
+
 @SCHEMES.register_module("uniform")
 @dataclass(frozen=True)
 class Uniform:
     """Every token counts the same (vanilla); no contrast pass is run."""
 
     contrast: ClassVar[bool] = False
+    d_min: ClassVar[float] = 1.0
+    d_max: ClassVar[float] = 1.0
 
-    def weights(self, scores: TokenScores, without: None, supervised: Tensor) -> Weights:
-        """Ones; see :meth:`Contrast.weights`."""
-        return Weights(torch.ones_like(scores.cross_entropy), None)
+    def weights(
+        self, log_probs: TokenLogProbs, no_image: TokenLogProbs | None, supervised: Tensor
+    ) -> TokenWeights:
+        """Return ones; see :meth:`WeightingScheme.weights`."""
+        return TokenWeights(torch.ones_like(log_probs.cross_entropy), None)
 
 
 @dataclass(frozen=True)
-class Contrast:
+class ContrastScheme:
     """Weights from what the picture changes; a scheme derives from it and says how to compare.
 
-    ``d`` is the comparison, clamped; a token's weight is the mean of ``d`` over a window
-    around it (average pool, stride 1, padding not counted).
+    The relevance of a token is the comparison, clamped. Its weight is the mean relevance over a
+    window around it (average pool, stride 1, padding not counted).
 
     Args:
-        d_min: lower bound of ``d``, at least 0.
-        d_max: upper bound of ``d``, above 0.
+        d_min: lower bound of the relevance, at least 0.
+        d_max: upper bound of the relevance, above 0.
         window: odd number of neighbouring positions; 1 for no pooling.
         boundary: ``"sample"`` pools over the supervised tokens of the same sample alone;
             ``"flat"`` over the flattened batch, where unsupervised positions count with
@@ -82,53 +120,53 @@ class Contrast:
                 f"'sample' (pool within a sample) or 'flat' (the authors' way)."
             )
 
-    def difference(self, scores: TokenScores, without: TokenScores) -> Tensor:
+    def difference(self, log_probs: TokenLogProbs, no_image: TokenLogProbs) -> Tensor:
         """Compare the passes.
 
         Args:
-            scores: of N tokens, with the picture; carries no graph.
-            without: of the same tokens without it.
+            log_probs: of N tokens, with the picture; carries no graph.
+            no_image: of the same tokens without it.
 
         Returns:
             (N,), large where the picture helps.
         """
         raise NotImplementedError
 
-    def weights(self, scores: TokenScores, without: TokenScores, supervised: Tensor) -> Weights:
-        """Weights of the supervised tokens.
-
-        Args:
-            scores: of N tokens, with the picture.
-            without: of the same tokens, without it.
-            supervised: (B, T) bool with N true places, the tokens' own, row by row.
-
-        Returns:
-            Weights without a graph.
-        """
+    def weights(
+        self, log_probs: TokenLogProbs, no_image: TokenLogProbs | None, supervised: Tensor
+    ) -> TokenWeights:
+        """Clamp and pool the difference; see :meth:`WeightingScheme.weights`."""
+        assert no_image is not None, "the contrast pass was not run"
         with torch.no_grad():
-            d = self.difference(scores.detach(), without).clamp(self.d_min, self.d_max)
-            if not len(d):  # of a batch whose rows hold a single token there is nothing to pool
-                return Weights(d, d)
-            pool = _pool_flat if self.boundary == "flat" else _pool_sample
-            return Weights(pool(d, supervised, self.window, self.d_min), d)
+            relevance = self.difference(log_probs.detach(), no_image)  # (N,)
+            relevance = relevance.clamp(self.d_min, self.d_max)
+            if not len(relevance):  # rows of a single token leave avg_pool1d nothing to pool
+                return TokenWeights(relevance, relevance)
+            pool = self._pool_flat if self.boundary == "flat" else self._pool_sample
+            return TokenWeights(pool(relevance, supervised), relevance)
+
+    def _pool_sample(self, relevance: Tensor, supervised: Tensor) -> Tensor:
+        # Pooling the mask beside the values gives the number of supervised neighbours to divide by.
+        grid = relevance.new_zeros(supervised.shape).masked_scatter(supervised, relevance)
+        both = torch.stack([grid, supervised.to(grid.dtype)], dim=1)  # (B, 2, T)
+        pooled = avg_pool1d(both, self.window, stride=1, padding=self.window // 2)
+        total, count = pooled.unbind(1)  # (B, T) each
+        return total[supervised] / count[supervised]  # (N,)
+
+    def _pool_flat(self, relevance: Tensor, supervised: Tensor) -> Tensor:
+        grid = relevance.new_full(supervised.shape, self.d_min)  # (B, T)
+        flat = grid.masked_scatter(supervised, relevance).view(1, -1)  # (1, B T)
+        pooled = avg_pool1d(flat, self.window, 1, self.window // 2, count_include_pad=False)
+        return pooled.view_as(supervised)[supervised]  # (N,)
 
 
-def _pool_sample(d: Tensor, supervised: Tensor, window: int, _: float) -> Tensor:
-    places = d.new_zeros(supervised.shape).masked_scatter(supervised, d)  # (B, T)
-    both = torch.stack([places, supervised.to(d.dtype)], dim=1)  # (B, 2, T)
-    total, count = avg_pool1d(both, window, stride=1, padding=window // 2).unbind(1)
-    return total[supervised] / count[supervised]
-
-
-def _pool_flat(d: Tensor, supervised: Tensor, window: int, d_min: float) -> Tensor:
-    places = d.new_full(supervised.shape, d_min).masked_scatter(supervised, d).view(1, -1)
-    pooled = avg_pool1d(places, window, stride=1, padding=window // 2, count_include_pad=False)
-    return pooled.view_as(supervised)[supervised]
+Contrast = ContrastScheme
+"""The name that schemes of users' own were written with before."""
 
 
 @SCHEMES.register_module("cmo")
 @dataclass(frozen=True)
-class CMO(Contrast):
+class CMO(ContrastScheme):
     """Contrastive modality optimisation: by how much the picture raises the token's probability.
 
     Bounds and window of arXiv 2509.14735.
@@ -137,14 +175,14 @@ class CMO(Contrast):
     d_min: float = 0.05
     d_max: float = 0.5
 
-    def difference(self, scores: TokenScores, without: TokenScores) -> Tensor:
-        """p_w - p_wo."""
-        return scores.probability - without.probability
+    def difference(self, log_probs: TokenLogProbs, no_image: TokenLogProbs) -> Tensor:
+        """Return p_w - p_wo."""
+        return log_probs.probability - no_image.probability
 
 
 @SCHEMES.register_module("cal")
 @dataclass(frozen=True)
-class CAL(Contrast):
+class CAL(ContrastScheme):
     """Contrastive alignment: by how much the picture raises the token's logit.
 
     Bounds and window of arXiv 2405.17871.
@@ -153,13 +191,13 @@ class CAL(Contrast):
     d_min: float = 1.0
     d_max: float = 5.0
 
-    def difference(self, scores: TokenScores, without: TokenScores) -> Tensor:
-        """Difference of the token's own logits."""
-        return scores.logit - without.logit
+    def difference(self, log_probs: TokenLogProbs, no_image: TokenLogProbs) -> Tensor:
+        """Return the difference of the token's own logits."""
+        return log_probs.logit - no_image.logit
 
 
-def build_scheme(cfg: str | dict[str, Any]):
-    """The weighting scheme of a name or of ``dict(type=name, ...)``.
+def build_scheme(cfg: str | dict[str, Any]) -> WeightingScheme:
+    """Build the weighting scheme of a name or of ``dict(type=name, ...)``.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.SCHEMES`, or a dict of one and its arguments.

@@ -1,7 +1,6 @@
 """The models: XTuner's, with the loss, the adapter and the projector at their seams.
 
-Without XTuner (see :mod:`dpa_xtuner`) there are the loaders of LLMs, such as
-:mod:`dpa_xtuner.model.internlm2`, and nothing else.
+Without XTuner (see :mod:`dpa_xtuner`) there is :mod:`dpa_xtuner.model.configs` and nothing else.
 """
 
 import os

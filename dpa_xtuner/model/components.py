@@ -213,7 +213,7 @@ class _VisualEncoder(_Published):
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
         """As a ``from_pretrained`` folder with its image processor."""
-        model.encoder.save(self.of(model), folder, state, companion)
+        model.encoder_spec.save(self.of(model), folder, state, companion)
 
 
 class _Projector(Component):

@@ -94,22 +94,3 @@ def caps_attention(config: PretrainedConfig) -> bool:
 def architecture(config: PretrainedConfig) -> dict:
     """The sizes that tell architectures apart, for records and comparisons."""
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}
-
-
-def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedConfig) -> int:
-    """Tokens that an image (or tile) takes in the LLM's sequence.
-
-    Args:
-        encoder: a kind of encoder, by name or as a dict of its name and arguments.
-        projector: a projector, likewise.
-        config: the encoder's published configuration.
-
-    Raises:
-        DPAError: an unknown name, or a projector that does not take the encoder's tokens.
-    """
-    # They import this module.
-    from dpa_xtuner.model.encoders import build_encoder
-    from dpa_xtuner.model.projectors import projected_tokens
-
-    kind = build_encoder(encoder)
-    return projected_tokens(projector, kind.hidden_size(config), kind.tokens(config))

@@ -1,8 +1,4 @@
-"""The contrast pass: what the LLM says of the same tokens when it has not seen the pictures.
-
-Image positions that are out of the attention have no part in what text becomes, so they need
-not be in the sequence: the text tokens run alone, at the positions they had.
-"""
+"""The contrast pass: what the LLM says of the same tokens when it has not seen the pictures."""
 
 import math
 from collections.abc import Iterator
@@ -11,26 +7,18 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from dpa_xtuner.loss import TokenScores
-from dpa_xtuner.model.llm import (
-    base_model,
-    check_finite,
-    decode,
-    output_head,
-    supervised_places,
-    token_scores_of,
-)
-from dpa_xtuner.model.packing import depends_on_length, pack, takes_pairs
+from dpa_xtuner.loss import TokenLogProbs, supervised_mask
+from dpa_xtuner.model.llm import base_model, check_finite, decode, head_log_probs, output_head
 
 
 @torch.no_grad()
-def contrast_scores(llm: PreTrainedModel | PeftModel, data: dict) -> TokenScores:
-    """Scores of a batch's N supervised tokens without its images.
+def contrast_log_probs(llm: PreTrainedModel | PeftModel, data: dict) -> TokenLogProbs:
+    """Compute the log-probabilities of a batch's N supervised tokens without its images.
 
-    The token after an image is predicted from the last text token before it; where there
-    is none, its probability is 1 / vocabulary size. Samples without an image are left out.
+    The token after an image is predicted from the last text token before it. A token with no
+    text before it gets the uniform probability 1 / V. Samples without an image are left out.
     Every rank runs the pass once for each micro-batch, over a single token where nothing
     is to be compared, so that ZeRO-3's collectives match.
 
@@ -43,74 +31,74 @@ def contrast_scores(llm: PreTrainedModel | PeftModel, data: dict) -> TokenScores
         data: a batch of :func:`dpa_xtuner.data.collate`; not changed.
 
     Returns:
-        Scores without a graph; zeros for the tokens of samples without an image.
+        Log-probabilities without a graph; zeros for the tokens of samples without an image.
 
     Raises:
         DPAError: a hidden state is not finite; the message names the samples.
     """
     labels = data["labels"]
-    supervised = supervised_places(labels)
-    concerned = data["image_mask"].any(1) & supervised.any(1)  # (B,)
-    text = data["attention_mask"].bool() & ~data["image_mask"] & concerned.unsqueeze(1)
+    supervised = supervised_mask(labels)  # (B, T - 1)
+    needs_contrast = data["image_mask"].any(1) & supervised.any(1)  # (B,)
+    text = data["attention_mask"].bool() & ~data["image_mask"]  # (B, T)
+    rows = needs_contrast.nonzero()[:, 0]  # (R,)
+    inputs, before = _text_only(base_model(llm).config, data, text, rows)
+    asked = supervised & needs_contrast.unsqueeze(1)
+    has_context = asked & (before >= 0)  # (B, T - 1), K true
     with _evaluating(llm):
-        hidden, known = _hidden(llm, data, text, supervised, share_rows=True)
-        of_known = torch.zeros_like(supervised).masked_scatter(supervised, known)
-
-        def alone() -> Tensor:
-            return _hidden(llm, data, text, supervised, share_rows=False)[0]
-
-        check_finite(llm, hidden, of_known, data["ids"], " without the images", alone)
-        found = token_scores_of(llm, hidden, labels[:, 1:][supervised][known])
-    # What has no text before it: all V tokens are alike to the LLM.
+        hidden = decode(llm, inputs)  # (R, S, H)
+        row = (needs_contrast.cumsum(0) - 1).unsqueeze(1).expand_as(supervised)
+        hidden = hidden[row[has_context], before[has_context]]  # (K, H)
+        check_finite(hidden, has_context, data["ids"], " without the images")
+        found = head_log_probs(llm, hidden, labels[:, 1:][has_context])  # (K,)
     uniform = math.log(output_head(llm).out_features)
-    imaged = concerned.unsqueeze(1).expand_as(supervised)[supervised]
-    cross_entropy = imaged * torch.full_like(imaged, uniform, dtype=found.cross_entropy.dtype)
-    logit = torch.zeros_like(cross_entropy)
-    return TokenScores(
-        cross_entropy.masked_scatter(known, found.cross_entropy),
-        logit.masked_scatter(known, found.logit),
-    )
+    cross_entropy = asked.to(found.cross_entropy.dtype) * uniform
+    cross_entropy = cross_entropy.masked_scatter(has_context, found.cross_entropy)
+    logit = torch.zeros_like(cross_entropy).masked_scatter(has_context, found.logit)
+    return TokenLogProbs(cross_entropy[supervised], logit[supervised])  # (N,)
 
 
-def _hidden(
-    llm: nn.Module, data: dict, text: Tensor, supervised: Tensor, share_rows: bool
-) -> tuple[Tensor, Tensor]:
-    # (M, H) of the M supervised tokens that have text before them; and which they are, (N,).
-    inputs, before = _inputs(llm, data, text, share_rows)
-    places = before[:, 1:][supervised]  # (N,)
-    known = places >= 0
-    return decode(llm, inputs).flatten(0, 1)[places[known]], known
-
-
-def _inputs(
-    llm: nn.Module, data: dict, text: Tensor, share_rows: bool
+def _text_only(
+    config: PretrainedConfig, data: dict, text: Tensor, rows: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    # The decoder's inputs; and for each text token of the batch the place, in its flattened
-    # output, of the text token before, -1 where there is none.
-    config = base_model(llm).config
-    inputs = {key: data[key] for key in ("input_ids", "position_ids")}
-    if depends_on_length(config, text.shape[1]):
-        # There the images keep their places in the sequence.
-        mask = text | ~text.any(1, keepdim=True)
-        inputs["attention_mask"] = mask.long()
-        places = text.nonzero()
-        slots = places[:, 0] * text.shape[1] + places[:, 1]
+    """Select the text tokens (B, T) of some rows (R,).
+
+    Returns:
+        The decoder's inputs (R, S); and for each position but the last, (B, T - 1), the column
+        in them of the last text token up to there, -1 where there is none.
+    """
+    length = text.shape[1]
+    if _depends_on_length(config, length):
+        columns = torch.arange(length, device=text.device).expand_as(text)
+        before = torch.where(text, columns, -1).cummax(1).values
     else:
-        masks_pairs = takes_pairs(config)
-        packed = pack(text, config.hidden_size, share_rows and masks_pairs)
-        inputs = packed.lay_out(inputs, text)
-        if masks_pairs:
-            dtype = llm.get_input_embeddings().weight.dtype
-            inputs["attention_mask"] = packed.pairs(dtype)
-        else:  # FlashAttention-2 leaves out padding by itself
-            mask = packed.segments > 0
-            mask[:, 0] = True  # a row of padding alone has to attend to something
-            inputs["attention_mask"] = mask.long()
-        slots = packed.slots
-    before = torch.full(text.shape, -1, device=text.device)
-    first = (text.cumsum(1) == 1)[text]
-    before[text] = torch.where(first, -1, slots.roll(1))
-    return inputs, before
+        # Image positions that are masked out have no part in what text becomes. So the text
+        # tokens run alone, at the position ids they had: T text tokens in place of T + 576.
+        longest = max([1, *text.sum(1)[rows].tolist()])
+        columns = (~text).int().argsort(dim=1, stable=True)[:, :longest]  # text first, in order
+        before = text.cumsum(1) - 1
+    if not len(rows):  # a single token, so that this rank takes part
+        rows, columns = rows.new_zeros(1), columns[:, :1]
+    index = rows.unsqueeze(1), columns[rows]  # (R, 1), (R, S)
+    mask = text[index]
+    mask[:, 0] |= ~mask.any(1)  # a row of padding alone has to attend to something
+    inputs = {key: data[key][index] for key in ("input_ids", "position_ids")}
+    return inputs | {"attention_mask": mask.long()}, before[:, :-1]
+
+
+def _depends_on_length(config: PretrainedConfig, length: int) -> bool:
+    """Tell whether an LLM's answer depends on the length of the row that its tokens stand in.
+
+    A sliding window counts positions in the sequence; and some rotary embeddings are stretched
+    by the last position of a batch where it is beyond what they were made for. There the images
+    keep their places, masked out.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and length > window:
+        return True
+    scaling = getattr(config, "rope_scaling", None) or {}
+    stretched = scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope")
+    made_for = getattr(config, "original_max_position_embeddings", None)
+    return stretched and length > (made_for or config.max_position_embeddings)
 
 
 @contextmanager

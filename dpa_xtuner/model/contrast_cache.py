@@ -1,4 +1,4 @@
-"""What a frozen LLM says without the pictures, computed once and read from then on."""
+"""What a frozen LLM says without the pictures, computed once and read from disk afterwards."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ import numpy as np
 import torch
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.loss import TokenScores
+from dpa_xtuner.loss import TokenLogProbs
 
 FACTS = "facts.json"
-"""File in a cache's folder that says what its scores were computed from."""
+"""File in a cache's folder that says what it was computed from."""
 
 
 class ContrastCache:
-    """Scores of the contrast pass for every sample of a data set, memory-mapped.
+    """Log-probabilities of the contrast pass for every sample of a data set, memory-mapped.
 
     The folder holds ``scores.npy`` ((M, 2) float32, cross entropy and logit of all supervised
     tokens, sample by sample), ``offsets.npy`` (where each sample begins in them, and the end)
@@ -22,7 +22,7 @@ class ContrastCache:
 
     Args:
         folder: written by :func:`write`.
-        facts: what this run would compute the scores from.
+        facts: what this run would compute it from.
 
     Raises:
         DPAError: the folder was written by something else, or for other facts.
@@ -50,16 +50,16 @@ class ContrastCache:
                 f"Remove the folder to have it computed again, or name another one."
             )
 
-    def read(self, indices: list[int], device: torch.device) -> TokenScores:
-        """Scores of the supervised tokens of some samples, one sample after the other.
+    def read(self, indices: list[int], device: torch.device) -> TokenLogProbs:
+        """Read those of the supervised tokens of some samples, one sample after the other.
 
         Args:
-            indices: the samples' places in the data set.
+            indices: the samples' indices in the data set.
             device: where to.
         """
-        parts = [self.scores[self.offsets[i] : self.offsets[i + 1]] for i in indices]
-        rows = np.concatenate([np.empty((0, 2), np.float32), *parts])
-        return TokenScores(*torch.from_numpy(rows).to(device, non_blocking=True).unbind(-1))
+        samples = [self.scores[self.offsets[i] : self.offsets[i + 1]] for i in indices]
+        rows = np.concatenate([np.empty((0, 2), np.float32), *samples])  # (N, 2)
+        return TokenLogProbs(*torch.from_numpy(rows).to(device, non_blocking=True).unbind(-1))
 
 
 def write(folder: Path, counts: np.ndarray, scores: np.ndarray, facts: dict) -> None:

@@ -7,18 +7,12 @@ from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.loss import TokenScores
+from dpa_xtuner.loss import Objective, TokenLogProbs
 from dpa_xtuner.model.components import LLM, VISUAL_ENCODER, trained_state
-from dpa_xtuner.model.contrast import contrast_scores
+from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm import (
-    add_lora,
-    load,
-    merge_adapter,
-    supervised_scores,
-)
-from dpa_xtuner.model.objective import Objective
+from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
 from dpa_xtuner.model.projectors import build_projector, load_projector
 from dpa_xtuner.precision import Precision
 
@@ -48,7 +42,7 @@ class DPALLaVAModel(LLaVAModel):
         kwargs: of :class:`xtuner.model.LLaVAModel`.
 
     Attributes:
-        encoder: what is known of the visual encoder's kind.
+        encoder_spec: what is known of the visual encoder's kind.
         contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that is read in
             place of the contrast pass, or None.
     """
@@ -82,25 +76,25 @@ class DPALLaVAModel(LLaVAModel):
         }
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)
-        kind = build_encoder(encoder)
+        spec = build_encoder(encoder)
         if visual_select_layer is not None:
-            kind.layer = visual_select_layer
-        # XTuner makes its own projector, which is replaced: its random numbers are drawn again.
+            spec.layer = visual_select_layer
+        # XTuner draws random numbers for a projector that ours replaces; ours starts from the same.
         with torch.random.fork_rng(devices=[]):
             super().__init__(
                 llm=llm,
                 visual_encoder=visual_encoder,
-                visual_select_layer=kind.layer,
+                visual_select_layer=spec.layer,
                 use_activation_checkpointing=False,
                 **kwargs,
             )
-        self.encoder = kind
+        self.encoder_spec = spec
         self.projector = build_projector(
-            projector, kind.hidden_size(self.visual_encoder.config), self.llm.config.hidden_size
+            projector, spec.hidden_size(self.visual_encoder.config), self.llm.config.hidden_size
         )
         self.projector.requires_grad_(not freeze_projector)
         if not self.freeze_visual_encoder:
-            kind.freeze_unread(self.visual_encoder)
+            spec.freeze_unread(self.visual_encoder)
         if use_activation_checkpointing:
             self.llm.enable_input_require_grads()
             self.activation_checkpointing_enable()
@@ -142,7 +136,7 @@ class DPALLaVAModel(LLaVAModel):
         return trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
-        """Like any module's, but a frozen visual encoder stays in evaluation mode."""
+        """Switch the mode as any module does, but keep a frozen visual encoder evaluating."""
         super().train(mode)
         if self.freeze_visual_encoder:
             self.visual_encoder.eval()
@@ -160,7 +154,7 @@ class DPALLaVAModel(LLaVAModel):
         Raises:
             DPAError: the images are of another size than the encoder's.
         """
-        size = self.encoder.image_size(self.visual_encoder.config)
+        size = self.encoder_spec.image_size(self.visual_encoder.config)
         if pixel_values.shape[-2:] != (size, size):
             height, width = pixel_values.shape[-2:]
             raise DPAError(
@@ -168,9 +162,9 @@ class DPALLaVAModel(LLaVAModel):
                 f"Give the data set the encoder's own image_processor."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_visual_encoder):
-            patches = self.encoder.features(
+            patches = self.encoder_spec.features(
                 self.visual_encoder, pixel_values.to(self.visual_encoder.dtype)
-            )
+            )  # (N, n, C)
         return self.projector(patches.to(self.projector.dtype))
 
     def splice(self, data: dict) -> dict[str, Tensor]:
@@ -192,11 +186,11 @@ class DPALLaVAModel(LLaVAModel):
         embeds = self.llm.get_input_embeddings()(data["input_ids"])  # (B, T, H)
         pixel_values = data.get("pixel_values")
         if pixel_values is None:
-            size = self.encoder.image_size(self.visual_encoder.config)
-            features = self.encode_images(embeds.new_zeros(1, 3, size, size))
+            size = self.encoder_spec.image_size(self.visual_encoder.config)
+            features = self.encode_images(embeds.new_zeros(1, 3, size, size))  # (1, n, H)
             embeds = embeds + 0 * features.sum().to(embeds.dtype)
         else:
-            features = self.encode_images(pixel_values).to(embeds.dtype)
+            features = self.encode_images(pixel_values).to(embeds.dtype)  # (N, n, H)
             if self.is_first_iter:  # once, since asking a GPU for the count makes it wait
                 _check_image_tokens(data, features)
                 self.is_first_iter = False
@@ -207,28 +201,28 @@ class DPALLaVAModel(LLaVAModel):
             "position_ids": data["position_ids"],
         }
 
-    def scores(self, data: dict) -> TokenScores:
-        """Scores of the N supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
-        return supervised_scores(self.llm, self.splice(data), data)
+    def log_probs(self, data: dict) -> TokenLogProbs:
+        """Compute those of the supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
+        return supervised_log_probs(self.llm, self.splice(data), data)
 
     def forward(self, data: dict, data_samples=None, mode: str = "loss"):
-        """The loss of a batch (``mode="loss"``), or its scores (``"tensor"``)."""
+        """Compute a batch's loss (``mode="loss"``) or log-probabilities (``"tensor"``)."""
         if mode == "loss":
             return self.compute_loss(data)
         if mode == "tensor":
-            return self.scores(data)
+            return self.log_probs(data)
         raise ValueError(f"mode={mode!r} is not one of 'loss', 'tensor'")
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
-        # First, so that autocast keeps casts of the weights that carry a graph.
-        scores = self.scores(data)
-        without = None
+        """Compute the loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        # Before the contrast pass, so that the casts that autocast caches carry a graph.
+        log_probs = self.log_probs(data)
+        no_image = None
         if self.objective.scheme.contrast and self.contrast_cache is not None:
-            without = self.contrast_cache.read(data["indices"], data["labels"].device)
+            no_image = self.contrast_cache.read(data["indices"], data["labels"].device)
         elif self.objective.scheme.contrast:
-            without = contrast_scores(self.llm, data)
-        return self.objective(scores, without, data)
+            no_image = contrast_log_probs(self.llm, data)
+        return self.objective(log_probs, no_image, data)
 
 
 def _undo_dispatch(llm: nn.Module) -> None:
@@ -244,10 +238,10 @@ def _undo_dispatch(llm: nn.Module) -> None:
 
 
 def _check_image_tokens(data: dict, features: Tensor) -> None:
-    places, found = int(data["image_mask"].sum()), features.shape[0] * features.shape[1]
-    if places != found:
+    images, tokens, _ = features.shape
+    expected = int(data["image_mask"].sum())
+    if expected != images * tokens:
         raise DPAError(
-            f"The batch holds {places} image positions for {features.shape[0]} images, but the "
-            f"projector gives {features.shape[1]} tokens for each. The data set's "
-            f"image_tokens must be {features.shape[1]}."
+            f"The batch holds {expected} image positions for {images} images, but the projector "
+            f"gives {tokens} tokens for each. The data set's image_tokens must be {tokens}."
         )

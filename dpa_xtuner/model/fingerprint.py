@@ -1,7 +1,6 @@
 """A fingerprint of weights, to tell models apart and to see that frozen ones stay put."""
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def gathered(parameters: list[nn.Parameter], modify: bool = False):
-    """Whole parameters inside the context, also where DeepSpeed ZeRO-3 has split them.
+    """Give whole parameters inside the context, also where DeepSpeed ZeRO-3 has split them.
 
     Args:
         parameters: the ones to gather; a collective where they are split.
@@ -60,16 +59,13 @@ def gathered(parameters: list[nn.Parameter], modify: bool = False):
 
 def _sums(tensor: Tensor, dtype: torch.dtype | None) -> tuple[int, int]:
     plain = weighted = 0
-    for start, chunk in _chunks(tensor.reshape(-1)):
+    flat = tensor.reshape(-1)
+    for start in range(0, len(flat), _CHUNK):
+        chunk = flat[start : start + _CHUNK]
         chunk = chunk if dtype is None else chunk.to(dtype)
         words = chunk.view(_WORDS[chunk.element_size()]).long()
-        place = torch.arange(start, start + len(words), device=words.device)
+        index = torch.arange(start, start + len(words), device=words.device)
         plain += int(words.sum())
-        # An odd multiplier (Knuth) spreads the positions over all 64 bits.
-        weighted += int((words * (place * 2654435761 + 1)).sum())
+        # An odd multiplier (Knuth) spreads the indices over all 64 bits.
+        weighted += int((words * (index * 2654435761 + 1)).sum())
     return plain % 2**64, weighted % 2**64
-
-
-def _chunks(flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, flat.numel(), _CHUNK):
-        yield start, flat[start : start + _CHUNK]

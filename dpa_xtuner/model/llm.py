@@ -1,6 +1,7 @@
-"""What both models do with their LLM: load it, adapt it, ask it for scores."""
+"""What both models do with their LLM: load it, adapt it, ask it for log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 
@@ -13,19 +14,15 @@ from transformers import PreTrainedModel
 from xtuner.model.modules.dispatch import SUPPORT_FLASH2
 from xtuner.model.utils import LoadWoInit, find_all_linear_names, traverse_dict
 from xtuner.registry import BUILDER
-from xtuner.utils import IGNORE_INDEX
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.loss import TokenScores, token_scores
+from dpa_xtuner.loss import TokenLogProbs, supervised_mask, token_log_probs
 from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.configs import model_class, options_refused
-from dpa_xtuner.model.last_layer import only_read
-from dpa_xtuner.model.packing import depends_on_length, pack, takes_pairs
-from dpa_xtuner.model.replaced import forward_replaced
 
 
 def load(cfg: dict | nn.Module) -> nn.Module:
-    """Build an LLM or encoder for training; a module is returned as it is.
+    """Build an LLM or encoder for training; return a module as it is.
 
     FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
     the config does not say otherwise; without it, the eager attention for a model that caps its
@@ -120,15 +117,15 @@ def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:
 
 
 def is_quantised(llm: PreTrainedModel) -> bool:
-    """Whether its weights were quantised on loading, or are published so."""
+    """Tell whether its weights were quantised on loading, or are published so."""
     return getattr(llm, "is_quantized", False)
 
 
 def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftModel:
     """Add a PEFT LoRA adapter to the weights of ``llm``, and leave no trace of peft.
 
-    Rounded to 4 bit again, the sum would be another model than was trained: where the LLM
-    is quantised, the adapter stays beside the weights, frozen, and without its dropout.
+    Where the LLM is quantised, the adapter stays next to the weights, frozen, and without its
+    dropout: rounded to 4 bit again, the sum would be another model than was trained.
 
     Args:
         llm: the model the adapter was trained on; changed in place.
@@ -146,14 +143,63 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftMo
     return llm
 
 
-def token_scores_of(
-    llm: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor
-) -> TokenScores:
-    """Ask the LLM's head about the tokens that follow ``hidden``.
+def supervised_log_probs(
+    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], data: dict
+) -> TokenLogProbs:
+    """Compute the log-probabilities of a batch's N supervised tokens.
 
-    The head is called as a module, with the chunked computation in place of its own forward
-    pass, so that DeepSpeed ZeRO-3 gathers its parameters once for all chunks and reduces
-    their gradients.
+    Args:
+        llm: the LLM, wrapped by peft or not.
+        inputs: what its decoder takes: ``attention_mask`` and ``position_ids`` (B, T) and
+            ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, H).
+        data: its ``labels`` (B, T) int64, :data:`dpa_xtuner.loss.IGNORE_INDEX` where a token is
+            not supervised, and ``ids``, the records' names.
+
+    Raises:
+        DPAError: a hidden state is not finite; the message names the samples.
+    """
+    supervised = supervised_mask(data["labels"])  # (B, T - 1)
+    # The head is most of a small model's step, and most positions (images, prompts, padding)
+    # need no logits: ask it at the positions before supervised tokens alone.
+    hidden = decode(llm, inputs)[:, :-1][supervised]  # (B, T, H) to (N, H)
+    check_finite(hidden, supervised, data["ids"], "")
+    return head_log_probs(llm, hidden, data["labels"][:, 1:][supervised])
+
+
+def decode(llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the last hidden states (B, T, H) of the LLM's decoder for what it takes."""
+    return base_model(llm).get_decoder()(**inputs, use_cache=False).last_hidden_state
+
+
+def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str) -> None:
+    """Refuse hidden states that would make the loss, and then every weight, NaN.
+
+    Args:
+        hidden: (N, H).
+        supervised: (B, T) bool with N true positions.
+        ids: of the B samples.
+        where: of which pass, for the message.
+
+    Raises:
+        DPAError: the message names the samples.
+    """
+    finite = torch.isfinite(hidden).all(-1)  # (N,)
+    if finite.all():
+        return
+    samples = supervised.nonzero()[:, 0][~finite].unique().tolist()
+    names = ", ".join(repr(ids[sample]) for sample in samples)
+    raise DPAError(
+        f"The LLM's hidden states{where} are not finite (NaN or infinite) for the samples {names}. "
+        f"If that is every sample, the weights themselves are broken: lower the learning rate, "
+        f"resume from the last checkpoint, or train in bfloat16 rather than float16. If it is "
+        f"some of them, look at these samples."
+    )
+
+
+def head_log_probs(
+    llm: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor
+) -> TokenLogProbs:
+    """Ask the LLM's head about the tokens that follow ``hidden``.
 
     Args:
         llm: the LLM, wrapped by peft or not.
@@ -166,15 +212,30 @@ def token_scores_of(
     head = output_head(llm)
     softcap = getattr(base_model(llm).config, "final_logit_softcapping", None)  # Gemma-2
 
-    def forward(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(token_scores(hidden, targets, head.weight, head.bias, softcap))
+    def forward(hidden: Tensor) -> tuple[Tensor, ...]:
+        return tuple(token_log_probs(hidden, targets, head.weight, head.bias, softcap))
 
-    with forward_replaced(head, forward):
-        return TokenScores(*head(hidden))
+    # The chunks are computed inside one call of the module, so that DeepSpeed ZeRO-3's hooks
+    # gather its parameters once for all of them and reduce their gradients.
+    with _forward_replaced(head, forward):
+        return TokenLogProbs(*head(hidden))
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # such as accelerate's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def output_head(llm: PreTrainedModel | PeftModel) -> nn.Linear:
-    """The LLM's head: its last linear layer.
+    """Return the LLM's head: its last linear layer.
 
     Raises:
         DPAError: it is not a plain linear layer.
@@ -192,110 +253,5 @@ def output_head(llm: PreTrainedModel | PeftModel) -> nn.Linear:
 
 
 def base_model(llm: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The LLM without peft's wrapping, its adapter layers still in it."""
+    """Return the LLM without peft's wrapping, its adapter layers still in it."""
     return llm.get_base_model() if isinstance(llm, PeftModel) else llm
-
-
-def decode(llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Last hidden states (B, T, H) of the LLM's decoder for what it takes."""
-    return base_model(llm).get_decoder()(**inputs, use_cache=False).last_hidden_state
-
-
-def supervised_places(labels: Tensor) -> Tensor:
-    """(B, T - 1) bool, true where ``labels`` (B, T) supervise the token *after* a position."""
-    return labels[:, 1:] != IGNORE_INDEX
-
-
-def supervised_scores(
-    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], data: dict
-) -> TokenScores:
-    """Scores of a batch's N supervised tokens.
-
-    The head is most of a small model's step, and most positions (images, prompts, padding)
-    need no logits, so the head sees the supervised positions and no others.
-
-    Args:
-        llm: the LLM, wrapped by peft or not.
-        inputs: what its decoder takes: ``attention_mask`` and ``position_ids`` (B, T) and
-            ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, H).
-        data: its ``labels`` (B, T) int64, :data:`IGNORE_INDEX` where a token is not supervised,
-            and ``ids``, the records' names.
-
-    Raises:
-        DPAError: a hidden state is not finite; the message names the samples.
-    """
-    supervised = supervised_places(data["labels"])
-    laid, places = _without_padding(llm, inputs)
-    places = places[:, :-1][supervised]  # (N,), of the tokens before
-    read = torch.zeros(laid["position_ids"].shape, dtype=torch.bool, device=places.device)
-    read.view(-1)[places] = True
-    with only_read(base_model(llm).get_decoder(), read):
-        hidden = decode(llm, laid).flatten(0, 1)[places]  # (N, H)
-
-    def alone() -> Tensor:
-        return decode(llm, inputs)[:, :-1][supervised]
-
-    check_finite(llm, hidden, supervised, data["ids"], "", alone)
-    return token_scores_of(llm, hidden, data["labels"][:, 1:][supervised])
-
-
-def _without_padding(
-    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor]:
-    # Inputs of fewer rows, where samples fit side by side; and where each token went in the
-    # flattened rows, (B, T). Modelling code that is not transformers' may take no mask of pairs.
-    mask = inputs["attention_mask"].bool()
-    base = base_model(llm)
-    places = torch.arange(mask.numel(), device=mask.device).view_as(mask)
-    ours = type(base).__module__.startswith("transformers.") and takes_pairs(base.config)
-    if not ours or depends_on_length(base.config, mask.shape[1]):
-        return inputs, places
-    packed = pack(mask, base.config.hidden_size)
-    if packed.segments.numel() == mask.numel():
-        return inputs, places
-    tokens = {key: value for key, value in inputs.items() if key != "attention_mask"}
-    dtype = llm.get_input_embeddings().weight.dtype
-    laid = packed.lay_out(tokens, mask) | {"attention_mask": packed.pairs(dtype)}
-    return laid, places.masked_scatter(mask, packed.slots)
-
-
-def check_finite(
-    llm: nn.Module,
-    hidden: Tensor,
-    supervised: Tensor,
-    ids: list[str],
-    where: str,
-    alone: Callable[[], Tensor],
-) -> None:
-    """Refuse hidden states that would make the loss, and then every weight, NaN.
-
-    A spoilt sample spoils its whole row, since 0 x NaN is NaN: so that the message names no
-    neighbour, they are asked for again with a row for each sample. Not under ZeRO-3, where the
-    other ranks would not take part.
-
-    Args:
-        llm: the LLM.
-        hidden: (N, H).
-        supervised: (B, T) bool with N true places.
-        ids: of the B samples.
-        where: of which pass, for the message.
-        alone: computes ``hidden`` with each sample in a row of its own.
-
-    Raises:
-        DPAError: the message names the samples.
-    """
-    finite = torch.isfinite(hidden).all(-1)
-    if finite.all():
-        return
-    if not any(hasattr(parameter, "ds_id") for parameter in llm.parameters()):
-        with torch.no_grad():
-            among_own = torch.isfinite(alone()).all(-1)
-        finite = finite if among_own.all() else among_own
-    rows = supervised.nonzero()[:, 0][~finite].unique().tolist()
-    names = ", ".join(repr(ids[row]) for row in rows)
-    raise DPAError(
-        f"The LLM's hidden states{where} are not finite (NaN or infinite) for the samples {names}. "
-        f"Where all samples are named, the weights themselves are spoilt: lower the learning "
-        f"rate, resume from the last checkpoint, or train in bfloat16 rather than float16. Where "
-        f"some are, look at these samples."
-    )

@@ -4,19 +4,42 @@ import json
 import math
 from inspect import signature
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PretrainedConfig
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.registry import PROJECTORS, build_named
 
 
+class ProjectorModule(Protocol):
+    """What is asked of a projector, XTuner's or a :class:`Projector`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+
+    def __call__(self, patches: Tensor) -> Tensor:
+        """Turn (N, n, C) of the encoder into (N, tokens, H) for the LLM."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return its weights by name."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any:
+        """Take weights by name, strictly."""
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+
+
 class Projector(nn.Module):
-    """A projector that is saved with its type and arguments; one of one's own derives from it.
+    """A projector that is saved with its type and arguments; one of your own derives from it.
 
     The constructor takes ``visual_hidden_size`` and ``llm_hidden_size`` first, then whatever a
     config may set; ``forward`` takes (N, n, ``visual_hidden_size``), the patches row by row,
@@ -30,7 +53,7 @@ class Projector(nn.Module):
     settings: dict
 
     def tokens(self, n: int) -> int:
-        """Tokens that come out for an image (or tile) of ``n`` patches."""
+        """Count the tokens that come out for an image (or tile) of ``n`` patches."""
         return n
 
     @property
@@ -58,7 +81,7 @@ class Projector(nn.Module):
 
 @PROJECTORS.register_module("mlp")
 def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> ProjectorModel:
-    """XTuner's projector, patch by patch: linear layers with a GELU between.
+    """Build XTuner's projector, patch by patch: linear layers with a GELU between.
 
     Args:
         visual_hidden_size: channels of a patch.
@@ -68,13 +91,17 @@ def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> Projec
     Raises:
         DPAError: the depth is no whole number above 0.
     """
-    if type(depth) is not int or depth < 1:
-        raise DPAError(f"projector.depth={depth!r} is not a whole number from 1 on.")
+    _check_number("depth", depth)
     return ProjectorModel(
         ProjectorConfig(
             visual_hidden_size=visual_hidden_size, llm_hidden_size=llm_hidden_size, depth=depth
         )
     )
+
+
+def _check_number(name: str, value: int) -> None:
+    if value < 1:
+        raise DPAError(f"projector.{name}={value!r} is not a whole number from 1 on.")
 
 
 def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
@@ -86,12 +113,11 @@ class _Blocks(Projector):
 
     def __init__(self, factor: int):
         super().__init__()
-        if type(factor) is not int or factor < 1:
-            raise DPAError(f"projector.factor={factor!r} is not a whole number from 1 on.")
+        _check_number("factor", factor)
         self.factor = factor
 
     def tokens(self, n: int) -> int:
-        """One for each block.
+        """Count one for each block.
 
         Raises:
             DPAError: ``n`` patches can't be cut into blocks.
@@ -111,10 +137,10 @@ class _Blocks(Projector):
         return (side // self.factor) ** 2
 
     def blocks(self, patches: Tensor) -> Tensor:
-        """(N, n, C) to (N, tokens, factor², C): blocks row by row, and rows within a block."""
+        """Cut (N, n, C) into blocks (N, tokens, factor², C), row by row, as is each block."""
         (count, n, channels), factor = patches.shape, self.factor
         side = math.isqrt(self.tokens(n))
-        grid = patches.view(count, side, factor, side, factor, channels)
+        grid = patches.view(count, side, factor, side, factor, channels)  # row, in block, column
         return grid.transpose(2, 3).reshape(count, side * side, factor * factor, channels)
 
 
@@ -138,8 +164,9 @@ class PixelShuffle(_Blocks):
         self.model = _two_layers(channels, llm_hidden_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, n, C) to (N, n / factor², H)."""
-        return self.model(self.norm(self.blocks(patches).flatten(2)))
+        """Turn (N, n, C) into (N, n / factor², H)."""
+        blocks = self.blocks(patches).flatten(2)  # (N, tokens, factor² C)
+        return self.model(self.norm(blocks))
 
 
 @PROJECTORS.register_module("avg_pool")
@@ -160,7 +187,7 @@ class AveragePool(_Blocks):
         self.model = _two_layers(visual_hidden_size, llm_hidden_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, n, C) to (N, n / factor², H)."""
+        """Turn (N, n, C) into (N, n / factor², H)."""
         return self.model(self.blocks(patches).mean(2))
 
 
@@ -182,16 +209,15 @@ class Resampler(Projector):
 
     def __init__(self, visual_hidden_size: int, llm_hidden_size: int, queries: int = 64):
         super().__init__()
-        if type(queries) is not int or queries < 1:
-            raise DPAError(f"projector.queries={queries!r} is not a whole number from 1 on.")
+        _check_number("queries", queries)
         # 128 channels each, or the next larger number that divides them.
         most = max(1, llm_hidden_size // 128)
         self.heads = next(heads for heads in range(most, 0, -1) if llm_hidden_size % heads == 0)
         self.queries = nn.Parameter(torch.randn(queries, llm_hidden_size) * 0.02)
         self.norm_patches = nn.LayerNorm(visual_hidden_size)
         self.norm_queries = nn.LayerNorm(llm_hidden_size)
-        # Layers of their own: nn.MultiheadAttention reads its output layer's weight without
-        # calling the layer, and ZeRO-3 would not have gathered it.
+        # Not nn.MultiheadAttention: it reads its output layer's weight without calling the layer,
+        # so that ZeRO-3 would not have gathered it.
         self.query = nn.Linear(llm_hidden_size, llm_hidden_size)
         self.key = nn.Linear(visual_hidden_size, llm_hidden_size)
         self.value = nn.Linear(visual_hidden_size, llm_hidden_size)
@@ -200,11 +226,11 @@ class Resampler(Projector):
         self.model = _two_layers(llm_hidden_size, llm_hidden_size)
 
     def tokens(self, n: int) -> int:
-        """The number of queries."""
+        """Return the number of queries."""
         return len(self.queries)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N, n, C) to (N, queries, H)."""
+        """Turn (N, n, C) into (N, queries, H)."""
         patches = self.norm_patches(patches)
         queries = self.query(self.norm_queries(self.queries)).expand(len(patches), -1, -1)
         seen = functional.scaled_dot_product_attention(
@@ -219,8 +245,8 @@ class Resampler(Projector):
 
 def build_projector(
     cfg: str | dict, visual_hidden_size: int, llm_hidden_size: int
-) -> Projector | ProjectorModel:
-    """The projector of a name or of ``dict(type=name, ...)``, with random weights.
+) -> ProjectorModule:
+    """Build the projector of a name or of ``dict(type=name, ...)``, with random weights.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.PROJECTORS`, or a dict of one and its arguments.
@@ -254,7 +280,7 @@ def build_projector(
 
 
 def projected_tokens(cfg: str | dict, visual_hidden_size: int, n: int) -> int:
-    """Tokens that a projector makes of ``n`` patches, known without its weights.
+    """Count the tokens that a projector makes of ``n`` patches, without its weights.
 
     Raises:
         DPAError: as :func:`build_projector`, or it does not take so many patches.
@@ -264,7 +290,22 @@ def projected_tokens(cfg: str | dict, visual_hidden_size: int, n: int) -> int:
     return projector.tokens(n) if isinstance(projector, Projector) else n
 
 
-def load_projector(projector: Projector | ProjectorModel, folder: str) -> None:
+def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedConfig) -> int:
+    """Count the tokens that an image (or tile) takes in the LLM's sequence.
+
+    Args:
+        encoder: a kind of encoder, by name or as a dict of its name and arguments.
+        projector: a projector, likewise.
+        config: the encoder's published configuration.
+
+    Raises:
+        DPAError: an unknown name, or a projector that does not take the encoder's tokens.
+    """
+    spec = build_encoder(encoder)
+    return projected_tokens(projector, spec.hidden_size(config), spec.tokens(config))
+
+
+def load_projector(projector: ProjectorModule, folder: str) -> None:
     """Load a projector's weights, strictly.
 
     Args:
@@ -277,7 +318,7 @@ def load_projector(projector: Projector | ProjectorModel, folder: str) -> None:
     projector.load_state_dict(read_projector(projector, folder))
 
 
-def read_projector(projector: Projector | ProjectorModel, folder: str) -> dict[str, Tensor]:
+def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]:
     """Read the weights of a saved projector that must fit another.
 
     Args:
@@ -288,36 +329,34 @@ def read_projector(projector: Projector | ProjectorModel, folder: str) -> dict[s
         DPAError: the saved one is of another type or has other arguments, or keys or shapes
             differ; the message says what.
     """
-    _refuse_other(projector, Path(folder) / "config.json")
-    path = Path(folder) / "model.safetensors"
-    saved, own = load_file(path), projector.state_dict()
+    config, path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+    # avg_pool's weights have the names and shapes of mlp's: they alone do not tell.
+    written = _without_sizes(json.loads(config.read_text(encoding="utf-8")))
+    own = _without_sizes(
+        projector.settings if isinstance(projector, Projector) else projector.config.to_dict()
+    )
+    if written != own:
+        raise DPAError(
+            f"{config} describes the projector {written}, and this model's is {own}. Set projector "
+            f"to the one that was trained, or train this one in a --work-dir of its own."
+        )
+    saved, model = load_file(path), projector.state_dict()
     wrong = [
-        f"{key}: saved {tuple(saved[key].shape) if key in saved else 'nothing'}, "
-        f"model {tuple(own[key].shape) if key in own else 'nothing'}"
-        for key in sorted(saved.keys() | own.keys())
-        if key not in saved or key not in own or saved[key].shape != own[key].shape
+        f"{key}: saved {_shape(saved, key)}, model {_shape(model, key)}"
+        for key in sorted(saved.keys() | model.keys())
+        if _shape(saved, key) != _shape(model, key)
     ]
     if wrong:
         raise DPAError(f"{path} does not fit the projector of this model: {'; '.join(wrong)}.")
     return saved
 
 
-def _refuse_other(projector: Projector | ProjectorModel, path: Path) -> None:
-    # avg_pool's weights have the names and shapes of mlp's: they alone do not tell.
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    own = (
-        projector.config.to_dict() if isinstance(projector, ProjectorModel) else projector.settings
-    )
-    saved, own = _without_sizes(saved), _without_sizes(own)
-    if saved != own:
-        raise DPAError(
-            f"{path} describes the projector {saved}, and this model's is {own}. Set projector to "
-            f"the one that was trained, or train this one in a --work-dir of its own."
-        )
+def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
+    return tuple(weights[key].shape) if key in weights else "nothing"
 
 
 def _without_sizes(settings: dict) -> dict:
-    """Type and own arguments; sizes that differ are told better by the shapes of the weights."""
+    """Keep type and own arguments: the weights' shapes tell better which sizes differ."""
     if settings.get("model_type") == ProjectorConfig.model_type:
         settings = {"type": "mlp", "depth": settings["depth"]}
     sizes = ("visual_hidden_size", "llm_hidden_size")

@@ -5,11 +5,10 @@ from torch import Tensor, nn
 from xtuner.model import SupervisedFinetune
 from xtuner.registry import BUILDER
 
-from dpa_xtuner.loss import TokenScores
+from dpa_xtuner.loss import Objective, TokenLogProbs
 from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm import add_lora, load, supervised_scores
-from dpa_xtuner.model.objective import Objective
+from dpa_xtuner.model.llm import add_lora, load, supervised_log_probs
 from dpa_xtuner.precision import Precision
 
 
@@ -47,11 +46,11 @@ class ProxyLLM(SupervisedFinetune):
     def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self.lora)
 
-    def scores(self, data: dict) -> TokenScores:
-        """Scores of the N supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
+    def log_probs(self, data: dict) -> TokenLogProbs:
+        """Compute those of the supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
         inputs = {key: data[key] for key in ("input_ids", "attention_mask", "position_ids")}
-        return supervised_scores(self.llm, inputs, data)
+        return supervised_log_probs(self.llm, inputs, data)
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """The loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
-        return self.objective(self.scores(data), None, data)
+        """Compute the loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        return self.objective(self.log_probs(data), None, data)

@@ -13,7 +13,7 @@ _FILE = Path(__file__).with_name("published.json")
 
 
 def published_config(setting: str, loader: dict, local_only: bool = False) -> PretrainedConfig:
-    """A model's configuration from its folder or the hub, else its sizes from ``published.json``.
+    """Read a model's configuration from its folder or the hub, else from ``published.json``.
 
     The sizes are enough to count parameters and bytes; what the numbers mean for the model's
     output (rotary base, epsilon, token ids) is not in that file, so nothing is trained by it but

@@ -19,12 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.loss.scores import LOGITS_AT_ONCE
+from dpa_xtuner.loss.head import LOGITS_AT_ONCE
 from dpa_xtuner.model.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
-from dpa_xtuner.model.configs import NotFound, image_tokens, model_class
+from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import Encoder, build_encoder
 from dpa_xtuner.model.llm import add_lora, decode
-from dpa_xtuner.model.projectors import build_projector
+from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.run import fill_in_loaders
@@ -258,7 +258,7 @@ class StageModel:
             return run(2 * batch) - run(batch)
 
     def _head(self, tokens: int) -> float:
-        """Head and loss of so many supervised tokens: see :mod:`dpa_xtuner.loss.scores`."""
+        """Head and loss of so many supervised tokens: see :mod:`dpa_xtuner.loss.head`."""
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
         chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (2 + 4 + 2)  # product, logits, slope
         trained = LLM in self.stage.trains

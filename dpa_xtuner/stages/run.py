@@ -16,8 +16,9 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner.declared import problems, taken
 from dpa_xtuner.errors import DPAError, nearest, refuse
-from dpa_xtuner.families import check_model_type, check_template
+from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
+from dpa_xtuner.families.template_check import check_template
 from dpa_xtuner.model.components import lora_targets
 from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import Encoder

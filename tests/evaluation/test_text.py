@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import harness
+from support.internlm import to_internlm2
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -443,8 +444,6 @@ def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
         "llm = load_llm(sys.argv[1]); print(type(llm).__name__);"
         "print([name for name in ('xtuner', 'deepspeed') if name in sys.modules])"
     )
-    from dpa_xtuner.model.internlm2 import to_internlm2
-
     llm = LlamaForCausalLM(llama(num_key_value_heads=1))
     llm.save_pretrained(tmp_path, state_dict=to_internlm2(llm.state_dict(), llm.config))
     config = json.loads((tmp_path / "config.json").read_text())

@@ -5,7 +5,8 @@ from support import documented
 
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Record
-from dpa_xtuner.families import check_template, find_family
+from dpa_xtuner.families import find_family
+from dpa_xtuner.families.template_check import check_template
 from dpa_xtuner.registry import FAMILIES
 
 # mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json, without its checks of the roles.

@@ -8,7 +8,8 @@ from xtuner.utils import PROMPT_TEMPLATE
 from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.families import check_template, find_family
+from dpa_xtuner.families import find_family
+from dpa_xtuner.families.template_check import check_template
 
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

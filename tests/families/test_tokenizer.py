@@ -11,8 +11,9 @@ from support.published_templates import VICUNA
 from support.small_tokenizers import UNUSED
 from transformers import AutoTokenizer, LlamaTokenizerFast
 
-from dpa_xtuner.families import check_template, find_family
-from dpa_xtuner.families.tokenizer import InternLMTokenizer
+from dpa_xtuner.families import find_family
+from dpa_xtuner.families.internlm.tokenizer import InternLMTokenizer
+from dpa_xtuner.families.template_check import check_template
 
 CHAT = ["<|plugin|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
 TEXTS = [

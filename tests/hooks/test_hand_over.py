@@ -19,8 +19,8 @@ from transformers import (
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
 
 from dpa_xtuner.hooks import HandOverHook, IterationSeedHook, iteration_seed
-from dpa_xtuner.hooks.held_out import without_first
 from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.loss.held_out import without_first
 
 FULL = Layout(dropout=0.0, train_llm="full")
 

@@ -10,8 +10,7 @@ from support import harness
 from dpa_xtuner.data import GroupedSampler
 from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.hooks import OptimizerStepHook
-from dpa_xtuner.loss import TokenScores
-from dpa_xtuner.model.objective import Objective
+from dpa_xtuner.loss import Objective, TokenLogProbs
 
 CLASSES = ((2, 5, 0.45), (15, 60, 0.35), (120, 401, 0.20))
 SAMPLES, GLOBAL_BATCH, MICRO_BATCH = 10_240, 256, 4
@@ -80,7 +79,7 @@ def _step(shares, answers, normalize, accumulate) -> tuple[torch.Tensor, torch.T
             counts += torch.bincount(kinds, minlength=len(CLASSES))
             labels = torch.ones(1, len(kinds) + 1, dtype=torch.long)
             cross_entropy = of_class[kinds]
-            scores = TokenScores(cross_entropy, torch.zeros_like(cross_entropy))
+            scores = TokenLogProbs(cross_entropy, torch.zeros_like(cross_entropy))
             data = {"labels": labels, "ids": [], "image_mask": labels == 0}
             loss = objective(scores, None, data)["loss"]
             (loss / (accumulate * len(shares))).backward()

@@ -1,4 +1,4 @@
-"""The loss from scores, against hand-worked numbers and plain PyTorch."""
+"""The loss from log-probabilities, against hand-worked numbers and plain PyTorch."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.loss import build_scheme, relevance_loss, scores_of_logits, statistics
+from dpa_xtuner.loss import TokenLogProbs, build_scheme, relevance_loss, statistics
 
 SUPERVISED = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]], dtype=torch.bool)
 
@@ -18,20 +18,24 @@ def logits_of(p: list[float]) -> torch.Tensor:
     return torch.stack([p.log(), (1 - p).log()], dim=1).requires_grad_()
 
 
-def scores(logits):
-    return scores_of_logits(logits, torch.zeros(len(logits), dtype=torch.int64))
+def log_probs(logits, targets=None):
+    """By plain PyTorch; the first token is the target where none is given."""
+    targets = torch.zeros(len(logits), dtype=torch.int64) if targets is None else targets
+    logit = logits.detach().gather(-1, targets[:, None])[:, 0]
+    return TokenLogProbs(F.cross_entropy(logits, targets, reduction="none"), logit)
 
 
 def random_batch(n: int = 60):
     torch.manual_seed(0)
     logits = torch.randn(n, 9, requires_grad=True)
     targets = torch.randint(0, 9, (n,))
-    without = scores_of_logits(torch.randn(n, 9), targets)
-    return logits, targets, without, torch.ones(1, n, dtype=torch.bool)
+    no_image = log_probs(torch.randn(n, 9), targets)
+    return logits, targets, no_image, torch.ones(1, n, dtype=torch.bool)
 
 
 def test_the_loss_and_what_it_saw_by_hand():
-    one, other = scores(logits_of([0.9, 0.5, 0.4, 0.8])), scores(logits_of([0.1, 0.4, 0.6, 0.5]))
+    one = log_probs(logits_of([0.9, 0.5, 0.4, 0.8]))
+    other = log_probs(logits_of([0.1, 0.4, 0.6, 0.5]))
     loss, weights, sums = relevance_loss(one, other, SUPERVISED, build_scheme("cmo"))
     stats = statistics(sums)
     assert stats.pop("loss").item() == pytest.approx(loss.item())
@@ -64,10 +68,10 @@ def test_the_loss_and_what_it_saw_by_hand():
     ids=str,
 )
 def test_equal_weights_give_plain_cross_entropy(cfg):
-    logits, targets, without, supervised = random_batch()
+    logits, targets, no_image, supervised = random_batch()
     scheme = build_scheme(cfg)
     ours, _, sums = relevance_loss(
-        scores_of_logits(logits, targets), without if scheme.contrast else None, supervised, scheme
+        log_probs(logits, targets), no_image if scheme.contrast else None, supervised, scheme
     )
     theirs = F.cross_entropy(logits, targets)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
@@ -79,9 +83,9 @@ def test_equal_weights_give_plain_cross_entropy(cfg):
 @pytest.mark.parametrize("name", ["cmo", "cal"])
 @pytest.mark.parametrize("normalize", ["micro_batch", "global"])
 def test_the_gradient_is_that_of_constant_weights(name, normalize):
-    logits, targets, without, supervised = random_batch()
+    logits, targets, no_image, supervised = random_batch()
     loss, weights, _ = relevance_loss(
-        scores_of_logits(logits, targets), without, supervised, build_scheme(name), normalize
+        log_probs(logits, targets), no_image, supervised, build_scheme(name), normalize
     )
     w = weights.tolist()
     assert len({round(x, 6) for x in w}) > 20
@@ -99,7 +103,7 @@ def test_the_gradient_is_that_of_constant_weights(name, normalize):
 @pytest.mark.parametrize("normalize", ["micro_batch", "global"])
 def test_no_supervised_token_gives_zero_and_a_graph(name, normalize):
     logits = torch.randn(0, 9, requires_grad=True)
-    none = scores_of_logits(logits, torch.zeros(0, dtype=torch.int64))
+    none = log_probs(logits, torch.zeros(0, dtype=torch.int64))
     scheme = build_scheme(name)
     supervised = torch.zeros(2, 5, dtype=torch.bool)
     loss, weights, sums = relevance_loss(
@@ -111,6 +115,6 @@ def test_no_supervised_token_gives_zero_and_a_graph(name, normalize):
 
 
 def test_an_unknown_normalization_is_refused():
-    one = scores(logits_of([0.5] * 4))
+    one = log_probs(logits_of([0.5] * 4))
     with pytest.raises(DPAError, match=r"normalize='globl'; did you mean 'global'.*'micro_batch'"):
         relevance_loss(one, None, SUPERVISED, build_scheme("uniform"), "globl")

@@ -1,10 +1,21 @@
 """Weights, worked by hand and by loops."""
 
+import math
+
 import pytest
 import torch
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.loss import CAL, CMO, TokenScores, Uniform, build_scheme
+from dpa_xtuner.loss import (
+    CAL,
+    CMO,
+    Contrast,
+    TokenLogProbs,
+    TokenWeights,
+    Uniform,
+    build_scheme,
+    relevance_loss,
+)
 
 # Two samples. The first has two turns: a token that is not supervised stands between them.
 SUPERVISED = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
@@ -13,12 +24,12 @@ WITHOUT = [0.2, 0.1, 0.4, 0.05, 0.1, 0.1, 0.1]
 CLAMPED = [0.5, 0.25, 0.05, 0.45, 0.35, 0.05, 0.15]
 
 
-def of(p=None, logit=None) -> TokenScores:
+def of(p=None, logit=None) -> TokenLogProbs:
     p = torch.tensor(p if p is not None else [0.5] * len(logit))
-    return TokenScores(-p.log(), torch.tensor(logit) if logit else torch.zeros(len(p)))
+    return TokenLogProbs(-p.log(), torch.tensor(logit) if logit else torch.zeros(len(p)))
 
 
-def weights(scheme, one: TokenScores, other: TokenScores, supervised=SUPERVISED) -> list[float]:
+def weights(scheme, one: TokenLogProbs, other: TokenLogProbs, supervised=SUPERVISED) -> list[float]:
     return pytest.approx(scheme.weights(one, other, supervised).values.tolist(), abs=1e-6)
 
 
@@ -105,10 +116,38 @@ def test_uniform_needs_no_second_pass():
     assert scheme.weights(of(WITH), None, SUPERVISED).values.tolist() == [1.0] * len(WITH)
 
 
+class Unsure:
+    """A scheme that derives from nothing: what the model is unsure of counts."""
+
+    contrast = False
+    d_min = d_max = 0.0
+
+    def weights(self, log_probs, no_image, supervised) -> TokenWeights:
+        return TokenWeights(1 - log_probs.probability.detach(), None)
+
+
+def test_a_scheme_of_ones_own_needs_no_parent():
+    loss, found, sums = relevance_loss(of(WITH), None, SUPERVISED, Unsure())
+    assert found.tolist() == pytest.approx([1 - p for p in WITH])
+    weighted = sum((1 - p) * -math.log(p) for p in WITH)
+    assert loss.item() == pytest.approx(weighted / sum(1 - p for p in WITH), rel=1e-5)
+    assert "at_d_min" not in sums
+
+
+def test_schemes_written_for_the_earlier_name_work():
+    class Doubled(Contrast):
+        def difference(self, scores, without):
+            return 2 * (scores.probability - without.probability)
+
+    half = CMO(d_min=0.025, d_max=0.25)
+    expected = [2 * w for w in half.weights(of(WITH), of(WITHOUT), SUPERVISED).values.tolist()]
+    assert weights(Doubled(d_min=0.05, d_max=0.5), of(WITH), of(WITHOUT)) == expected
+
+
 def test_weights_carry_no_gradient_and_nothing_is_changed():
     given = [x.requires_grad_() for x in (*of(WITH), *of(WITHOUT))]
     before = [x.detach().clone() for x in given]
-    found, _ = CMO().weights(TokenScores(*given[:2]), TokenScores(*given[2:]), SUPERVISED)
+    found, _ = CMO().weights(TokenLogProbs(*given[:2]), TokenLogProbs(*given[2:]), SUPERVISED)
     assert not found.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 

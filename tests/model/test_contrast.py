@@ -13,8 +13,8 @@ from xtuner.utils import IGNORE_INDEX
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
-from dpa_xtuner.model.contrast import contrast_scores
-from dpa_xtuner.model.llm import add_lora, supervised_scores
+from dpa_xtuner.model.contrast import contrast_log_probs
+from dpa_xtuner.model.llm import add_lora, supervised_log_probs
 
 
 def batch(*samples: dict) -> dict:
@@ -83,10 +83,10 @@ def _asked(logits, place: int | None, data, b: int, t: int) -> tuple[float, floa
     return F.cross_entropy(logits[place], target).item(), logits[place, target].item()
 
 
-def agree(scores, data: dict, expected: list[tuple[float, float]]) -> None:
+def agree(found, data: dict, expected: list[tuple[float, float]]) -> None:
     imaged = [bool(data["image_mask"][b].any()) for b, _ in supervised(data)]
     kept = [pair for pair, has in zip(expected, imaged, strict=True) if has]
-    ours = [pair for pair, has in zip(zip(*map(torch.Tensor.tolist, scores), strict=True), imaged,
+    ours = [pair for pair, has in zip(zip(*map(torch.Tensor.tolist, found), strict=True), imaged,
                                       strict=True) if has]  # fmt: skip
     assert torch.allclose(torch.tensor(ours), torch.tensor(kept), atol=1e-5)
 
@@ -96,27 +96,27 @@ def agree(scores, data: dict, expected: list[tuple[float, float]]) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_it_says_what_a_pass_of_the_whole_length_says(family, attention, where):
     llm, data = build(family, attention), batch(*BATCHES[where])
-    scores = contrast_scores(llm, data)
-    assert len(scores.cross_entropy) == len(supervised(data)) > 0
-    agree(scores, data, full_length(llm, data))
+    found = contrast_log_probs(llm, data)
+    assert len(found.cross_entropy) == len(supervised(data)) > 0
+    agree(found, data, full_length(llm, data))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "internlm2"])
 @pytest.mark.parametrize("where", ["left", "middle", "several", "unequal"])
 def test_the_token_after_an_image_is_predicted_from_the_text_before(family, where):
     llm, data = build(family), batch(*BATCHES[where])
-    agree(contrast_scores(llm, data), data, one_by_one(llm, data))
+    agree(contrast_log_probs(llm, data), data, one_by_one(llm, data))
 
 
 def test_without_text_before_all_tokens_are_alike():
     data = batch(sample(PIC, 40, 41))
-    first, second = contrast_scores(build(), data).probability.tolist()
+    first, second = contrast_log_probs(build(), data).probability.tolist()
     assert first == pytest.approx(1 / V, rel=1e-6) and second != pytest.approx(1 / V, rel=1e-2)
 
 
 def test_of_a_sample_without_an_image_nothing_is_asked():
     data = batch(*BATCHES["unequal"])
-    found = contrast_scores(build(), data)
+    found = contrast_log_probs(build(), data)
     for (b, _), *pair in zip(supervised(data), *map(torch.Tensor.tolist, found), strict=True):
         assert (pair == [0, 0]) == (not data["image_mask"][b].any())
 
@@ -126,7 +126,7 @@ def test_a_batch_with_nothing_to_compare_runs_over_a_single_token(labels):
     data = batch(*BATCHES["none"] if labels == "all" else [sample(1, PIC, 5, 6)])
     llm, seen = build(), []
     watch_decoder(llm, seen)
-    assert not torch.stack(contrast_scores(llm, data)).any()
+    assert not torch.stack(contrast_log_probs(llm, data)).any()
     assert [inputs["input_ids"].shape for inputs in seen] == [(1, 1)]
 
 
@@ -136,30 +136,30 @@ def watch_decoder(llm, seen: list[dict]) -> None:
     )
 
 
-def test_little_is_spent_on_padding_and_nothing_on_images():
+def test_nothing_is_spent_on_images_or_on_samples_without_one():
     torch.manual_seed(0)
-    lengths = [20, 200] + [20] * 9
-    words = [torch.randint(20, V, (length,)).tolist() for length in lengths]
-    data = batch(*(sample(*text[:5], PIC, *text[5:], PIC) for text in words))
+    words = [torch.randint(20, V, (length,)).tolist() for length in (20, 40, 30)]
+    texts = [sample(*text[:5], PIC, *text[5:], PIC) for text in words]
     llm, seen = build(), []
     watch_decoder(llm, seen)
-    contrast_scores(llm, data)
+    contrast_log_probs(llm, batch(texts[0], sample(1, *range(20, 60)), *texts[1:]))
     (inputs,) = seen
-    assert inputs["input_ids"].numel() <= 2 * 200  # padded: 11 x 200; with images 11 x 208
-    ran = zip(inputs["input_ids"].flatten().tolist(), inputs["position_ids"].flatten().tolist(),
-              strict=True)  # fmt: skip
-    text = ((w, i + PATCHES * (i >= 5)) for line in words for i, w in enumerate(line))
-    assert sorted(ran) == sorted(text)
+    assert inputs["input_ids"].shape == (3, 40)
+    for row, text in enumerate(words):
+        mask = inputs["attention_mask"][row].bool()
+        assert inputs["input_ids"][row, mask].tolist() == text
+        places = inputs["position_ids"][row, mask].tolist()
+        assert places == [i + PATCHES * (i >= 5) for i in range(len(text))]
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "internlm2"])
 def test_in_bfloat16_it_is_near(family, how):
     llm, data = build(family), batch(*BATCHES["unequal"])
-    expected = contrast_scores(llm, data).cross_entropy
+    expected = contrast_log_probs(llm, data).cross_entropy
     llm = llm.bfloat16() if how == "weights" else llm
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        found = contrast_scores(llm, data).cross_entropy
+        found = contrast_log_probs(llm, data).cross_entropy
     assert found.dtype == torch.float32
     assert 0 < (found - expected).abs().max() < 0.3
 
@@ -176,7 +176,7 @@ def test_lora_takes_part_and_dropout_does_not():
     with llm.disable_adapter():
         of_base = full_length(llm, data)
     assert (torch.tensor(expected) - torch.tensor(of_base)).abs().mean() > 0.1
-    agree(contrast_scores(llm.train(), data), data, expected)
+    agree(contrast_log_probs(llm.train(), data), data, expected)
 
 
 def test_nothing_is_recomputed_nothing_is_kept_and_the_modes_stay(monkeypatch):
@@ -193,9 +193,9 @@ def test_nothing_is_recomputed_nothing_is_kept_and_the_modes_stay(monkeypatch):
 
     monkeypatch.setattr(base.model, "_gradient_checkpointing_func", recompute)
     with pytest.raises(AssertionError, match="recomputed"):
-        supervised_scores(llm, inputs_of(data), data)
-    scores = contrast_scores(llm, data)
-    assert not any(part.requires_grad for part in scores)
+        supervised_log_probs(llm, inputs_of(data), data)
+    found = contrast_log_probs(llm, data)
+    assert not any(part.requires_grad for part in found)
     assert [module.training for module in llm.modules()] == modes
     assert len(set(modes)) == 2
     for key, value in given.items():
@@ -210,7 +210,7 @@ def test_the_modes_stay_when_the_pass_fails():
     llm = build().train()
     llm.get_decoder().norm.register_forward_hook(lambda *args: args[-1] * float("nan"))
     with pytest.raises(DPAError):
-        contrast_scores(llm, batch(*BATCHES["left"]))
+        contrast_log_probs(llm, batch(*BATCHES["left"]))
     assert all(module.training for module in llm.modules())
 
 
@@ -228,7 +228,7 @@ def test_spoilt_samples_are_named_and_no_others(which, attention):
     spoil(llm, 13)
     with pytest.raises(DPAError, match=r"not finite .* for the samples 'no 1', 'no 3'\.") as error:
         if which == "contrast":
-            contrast_scores(llm, data)
+            contrast_log_probs(llm, data)
         else:
-            supervised_scores(llm, inputs_of(data), data)
+            supervised_log_probs(llm, inputs_of(data), data)
     assert ("without the images" in str(error.value)) == (which == "contrast")

@@ -19,7 +19,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
 from dpa_xtuner.data.dataset import Skipped
-from dpa_xtuner.loss import scores
+from dpa_xtuner.loss import head as head_module
 from dpa_xtuner.model import DPALLaVAModel
 
 
@@ -72,7 +72,7 @@ def _one_mark(item: dict) -> list[int]:
     return [t for i, t in enumerate(tokens) if t != IMAGE_TOKEN_INDEX or tokens[i - 1] != t]
 
 
-def test_the_scores_are_those_of_the_whole_model(model):
+def test_the_log_probabilities_are_those_of_the_whole_model(model):
     data = collate(MIXED)["data"]
     found = model(data, mode="tensor")
     full = model.llm(**model.splice(data)).logits
@@ -108,7 +108,7 @@ def test_recomputing_activations_changes_no_gradient(recompute):
         model = build(use_activation_checkpointing=checkpointing).train()
         model(collate(MIXED)["data"])["loss"].backward()
         grads.append([p.grad for p in model.projector.parameters()])
-    for pair in zip(*grads, strict=True):  # the last layer is computed in part, again in whole
+    for pair in zip(*grads, strict=True):
         torch.testing.assert_close(*pair)
 
 
@@ -272,7 +272,9 @@ def test_the_second_pass_takes_nothing_from_the_gradients_under_autocast(scheme)
 
 @pytest.mark.parametrize(("scheme", "passes"), [("uniform", 1), ("cmo", 2), ("cal", 2)])
 def test_uniform_runs_no_second_pass_and_each_asks_the_head_once(scheme, passes, monkeypatch):
-    monkeypatch.setattr(scores, "LOGITS_AT_ONCE_ON_CPU", 2 * V)  # ZeRO-3 gathers it for each call
+    monkeypatch.setattr(
+        head_module, "LOGITS_AT_ONCE_ON_CPU", 2 * V
+    )  # ZeRO-3 gathers it for each call
     model, decoder, head = build(loss=scheme), [], []
     model.llm.get_decoder().register_forward_hook(lambda *_: decoder.append(1))
     model.llm.lm_head.register_forward_hook(lambda *_: head.append(1))

@@ -21,8 +21,9 @@ from xtuner.registry import BUILDER
 from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
 from dpa_xtuner.model import DPALLaVAModel
-from dpa_xtuner.model.configs import NotFound, image_tokens
-from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.model.configs import NotFound
+from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
+from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.registry import ENCODERS
 from dpa_xtuner.stages.rehearsal import _tiny_encoder
 
@@ -53,7 +54,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return names | {"pair": f"{names['siglip']} + {names['dinov2']}"}
 
 
-def load(cfg, name: str) -> tuple[Encoder, torch.nn.Module]:
+def load(cfg, name: str) -> tuple[VisionEncoderSpec, torch.nn.Module]:
     kind = build_encoder(cfg)
     module, info = BUILDER.build(dict(kind.loader(name), output_loading_info=True))
     assert not info["missing_keys"]
@@ -379,7 +380,7 @@ def test_modules_are_built_without_memory_for_weights(folders):
 def test_one_of_ones_own_is_a_few_lines(tmp_path):
     from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-    class ViT(Encoder):
+    class ViT(VisionEncoderSpec):
         model = "transformers.ViTModel.from_pretrained"
         image_processor = "transformers.ViTImageProcessor.from_pretrained"
         layer = -1

@@ -15,7 +15,7 @@ from transformers import (
 from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
 
 from dpa_xtuner import DPAError
-from dpa_xtuner.model.llm import add_lora, merge_adapter, supervised_scores
+from dpa_xtuner.model.llm import add_lora, merge_adapter, supervised_log_probs
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -56,38 +56,38 @@ def batch() -> tuple[dict, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, labels
 
 
-def scores_of(llm, batch):
+def log_probs_of(llm, batch):
     inputs, labels = batch
-    return supervised_scores(llm, inputs, {"labels": labels, "ids": ["one", "two"]})
+    return supervised_log_probs(llm, inputs, {"labels": labels, "ids": ["one", "two"]})
 
 
 @pytest.mark.parametrize("with_peft", [False, True])
-def test_supervised_scores_are_those_of_the_full_model(llm, batch, with_peft):
+def test_log_probabilities_are_those_of_the_full_model(llm, batch, with_peft):
     if with_peft:
         llm = add_lora(llm, LoraConfig(r=2, init_lora_weights=False))
     inputs, labels = batch
-    scores = scores_of(llm, batch)
+    found = log_probs_of(llm, batch)
     full = llm(**inputs).logits
     rows = [(b, t) for b in range(2) for t in range(1, 9) if labels[b, t] != -100]
     logits = torch.stack([full[b, t - 1] for b, t in rows])
     targets = torch.tensor([labels[b, t].item() for b, t in rows])
     expected = F.cross_entropy(logits, targets, reduction="none")
-    assert torch.allclose(scores.cross_entropy, expected, atol=1e-6)
-    assert torch.allclose(scores.logit, logits[range(len(rows)), targets], atol=1e-6)
+    assert torch.allclose(found.cross_entropy, expected, atol=1e-6)
+    assert torch.allclose(found.logit, logits[range(len(rows)), targets], atol=1e-6)
 
 
 def test_soft_capping_bounds_gemmas_logits(batch):
     llm = MODELS["gemma2"]()
-    capped = scores_of(llm, batch).logit
+    capped = log_probs_of(llm, batch).logit
     llm.config.final_logit_softcapping = None
-    assert capped.abs().max() < 0.05 < scores_of(llm, batch).logit.abs().max()
+    assert capped.abs().max() < 0.05 < log_probs_of(llm, batch).logit.abs().max()
 
 
-def test_no_supervised_token_gives_no_scores_but_a_graph(llm, batch):
+def test_no_supervised_token_gives_nothing_but_a_graph(llm, batch):
     inputs, labels = batch
-    scores = scores_of(llm, (inputs, torch.full_like(labels, -100)))
-    assert scores.cross_entropy.shape == scores.logit.shape == (0,)
-    scores.cross_entropy.sum().backward()
+    found = log_probs_of(llm, (inputs, torch.full_like(labels, -100)))
+    assert found.cross_entropy.shape == found.logit.shape == (0,)
+    found.cross_entropy.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in llm.parameters())
 
 
@@ -99,16 +99,16 @@ def test_a_head_that_peft_trains_is_the_one_that_is_asked(batch):
     full = llm(**batch[0]).logits
     rows = (batch[1][:, 1:] != -100).nonzero().tolist()
     expected = [full[b, t, batch[1][b, t + 1]] for b, t in rows]
-    scores = scores_of(llm, batch)
-    assert torch.allclose(scores.logit, torch.stack(expected), atol=1e-6)
-    scores.cross_entropy.sum().backward()
+    found = log_probs_of(llm, batch)
+    assert torch.allclose(found.logit, torch.stack(expected), atol=1e-6)
+    found.cross_entropy.sum().backward()
     assert copy.weight.grad.abs().sum() > 0
 
 
 def test_a_head_with_lora_is_refused(batch):
     llm = get_peft_model(MODELS["llama"](), LoraConfig(r=2, target_modules=["lm_head"]))
     with pytest.raises(DPAError, match=r"head of LlamaForCausalLM .* leave the head out of LoRA"):
-        scores_of(llm, batch)
+        log_probs_of(llm, batch)
 
 
 def test_lora_goes_to_every_linear_layer_but_the_head(llm, family):

@@ -10,8 +10,8 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.model import DPALLaVAModel
-from dpa_xtuner.model.configs import image_tokens
 from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.stages.rehearsal import _tiny_encoder
 
 # Name: class, image size, grid, channels; by the papers' and configs' own numbers.

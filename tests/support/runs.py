@@ -30,7 +30,6 @@ from dpa_xtuner.data.encode import Encoder
 from dpa_xtuner.data.images import load_pixels
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
-from dpa_xtuner.model.internlm2 import to_internlm2
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages import run as resolved
 from dpa_xtuner.stages.artifacts import save_component
@@ -40,6 +39,7 @@ from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
 from support import encoder_folders, small_tokenizers
 from support import published_templates as published
+from support.internlm import to_internlm2
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Path(__file__).with_name("plain.py")

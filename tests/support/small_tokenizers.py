@@ -7,7 +7,7 @@ from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
-from dpa_xtuner.families.tokenizer import backend
+from dpa_xtuner.families.internlm.tokenizer import backend
 
 TEXT = [
     "A red balloon drifts over the harbour at dusk. USER: ASSISTANT: user assistant system",

@@ -1,6 +1,11 @@
 """Kinds of visual encoders, by name, and what each knows about itself."""
 
-from dpa_xtuner.model.encoders.base import Encoder, build_encoder
+from dpa_xtuner.model.encoders.base import (
+    Encoder,
+    VisionEncoder,
+    VisionEncoderSpec,
+    build_encoder,
+)
 from dpa_xtuner.model.encoders.mmpretrain import MMPretrain
 from dpa_xtuner.model.encoders.pair import Pair
 from dpa_xtuner.model.encoders.vits import CLIP, DINOv2, InternViT, SigLIP
@@ -13,5 +18,7 @@ __all__ = [
     "MMPretrain",
     "Pair",
     "SigLIP",
+    "VisionEncoder",
+    "VisionEncoderSpec",
     "build_encoder",
 ]

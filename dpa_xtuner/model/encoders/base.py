@@ -1,7 +1,7 @@
 """What is to be known of a kind of visual encoder, with the answers of an ordinary ViT."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from mmengine.utils import get_object_from_string
@@ -16,7 +16,20 @@ from dpa_xtuner.registry import ENCODERS, build_named
 SETTING = "visual_encoder_name_or_path"
 
 
-class Encoder:
+class VisionEncoder(Protocol):
+    """What is asked of a visual encoder's module, whatever its kind."""
+
+    config: PretrainedConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of its weights."""
+
+    def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Encode images (N, 3, H, W) of that dtype; only its spec reads what comes out."""
+
+
+class VisionEncoderSpec:
     """A kind of visual encoder: how it is loaded, and which of its outputs are the patches.
 
     A kind of one's own derives from it, names its classes, and overrides what differs from
@@ -55,15 +68,15 @@ class Encoder:
             self.layer = layer
 
     def loader(self, name: str) -> dict:
-        """The config that builds the module with its published weights."""
+        """Return the config that builds the module with its published weights."""
         return {"type": self.model, "pretrained_model_name_or_path": name}
 
     def processor(self, name: str) -> dict:
-        """The config that builds its image processor: one image size, its own normalisation."""
+        """Return the config that builds its image processor: one size, its own normalisation."""
         return {"type": self.image_processor, "pretrained_model_name_or_path": name}
 
     def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
-        """The published configuration.
+        """Read the published configuration.
 
         Args:
             name: a local folder or a hub name.
@@ -83,7 +96,7 @@ class Encoder:
         return config
 
     def default_config(self) -> PretrainedConfig:
-        """A configuration for rehearsals where the published one is not on this machine.
+        """Make a configuration for rehearsals where the published one is not on this machine.
 
         Raises:
             DPAError: the kind has none.
@@ -97,23 +110,23 @@ class Encoder:
         return owner.config_class()
 
     def build(self, config: PretrainedConfig) -> nn.Module:
-        """The module of a configuration, with random weights."""
+        """Build the module of a configuration, with random weights."""
         return model_class({"type": self.model})(config)
 
     def image_size(self, config: PretrainedConfig) -> int:
-        """Height and width of the images (or tiles) that it takes."""
+        """Return height and width of the images (or tiles) that it takes."""
         return config.image_size
 
     def tokens(self, config: PretrainedConfig) -> int:
-        """Patch tokens of one image (or tile), before the projector."""
+        """Count the patch tokens of one image (or tile), before the projector."""
         return (self.image_size(config) // config.patch_size) ** 2
 
     def hidden_size(self, config: PretrainedConfig) -> int:
-        """Channels of a token."""
+        """Return the channels of a token."""
         return config.hidden_size
 
-    def features(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
-        """Patch features, without class and register tokens.
+    def features(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
+        """Compute patch features, without class and register tokens.
 
         Args:
             module: the loaded module.
@@ -122,11 +135,11 @@ class Encoder:
         Returns:
             (N, tokens, hidden size), the patches row by row.
         """
-        hidden = self.hidden(module, pixel_values)
+        hidden = self.hidden(module, pixel_values)  # (N, T, C), the patches last
         return hidden[:, hidden.shape[1] - self.tokens(module.config) :]
 
-    def hidden(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
-        """All tokens (N, T, C) of the features' layer.
+    def hidden(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
+        """Compute all tokens (N, T, C) of the features' layer.
 
         Raises:
             DPAError: the module has no such layer.
@@ -173,7 +186,7 @@ class Encoder:
         processor.save_pretrained(folder)
 
     def check_layer(self, config: PretrainedConfig, chosen: int | None = None) -> None:
-        """Look ahead whether the module will have the features' layer.
+        """Check ahead that the module will have the features' layer.
 
         Args:
             config: the published configuration; one that tells no number of layers passes.
@@ -217,8 +230,12 @@ def _check_layer(layer: int, states: int, name: str) -> None:
         )
 
 
-def build_encoder(cfg: str | dict) -> Encoder:
-    """The kind of encoder of a name or of ``dict(type=name, ...)``.
+Encoder = VisionEncoderSpec
+"""The name that kinds of users' own were written with before."""
+
+
+def build_encoder(cfg: str | dict) -> VisionEncoderSpec:
+    """Build what is known of the kind of encoder of a name or of ``dict(type=name, ...)``.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.ENCODERS`, or a dict of one and its arguments.

@@ -1,10 +1,8 @@
 """Any backbone of MMPretrain, by the name of its config; an optional dependency."""
 
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
 from dpa_xtuner.errors import DPAError, install, nearest
-from dpa_xtuner.model.encoders.base import SETTING, Encoder
+from dpa_xtuner.model.encoders.base import SETTING, VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
 # Sizes for rehearsals, by backbone; others are rehearsed at their own size.
@@ -115,8 +113,9 @@ class MMPretrainModel(nn.Module):
         self.backbone = _build(config.backbone)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, tokens, hidden size), the places of the map row by row."""
-        return self.backbone(pixel_values)[-1].flatten(2).transpose(1, 2)
+        """Turn (N, 3, H, W) into (N, tokens, hidden size), the feature map row by row."""
+        maps = self.backbone(pixel_values)  # the last is (N, C, h, w)
+        return maps[-1].flatten(2).transpose(1, 2)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -184,7 +183,7 @@ class MMPretrainModel(nn.Module):
 
 
 @ENCODERS.register_module("mmpretrain")
-class MMPretrain(Encoder):
+class MMPretrain(VisionEncoderSpec):
     """A backbone of MMPretrain (EVA-02, ViT, Swin, ConvNeXt, ...): its last feature map.
 
     ``visual_encoder_name_or_path`` is the name of a config of MMPretrain's, or a folder that
@@ -203,25 +202,17 @@ class MMPretrain(Encoder):
         self.checkpoint = checkpoint
 
     def loader(self, name: str) -> dict:
-        """With the checkpoint's file."""
+        """Add the checkpoint's file."""
         return super().loader(name) | ({"checkpoint": self.checkpoint} if self.checkpoint else {})
 
     def processor(self, name: str) -> dict:
-        """A named config's size and normalisation; scaled whole, without cutting borders off."""
+        """Take a named config's size and normalisation; scale without cutting borders off."""
         if Path(name).is_dir():
             return super().processor(name)
-        config = self.config(name)
-        size = config.image_size
-        return {
-            "type": "transformers.CLIPImageProcessor",
-            "size": {"shortest_edge": size},
-            "crop_size": {"height": size, "width": size},
-            "image_mean": config.image_mean,
-            "image_std": config.image_std,
-        }
+        return {"type": "transformers.CLIPImageProcessor", **_preparation(self.config(name))}
 
     def default_config(self) -> PretrainedConfig:
-        """There is none: MMPretrain ships the configs, a folder brings its own.
+        """Refuse: MMPretrain ships the configs, and a folder brings its own.
 
         Raises:
             DPAError: always.
@@ -229,11 +220,11 @@ class MMPretrain(Encoder):
         raise DPAError(f"{SETTING} is neither a folder nor the name of an MMPretrain config.")
 
     def tokens(self, config: MMPretrainConfig) -> int:
-        """Places of the feature map."""
+        """Count the places of the feature map."""
         return config.grid[0] * config.grid[1]
 
     def hidden(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
-        """The feature map as tokens.
+        """Compute the feature map as tokens.
 
         Raises:
             DPAError: a layer was chosen.
@@ -246,19 +237,23 @@ class MMPretrain(Encoder):
         return module(pixel_values)
 
     def write_tiny(self, config: MMPretrainConfig, folder: Path) -> None:
-        """A backbone of the same class, tiny where its class is known here."""
+        """Write a backbone of the same class, tiny where its class is known here."""
         arch = _TINY.get(config.backbone["type"])
         backbone = config.backbone | ({"arch": arch} if arch else {})
         torch.manual_seed(0)
         tiny = MMPretrainConfig(backbone, config.image_size, config.image_mean, config.image_std)
         self.build(tiny).save_pretrained(folder)
-        size = config.image_size
-        CLIPImageProcessor(
-            size={"shortest_edge": size},
-            crop_size={"height": size, "width": size},
-            image_mean=config.image_mean,
-            image_std=config.image_std,
-        ).save_pretrained(folder)
+        CLIPImageProcessor(**_preparation(config)).save_pretrained(folder)
+
+
+def _preparation(config: MMPretrainConfig) -> dict:
+    size = config.image_size
+    return {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": config.image_mean,
+        "image_std": config.image_std,
+    }
 
 
 def _mmpretrain():
@@ -286,7 +281,7 @@ def _build(backbone: dict) -> nn.Module:
 
 
 def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
-    """Channels, height and width of the last output, found without memory for weights."""
+    """Find channels, height and width of the last output, without memory for weights."""
     with init_empty_weights():
         module = _build(backbone)
     module.eval()  # which does not return it
@@ -302,12 +297,9 @@ def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
 
 
 def _image_size(config: Config) -> int:
-    sizes = [config.model.backbone.get("img_size"), *_test_sizes(config)]
+    loader = config.get("test_dataloader")
+    steps = reversed(loader.dataset.pipeline) if loader else ()
+    tested = [step.get("crop_size") or step.get("scale") for step in steps]
+    sizes = [config.model.backbone.get("img_size"), *tested]
     size = next((size for size in sizes if size is not None), 224)
     return size if isinstance(size, int) else size[0]
-
-
-def _test_sizes(config: Config) -> Iterator[Any]:
-    loader = config.get("test_dataloader")
-    for step in reversed(loader.dataset.pipeline if loader else []):
-        yield step.get("crop_size") or step.get("scale")

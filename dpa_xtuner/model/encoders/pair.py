@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from transformers import PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.encoders.base import SETTING, Encoder, build_encoder
+from dpa_xtuner.model.encoders.base import SETTING, VisionEncoderSpec, build_encoder
 from dpa_xtuner.registry import ENCODERS
 
 HALVES = ("first", "second")
@@ -39,9 +39,7 @@ class PairConfig(PretrainedConfig):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.first = first
-        self.second = second
-        self.colours = colours
+        self.first, self.second, self.colours = first, second, colours
 
 
 class PairModel(nn.Module):
@@ -71,11 +69,9 @@ class PairModel(nn.Module):
         """
         pair, modules, missing = Pair(*kinds), [], []
         names = split_name(pretrained_model_name_or_path)
-        for half, kind, part in zip(HALVES, pair.kinds, names, strict=True):
-            options = kind.loader(part)
-            load = get_object_from_string(options.pop("type"))
-            path = options.pop("pretrained_model_name_or_path")
-            module, info = load(path, **options, **kwargs, output_loading_info=True)
+        for half, spec, name in zip(HALVES, pair.specs, names, strict=True):
+            loader = spec.loader(name) | kwargs | {"output_loading_info": True}
+            module, info = get_object_from_string(loader.pop("type"))(**loader)
             modules.append(module)
             missing += [f"{half}.{key}" for key in info["missing_keys"]]
         model = cls(pair.config(pretrained_model_name_or_path), *modules)
@@ -89,7 +85,7 @@ class PairModel(nn.Module):
 
 
 @ENCODERS.register_module("pair")
-class Pair(Encoder):
+class Pair(VisionEncoderSpec):
     """Two encoders that see the same image; a token's channels are the first's, then the second's.
 
     ``visual_encoder_name_or_path`` is ``'NAME + NAME'``, or a folder with the subfolders
@@ -111,36 +107,36 @@ class Pair(Encoder):
     def __init__(self, first: str | dict, second: str | dict):
         super().__init__()
         self.halves = [first, second]
-        self.kinds = build_encoder(first), build_encoder(second)
-        self.image_processor = self.kinds[0].image_processor
+        self.specs = build_encoder(first), build_encoder(second)
+        self.image_processor = self.specs[0].image_processor
 
     def loader(self, name: str) -> dict:
-        """With the kinds of the halves."""
+        """Add the kinds of the halves."""
         # A list, since XTuner's builder would build dicts with a type that are values.
         return super().loader(name) | {"kinds": self.halves}
 
     def processor(self, name: str) -> dict:
-        """The first's."""
-        return self.kinds[0].processor(split_name(name)[0])
+        """Return the first's."""
+        return self.specs[0].processor(split_name(name)[0])
 
     def config(self, name: str, local_only: bool = False) -> PairConfig:
-        """Both published configurations, and the colours of their image processors.
+        """Read both published configurations, and the colours of their image processors.
 
         Raises:
             DPAError: as the halves', or a grid that is not square has to be changed.
         """
-        names = split_name(name)
-        configs = [k.config(n, local_only) for k, n in zip(self.kinds, names, strict=True)]
-        colours = [_colours(k.processor(n)) for k, n in zip(self.kinds, names, strict=True)]
-        return self._pair(configs, colours)
+        halves = list(zip(self.specs, split_name(name), strict=True))
+        configs = [spec.config(half, local_only) for spec, half in halves]
+        return self._pair(configs, [_colours(spec.processor(half)) for spec, half in halves])
 
     def default_config(self) -> PairConfig:
-        """Of both kinds' own."""
-        colours = [[[0.5] * 3, [0.5] * 3]] * 2
-        return self._pair([kind.default_config() for kind in self.kinds], colours)
+        """Make one of both kinds' own."""
+        grey = [[0.5] * 3, [0.5] * 3]
+        return self._pair([spec.default_config() for spec in self.specs], [grey, grey])
 
     def _pair(self, configs: list[PretrainedConfig], colours: list) -> PairConfig:
-        counts = [kind.tokens(config) for kind, config in zip(self.kinds, configs, strict=True)]
+        halves = list(zip(self.specs, configs, strict=True))
+        counts = [spec.tokens(config) for spec, config in halves]
         if counts[0] != counts[1] and any(math.isqrt(n) ** 2 != n for n in counts):
             raise DPAError(
                 f"The encoders of the pair give {counts[0]} and {counts[1]} tokens, and only "
@@ -149,21 +145,21 @@ class Pair(Encoder):
         return PairConfig(
             *configs,
             colours,
-            hidden_size=sum(k.hidden_size(c) for k, c in zip(self.kinds, configs, strict=True)),
-            image_size=self.kinds[0].image_size(configs[0]),
+            hidden_size=sum(spec.hidden_size(config) for spec, config in halves),
+            image_size=self.specs[0].image_size(configs[0]),
         )
 
     def build(self, config: PairConfig) -> PairModel:
-        """Both modules, with random weights."""
-        first, second = self.kinds
+        """Build both modules, with random weights."""
+        first, second = self.specs
         return PairModel(config, first.build(config.first), second.build(config.second))
 
     def tokens(self, config: PairConfig) -> int:
-        """The first's."""
-        return self.kinds[0].tokens(config.first)
+        """Count the first's."""
+        return self.specs[0].tokens(config.first)
 
     def features(self, module: PairModel, pixel_values: Tensor) -> Tensor:
-        """See :meth:`Encoder.features`.
+        """See :meth:`VisionEncoderSpec.features`.
 
         Raises:
             DPAError: one layer was chosen for both.
@@ -173,17 +169,17 @@ class Pair(Encoder):
                 "model.visual_select_layer can't be set for a pair: set the layer of each, as in "
                 "encoder=dict(type='pair', first=dict(type='siglip', layer=-1), second=...)."
             )
-        one, other = self.kinds
-        first = one.features(module.first, pixel_values)
+        one, other = self.specs
+        first = one.features(module.first, pixel_values)  # (N, n, C1)
         second = other.features(module.second, self._for_second(module.config, pixel_values))
-        return torch.cat([first, _regrid(second, first.shape[1])], dim=-1)
+        return torch.cat([first, _regrid(second, first.shape[1])], dim=-1)  # (N, n, C1 + C2)
 
     def _for_second(self, config: PairConfig, pixel_values: Tensor) -> Tensor:
         pixels = pixel_values.float()
         colours = pixels.new_tensor(config.colours)[..., None, None]  # (2, 2, 3, 1, 1)
         (mean, std), (new_mean, new_std) = colours
-        pixels = (pixels * std + mean - new_mean) / new_std
-        size = self.kinds[1].image_size(config.second)
+        pixels = (pixels * std + mean - new_mean) / new_std  # (N, 3, H, W)
+        size = self.specs[1].image_size(config.second)
         if pixels.shape[-1] != size:
             pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         return pixels.to(pixel_values.dtype)
@@ -191,39 +187,39 @@ class Pair(Encoder):
     def save(self, module: PairModel, folder: Path, state=None, processor=None) -> None:
         """Both, in subfolders; the second's image processor is the one that it was published with.
 
-        See :meth:`Encoder.save`.
+        See :meth:`VisionEncoderSpec.save`.
         """
-        second = _built(self.kinds[1].processor(split_name(module.name_or_path)[1]))
-        for half, kind, own in zip(HALVES, self.kinds, (processor, second), strict=True):
+        second = _built(self.specs[1].processor(split_name(module.name_or_path)[1]))
+        for half, spec, own in zip(HALVES, self.specs, (processor, second), strict=True):
             inner = None if state is None else {
                 key.removeprefix(f"{half}."): tensor
                 for key, tensor in state.items()
                 if key.startswith(f"{half}.")
             }  # fmt: skip
             (folder / half).mkdir()
-            kind.save(getattr(module, half), folder / half, inner, own)
+            spec.save(getattr(module, half), folder / half, inner, own)
 
     def write_tiny(self, config: PairConfig, folder: Path) -> None:
-        """Both, in subfolders."""
-        for half, kind in zip(HALVES, self.kinds, strict=True):
-            kind.write_tiny(getattr(config, half), folder / half)
+        """Write both, in subfolders."""
+        for half, spec in zip(HALVES, self.specs, strict=True):
+            spec.write_tiny(getattr(config, half), folder / half)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The two names in the name of a pair.
+def split_name(name: str) -> list[str]:
+    """Split the name of a pair into two names.
 
     Raises:
         DPAError: there are not two.
     """
     if Path(name).is_dir():
-        return str(Path(name) / HALVES[0]), str(Path(name) / HALVES[1])
-    parts = tuple(part.strip() for part in name.split(" + "))
-    if len(parts) != 2 or not all(parts):
+        return [str(Path(name) / half) for half in HALVES]
+    names = [half.strip() for half in name.split(" + ")]
+    if len(names) != 2 or not all(names):
         raise DPAError(
             f"{SETTING}={name!r} does not name a pair of encoders: give 'NAME + NAME', or a folder "
             f"with the subfolders first and second."
         )
-    return parts
+    return names
 
 
 def _colours(processor: dict) -> list[list[float]]:
@@ -239,10 +235,10 @@ def _built(processor: dict) -> Any:
 
 
 def _regrid(tokens: Tensor, n: int) -> Tensor:
-    """(N, m, C) on a square grid to (N, n, C) on another."""
+    """Interpolate (N, m, C) on a square grid to (N, n, C) on another."""
     if tokens.shape[1] == n:
         return tokens
     old, new = math.isqrt(tokens.shape[1]), math.isqrt(n)
-    grid = tokens.transpose(1, 2).unflatten(2, (old, old)).float()
-    grid = interpolate(grid, (new, new), mode="bilinear", antialias=True)
-    return grid.flatten(2).transpose(1, 2).to(tokens.dtype)
+    grid = tokens.transpose(1, 2).unflatten(2, (old, old)).float()  # (N, C, old, old)
+    grid = interpolate(grid, (new, new), mode="bilinear", antialias=True)  # (N, C, new, new)
+    return grid.flatten(2).transpose(1, 2).to(tokens.dtype)  # (N, n, C)

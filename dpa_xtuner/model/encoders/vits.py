@@ -7,12 +7,12 @@ from torch import nn
 from transformers import AutoModel, Dinov2Config, PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.encoders.base import Encoder
+from dpa_xtuner.model.encoders.base import VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
 
 @ENCODERS.register_module("clip")
-class CLIP(Encoder):
+class CLIP(VisionEncoderSpec):
     """CLIP's vision transformer; features of its second-last layer, as LLaVA 1.5 takes them."""
 
     model = "transformers.CLIPVisionModel.from_pretrained"
@@ -21,7 +21,7 @@ class CLIP(Encoder):
 
 
 @ENCODERS.register_module(["siglip", "siglip2"])
-class SigLIP(Encoder):
+class SigLIP(VisionEncoderSpec):
     """SigLIP, and SigLIP 2 at a fixed resolution, which is published as a SigLIP.
 
     It has no class token. Features of the second-last layer, as LLaVA-OneVision takes them.
@@ -33,7 +33,7 @@ class SigLIP(Encoder):
 
 
 @ENCODERS.register_module("dinov2")
-class DINOv2(Encoder):
+class DINOv2(VisionEncoderSpec):
     """DINOv2, with or without register tokens; its last layer after the final norm.
 
     Args:
@@ -41,7 +41,7 @@ class DINOv2(Encoder):
             image processors cut out 224 (of an image scaled to 256; ours scales to the size
             itself, so that nothing is cut off a padded square); the model interpolates its
             position embeddings to other sizes.
-        layer: see :class:`Encoder`.
+        layer: see :class:`VisionEncoderSpec`.
     """
 
     model = "transformers.AutoModel.from_pretrained"  # two classes, told apart by the config
@@ -61,12 +61,12 @@ class DINOv2(Encoder):
         self.size = image_size
 
     def processor(self, name: str) -> dict:
-        """Scaled to the encoder's size, whatever the published processor does."""
+        """Scale to the encoder's size, whatever the published processor does."""
         sizes = {"shortest_edge": self.size}, {"height": self.size, "width": self.size}
         return super().processor(name) | dict(zip(("size", "crop_size"), sizes, strict=True))
 
     def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
-        """See :meth:`Encoder.config`; the image size is held against the patch size."""
+        """See :meth:`VisionEncoderSpec.config`; the image size is held against the patch size."""
         config = super().config(name, local_only)
         if self.size < 1 or self.size % config.patch_size:
             raise DPAError(
@@ -76,25 +76,25 @@ class DINOv2(Encoder):
         return config
 
     def default_config(self) -> PretrainedConfig:
-        """That of DINOv2 base."""
+        """Make that of DINOv2 base."""
         return Dinov2Config(image_size=518, patch_size=14)
 
     def build(self, config: PretrainedConfig) -> nn.Module:
-        """The module of either class, with random weights."""
+        """Build the module of either class, with random weights."""
         return AutoModel.from_config(config)
 
     def image_size(self, config: PretrainedConfig) -> int:
-        """The size asked for: a published configuration tells the position embeddings' only."""
+        """Return the size asked for: a published one is that of the position embeddings."""
         return self.size
 
 
 @ENCODERS.register_module("internvit")
-class InternViT(Encoder):
+class InternViT(VisionEncoderSpec):
     """InternViT, whose code lies beside its weights; its last layer, as InternVL 1.5 on.
 
     Args:
         trust_remote_code: has to be True: loading it runs code of its repository.
-        layer: see :class:`Encoder`; InternViT-6B-448px-V1-2 takes -4.
+        layer: see :class:`VisionEncoderSpec`; InternViT-6B-448px-V1-2 takes -4.
 
     Raises:
         DPAError: ``trust_remote_code`` is not True.
@@ -114,20 +114,20 @@ class InternViT(Encoder):
         super().__init__(layer)
 
     def loader(self, name: str) -> dict:
-        """With the remote code that was chosen."""
+        """Add the remote code that was chosen."""
         return super().loader(name) | {"trust_remote_code": True}
 
     def build(self, config: PretrainedConfig) -> nn.Module:
-        """The remote class's module, with random weights."""
+        """Build the remote class's module, with random weights."""
         return AutoModel.from_config(config, trust_remote_code=True)
 
     def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
-        """See :meth:`Encoder.write_tiny`; a local folder's code goes along."""
+        """See :meth:`VisionEncoderSpec.write_tiny`; a local folder's code goes along."""
         super().write_tiny(config, folder)
         _copy_code(config, folder)
 
     def save(self, module: nn.Module, folder: Path, state=None, processor=None) -> None:
-        """See :meth:`Encoder.save`; a local folder's code goes along."""
+        """See :meth:`VisionEncoderSpec.save`; a local folder's code goes along."""
         super().save(module, folder, state, processor)
         _copy_code(module.config, folder)
 

@@ -1,4 +1,4 @@
-"""What the head says of each supervised token, without ever holding all its logits."""
+"""The LLM's head over supervised tokens, without ever holding all its logits."""
 
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ LOGITS_AT_ONCE_ON_CPU = 1 << 22
 once, 252 rows of a head of 49k took 2.3 times as long as in chunks of 85."""
 
 
-class TokenScores(NamedTuple):
-    """What a pass says of the N supervised tokens of a batch.
+class TokenLogProbs(NamedTuple):
+    """Log-probabilities of the N supervised tokens of a batch, by one pass.
 
     Attributes:
         cross_entropy: (N,) float32 (float64 from float64), -log of the token's probability.
@@ -30,46 +30,36 @@ class TokenScores(NamedTuple):
 
     @property
     def probability(self) -> Tensor:
-        """(N,), in the dtype of the cross entropy."""
+        """Probabilities (N,), in the dtype of the cross entropy."""
         return torch.exp(-self.cross_entropy)
 
-    def detach(self) -> "TokenScores":
-        """The same numbers without a graph."""
-        return TokenScores(self.cross_entropy.detach(), self.logit.detach())
+    def detach(self) -> "TokenLogProbs":
+        """Return the same numbers without a graph."""
+        return TokenLogProbs(self.cross_entropy.detach(), self.logit.detach())
 
-    def where(self, mask: Tensor, other: "TokenScores") -> "TokenScores":
-        """These scores where ``mask`` (N,) is true, and those of ``other`` elsewhere."""
-        return TokenScores(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
-
-
-def scores_of_logits(logits: Tensor, targets: Tensor) -> TokenScores:
-    """Scores from logits that are there already.
-
-    Args:
-        logits: (N, V), any floating dtype; soft-capped where the model does so.
-        targets: (N,) int64.
-    """
-    logits = logits.to(_accurate(logits))
-    logit = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return TokenScores(logits.logsumexp(-1) - logit, logit.detach())
+    def where(self, mask: Tensor, other: "TokenLogProbs") -> "TokenLogProbs":
+        """Return these numbers where ``mask`` (N,) is true, and those of ``other`` elsewhere."""
+        return TokenLogProbs(*(torch.where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
 
-def token_scores(
+def token_log_probs(
     hidden: Tensor,
     targets: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     softcap: float | None = None,
     chunk_size: int | None = None,
-) -> TokenScores:
-    """Head and cross entropy in one, a chunk of rows at a time.
+) -> TokenLogProbs:
+    """Compute head and cross entropy in one, a chunk of rows at a time.
 
     At most ``chunk_size`` x V logits exist at once, forwards and backwards. Where the head is
     frozen, the gradient of each row is formed in the forward pass, while its logits are
     there: a row's cross entropy depends on that row's hidden state alone, so whatever weight
     it gets later only scales it. A trained head's gradient mixes the rows, so there the
-    logits are computed again in the backward pass. ``tools/benchmark_step.py --head``
-    compares the two ways.
+    logits are computed again in the backward pass.
+
+    :func:`torch.nn.functional.linear_cross_entropy` (torch 2.14) knows no soft-cap and returns
+    no logit, which CAL compares; so it would be a second code path beside this one.
 
     Under autocast the product is formed in autocast's dtype, otherwise in the weight's; the
     softmax and its sum always in float32 (float64 for float64). No argument is changed.
@@ -84,19 +74,21 @@ def token_scores(
             allows.
 
     Returns:
-        Scores of N tokens; the cross entropy is differentiable once in ``hidden``, ``weight``
+        One entry for each token; the cross entropy is differentiable once in ``hidden``, ``weight``
         and ``bias``.
     """
-    kind = hidden.device.type
-    at_once = LOGITS_AT_ONCE_ON_CPU if kind == "cpu" else LOGITS_AT_ONCE
+    device = hidden.device.type
+    at_once = LOGITS_AT_ONCE_ON_CPU if device == "cpu" else LOGITS_AT_ONCE
     rows = chunk_size or max(1, at_once // len(weight))
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if dtype != torch.float64 and weight.dtype == torch.float64:
         dtype = weight.dtype  # as autocast does
-    return TokenScores(*_ChunkedHead.apply(hidden, weight, bias, targets, softcap, rows, dtype))
+    return TokenLogProbs(*_ChunkedHead.apply(hidden, weight, bias, targets, softcap, rows, dtype))
 
 
 class _ChunkedHead(torch.autograd.Function):
+    # hidden (N, H), weight (V, H), bias (V,), targets (N,) -> cross entropy (N,), logit (N,)
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, softcap, rows, dtype):
         head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
@@ -107,13 +99,13 @@ class _ChunkedHead(torch.autograd.Function):
         row_gradients = torch.empty_like(hidden) if ctx.formed else None
         cast = _cast(weight, bias, dtype)
         for part in _parts(len(hidden), rows):
-            logits = _logits(hidden[part], *cast, softcap)
+            logits = _logits(hidden[part], *cast, softcap)  # (rows, V)
             log_p = logits.log_softmax(-1, dtype=_accurate(logits))
-            place = targets[part].unsqueeze(-1)
-            logit[part] = logits.gather(-1, place).squeeze(-1).to(logit.dtype)
-            cross_entropy[part] = -log_p.gather(-1, place).squeeze(-1)
+            index = targets[part].unsqueeze(-1)  # (rows, 1)
+            logit[part] = logits.gather(-1, index).squeeze(-1).to(logit.dtype)
+            cross_entropy[part] = -log_p.gather(-1, index).squeeze(-1)
             if ctx.formed:
-                slope = _slope(logits, log_p, place, softcap)
+                slope = _slope(logits, log_p, index, softcap)
                 row_gradients[part] = (slope.to(dtype) @ cast[0]).to(hidden.dtype)
         if ctx.formed:
             ctx.save_for_backward(row_gradients)
@@ -136,7 +128,7 @@ class _ChunkedHead(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=_accurate(bias)) if needs_bias else None
         cast = _cast(weight, bias, ctx.dtype)
         for part in _parts(len(hidden), ctx.rows):
-            logits = _logits(hidden[part], *cast, ctx.softcap)
+            logits = _logits(hidden[part], *cast, ctx.softcap)  # (rows, V)
             log_p = logits.log_softmax(-1, dtype=_accurate(logits))
             slope = _slope(logits, log_p, targets[part].unsqueeze(-1), ctx.softcap)
             slope *= outer[part].unsqueeze(-1)
@@ -171,8 +163,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     return logits.to(_accurate(logits)).div_(softcap).tanh_().mul_(softcap)
 
 
-def _slope(logits: Tensor, log_p: Tensor, place: Tensor, softcap: float | None) -> Tensor:
+def _slope(logits: Tensor, log_p: Tensor, index: Tensor, softcap: float | None) -> Tensor:
     # Of each row's cross entropy in its uncapped logits; written over log_p.
     slope = log_p.exp_()
-    slope.scatter_add_(-1, place, -torch.ones_like(place, dtype=slope.dtype))
+    slope.scatter_add_(-1, index, -torch.ones_like(index, dtype=slope.dtype))
     return slope if softcap is None else slope.mul_(1 - (logits / softcap).square_())

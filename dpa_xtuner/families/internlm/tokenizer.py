@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerB
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils import cached_file
 
-from dpa_xtuner.model.llama_like import hub_options
+from dpa_xtuner.families.internlm.llm import hub_options
 
 _PUBLISHED = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")
 
@@ -60,7 +60,7 @@ class InternLMTokenizer:
 
 
 def backend(pieces: str | Path, added: dict[int, AddedToken]) -> Tokenizer:
-    """A fast tokenizer that does what SentencePiece does with a BPE model.
+    """Build a fast tokenizer that does what SentencePiece does with a BPE model.
 
     Args:
         pieces: a SentencePiece file with a BPE model with byte fallback.

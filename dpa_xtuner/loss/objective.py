@@ -1,13 +1,25 @@
-"""The loss as both models compute it from a batch's scores."""
+"""The loss of a batch, as both models compute it."""
 
 import logging
 
 from mmengine.logging import print_log
 from torch import Tensor
 
-from dpa_xtuner.loss import TokenScores, build_scheme, relevance_loss, statistics
-from dpa_xtuner.loss.relevance import check_normalize
-from dpa_xtuner.model.llm import supervised_places
+from dpa_xtuner.loss.head import TokenLogProbs
+from dpa_xtuner.loss.relevance import check_normalize, relevance_loss, statistics
+from dpa_xtuner.loss.weighting import build_scheme
+
+IGNORE_INDEX = -100
+"""The label of a token that is not supervised, as in PyTorch and XTuner."""
+
+
+def supervised_mask(labels: Tensor) -> Tensor:
+    """Return (B, T - 1) bool, true where the token *after* a position is supervised.
+
+    Args:
+        labels: (B, T) int64.
+    """
+    return labels[:, 1:] != IGNORE_INDEX
 
 
 class Objective:
@@ -34,31 +46,32 @@ class Objective:
         self.seen: dict[str, Tensor] = {}
 
     def __call__(
-        self, scores: TokenScores, without: TokenScores | None, data: dict
+        self, log_probs: TokenLogProbs, no_image: TokenLogProbs | None, data: dict
     ) -> dict[str, Tensor]:
-        """The loss and what goes into the log.
+        """Compute the loss and what goes into the log.
 
         Args:
-            scores: of the ordinary pass.
-            without: of the contrast pass, if the scheme needs one.
+            log_probs: of the ordinary pass, for the batch's N supervised tokens.
+            no_image: of the contrast pass, if the scheme needs one.
             data: a batch of :func:`dpa_xtuner.data.collate`.
 
         Returns:
             ``loss`` and the other figures of :func:`dpa_xtuner.loss.statistics`.
         """
-        supervised = supervised_places(data["labels"])
-        if without is not None:
-            # Without an image both passes are the same, to the last bit.
-            imaged = data["image_mask"].any(1, keepdim=True).expand_as(supervised)[supervised]
-            without = without.where(imaged, scores.detach())
-        if not len(scores.cross_entropy) and data["ids"]:
+        supervised = supervised_mask(data["labels"])
+        if no_image is not None:
+            # In a sample without an image both passes are the same, to the last bit.
+            has_image = data["image_mask"].any(1, keepdim=True)  # (B, 1)
+            has_image = has_image.expand_as(supervised)[supervised]  # (N,)
+            no_image = no_image.where(has_image, log_probs.detach())
+        if not len(log_probs.cross_entropy) and data["ids"]:
             names = ", ".join(repr(name) for name in data["ids"])
             print_log(
                 f"No token of the samples {names} is supervised: they train nothing.",
                 "current",
                 logging.WARNING,
             )
-        loss, _, sums = relevance_loss(scores, without, supervised, self.scheme, self.normalize)
+        loss, _, sums = relevance_loss(log_probs, no_image, supervised, self.scheme, self.normalize)
         counted = sums["weight"].new_tensor(1.0)
         more = {"micro_batch_loss": loss.detach().double(), "micro_batches": counted}
         for name, value in (sums | more).items():

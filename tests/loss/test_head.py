@@ -1,4 +1,4 @@
-"""Chunked scores against the plain computation that holds all logits."""
+"""The chunked head against the plain computation that holds all logits."""
 
 import weakref
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpa_xtuner.loss import scores as module
-from dpa_xtuner.loss import scores_of_logits, token_scores
+from dpa_xtuner.loss import head as module
+from dpa_xtuner.loss import token_log_probs
 
 N, H, V = 7, 6, 11
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -54,12 +54,12 @@ def near(ours, theirs, tolerance: float) -> bool:
         (F32, F32, True), (BF16, F32, True), (BF16, BF16, True), (F32, BF16, False),
     ],
 )  # fmt: skip
-def test_scores_and_gradients_are_those_of_all_logits_at_once(
+def test_log_probabilities_and_gradients_are_those_of_all_logits_at_once(
     trains, bias, softcap, hidden, dtype, autocast
 ):
     arguments, targets = head(bias, trains, dtype, hidden)
     with torch.autocast("cpu", BF16, enabled=autocast):
-        ours = token_scores(**arguments, targets=targets, softcap=softcap, chunk_size=3)
+        ours = token_log_probs(**arguments, targets=targets, softcap=softcap, chunk_size=3)
         cross_entropy, logit = plain(**arguments, targets=targets, softcap=softcap)
     assert not ours.logit.requires_grad
     assert near(ours.cross_entropy, cross_entropy, 1e-6)  # summed up in float32, always
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_finite_differences(trains, bias, softcap):
     leaves = [a for a in arguments.values() if a is not None]
 
     def cross_entropy(hidden, weight, bias=None):
-        return token_scores(hidden, targets, weight, bias, softcap, chunk_size=3).cross_entropy
+        return token_log_probs(hidden, targets, weight, bias, softcap, chunk_size=3).cross_entropy
 
     assert torch.autograd.gradcheck(cross_entropy, leaves)
 
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_finite_differences(trains, bias, softcap):
 def test_a_head_alone_can_train():
     arguments, targets = head(bias=True, trains=True)
     arguments["hidden"] = arguments["hidden"].detach()
-    ours = token_scores(**arguments, targets=targets, chunk_size=2).cross_entropy
+    ours = token_log_probs(**arguments, targets=targets, chunk_size=2).cross_entropy
     theirs, _ = plain(**arguments, targets=targets, softcap=None)
     pairs = zip(gradients(ours, arguments), gradients(theirs, arguments), strict=True)
     assert all(near(*pair, 1e-6) for pair in pairs)
@@ -99,8 +99,8 @@ def test_the_size_of_the_chunks_does_not_matter(trains, monkeypatch):
     monkeypatch.setattr(module, "LOGITS_AT_ONCE_ON_CPU", 3 * V + 1)
 
     def outcome(size: int | None) -> list[torch.Tensor]:
-        scores = token_scores(**arguments, targets=targets, softcap=2.0, chunk_size=size)
-        return [*scores, *gradients(scores.cross_entropy, arguments)]
+        found = token_log_probs(**arguments, targets=targets, softcap=2.0, chunk_size=size)
+        return [*found, *gradients(found.cross_entropy, arguments)]
 
     whole = outcome(N)
     for size in (1, 2, 3, 6, 100, None):
@@ -110,9 +110,9 @@ def test_the_size_of_the_chunks_does_not_matter(trains, monkeypatch):
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
 def test_no_token_gives_a_graph_and_zero_gradients(trains):
     arguments, targets = head(bias=True, trains=trains, n=0)
-    scores = token_scores(**arguments, targets=targets)
-    assert scores.cross_entropy.shape == scores.logit.shape == (0,)
-    for gradient in gradients(scores.cross_entropy, arguments):
+    found = token_log_probs(**arguments, targets=targets)
+    assert found.cross_entropy.shape == found.logit.shape == (0,)
+    for gradient in gradients(found.cross_entropy, arguments):
         assert not gradient.any()
 
 
@@ -121,8 +121,8 @@ def test_no_argument_is_changed(trains):
     arguments, targets = head(bias=True, trains=trains)
     given = [*arguments.values(), targets]
     before = [a.detach().clone() for a in given]
-    scores = token_scores(**arguments, targets=targets, softcap=2.0, chunk_size=3)
-    gradients(scores.cross_entropy, arguments)
+    found = token_log_probs(**arguments, targets=targets, softcap=2.0, chunk_size=3)
+    gradients(found.cross_entropy, arguments)
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
@@ -154,23 +154,10 @@ def test_a_few_chunks_of_logits_are_held_and_never_all(trains):
         return alive.peak
 
     def ours(arguments, targets):
-        return token_scores(**arguments, targets=targets, chunk_size=2).cross_entropy
+        return token_log_probs(**arguments, targets=targets, chunk_size=2).cross_entropy
 
     def theirs(arguments, targets):
         return plain(**arguments, targets=targets, softcap=None)[0]
 
     assert peak(ours) <= 4 * 2 * V
     assert peak(theirs) >= 64 * V
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F64])
-def test_scores_of_logits_are_those_of_plain_pytorch(dtype):
-    torch.manual_seed(0)
-    logits, targets = torch.randn(N, V).to(dtype).requires_grad_(), torch.randint(0, V, (N,))
-    accurate = logits if dtype == F64 else logits.float()
-    scores = scores_of_logits(logits, targets)
-    expected = F.cross_entropy(accurate, targets, reduction="none")
-    assert near(scores.cross_entropy, expected, 1e-6)
-    assert torch.equal(scores.logit, accurate.detach()[range(N), targets])
-    (one,), (other,) = (torch.autograd.grad(x.sum(), logits) for x in (scores[0], expected))
-    assert near(one, other, TOLERANCE[dtype])

@@ -1,0 +1,302 @@
+"""Count what sharing rows between samples would save of a training step's operations.
+
+A row that holds several samples holds less padding, and its attention spans more positions. The
+counts are those of InternLM2.5-7B with 32 layers and activation checkpointing, for the
+micro-batches that the sampler forms with the batch sizes of a config:
+
+    python benchmarks/packing.py
+"""
+
+import argparse
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from mmengine.config import Config
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
+from dpa_xtuner.families.base import LLAMA_LAYERS
+from dpa_xtuner.model.llm import add_lora, base_model, decode
+from dpa_xtuner.tables import markdown
+
+CONFIG = Path(__file__).parents[1] / "configs" / "dpa_internlm2_7b.py"
+IMAGE_TOKENS = 576  # CLIP ViT-L/14-336
+LLM = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=92544,
+    attn_implementation="eager",  # so that its products are counted
+)
+ENCODER = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    attn_implementation="eager",
+)
+# Records of the usual data: BLIP-LCS 558k, and LLaVA-1.5's or Cambrian's 700k instructions.
+RECORDS = {"proxy": 558_000, "align": 558_000, "tune": 737_000}
+
+
+class Sample(NamedTuple):
+    """Tokens of a sample.
+
+    Attributes:
+        prompt: Text tokens that are not supervised.
+        supervised: Text tokens that are.
+        images: Image tokens.
+    """
+
+    prompt: int
+    supervised: int
+    images: int
+
+    @property
+    def text(self) -> int:
+        """All text tokens."""
+        return self.prompt + self.supervised
+
+
+class Cost(NamedTuple):
+    """Operations of a decoder pass over rows of equal width.
+
+    Attributes:
+        per_token: Of the linear layers, for each position.
+        per_pair: Of the attention, for each pair of positions of a row.
+    """
+
+    per_token: float
+    per_pair: float
+
+    def __call__(self, rows: int, width: int) -> float:
+        """Return the operations of so many rows."""
+        return rows * width * (self.per_token + width * self.per_pair)
+
+
+class Stage(NamedTuple):
+    """Operations of a stage's passes.
+
+    Attributes:
+        main: Of the decoder in the ordinary pass, with recomputation and gradients.
+        head: For each supervised token.
+        image: Of the encoder, for each image.
+        contrast: Of the decoder in the contrast pass; None where there is none.
+    """
+
+    main: Cost
+    head: float
+    image: float
+    contrast: Cost | None
+
+
+def draw(stage: str, count: int) -> list[Sample]:
+    """Draw samples of realistic lengths.
+
+    Captions have 20 - 80 tokens. Instructions have a question and chat tokens of 20 - 70; a third
+    of the answers has 2 - 4 tokens, a third 15 - 59, a third 120 - 400; a fifth has no image.
+
+    Args:
+        stage: Of which the data is.
+        count: Of samples.
+    """
+    rng = random.Random(0)
+    if stage != "tune":
+        images = IMAGE_TOKENS if stage == "align" else 0
+        return [Sample(0, rng.randint(20, 80), images) for _ in range(count)]
+    answers = ((2, 4), (15, 59), (120, 400))
+    return [
+        Sample(
+            rng.randint(20, 70),
+            rng.randint(*rng.choice(answers)),
+            IMAGE_TOKENS * (rng.random() < 0.8),
+        )
+        for _ in range(count)
+    ]
+
+
+def micro_batches(samples: list[Sample], batch_size: int, ranks: int, per_step: int) -> Iterator:
+    """Form an epoch's micro-batches, of all ranks, by the sampler of training.
+
+    Args:
+        samples: Of the data set.
+        batch_size: Samples of a micro-batch.
+        ranks: How many there are.
+        per_step: The global batch size.
+    """
+    # Samples without an image have a negative length; they come in batches of their own.
+    data = _Lengths([s.text + s.images if s.images else -s.text for s in samples])
+    for rank in range(ranks):
+        where = "xtuner.dataset.samplers.length_grouped.get_dist_info"
+        with mock.patch(where, return_value=(rank, ranks)):
+            sampler = GroupedSampler(
+                data, per_step // ranks, "modality_length", mega_batch_mult=1, seed=42
+            )
+        order = list(sampler)
+        for start in range(0, len(order), batch_size):
+            found = [samples[i] for i in order[start : start + batch_size] if i != NOTHING]
+            if found:
+                yield found
+
+
+class _Lengths:
+    def __init__(self, lengths: list[int]):
+        self.modality_length = lengths
+
+    def __len__(self) -> int:
+        return len(self.modality_length)
+
+
+def pack(lengths: list[int], cost: Cost) -> float:
+    """Return the operations of the cheapest rows, shared or not.
+
+    The longest samples are placed first, each in the first row that has room, for every width
+    from the longest sample's to twice that at which rows come out full.
+
+    Args:
+        lengths: Tokens of each sample.
+        cost: Of a pass.
+    """
+    longest, total = max(lengths), sum(lengths)
+    widths = {min(max(longest, -(-total // rows)), 2 * longest) for rows in range(1, len(lengths))}
+    best = cost(len(lengths), longest)
+    for width in widths | {longest}:
+        filled: list[int] = []
+        for length in sorted(lengths, reverse=True):
+            fits = (row for row, used in enumerate(filled) if used + length <= width)
+            row = next(fits, len(filled))
+            if row == len(filled):
+                filled.append(0)
+            filled[row] += length
+        best = min(best, cost(len(filled), max(filled)))
+    return best
+
+
+def fit(count: Callable[[int, int], int]) -> Cost:
+    """Find the cost of a pass from counts at two widths, and check it at a third.
+
+    Args:
+        count: Counts the operations of so many rows of a width.
+    """
+    (narrow, wide), (few, many) = (64, 128), (count(1, 64), count(1, 128))
+    per_pair = (many / wide - few / narrow) / (wide - narrow)
+    cost = Cost(few / narrow - narrow * per_pair, per_pair)
+    assert math.isclose(count(3, 200), cost(3, 200), rel_tol=1e-4), "not the formula"
+    return cost
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """Count the operations of matrix products, multiplications and additions."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def measure(stage: str) -> Stage:
+    """Count the operations of a stage's passes on tensors without memory.
+
+    Args:
+        stage: Trains the LLM by LoRA (proxy), in full (tune), or not at all (align).
+    """
+    with torch.device("meta"):
+        llm: nn.Module = LlamaForCausalLM(LLM).requires_grad_(stage == "tune")
+        encoder = CLIPVisionModel(ENCODER).requires_grad_(False)
+        if stage == "proxy":
+            from peft import LoraConfig  # after dpa_xtuner, which mends bitsandbytes for it
+
+            llm = add_lora(llm, LoraConfig(r=256, target_modules=list(LLAMA_LAYERS)))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # a CPU's operations, without its memory
+        llm.to_empty(device="cpu")
+        encoder.to_empty(device="cpu")
+        pixels = torch.empty(1, 3, ENCODER.image_size, ENCODER.image_size)
+
+        def hidden(rows: int, width: int) -> torch.Tensor:
+            embeds = torch.empty(rows, width, LLM.hidden_size, requires_grad=True)
+            return decode(llm, {"inputs_embeds": embeds})
+
+        def forward(rows: int, width: int) -> int:
+            return count_operations(lambda: hidden(rows, width))
+
+        def step(rows: int, width: int) -> int:
+            # Checkpointing computes the layers again before their gradients.
+            both = count_operations(lambda: hidden(rows, width).sum().backward())
+            return forward(rows, width) + both
+
+        # A frozen head: its product and the hidden state's gradient. A trained one forms the
+        # logits again, and a gradient of its own.
+        products = 4 if base_model(llm).lm_head.weight.requires_grad else 2
+        head = products * 2 * LLM.hidden_size * LLM.vocab_size
+        if stage == "proxy":
+            return Stage(fit(step), head, 0, None)
+        return Stage(fit(step), head, count_operations(lambda: encoder(pixels)), fit(forward))
+
+
+def savings(cost: Stage, batches: Iterator[list[Sample]]) -> dict[str, float]:
+    """Add up the operations of a stage, and what shared rows save of them.
+
+    Args:
+        cost: Of its passes.
+        batches: Its micro-batches.
+    """
+    sums = dict.fromkeys(("all", "main", "contrast", "places", "padding"), 0.0)
+    for batch in batches:
+        lengths = [sample.text + sample.images for sample in batch]
+        places = len(lengths) * max(lengths)
+        sums["places"] += places
+        sums["padding"] += places - sum(lengths)
+        padded = cost.main(len(lengths), max(lengths))
+        sums["all"] += padded + sum(sample.supervised for sample in batch) * cost.head
+        sums["all"] += sum(sample.images > 0 for sample in batch) * cost.image
+        sums["main"] += padded - pack(lengths, cost.main)
+        texts = [sample.text for sample in batch if sample.images]
+        if cost.contrast and texts:
+            padded = cost.contrast(len(texts), max(texts))
+            answered = sum(sample.supervised for sample in batch if sample.images)
+            sums["all"] += padded + answered * 2 * LLM.hidden_size * LLM.vocab_size
+            sums["contrast"] += padded - pack(texts, cost.contrast)
+    return sums
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each stage")
+    args = parser.parse_args()
+    logging.disable(logging.INFO)  # the sampler tells of itself
+    config = Config.fromfile(CONFIG, import_custom_modules=False)
+    costs = {stage: measure(stage) for stage in RECORDS}
+    rows = []
+    for ranks in (1, 8):
+        run = dict.fromkeys(("all", "main", "contrast"), 0.0)
+        for stage, cost in costs.items():
+            size, per_step = config[stage].batch_size, config[stage].global_batch_size
+            samples = draw(stage, args.steps * per_step)
+            sums = savings(cost, micro_batches(samples, size, ranks, per_step))
+            for key in run:
+                run[key] += sums[key] * RECORDS[stage] / len(samples)
+            padding = f"{sums['padding'] / sums['places']:.1%}"
+            rows.append([stage, ranks, padding, *_shares(sums)])
+        rows.append(["the whole run", ranks, "", *_shares(run)])
+    header = ["stage", "ranks", "padding", "saved, main pass", "saved, contrast pass"]
+    print(markdown(header, [[str(cell) for cell in row] for row in rows]))
+
+
+def _shares(sums: dict[str, float]) -> list[str]:
+    return [f"{sums[key] / sums['all']:.2%}" for key in ("main", "contrast")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What held-out captions cost a model, per token."""
+
+from typing import Any, Protocol
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import all_reduce, get_dist_info
+from torch import Tensor, nn
+
+from dpa_xtuner.data import collate
+from dpa_xtuner.loss.head import TokenLogProbs
+from dpa_xtuner.loss.objective import IGNORE_INDEX
+
+
+class LanguageModel(Protocol):
+    """What is asked of a model: both models of this package are one."""
+
+    training: bool
+    data_preprocessor: nn.Module
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation mode."""
+
+    def log_probs(self, data: dict) -> TokenLogProbs:
+        """Return the log-probabilities of a batch's supervised tokens."""
+
+
+@torch.no_grad()
+def cross_entropy_per_token(
+    model: LanguageModel, dataset, batch_size: int, amp: torch.autocast
+) -> float:
+    """Average the cross entropy of a data set's supervised tokens, each sample's first left out.
+
+    Every rank takes its part, and all take the same number of batches, as ZeRO-3 needs.
+
+    Args:
+        model: not wrapped; left in the mode it was in.
+        dataset: a :class:`dpa_xtuner.data.DPADataset`.
+        batch_size: samples at a time on a device.
+        amp: the context to compute in.
+
+    Returns:
+        Nats per token over all ranks.
+    """
+    rank, world = get_dist_info()
+    batches = [
+        range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
+    ]
+    total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    training = model.training
+    model.train(False)
+    for start in range(0, len(batches), world):
+        mine = start + rank
+        batch = collate([dataset[i] for i in batches[min(mine, len(batches) - 1)]])
+        data = model.data_preprocessor(batch, False)["data"]
+        data = data | {"labels": without_first(data["labels"])}
+        with amp:
+            losses = model.log_probs(data).cross_entropy  # (N,)
+        if mine < len(batches):
+            total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
+    model.train(training)
+    total = total.to(get_device())
+    all_reduce(total)
+    return (total[0] / total[1].clamp(min=1)).item()
+
+
+def without_first(labels: Tensor) -> Tensor:
+    """Return labels (B, T) with the first supervised token of each row ignored; a new tensor."""
+    first = (labels != IGNORE_INDEX).int().argmax(dim=1, keepdim=True)  # (B, 1)
+    return labels.scatter(1, first, IGNORE_INDEX)
