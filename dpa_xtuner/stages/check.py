@@ -31,7 +31,7 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     run = Run.of(cfg, settings, Precision("fp32"))  # no weight is loaded
     ok = True
     for name, stage in run.stages.items():
-        if "visual_encoder" not in stage.builds:
+        if not stage.sees_pictures:
             continue
         dataset = dataset_config(run, stage)
         with DefaultScope.overwrite_default_scope("mmengine"):
