@@ -250,11 +250,6 @@ def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
     """
     known = {*dir(config), *config.to_dict()}
     _check_keywords(side, how, _loader(side, how), PreTrainedModel, known)
-    dtype = how.get("torch_dtype", "auto")
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise DPAError(f"{side}.torch_dtype={how['torch_dtype']!r} is not a type of torch's.")
     attention = how.get("attn_implementation")
     known = ["eager", *ALL_ATTENTION_FUNCTIONS]
     if attention is not None and attention not in known:
