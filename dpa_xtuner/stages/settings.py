@@ -176,6 +176,8 @@ class StageSettings(_Settings):
     """How one stage is trained."""
 
     lr: float = setting("peak learning rate", gt=0, sets="optim_wrapper.optimizer.lr auto_scale_lr")
+    # Under normalize="micro_batch" it changes weights too; a finished stage is free of it all the
+    # same, for a run that goes on with other GPUs or less memory.
     batch_size: _Whole = setting(
         "samples on a device at a time",
         "speed",
