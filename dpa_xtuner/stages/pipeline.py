@@ -172,24 +172,26 @@ def agree(config: Config) -> None:
         DPAError: they read other files, since the work dir or the images are not shared by all
             nodes.
     """
-    precisions = all_gather_object(config.model.precision)
-    if len(set(precisions)) > 1:
-        raise DPAError(
-            f"The processes' devices differ: precision='auto' means {sorted(set(precisions))} on "
-            f"them. Set precision to one that all of them compute."
-        )
-    plans = all_gather_object((config.work_dir, config.load_from))
-    if any(plan != plans[0] for plan in plans):
-        raise DPAError(
-            f"The processes don't see the same work dir: they would start {sorted(set(plans))}. "
-            f"It must be on storage that all nodes share."
-        )
-    samples = all_gather_object(samples_of(config))
-    if len(set(samples)) > 1:
-        raise DPAError(
+    same = (
+        (
+            config.model.precision,
+            "The processes' devices differ: precision='auto' means {} on them. Set precision to "
+            "one that all of them compute.",
+        ),
+        (
+            (config.work_dir, config.load_from),
+            "The processes don't see the same work dir: they would start {}. It must be on storage "
+            "that all nodes share.",
+        ),
+        (
+            samples_of(config),
             "The processes don't see the same samples: an image can be read on one node and not on "
-            "another. Images must be the same on all nodes."
-        )
+            "another. Images must be the same on all nodes.",
+        ),
+    )
+    for own, told in same:
+        if len(found := set(all_gather_object(own))) > 1:
+            raise DPAError(told.format(sorted(found, key=str)))
 
 
 def run_next(config: Config) -> None:

@@ -35,7 +35,7 @@ and export must agree; ``weights``, how they are trained, so that a stage that h
 
 
 def setting(
-    about: str, *, changes: Change = "weights", default: Any = ..., sets: str = "", **limits: Any
+    about: str, changes: Change = "weights", default: Any = ..., sets: str = "", **limits: Any
 ) -> Any:
     """Declare a setting.
 
@@ -131,13 +131,9 @@ class DataSettings(_Settings):
 
     data_path: str | _List[str] = setting("JSON or JSONL file, or a list of files, a mixture")
     image_folder: str | _List[str] = setting("folder of the images, or one for each file")
-    weights: _List[float] | None = setting(
-        "how much of an epoch each file of a mixture gives", default=None
-    )
+    weights: _List[float] | None = setting("parts of an epoch that the files give", default=None)
     share: float = setting("part of the data that is used", default=1.0)
-    skip_limit: float = setting(
-        "part of the data that may be unusable", changes="nothing", default=0.01, ge=0, le=1
-    )
+    skip_limit: float = setting("part that may be unusable", "nothing", default=0.01, ge=0, le=1)
 
     @property
     def files(self) -> list[str]:
@@ -171,46 +167,48 @@ class CaptionSettings(DataSettings):
 class LoRASettings(_Settings):
     """The low-rank adapter, by peft's names."""
 
-    r: _Whole = setting("rank", changes="model", gt=0)
-    lora_alpha: float = setting("scale; the adapter counts lora_alpha / r", changes="model", gt=0)
-    lora_dropout: float = setting("dropout before the adapter", changes="model", ge=0, lt=1)
+    r: _Whole = setting("rank", "model", gt=0)
+    lora_alpha: float = setting("scale; the adapter counts lora_alpha / r", "model", gt=0)
+    lora_dropout: float = setting("dropout before the adapter", "model", ge=0, lt=1)
 
 
 class StageSettings(_Settings):
     """How one stage is trained."""
 
     lr: float = setting("peak learning rate", gt=0, sets="optim_wrapper.optimizer.lr auto_scale_lr")
+    # Under normalize="micro_batch" it changes weights too; a finished stage is free of it all the
+    # same, for a run that goes on with other GPUs or less memory.
     batch_size: _Whole = setting(
-        "samples that pass through a device at a time",
-        changes="speed",
+        "samples on a device at a time",
+        "speed",
         gt=0,
         sets="train_dataloader.batch_size train_dataloader.batch_sampler",
     )
     global_batch_size: _Whole = setting(
-        "samples of an optimizer step, on any number of GPUs",
+        "samples of an optimizer step",
         gt=0,
         sets="train_dataloader.sampler optim_wrapper.accumulative_counts",
     )
     max_epochs: _Whole = setting("times that the data is seen", gt=0, sets="train_cfg")
     max_steps: _Whole | None = setting(
-        "optimizer steps after which the stage ends, if its epochs have not ended before",
+        "optimizer steps after which the stage ends at the latest",
         default=None,
         gt=0,
         sets="train_cfg train_dataloader.num_batch_per_epoch",
     )
     max_length: _Whole = setting("tokens of a sample, images included; the rest is cut off", gt=1)
-    pad_image_to_square: bool = setting("pad images in the mean colour", changes="model")
+    pad_image_to_square: bool = setting("pad images in the mean colour", "model")
     warmup_ratio: float = setting(
-        "part of the steps in which the learning rate rises", ge=0, lt=1, sets="param_scheduler"
+        "part of the steps in which lr rises", ge=0, lt=1, sets="param_scheduler"
     )
     save_steps: _Whole = setting(
         "optimizer steps between checkpoints",
-        changes="nothing",
+        "nothing",
         gt=0,
         sets="default_hooks.checkpoint.interval",
     )
     normalize: Literal["micro_batch", "global"] = setting(
-        "what a loss is divided by: the weights of a micro-batch, or of the optimizer step",
+        "the loss is divided by the weights of a micro-batch, or of the whole step",
         sets="model.normalize",
     )
 
@@ -219,10 +217,10 @@ class LLMSettings(StageSettings):
     """A stage that trains its LLM: all of it, or a LoRA on it."""
 
     train_llm: Literal["full", "lora"] = setting(
-        "train the whole LLM, or an adapter", changes="model", sets="model.freeze_llm"
+        "train the whole LLM, or an adapter", "model", sets="model.freeze_llm"
     )
     lora: LoRASettings = setting(
-        "the adapter, where train_llm='lora'", changes="model", sets="model.lora model.llm_lora"
+        "the adapter, where train_llm='lora'", "model", sets="model.lora model.llm_lora"
     )
 
 
@@ -234,8 +232,7 @@ class PictureSettings(StageSettings):
     """A stage with pictures."""
 
     loss: _Scheme = setting(
-        "weighting scheme: a name, or a dict with type and arguments; empty for the method's",
-        sets="model.loss",
+        "weighting scheme, by name or a dict with arguments; empty: the method's", sets="model.loss"
     )
 
 
@@ -243,9 +240,7 @@ class AlignSettings(PictureSettings):
     """Stage align, whose LLM is frozen."""
 
     contrast_cache: str | None = setting(
-        "folder to keep the contrast pass in, for several epochs or runs",
-        changes="nothing",
-        default=None,
+        "folder to keep the contrast pass in", "nothing", default=None
     )
 
     @model_validator(mode="after")
@@ -259,10 +254,10 @@ class TuneSettings(PictureSettings, LLMSettings):
     """Stage tune."""
 
     start_from: Literal["target", "proxy"] = setting(
-        "begin with the original LLM, or with the proxy", changes="model"
+        "begin with the original LLM or the proxy", "model"
     )
     projector_lr: float | None = setting(
-        "learning rate of the projector; None for lr", default=None, gt=0
+        "learning rate of the projector; None: lr", default=None, gt=0
     )
     train_visual_encoder: bool = setting(
         "train the visual encoder too", default=False, changes="model"
@@ -271,8 +266,7 @@ class TuneSettings(PictureSettings, LLMSettings):
         "learning rate of the visual encoder, where it is trained; None for lr", default=None, gt=0
     )
     init_projector: str | None = setting(
-        "folder of an earlier run's projector to begin with; the run is then this stage alone",
-        default=None,
+        "folder of a projector to begin with; the run is this stage alone", default=None
     )
 
 
@@ -288,33 +282,25 @@ class Settings(_Settings):
         f"{', '.join(METHODS)}: which stages there are, and their loss"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "what is computed in; auto: bf16 where the device does, else fp16 (GPU) or fp32 (CPU)",
+        "what is computed in; auto: what fits the device",
         default="auto",
         sets="model.precision model.llm.torch_dtype model.visual_encoder.torch_dtype",
     )
     llm_name_or_path: str = setting("the LLM: a folder or a hub name")
     family: Annotated[str | None, _passes(find_family)] = setting(
-        "kind of LLM: its loader, tokenizer, chat template and LoRA's layers", default=None
+        "kind of LLM: loader, tokenizer, template, LoRA's layers", default=None
     )
     prompt_template: _Template = setting(
-        "chat template: a name of XTuner's, or a dict; None for the family's",
-        changes="model",
-        default=None,
+        "chat template, by XTuner's name or a dict; None: the family's", "model", default=None
     )
     visual_encoder_name_or_path: str = setting("the visual encoder: a folder or a hub name")
     encoder: _Encoder = setting(
-        "kind of visual encoder: a name, or a dict with type and arguments",
-        changes="model",
-        sets="model.encoder",
+        "kind of visual encoder, by name or a dict with arguments", "model", sets="model.encoder"
     )
     projector: _Projector = setting(
-        "kind of projector: a name, or a dict with type and arguments",
-        changes="model",
-        sets="model.projector",
+        "kind of projector, by name or a dict with arguments", "model", sets="model.projector"
     )
-    max_tiles: _Whole = setting(
-        "tiles that an image is cut into at most; 1 for none", changes="model", ge=1
-    )
+    max_tiles: _Whole = setting("tiles of an image at most; 1: none", "model", ge=1)
     captions: CaptionSettings = setting("data of proxy and align", sets="train_dataloader.dataset")
     instructions: DataSettings = setting("data of tune", sets="train_dataloader.dataset")
     proxy: ProxySettings | None = setting("stage proxy; None where the method has none")
@@ -523,17 +509,18 @@ def refuse_unused_options(cfg: Config, settings: Settings) -> None:
     Raises:
         DPAError: there are some, each on a line of its own.
     """
-    if not settings.unused or cfg.filename is None:
+    if cfg.filename is None:
         return
     file = _plain(Config.fromfile(cfg.filename)._cfg_dict)
-    lines = [
-        f"  {path}: {reason}, so nothing reads it; leave it out"
+    wrong = {
+        path: f"{reason}, so nothing reads it; leave it out"
         for path, *_ in differences(file, _plain(cfg._cfg_dict))
         for prefix, reason in settings.unused.items()
         if path.startswith(prefix)
-    ]
-    if lines:
-        raise DPAError("--cfg-options sets what has no effect:\n" + "\n".join(lines))
+    }
+    if file.get("launcher") not in (None, cfg.get("launcher")):  # XTuner has overwritten it
+        wrong["launcher"] = f"{file['launcher']!r} has no effect: give --launcher"
+    refuse(f"{cfg.filename} (or --cfg-options)", wrong)
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -4,27 +4,17 @@ import copy
 import logging
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmengine import registry
 from mmengine._strategy import BaseStrategy
 from mmengine.config.lazy import LazyObject
 from mmengine.dist import init_dist
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import (
-    HOOKS,
-    LOG_PROCESSORS,
-    MODELS,
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    STRATEGIES,
-    VISBACKENDS,
-    VISUALIZERS,
-    Registry,
-)
+from mmengine.registry import Registry
 from mmengine.runner import Runner
 from mmengine.runner.priority import get_priority
 from mmengine.utils import get_object_from_string
@@ -46,14 +36,14 @@ class Place:
     """A dict of a config, and what its keys are for.
 
     Attributes:
-        registry: where what its ``type`` names is registered.
+        known: where what its ``type`` names is registered.
         type: that name, where the config gives none.
         calls: what takes its keys, after what the type names where both are there.
         also: keys that MMEngine takes out before.
         optional: whether it may be None.
     """
 
-    registry: Registry | None = None
+    known: Registry | None = None
     type: str | None = None
     calls: tuple[Callable, ...] = ()
     also: tuple[str, ...] = ()
@@ -70,46 +60,43 @@ _PARAMWISE = tuple(
     for name in DefaultOptimWrapperConstructor.add_params.__code__.co_consts
     if isinstance(name, str) and name.endswith(("_mult", "_keys", "_duplicate"))
 )
-_HOOK = Place(HOOKS, also=("priority",), optional=True)
+_HOOK = Place(registry.HOOKS, also=("priority",), optional=True)
 # By path, where * stands for any key or place in a list.
 _PLACES = {
     "custom_hooks.*": _HOOK,
     "custom_imports": Place(),
-    "default_hooks.checkpoint": Place(HOOKS, also=_HOOK.also, calls=(Runner.save_checkpoint,)),
+    "default_hooks.checkpoint": Place(
+        registry.HOOKS, also=_HOOK.also, calls=(Runner.save_checkpoint,)
+    ),
     "default_hooks.*": _HOOK,
     "env_cfg": Place(calls=(BaseStrategy._setup_env,)),
     "env_cfg.mp_cfg": Place(calls=(set_multi_processing,)),
     # A timeout is a number of seconds here.
     "env_cfg.dist_cfg": Place(calls=(init_dist, init_process_group), also=("timeout",)),
     "image_processor": Place(),
-    "log_processor": Place(LOG_PROCESSORS, "LogProcessor", optional=True),
-    "model": Place(MODELS, "DPALLaVAModel"),
+    "log_processor": Place(registry.LOG_PROCESSORS, "LogProcessor", optional=True),
+    "model": Place(registry.MODELS, "DPALLaVAModel"),
     "model.llm": Place(),
     "model.visual_encoder": Place(),
     "optim_wrapper": Place(
-        OPTIM_WRAPPERS, "OptimWrapper", also=("clip_grad", "constructor", "paramwise_cfg")
+        registry.OPTIM_WRAPPERS, "OptimWrapper", also=("clip_grad", "constructor", "paramwise_cfg")
     ),
     "optim_wrapper.clip_grad": Place(_CLIP, "norm", optional=True),
-    "optim_wrapper.optimizer": Place(OPTIMIZERS),
+    "optim_wrapper.optimizer": Place(registry.OPTIMIZERS),
     "optim_wrapper.paramwise_cfg": Place(also=_PARAMWISE, calls=(_nothing,), optional=True),
     "optim_wrapper.paramwise_cfg.custom_keys": Place(),
-    "optim_wrapper.paramwise_cfg.custom_keys.*": Place(OPTIMIZERS, also=("lr_mult", "decay_mult")),
+    "optim_wrapper.paramwise_cfg.custom_keys.*": Place(
+        registry.OPTIMIZERS, also=("lr_mult", "decay_mult")
+    ),
     "randomness": Place(calls=(Runner.set_randomness,)),
-    "strategy": Place(STRATEGIES, optional=True),
+    "strategy": Place(registry.STRATEGIES, optional=True),
     "tokenizer": Place(),
     "train_dataloader": Place(calls=(DataLoader,), also=("num_batch_per_epoch",)),
-    "visualizer": Place(VISUALIZERS, "Visualizer", optional=True),
-    "visualizer.vis_backends.*": Place(VISBACKENDS),
+    "visualizer": Place(registry.VISUALIZERS, "Visualizer", optional=True),
+    "visualizer.vis_backends.*": Place(registry.VISBACKENDS),
 }
 # Of a config beside its settings and what MMEngine's runner takes.
-_OTHERS = {
-    "_scope_",
-    "custom_imports",
-    "image_processor",
-    "runner_type",
-    "strategy",
-    "tokenizer",
-}
+_OTHERS = {"_scope_", "custom_imports", "image_processor", "runner_type", "strategy", "tokenizer"}
 # Values of keys that stages set, where the base config has to have one for XTuner.
 _BASE = {
     "default_hooks.checkpoint.interval": -1,
@@ -138,7 +125,8 @@ def config_problems(config: dict, settings: set[str], owned: Mapping[str, str]) 
         if _place(key) is None:  # else it is told when that is visited
             found.setdefault(key, what)
     for key, what in _ruled(config):
-        found.setdefault(key, what)
+        if not any(key == other or key.startswith(f"{other}.") for other in found):
+            found[key] = what
     visit = _Visit(config, found)
     for key, value in config.items():
         if key not in settings:
@@ -158,38 +146,53 @@ def _at(config: dict, path: str) -> Any:
     return node
 
 
+def _above_zero(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or not value <= 0
+
+
+def _one_of(known: Iterable[str]) -> tuple[Callable[[Any], bool], str, Iterable[str]]:
+    return lambda value: value is None or value in known, f"expected {', '.join(known)}", known
+
+
+_ABOVE_ZERO = (_above_zero, "expected a number above 0", ())
+_CONSTRUCTORS = registry.OPTIM_WRAPPER_CONSTRUCTORS
+# What no signature tells: which values are right (None is for a key that is not there), what to say
+# of others, and which names are known.
+_RULES: dict[str, tuple[Callable[[Any], Any], str, Iterable[str]]] = {
+    "default_hooks.checkpoint.max_keep_ckpts": (
+        lambda number: number not in (0, 1),
+        "expected at least 2, since MMEngine removes the oldest before the newest is on disk",
+        (),
+    ),
+    "env_cfg.dist_cfg.backend": _one_of(Backend.backend_list),
+    "env_cfg.mp_cfg.mp_start_method": _one_of(multiprocessing.get_all_start_methods()),
+    "log_level": _one_of(logging._nameToLevel),
+    "log_processor.window_size": _ABOVE_ZERO,
+    "optim_wrapper.clip_grad.clip_value": _ABOVE_ZERO,
+    "optim_wrapper.clip_grad.max_norm": _ABOVE_ZERO,
+    "optim_wrapper.constructor": (
+        lambda name: name is None or _find(name, _CONSTRUCTORS),
+        f"not a known {_CONSTRUCTORS.name}",
+        _CONSTRUCTORS.module_dict,
+    ),
+    "optim_wrapper.type": (
+        lambda name: name in (None, "OptimWrapper", "DeepSpeedOptimWrapper"),
+        "each stage sets it; set precision instead",
+        (),
+    ),
+    "randomness.seed": (
+        lambda seed: type(seed) is int and 0 <= seed < 2**32,
+        "expected a number from 0 on, below 2^32, to draw the same samples again: give --seed",
+        (),
+    ),
+}
+
+
 def _ruled(config: dict) -> Iterator[tuple[str, str]]:
     """What is wrong by rules that no signature tells."""
-    for path, known in {
-        "env_cfg.dist_cfg.backend": Backend.backend_list,
-        "env_cfg.mp_cfg.mp_start_method": multiprocessing.get_all_start_methods(),
-        "log_level": list(logging._nameToLevel),
-    }.items():
-        value = _at(config, path)
-        if value is not None and value not in known:
-            yield path, f"{value!r} is none of {', '.join(known)}{nearest(str(value), known)}"
-    for path in ("log_processor.window_size", "optim_wrapper.clip_grad.max_norm",
-                 "optim_wrapper.clip_grad.clip_value"):  # fmt: skip
-        if isinstance(value := _at(config, path), (int, float)) and value <= 0:
-            yield path, f"expected a number above 0 (got {value!r})"
-    seed = _at(config, "randomness.seed")
-    if isinstance(config.get("randomness", {}), dict) and not _is_seed(seed):
-        yield (
-            "randomness.seed",
-            f"expected a number from 0 on, below 2^32 (got {seed!r}), so that a run that was "
-            f"stopped draws the same samples again: give --seed",
-        )
-    if _at(config, "default_hooks.checkpoint.max_keep_ckpts") in (0, 1):
-        yield (
-            "default_hooks.checkpoint.max_keep_ckpts",
-            "expected at least 2, since MMEngine removes the oldest before the newest is on disk",
-        )
-    constructor, known = _at(config, "optim_wrapper.constructor"), OPTIM_WRAPPER_CONSTRUCTORS
-    if constructor is not None and _find(constructor, known) is None:
-        hint = nearest(str(constructor), filter(None, known.module_dict))
-        yield "optim_wrapper.constructor", f"{constructor!r} is not a known {known.name}{hint}"
-    if _at(config, "optim_wrapper.type") not in (None, "OptimWrapper", "DeepSpeedOptimWrapper"):
-        yield "optim_wrapper.type", "each stage sets it; set precision instead"
+    for key, (is_right, expected, known) in _RULES.items():
+        if not is_right(value := _at(config, key)):
+            yield key, f"{expected} (got {value!r}){nearest(str(value), filter(None, known))}"
     if config.get("load_from") and not config.get("resume"):
         yield "load_from", "the stages hand over by themselves: leave it out"
     if config.get("strategy") and config.get("runner_type") != "FlexibleRunner":
@@ -200,22 +203,14 @@ def _ruled(config: dict) -> Iterator[tuple[str, str]]:
         if 0 < len(lacking) < len(keys):
             given = next(key for key in keys if key not in lacking)
             yield given, f"it goes together with {', '.join(lacking)}, not set here"
-    if config.get("strategy"):
-        yield from _dropped_by_deepspeed(_at(config, "optim_wrapper.clip_grad") or {})
-
-
-def _is_seed(seed: Any) -> bool:
-    return type(seed) is int and 0 <= seed < 2**32
-
-
-def _dropped_by_deepspeed(clip: dict) -> Iterator[tuple[str, str]]:
+    clip = _at(config, "optim_wrapper.clip_grad") if config.get("strategy") else None
     usual = {"type": "norm", "norm_type": 2.0, "error_if_nonfinite": False, "foreach": None}
-    for key, value in clip.items():
-        if key in usual and value != usual[key]:
+    for key in usual.keys() & (clip or {}).keys():
+        if clip[key] != usual[key]:
             yield (
                 f"optim_wrapper.clip_grad.{key}",
-                f"DeepSpeed clips gradients by max_norm alone and has no {key}={value!r}: leave it "
-                f"out, or train without --deepspeed",
+                f"DeepSpeed clips gradients by max_norm alone: leave out {key}={clip[key]!r}, or "
+                f"train without --deepspeed",
             )
 
 
@@ -257,13 +252,13 @@ class _Visit:
         kind = given.pop("type", place.type)
         if path.startswith("optim_wrapper.paramwise_cfg.custom_keys."):
             kind = _at(self.config, "optim_wrapper.optimizer.type")
-        call = None if kind is None else _find(kind, place.registry)
-        if call is None and place.registry is not None:
-            names = sorted(place.registry.module_dict)
-            said = f"{kind!r} is not a known {place.registry.name}" if kind else "it is missing"
+        call = None if kind is None else _find(kind, place.known)
+        if call is None and place.known is not None:
+            names = sorted(place.known.module_dict)
+            said = f"{kind!r} is not a known {place.known.name}" if kind else "it is missing"
             self.found[f"{path}.type"] = said + nearest(str(kind), names)
         calls = [call, *place.calls] if call is not None else list(place.calls)
-        whole = place.registry is HOOKS
+        whole = place.known is registry.HOOKS
         for key, what in problems(calls, given, place.also, whole=whole) if calls else ():
             if _place(f"{path}.{key}") is None:  # else it is told when that is visited
                 self.found[f"{path}.{key}"] = what
@@ -318,21 +313,23 @@ def _place(path: str) -> Place | None:
     return None
 
 
-def _find(kind: Any, registry: Registry | None) -> Callable | None:
+def _find(kind: Any, known: Registry | None) -> Callable | None:
     """What a type is, by name or itself; None where it can't be found."""
     if isinstance(kind, LazyObject):
         return kind.build()
     if not isinstance(kind, str):
         return kind if callable(kind) else None
-    if registry is not None and kind in registry.module_dict:
-        return registry.module_dict[kind]
-    if registry is OPTIMIZERS:  # those that MMEngine registers when DeepSpeed's strategy is built
+    if known is not None and kind in known.module_dict:
+        return known.module_dict[kind]
+    if (
+        known is registry.OPTIMIZERS
+    ):  # those that MMEngine registers when DeepSpeed's strategy is built
         for module in ("ops.adam", "ops.lamb", "runtime.fp16.onebit"):
             if (found := get_object_from_string(f"deepspeed.{module}.{kind}")) is not None:
                 return found
     if "." in kind:
         try:
-            return get_object_from_string(kind) or (registry and registry.get(kind))
+            return get_object_from_string(kind) or (known and known.get(kind))
         except (ImportError, AttributeError):
             return None
     return None

@@ -281,11 +281,11 @@ def test_the_arguments_of_later_stages_are_held_against_their_parts(tiny, work_d
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("optim_wrapper.clip_grad.norm_type=1.0", "optim_wrapper.clip_grad.norm_type=1.0"),
+        ("optim_wrapper.clip_grad.norm_type=1.0", "leave out norm_type=1.0"),
         ("optim_wrapper.clip_grad.error_if_nonfinite=True", "error_if_nonfinite=True"),
         ("optim_wrapper.paramwise_cfg.bias_lr_mul=1", "did you mean 'bias_lr_mult'"),
         ("optim_wrapper.initial_scale=1", "optim_wrapper.initial_scale: not a known key"),
-        ("optim_wrapper.constructor=Foo", "optim_wrapper.constructor: 'Foo' is not a known"),
+        ("optim_wrapper.constructor=Foo", "optim_wrapper.constructor: not a known"),
         ("strategy.fp17.enabled=True", "did you mean 'fp16'"),
         ("optim_wrapper.optimizer.type=FusedAdm", "optimizer.type: 'FusedAdm' is not a known"),
     ],
