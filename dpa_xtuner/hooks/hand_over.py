@@ -22,8 +22,8 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_component, trained_key
 from dpa_xtuner.stages.initial import record_of_loaded
-from dpa_xtuner.stages.pipeline import read_state, run_facts
-from dpa_xtuner.stages.state_file import steps_done
+from dpa_xtuner.stages.pipeline import run_facts
+from dpa_xtuner.stages.state_file import read_state, steps_done
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])

@@ -10,8 +10,8 @@ from mmengine.registry import DATASETS, HOOKS
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss.held_out import cross_entropy_per_token
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.pipeline import read_state
-from dpa_xtuner.stages.state_file import steps_done
+from dpa_xtuner.stages.state_file import read_state, steps_done
+from dpa_xtuner.stages.table import HeldOut
 
 
 @HOOKS.register_module()
@@ -29,37 +29,19 @@ class HeldOutHook(Hook):
     Args:
         data: config of the held-out captions.
         precision: what the run computes in.
-        start: as the others, of :class:`dpa_xtuner.stages.table.HeldOut`.
-        end: see ``start``.
-        shown: see ``start``.
-        meaning: see ``start``.
-        floor: see ``start``.
-        earlier: see ``start``.
+        how: of :class:`dpa_xtuner.stages.table.HeldOut`.
     """
 
     priority = "LOWEST"
 
-    def __init__(
-        self,
-        data: dict,
-        precision: str,
-        start: str,
-        end: str,
-        shown: tuple[str, ...],
-        meaning: str,
-        floor: str = "",
-        earlier: str | None = None,
-    ):
-        self.data, self.precision = data, Precision(precision)
-        self.start, self.end, self.shown = start, end, shown
-        self.meaning, self.floor, self.earlier = meaning, floor, earlier
+    def __init__(self, data: dict, precision: str, **how):
+        self.data, self.precision, self.how = data, Precision(precision), HeldOut(**how)
 
     def before_train(self, runner) -> None:
         """Read what the earlier stage, and this one before it was stopped, have measured."""
         folder = Path(runner.work_dir)
-        self.before = {}
-        if self.earlier is not None:
-            self.before = _measured(folder.parent / self.earlier)
+        earlier = self.how.earlier
+        self.before = {} if earlier is None else _measured(folder.parent / earlier)
         own = _measured(folder) if runner.iter > 0 else {}
         runner.state_file.measured = self.before | own
         self.held_out = DATASETS.build(self.data)
@@ -67,7 +49,7 @@ class HeldOutHook(Hook):
     def before_train_epoch(self, runner) -> None:
         """Measure the start; a resumed run has done so."""
         if runner.iter == 0:
-            self._measure(runner, self.start)
+            self._measure(runner, self.how.start)
             if is_main_process():
                 runner.state_file.write_measured()
 
@@ -75,11 +57,11 @@ class HeldOutHook(Hook):
         """Measure whenever a checkpoint is due."""
         interval = runner.cfg.default_hooks.checkpoint.interval
         if batch_idx + 1 < runner.max_iters and self.every_n_train_iters(runner, interval):
-            self._measure(runner, self.end)
+            self._measure(runner, self.how.end)
 
     def after_train(self, runner) -> None:
         """Measure the end."""
-        self._measure(runner, self.end)
+        self._measure(runner, self.how.end)
 
     def _measure(self, runner, name: str) -> None:
         model, measured = unwrap(runner.model), runner.state_file.measured
@@ -87,9 +69,9 @@ class HeldOutHook(Hook):
         amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
         size = runner.train_dataloader.batch_size
         measured[name] = cross_entropy_per_token(model, self.held_out, size, amp)
-        shown = {key: measured[key] for key in self.shown if key in measured}
+        shown = {key: measured[key] for key in self.how.shown if key in measured}
         beside = [key for key in shown if key in self.before]
-        meaning = f"{self.meaning}, {self.floor}" if beside else self.meaning
+        meaning = f"{self.how.meaning}, {self.how.floor}" if beside else self.how.meaning
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
         step = steps_done(runner.cfg, runner.iter)

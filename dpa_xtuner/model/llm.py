@@ -68,24 +68,25 @@ def load_pretrained(cfg: dict, **more) -> nn.Module:
     return built
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
-    """Give a module the weights of a checkpoint, uncopied.
+def fill(module: nn.Module, state: dict[str, Tensor], what: Path | str) -> None:
+    """Give a module its weights, uncopied, and none that it does not know.
 
     Args:
-        module: those of its parameters that are trained have to be in the checkpoint. It may be
-            without memory (on the meta device).
-        state: names as in the module.
-        path: of the checkpoint, for the message.
+        module: weights are needed for those of its parameters that are trained. It may be without
+            memory (on the meta device).
+        state: the weights, by their names in the module.
+        what: they are of, for the message.
 
     Raises:
-        DPAError: weights are missing or unknown.
+        DPAError: weights are missing or unknown, or of another shape.
     """
+    own = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    given = {name: tuple(weight.shape) for name, weight in state.items()}
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    wrong = sorted((trained - state.keys()) | (state.keys() - module.state_dict().keys()))
-    if wrong:
+    if wrong := sorted(name for name in trained | given.keys() if given.get(name) != own.get(name)):
         raise DPAError(
-            f"{path} does not fit a {type(module).__name__}: {len(wrong)} weights are missing or "
-            f"unknown ({', '.join(wrong[:5])}). Is it a checkpoint of this config?"
+            f"{what} does not fit a {type(module).__name__}: {len(wrong)} weights are missing, "
+            f"unknown or of another shape ({', '.join(wrong[:5])}). Is it of this config?"
         )
     module.load_state_dict(state, strict=False, assign=True)
     if hasattr(module, "tie_weights"):

@@ -263,7 +263,7 @@ class TuneSettings(PictureSettings, LLMSettings):
         "train the visual encoder too", default=False, changes="model"
     )
     visual_encoder_lr: float | None = setting(
-        "learning rate of the visual encoder, where it is trained; None for lr", default=None, gt=0
+        "learning rate of a trained visual encoder; None: lr", default=None, gt=0
     )
     init_projector: str | None = setting(
         "folder of a projector to begin with; the run is this stage alone", default=None
