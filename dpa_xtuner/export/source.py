@@ -210,7 +210,7 @@ def _need_inputs(source: Source) -> None:
         needed = []
     if source.origin:
         now = model_of(source.run, source.stage)
-        known = source.stage_settings.changing("model")
+        known = source.stage_settings.names_changing("model")
         trained = {key: value for key, value in source.origin.get("settings", {}).items()
                    if key in known}  # fmt: skip
         before = {key: source.origin.get(key) for key in now} | {"settings": trained}

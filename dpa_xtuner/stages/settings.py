@@ -114,6 +114,12 @@ class _Settings(BaseModel):
     # Strict: True is no number, and neither is "3".
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def names_changing(cls, change: Change) -> set[str]:
+        """Names of the settings whose change changes this; see :func:`setting`."""
+        fields = cls.model_fields.items()
+        return {name for name, field in fields if field.json_schema_extra["changes"] == change}
+
     def changing(self, change: Change, leave_out: set[str] = frozenset()) -> dict[str, Any]:
         """The settings whose change changes this, where they are not at their default.
 
@@ -121,9 +127,8 @@ class _Settings(BaseModel):
             change: see :func:`setting`.
             leave_out: names of others.
         """
-        fields = type(self).model_fields.items()
-        names = {name for name, field in fields if field.json_schema_extra["changes"] == change}
-        return self.model_dump(include=names - leave_out, exclude_defaults=True)
+        names = self.names_changing(change) - leave_out
+        return self.model_dump(include=names, exclude_defaults=True)
 
 
 class DataSettings(_Settings):
