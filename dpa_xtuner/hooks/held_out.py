@@ -71,7 +71,7 @@ class HeldOutHook(Hook):
         measured[name] = cross_entropy_per_token(model, self.held_out, size, amp)
         shown = {key: measured[key] for key in self.how.shown if key in measured}
         beside = [key for key in shown if key in self.before]
-        meaning = f"{self.how.meaning}, {self.how.floor}" if beside else self.how.meaning
+        meaning = f"{self.how.meaning}, {self.how.beside}" if beside else self.how.meaning
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
         step = steps_done(runner.cfg, runner.iter)

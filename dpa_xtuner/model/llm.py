@@ -135,11 +135,17 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftMo
     Returns:
         The merged model, of the class of ``llm``; for a quantised one, peft's wrapping of it.
     """
+    trained = [parameter for parameter in llm.parameters() if parameter.requires_grad]
+    config = PeftConfig.from_pretrained(folder)
+    config.lora_dropout = 0.0
+    # peft draws random numbers for an adapter that it then reads. Both ways do so, so that a
+    # projector that is drawn afterwards is the same with either.
+    wrapped = PeftModel.from_pretrained(llm, folder, config=config)
     if is_quantised(llm):
-        llm.requires_grad_(False)
-        config = PeftConfig.from_pretrained(folder)
-        config.lora_dropout = 0.0
-        return PeftModel.from_pretrained(llm, folder, config=config)
+        return wrapped
+    llm = wrapped.unload()
+    for parameter in trained:  # peft has frozen them
+        parameter.requires_grad_()
     read_adapter(folder).add_to(llm)
     return llm
 

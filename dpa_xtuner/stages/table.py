@@ -31,7 +31,7 @@ class HeldOut:
         end: name of what is measured from then on.
         shown: what the log shows, by name, as far as it was measured.
         meaning: of the figures, for the log.
-        floor: meaning of those that the earlier stage measured, for the log.
+        beside: meaning of those that the earlier stage measured, for the log.
         earlier: the stage whose figures are shown beside its own.
     """
 
@@ -39,7 +39,7 @@ class HeldOut:
     end: str
     shown: tuple[str, ...]
     meaning: str
-    floor: str = ""
+    beside: str = ""
     earlier: str | None = None
 
 
@@ -150,6 +150,11 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
                 ),
             )
         )
+    floor, earlier = (), {}
+    if settings.has_proxy:
+        floor = ("floor",)
+        meaning = "and the floor without: below it the picture is used"
+        earlier = {"earlier": PROXY, "beside": meaning}
     align = Stage(
         name=ALIGN,
         view="caption",
@@ -158,14 +163,7 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
         trains=(PROJECTOR,),
         writes=_places(ALIGN, (PROJECTOR,)),
         guards=(LLM,),
-        held_out=HeldOut(
-            start=ALIGN,
-            end=ALIGN,
-            shown=(ALIGN, "floor"),
-            meaning="with pictures",
-            floor="and the floor without: below it the picture is used",
-            earlier=PROXY if settings.has_proxy else None,
-        ),
+        held_out=HeldOut(ALIGN, ALIGN, shown=(ALIGN, *floor), meaning="with pictures", **earlier),
     )
     from_proxy = proxy_writes if settings.tune.start_from == PROXY else {}
     tune = _tune(settings, align.writes | from_proxy)
