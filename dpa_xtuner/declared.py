@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from typing import Any, Literal, Union, get_args, get_origin
@@ -10,13 +10,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 from dpa_xtuner.errors import nearest
 
 
-def parameters(call: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+def parameters(*calls: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     """The parameters by name, and whether any other keyword is taken too.
 
-    A class that passes ``**kwargs`` on has its parents' parameters as well.
+    Args:
+        calls: each hands the keywords that it does not know on to the next. A class that passes
+            ``**kwargs`` on has its parents' parameters as well.
     """
     found: dict[str, inspect.Parameter] = {}
-    for each in _calls(call):
+    for each in _functions(calls):
         kinds = set()
         for name, parameter in inspect.signature(each).parameters.items():
             kinds.add(parameter.kind)
@@ -28,8 +30,12 @@ def parameters(call: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     return found, True
 
 
-def _calls(call: Callable) -> list[Callable]:
-    return [c.__init__ for c in call.__mro__[:-1]] if inspect.isclass(call) else [call]
+def _functions(calls: Iterable[Callable]) -> list[Callable]:
+    return [
+        each
+        for call in calls
+        for each in ([c.__init__ for c in call.__mro__[:-1]] if inspect.isclass(call) else [call])
+    ]
 
 
 def _resolved(annotation: Any, call: Callable) -> Any:
@@ -41,13 +47,13 @@ def _resolved(annotation: Any, call: Callable) -> Any:
         return inspect.Parameter.empty
 
 
-def taken(call: Callable) -> set[str]:
-    """Names that a callable takes, those that it looks up in its ``**kwargs`` included.
+def taken(*calls: Callable) -> set[str]:
+    """Names that callables take, those that they look up in their ``**kwargs`` included.
 
     Such a lookup, ``kwargs.pop("revision")``, names its key as a constant of the code.
     """
-    names = set(parameters(call)[0])
-    for each in _calls(call):
+    names = set(parameters(*calls)[0])
+    for each in _functions(calls):
         plain = inspect.unwrap(getattr(each, "__func__", each))
         code = getattr(plain, "__code__", None)
         if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
@@ -56,26 +62,39 @@ def taken(call: Callable) -> set[str]:
 
 
 def problems(
-    call: Callable, keywords: Mapping[str, Any], others: Iterable[str] = (), positional: int = 0
+    calls: Sequence[Callable],
+    keywords: Mapping[str, Any],
+    others: Collection[str] = (),
+    positional: int = 0,
+    whole: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """What is wrong with keyword arguments: each key, and what to say of it.
 
     Args:
-        call: what they are for.
+        calls: what they are for, as of :func:`parameters`.
         keywords: names and values.
         others: names that are taken elsewhere, whatever their values.
         positional: how many of the first parameters are not the user's.
+        whole: whether all that have no default have to be there.
     """
-    known, takes_any = parameters(call)
+    known, takes_any = parameters(*calls)
     known.pop("self", None)
     for name in list(known)[:positional]:
         del known[name]
     names = {*known, *others}
-    for key, value in dict.items(keywords) if isinstance(keywords, dict) else keywords.items():
-        if key not in names and not takes_any and key not in taken(call):
-            yield key, f"not an argument{nearest(key, names)}"
-        elif key in known and key not in others and (expected := mistyped(known[key], value)):
-            yield key, f"expected {expected} (got {value!r})"
+    for key, value in dict.items(keywords):
+        if key in others:
+            continue
+        if key in known:
+            if expected := mistyped(known[key], value):
+                yield key, f"expected {expected} (got {value!r})"
+        elif not takes_any and key not in taken(*calls):
+            yield key, f"not a known key{nearest(key, names)}"
+    own = list(inspect.signature(calls[0]).parameters.values())[positional:] if whole else []
+    for each in own:
+        variadic = each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        if each.default is each.empty and not variadic and each.name not in keywords:
+            yield each.name, "it is missing"
 
 
 def mistyped(parameter: inspect.Parameter, value: Any) -> str:
@@ -112,9 +131,7 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is str or issubclass(kind, PathLike):
         return isinstance(value, (str, PathLike))
     if issubclass(kind, Enum):
-        return isinstance(value, kind) or value in [
-            each for m in kind for each in (m.value, m.name)
-        ]
+        return isinstance(value, kind) or value in [e for m in kind for e in (m.value, m.name)]
     if issubclass(kind, Mapping):
         return isinstance(value, Mapping)
     if issubclass(kind, Sequence):

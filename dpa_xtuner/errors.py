@@ -4,7 +4,7 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -42,6 +42,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lower = {each.lower(): each for each in known}
     match = difflib.get_close_matches(name.lower(), lower, n=1)
     return f"; did you mean {lower[match[0]]!r}?" if match else ""
+
+
+def refuse(config: str, wrong: Mapping[str, str]) -> None:
+    """Tell all that is wrong with a config in one error; do nothing where nothing is.
+
+    Args:
+        config: what is refused, for the message.
+        wrong: dotted key -> what to say of it.
+
+    Raises:
+        DPAError: something is wrong; each on a line of its own.
+    """
+    if wrong:
+        lines = "\n".join(f"  {key}: {what}" if key else f"  {what}" for key, what in wrong.items())
+        raise DPAError(f"{config} has what can't be used:\n{lines}")
 
 
 # What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.

@@ -6,9 +6,8 @@ from inspect import signature
 from mmengine.registry import RUNNERS as MMENGINE_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
-from dpa_xtuner.declared import mistyped
-from dpa_xtuner.declared import parameters as parameters_of
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.declared import problems
+from dpa_xtuner.errors import DPAError, cli_errors, nearest
 
 SCHEMES = Registry("weighting scheme", scope="dpa_xtuner", locations=["dpa_xtuner.loss"])
 """Weighting schemes: classes like those in :mod:`dpa_xtuner.loss.weighting`."""
@@ -22,7 +21,17 @@ ENCODERS = Registry("encoder", scope="dpa_xtuner", locations=["dpa_xtuner.model.
 PROJECTORS = Registry("projector", scope="dpa_xtuner", locations=["dpa_xtuner.model.projectors"])
 """Projectors: modules like those in :mod:`dpa_xtuner.model.projectors`."""
 
-RUNNERS = Registry(
+
+class _Runners(Registry):
+    def get(self, key: str) -> type:
+        """The runner of a name; ends the process where there is none, which MMEngine would not."""
+        with cli_errors():
+            if (found := super().get(key)) is None:
+                raise DPAError(f"runner_type={key!r} is not a known runner: set it to 'Runner'.")
+        return found
+
+
+RUNNERS = _Runners(
     "runner",
     build_func=build_runner_from_cfg,
     parent=MMENGINE_RUNNERS,
@@ -48,7 +57,7 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
         What is registered, and the keyword arguments to call it with.
 
     Raises:
-        DPAError: unknown name or argument, or one is missing.
+        DPAError: unknown name, or an argument that is unknown, mistyped or missing.
     """
     keywords = dict(cfg) if isinstance(cfg, dict) else {"type": cfg}
     name = keywords.pop("type", None)
@@ -60,22 +69,12 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
             f"{name!r} is not a known {registry.name}{nearest(str(name), known) or '.'} Known: "
             f"{', '.join(known)}. One of your own needs its file in custom_imports."
         )
-    parameters = list(signature(found).parameters.values())[positional:]
-    names = [parameter.name for parameter in parameters]
-    declared, _ = parameters_of(found)
-    for key, value in keywords.items():
-        if key not in names and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            takes = f"it takes {', '.join(names)}" if names else "it takes no arguments"
-            raise DPAError(
-                f"The {registry.name} {name!r} has no {key!r}{nearest(key, names)}; {takes}."
-            )
-        if key in declared and (expected := mistyped(declared[key], value)):
-            raise DPAError(f"{registry.name} {name!r}: {key}={value!r} is not of type {expected}.")
-    missing = [p.name for p in parameters
-               if p.name not in keywords and p.default is p.empty and p.kind is not p.VAR_KEYWORD
-               and p.kind is not p.VAR_POSITIONAL]  # fmt: skip
-    if missing:
-        raise DPAError(f"The {registry.name} {name!r} needs {', '.join(missing)}.")
+    wrong = dict(problems([found], keywords, positional=positional, whole=True))
+    if wrong:
+        listed = "; ".join(f"{key}: {what}" for key, what in wrong.items())
+        names = list(signature(found).parameters)[positional:]
+        takes = f"It takes {', '.join(names)}." if names else "It takes no arguments."
+        raise DPAError(f"The {registry.name} {name!r} can't be built: {listed}. {takes}")
     return found, keywords
 
 

@@ -28,7 +28,7 @@ from dpa_xtuner.planning.memory import StageModel
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages import Settings, stage_table
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.run import fill_in_loaders
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -108,7 +108,7 @@ def test_settings_are_valid_and_names_known(name):
 @pytest.mark.parametrize("name", FOUND)
 def test_every_type_is_that_of_something(name):
     cfg = load(name)
-    cfg = complete(cfg, Settings.from_config(cfg), BF16)
+    cfg = fill_in_loaders(cfg, Settings.from_config(cfg), BF16)
     types = [cfg.tokenizer.type, cfg.image_processor.type, cfg.model.llm.type]
     types.append(cfg.model.visual_encoder.type)
     for path in types:
@@ -135,7 +135,7 @@ def test_the_papers_numbers_hold_for_the_papers_sizes(name):
 @pytest.mark.parametrize("name", QLORA)
 def test_4_bit_weights_are_asked_for_as_transformers_takes_them(name):
     cfg = load(name)
-    loader = complete(cfg, Settings.from_config(cfg), BF16).model.llm.to_dict()
+    loader = fill_in_loaders(cfg, Settings.from_config(cfg), BF16).model.llm.to_dict()
     traverse_dict(loader)  # as XTuner does before it builds
     quantised = loader["quantization_config"]
     assert isinstance(quantised, BitsAndBytesConfig)
@@ -149,7 +149,7 @@ def test_4_bit_weights_are_asked_for_as_transformers_takes_them(name):
 
 def meta_stage(cfg: Config, settings: Settings, stage: str) -> nn.Module:
     """A stage's model as the stage builds it, of the published size and without memory."""
-    cfg, row = complete(cfg, settings, BF16), stage_table(settings)[stage]
+    cfg, row = fill_in_loaders(cfg, settings, BF16), stage_table(settings)[stage]
     model = model_config(cfg, settings, row, Path("nowhere"), deepspeed=False)
     for handed_over in ("merged_adapter", "pretrained_projector"):
         model.pop(handed_over, None)
@@ -263,7 +263,8 @@ def test_steps_of_one_stage_after_the_other_at_tiny_size(name, tmp_path):
     check(work_dir, output, tuned="llm" if settings.tune.train_llm == "full" else "llm_adapter")
     llm = json.loads((Path(base) / "inputs/llm/config.json").read_text())
     assert llm["model_type"] in settings.llm_family.model_types
-    rehearsed = model_class(complete(load(name), settings, BF16).model.llm).config_class(**llm)
+    loader = fill_in_loaders(load(name), settings, BF16).model.llm
+    rehearsed = model_class(loader).config_class(**llm)
     if name != DEMO:  # whose own LLM is a local folder, which is not here
         assert rehearsed.tie_word_embeddings == LLMS[settings.llm_name_or_path].tied
 

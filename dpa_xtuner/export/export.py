@@ -14,18 +14,20 @@ from dpa_xtuner.export.folders import write_llm, write_parts, write_xtuner
 from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
-from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import acquire_lock, whole_folder, write_json
+from dpa_xtuner.model.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
+from dpa_xtuner.stages.table import TUNE
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, "llm": write_llm}
+_WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, LLM: write_llm}
 
 
 def export_config(
     config: Path,
-    stage: str = "tune",
+    stage: str = TUNE,
     fmt: str = "hf",
     out: Path | None = None,
     checkpoint: Path | None = None,
@@ -62,11 +64,11 @@ def export_config(
     dtype = dtype or str(source.precision.dtype).removeprefix("torch.")
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
-    if fmt == "llm" and _is_written(source, out):
+    if fmt == LLM and _is_written(source, out):
         print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
         return out
-    made_from = _made_from(source, fmt, dtype)
-    if _is_fresh(out, made_from):
+    provenance = _provenance(source, fmt, dtype)
+    if _is_fresh(out, provenance):
         print_log(f"{out} is up to date", "current")
         return out
     lock = acquire_lock(
@@ -75,7 +77,7 @@ def export_config(
     )
     try:
         _refuse_to_replace(out, source)
-        about = _write(source, fmt, dtype, out, {"config": str(config), **made_from})
+        about = _write(source, fmt, dtype, out, {"config": str(config), **provenance})
     finally:
         lock.release()
     for line in _told(source, fmt, out, about):
@@ -87,15 +89,15 @@ def _write(
     source: Source, fmt: str, dtype: str, out: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
-        about = _WRITERS[fmt](source, Weights(source), partial, _DTYPES[dtype])
+        about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
         write_json(partial / ORIGIN, record | about | known)
     return about
 
 
-def _made_from(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
-    facts = {"format": fmt, "dtype": dtype, "dpa_xtuner": dpa_xtuner.__version__}
-    return json.loads(json.dumps(facts | source.facts()))  # as it is read back: no tuples
+def _provenance(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
+    found = {"format": fmt, "dtype": dtype, "dpa_xtuner": dpa_xtuner.__version__}
+    return json.loads(json.dumps(found | source.provenance()))  # as it is read back: no tuples
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -115,17 +117,17 @@ def _record(out: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and {"format", "stage"} <= record.keys() else {}
 
 
-def _is_fresh(out: Path, made_from: dict[str, Any]) -> bool:
+def _is_fresh(out: Path, provenance: dict[str, Any]) -> bool:
     """Whether a folder was made from the same, and all that was written is still there."""
     record = _record(out)
-    if not record or any(record.get(key) != made_from[key] for key in made_from):
+    if not record or any(record.get(key) != provenance[key] for key in provenance):
         return False
     return "files" in record and record["files"].items() <= _sizes(out).items()
 
 
 def _is_written(source: Source, out: Path) -> bool:
     """Whether a folder is the LLM that the stage itself wrote, tokenizer included."""
-    written = source.folder("llm")
+    written = source.written(LLM)
     is_there = written is not None and written.resolve() == out
     return is_there and (out / "tokenizer_config.json").is_file()
 
@@ -158,12 +160,12 @@ def _refuse_to_replace(out: Path, source: Source) -> None:
 
 def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[str]:
     lines = [f"Wrote {out}"]
-    if fmt == "hf" and source.own.pad_image_to_square:
+    if fmt == "hf" and source.stage_settings.pad_image_to_square:
         lines.append(
             "Images were padded to a square in training, which no image processor of transformers "
             "4.48 does: pad them in the mean colour first (tools/eval.py does)"
         )
-    if fmt == "xtuner" and not source.own.pad_image_to_square:
+    if fmt == "xtuner" and not source.stage_settings.pad_image_to_square:
         lines.append(
             "Images were not padded to a square in training, and xtuner chat pads every image: "
             "only square ones are seen as in training"
@@ -177,8 +179,10 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
         )
     if "llm_adapter_on" in about:
         lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
-    if fmt == "llm" and (projector := source.folder("projector")):
+    if fmt == LLM and (projector := source.written(PROJECTOR)):
         options = f"llm_name_or_path={out} tune.init_projector={projector.resolve()}"
+        if encoder := source.written(VISUAL_ENCODER):
+            options += f" {VISUAL_ENCODER.setting}={encoder.resolve()}"
         lines.append(f"Tune it further: --cfg-options {options}")
     if "command" in about:
         lines.append(f"Open it: {about['command'].replace('FOLDER', shlex.quote(str(out)))}")

@@ -18,7 +18,6 @@ from transformers import (
 from xtuner.registry import BUILDER
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
-from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.chat_template import (
     chat_template,
     disagreements,
@@ -28,15 +27,18 @@ from dpa_xtuner.export.chat_template import (
 from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.export.weights import Weights
+from dpa_xtuner.export.weights import StageWeights
+from dpa_xtuner.model.components import VISUAL_ENCODER
 from dpa_xtuner.model.configs import caps_attention
-from dpa_xtuner.stages.models import encoder_config
+from dpa_xtuner.model.llm import fill
 
 SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
 
 
-def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+def write_hf(
+    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
     """Write model, generation settings, tokenizer, image processor and chat template.
 
     Args:
@@ -61,7 +63,7 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
     need_room(folder, state)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    _refuse_misfits(model, state)
+    fill(model, state, f"The model of stage {source.stage.name}")
     model.generation_config = _generation(source, tokenizer, image_id)
     model.to(dtype)  # what config.json says
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
@@ -69,7 +71,7 @@ def write_hf(source: Source, weights: Weights, folder: Path, dtype: torch.dtype)
     tokenizer.chat_template = jinja
     without_bos(tokenizer)
     LlavaProcessor(
-        image_processor=BUILDER.build(source.cfg.image_processor.to_dict()),
+        image_processor=VISUAL_ENCODER.companion(source.cfg),
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -131,7 +133,7 @@ def _config(
     tokenizer: PreTrainedTokenizerBase,
     extra: int,
 ) -> LlavaConfig:
-    # A part that is saved with this set chooses no attention when it is loaded, and so gets the
+    # A module that is saved with this set chooses no attention when it is loaded, and so gets the
     # eager one.
     llm.config._attn_implementation_autoset = caps_attention(llm.config)
     encoder.config._attn_implementation_autoset = False
@@ -139,8 +141,8 @@ def _config(
         vision_config=encoder.config,
         text_config=llm.config,
         image_token_index=image_id,
-        image_seq_length=source.encoder.tokens(encoder_config(source.settings)),
-        vision_feature_layer=source.encoder.layer,
+        image_seq_length=source.run.encoder_spec.tokens(source.run.encoder_config),
+        vision_feature_layer=source.run.encoder_spec.layer,
         vision_feature_select_strategy="default" if extra else "full",
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
@@ -166,26 +168,6 @@ def _state(
             name = name.replace(ours, f"multi_modal_projector.{theirs}")
         state[name] = weight.to(dtype)
     return {name: weight.contiguous() for name, weight in state.items()}
-
-
-def _refuse_misfits(model: LlavaForConditionalGeneration, state: dict[str, Tensor]) -> None:
-    """What transformers would only warn of when it loads the folder."""
-    llm = model.language_model
-    tied = llm._tied_weights_keys or () if llm.config.tie_word_embeddings else ()
-    own = {name: weight.shape for name, weight in model.state_dict().items()}
-    for name in tied:
-        own.pop(f"language_model.{name}")
-    given = {name: weight.shape for name, weight in state.items()}
-    if wrong := sorted(k for k in own | given if own.get(k) != given.get(k)):
-        raise DPAError(
-            f"{len(wrong)} weights don't fit transformers' LLaVA: "
-            + "; ".join(f"{k}: {_shape(given.get(k))}, LLaVA's {_shape(own.get(k))}"
-                        for k in wrong[:5])
-        )  # fmt: skip
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "none" if shape is None else str(tuple(shape))
 
 
 def _generation(

@@ -6,12 +6,11 @@ from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.encoders import Encoder
-from dpa_xtuner.model.projectors import build_projector
-from dpa_xtuner.stages.models import encoder_config, llm_config
 
-FORMATS = ("hf", "xtuner", "parts", "llm")
+FORMATS = ("hf", "xtuner", "parts", LLM)
 """hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:
 of that the LLM, to be tuned further."""
 
@@ -26,7 +25,7 @@ def refuse_inexpressible(source: Source, fmt: str) -> None:
     """
     if reasons := inexpressible(source, fmt):
         # llm leaves the projector out: it stands for no other format.
-        able = [other for other in FORMATS if other != "llm" and not inexpressible(source, other)]
+        able = [other for other in FORMATS if other != LLM and not inexpressible(source, other)]
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise DPAError(
             f"This model can't be exported with --format {fmt}:\n{listed}\n"
@@ -38,23 +37,23 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
     """Why a format can't hold the model; nothing where it can."""
     if fmt == "parts":
         return []
-    if fmt == "llm":
+    if fmt == LLM:
         return _llm(source)
-    if not source.has_projector:
+    if not source.sees_pictures:
         return [f"stage {source.stage.name} has neither visual encoder nor projector"]
     reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
     if source.settings.max_tiles > 1:
         reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
     if is_quantised(source) and (fmt == "hf" or not keeps_adapter(source)):
         reasons.append(_QUANTISED)
-    if type(llm_config(source.cfg)) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if type(source.run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reasons.append(f"the LLM's class is not one of transformers': {source.cfg.model.llm.type}")
     return reasons
 
 
 def is_quantised(source: Source) -> bool:
     """Whether the LLM was quantised when it was trained."""
-    published = getattr(llm_config(source.cfg), "quantization_config", None)
+    published = getattr(source.run.llm_config, "quantization_config", None)
     return bool(source.cfg.model.llm.get("quantization_config") or published)
 
 
@@ -64,16 +63,16 @@ def keeps_adapter(source: Source) -> bool:
     The LLaMA names of an adapter are not those of InternLM's published weights, and published
     weights of Gemma-2 are loaded without their cap on attention.
     """
-    adapters = [p for p in (*source.inputs(), *source.stage.trains) if p == "llm_adapter"]
-    whole = "llm" in source.stage.trains or "llm" in source.inputs()
+    begun_or_trained = [*source.inputs(), *source.stage.trains]
+    adapters, whole = begun_or_trained.count(LLM_ADAPTER), LLM in begun_or_trained
     loader = str(source.cfg.model.llm.type)
-    ours = not loader.startswith("transformers.") or caps_attention(llm_config(source.cfg))
-    return not whole and len(adapters) <= 1 and not ours
+    ours = not loader.startswith("transformers.") or caps_attention(source.run.llm_config)
+    return not whole and adapters <= 1 and not ours
 
 
 def extra_tokens(source: Source) -> int:
     """Tokens of the encoder that are no patches, such as a class token: counted without weights."""
-    config, kind = encoder_config(source.settings), source.encoder
+    config, kind = source.run.encoder_config, source.run.encoder_spec
     size = kind.image_size(config)
     with torch.device("meta"):
         hidden = kind.hidden(kind.build(config), torch.zeros(1, 3, size, size))
@@ -81,13 +80,13 @@ def extra_tokens(source: Source) -> int:
 
 
 def _llm(source: Source) -> list[str]:
-    if not {"llm", "llm_adapter"} & set(source.stage.trains):
+    if not {LLM, LLM_ADAPTER} & set(source.stage.trains):
         return [f"stage {source.stage.name} trains no LLM"]
     return [_QUANTISED] if is_quantised(source) else []
 
 
 def _encoder(source: Source, fmt: str) -> list[str]:
-    kind, config = source.encoder, encoder_config(source.settings)
+    kind, config = source.run.encoder_spec, source.run.encoder_config
     name = f"encoder={source.settings.encoder['type']!r}"
     known = getattr(config, "model_type", None) in CONFIG_MAPPING and type(config) in MODEL_MAPPING
     if not known or type(kind).features is not Encoder.features:
@@ -102,8 +101,7 @@ def _encoder(source: Source, fmt: str) -> list[str]:
 
 
 def _projector(source: Source, fmt: str) -> list[str]:
-    with torch.device("meta"):
-        projector = build_projector(source.settings.projector, 8, 8)
+    projector = source.run.projector
     if not isinstance(projector, ProjectorModel):
         return [f"projector={source.settings.projector['type']!r} is not an MLP patch by patch"]
     if fmt == "hf" and projector.config.depth != 2:

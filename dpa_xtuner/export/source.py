@@ -1,6 +1,5 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,19 @@ from mmengine.config import Config
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.encoders import Encoder, build_encoder
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete, encoder_config, llm_config
-from dpa_xtuner.stages.pipeline import STATE, input_hashes, newest_checkpoint, read_state
+from dpa_xtuner.stages.pipeline import newest_checkpoint
+from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import (
     Settings,
     StageSettings,
     config_from_file,
-    differences,
     refuse_unused_options,
 )
-from dpa_xtuner.stages.table import Stage, find_stage
+from dpa_xtuner.stages.state_file import STATE, is_finished, read_state
+from dpa_xtuner.stages.table import TUNE, Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.
 _CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
@@ -31,38 +31,41 @@ class Source:
     """Where a model's weights are, and what is known of it before they are loaded.
 
     Attributes:
-        cfg: the config, completed by :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run, its precision that of its first stage; bfloat16 where no state file says it.
         stage: the row of the stage table.
         base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
-        precision: what the stage computed in; bfloat16 for a run that has no record of it.
     """
 
-    cfg: Config
-    settings: Settings
+    run: Run
     stage: Stage
     base: Path
     checkpoint: Path | None
-    precision: Precision
 
     @property
-    def own(self) -> StageSettings:
+    def cfg(self) -> Config:
+        """The config, with how models are loaded filled in."""
+        return self.run.cfg
+
+    @property
+    def settings(self) -> Settings:
+        """All settings of the run."""
+        return self.run.settings
+
+    @property
+    def precision(self) -> Precision:
+        """What the stage computed in."""
+        return self.run.precision
+
+    @property
+    def stage_settings(self) -> StageSettings:
         """The settings of the stage."""
-        return getattr(self.settings, self.stage.name)
+        return self.settings.of_stage(self.stage.name)
 
     @property
     def template(self) -> dict[str, Any]:
         """The chat template that the stage trained with."""
         return self.settings.template if self.stage.sample_format == "chat" else dict(_CAPTION)
-
-    @property
-    def encoder(self) -> Encoder:
-        """The kind of visual encoder, its layer as the config sets it."""
-        kind = build_encoder(self.settings.encoder)
-        if (layer := self.cfg.model.get("visual_select_layer")) is not None:
-            kind.layer = layer
-        return kind
 
     @property
     def record(self) -> Path:
@@ -91,49 +94,53 @@ class Source:
         return origin
 
     @property
-    def has_projector(self) -> bool:
-        """Whether the stage's model sees pictures."""
-        return "projector" in self.stage.builds
+    def sees_pictures(self) -> bool:
+        """Whether the stage's model takes images."""
+        return self.stage.sees_pictures
 
-    def folder(self, part: str) -> Path | None:
-        """Where the stage wrote a part; None for a checkpoint, or a part that it did not train."""
-        if self.checkpoint is not None or part not in self.stage.writes:
+    def written(self, component: str) -> Path | None:
+        """Where the stage wrote a component; None for a checkpoint, or what it did not train."""
+        if self.checkpoint is not None or component not in self.stage.writes:
             return None
-        return self.base / self.stage.writes[part]
+        return self.base / self.stage.writes[component]
 
     def inputs(self) -> dict[str, Path]:
         """What the stage started from besides published models, and did not train further."""
-        replaced = {"projector", "llm"} if "llm" in self.stage.trains else {"projector"}
+        trains = {PROJECTOR, *self.stage.trains}  # a projector is trained wherever there is one
+        if LLM in trains:
+            trains.add(LLM_ADAPTER)  # in the LLM that was written
+        elif LLM_ADAPTER in trains:
+            trains.remove(LLM_ADAPTER)  # another, on top of the one it started from
         return {
-            part: self.base / folder
-            for part, folder in self.stage.loads.items()
-            if part not in replaced and not (part == "llm_adapter" and "llm" in replaced)
+            component: self.base / folder
+            for component, folder in self.stage.loads.items()
+            if component not in trains
         }
 
-    def facts(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """What the exported weights and files follow from, for ``dpa.json``."""
-        written = [folder for part in self.stage.writes if (folder := self.folder(part))]
+        written = [folder for name in self.stage.writes if (folder := self.written(name))]
         folders = [*written, *self.inputs().values()]
-        facts = {
+        found = {
             "method": self.settings.method,
             "stage": self.stage.name,
-            "llm": self.settings.llm_name_or_path,
+            LLM: LLM.name(self.settings),
             "tokenizer": self.cfg.tokenizer.to_dict(),
             "prompt_template": self.template,
             "weights": _hashes([self.checkpoint] if self.checkpoint else folders),
             "published": _published(self.cfg),
         }
-        if self.has_projector:
-            facts |= {
-                "visual_encoder": self.settings.visual_encoder_name_or_path,
+        if self.sees_pictures:
+            found |= {
+                VISUAL_ENCODER: VISUAL_ENCODER.name(self.settings),
                 "encoder": self.settings.encoder,
-                "vision_feature_layer": self.encoder.layer,
-                "projector": self.settings.projector,
+                "vision_feature_layer": self.run.encoder_spec.layer,
+                PROJECTOR: self.settings.projector,
                 "max_tiles": self.settings.max_tiles,
                 "image_processor": self.cfg.image_processor.to_dict(),
-                "pad_image_to_square": self.own.pad_image_to_square,
+                "pad_image_to_square": self.stage_settings.pad_image_to_square,
             }
-        return facts
+        return found
 
 
 def _hashes(paths: list[Path]) -> dict[str, str]:
@@ -143,8 +150,8 @@ def _hashes(paths: list[Path]) -> dict[str, str]:
 
 def _published(cfg: Config) -> dict[str, list[int]]:
     """Size and time of the files in the published models' folders, which are large to hash."""
-    parts = [cfg.model.llm, cfg.tokenizer, cfg.model.visual_encoder, cfg.image_processor]
-    names = {str(part.get("pretrained_model_name_or_path")) for part in parts}
+    loaders = [*(cfg.model[name] for name in PUBLISHED), cfg.tokenizer, cfg.image_processor]
+    names = {str(loader.get("pretrained_model_name_or_path")) for loader in loaders}
     files = [file for name in names if Path(name).is_dir() for file in Path(name).iterdir()]
     stats = {str(file): file.stat() for file in sorted(files) if file.is_file()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -152,7 +159,7 @@ def _published(cfg: Config) -> dict[str, list[int]]:
 
 def read_source(
     config: Path,
-    stage: str = "tune",
+    stage: str = TUNE,
     work_dir: Path | None = None,
     checkpoint: Path | None = None,
     options: dict | None = None,
@@ -177,12 +184,11 @@ def read_source(
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
-    cfg = complete(cfg, settings, precision)
-    source = Source(cfg, settings, row, base, checkpoint, precision)
+    source = Source(Run.of(cfg, settings, precision), row, base, checkpoint)
     _need_inputs(source)
-    llm_config(source.cfg)  # now, and not after a large file was read
-    if source.has_projector:
-        encoder_config(settings)
+    for component in PUBLISHED:
+        if component in row.builds:  # now, and not after a large file was read
+            component.config(source.run)
     return source
 
 
@@ -196,16 +202,21 @@ def _record(base: Path, stage: str, checkpoint: Path | None) -> Path:
 def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.base
     if source.checkpoint is None:
-        _need_finished(base, name, f"the parts of stage {name} are exported")
-        needed = [folder for part in source.stage.writes if (folder := source.folder(part))]
+        _need_finished(base, name, f"what stage {name} wrote is exported")
+        needed = [folder for each in source.stage.writes if (folder := source.written(each))]
     else:
         if not source.checkpoint.exists():
             raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
         needed = []
     if source.origin:
-        _refuse_changed(source, source.origin)
-    for part, folder in source.inputs().items():
-        _need_finished(base, folder.parent.name, f"stage {name} starts from its {part}")
+        now = model_of(source.run, source.stage)
+        known = source.stage_settings.names_changing("model")
+        trained = {key: value for key, value in source.origin.get("settings", {}).items()
+                   if key in known}  # fmt: skip
+        before = {key: source.origin.get(key) for key in now} | {"settings": trained}
+        refuse_changed(source.record, before, now, "Give them as in training, by --cfg-options.")
+    for component, folder in source.inputs().items():
+        _need_finished(base, folder.parent.name, f"stage {name} starts from its {component}")
         needed.append(folder)
     for folder in needed:
         if not folder.is_dir():
@@ -217,10 +228,10 @@ def _need_inputs(source: Source) -> None:
 
 
 def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
-    """Refuse parts that were trained anew, or replaced, after the stage had started from them."""
+    """Refuse inputs that were trained anew, or replaced, after the stage had started from them."""
     inputs = source.inputs()
     before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
-    loads = {part: folder for part, folder in source.stage.loads.items() if part in inputs}
+    loads = {name: folder for name, folder in source.stage.loads.items() if name in inputs}
     now = input_hashes(replace(source.stage, loads=loads), source.base) if before else {}
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
@@ -232,7 +243,7 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
 
 def _need_finished(base: Path, stage: str, why: str) -> None:
     folder = base / stage
-    if read_state(folder).get("status") == "finished":
+    if is_finished(folder):
         return
     if not base.is_dir():
         raise DPAError(
@@ -241,31 +252,3 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
     found = newest_checkpoint(folder)
     advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
     raise DPAError(f"Stage {stage} in {base} is not finished, and {why}. Train it{advice}.")
-
-
-def _refuse_changed(source: Source, origin: dict) -> None:
-    settings, own, trained = source.settings, source.own, origin.get("settings", {})
-    # Models may have moved: their names are not compared, see Weights.
-    now = {
-        "prompt_template": settings.template if source.stage.sample_format == "chat" else "plain",
-        "settings": own.model_dump(include={"train_llm", "start_from", "lora"}),
-    }
-    if "lora" not in trained:
-        now["settings"].pop("lora", None)
-    if source.has_projector:
-        now["settings"]["pad_image_to_square"] = own.pad_image_to_square
-        now |= {
-            "encoder": settings.encoder,
-            "visual_select_layer": source.cfg.model.get("visual_select_layer"),
-            "projector": settings.projector,
-            "max_tiles": settings.max_tiles,
-        }
-    before = {key: origin.get(key) for key in now}
-    before["settings"] = {key: trained.get(key) for key in now["settings"]}
-    now = json.loads(json.dumps(now))  # as it was written: no tuples
-    changes = [f"  {key}: was {a}, is {b}" for key, a, b in differences(before, now)]
-    if changes:
-        raise DPAError(
-            f"{source.record} was trained with other settings than the config "
-            f"has:\n" + "\n".join(changes) + "\nGive them as in training, with --cfg-options."
-        )

@@ -2,8 +2,6 @@
 
 from typing import Any, ClassVar
 
-from transformers import PretrainedConfig
-
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import FAMILIES, find_named
 
@@ -48,23 +46,20 @@ def known_families() -> dict[str, type[Family]]:
     return dict(sorted(FAMILIES.module_dict.items()))
 
 
-def check_model_type(family: type[Family], model: str, **hub) -> None:
+def check_model_type(family: type[Family], model: str, found: str) -> None:
     """Refuse a model that another family's loader reads.
 
     transformers only warns of it, and loads what has the same name.
 
     Args:
         family: the config's.
-        model: a folder or hub name.
-        hub: of ``PretrainedConfig.get_config_dict``, e.g. ``local_files_only``.
+        model: a folder or hub name, for the message.
+        found: the ``model_type`` of its configuration, as the family's loader reads it.
 
     Raises:
         DPAError: the configuration is of a type that the family does not load; the message
             names the families that do.
-        OSError: neither a folder nor the hub has it.
     """
-    values, _ = PretrainedConfig.get_config_dict(model, **hub)
-    found = values.get("model_type")
     if found in family.model_types:
         return
     known = known_families()

@@ -17,6 +17,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import supervised_mask
+from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
 from dpa_xtuner.precision import Precision
@@ -59,7 +60,7 @@ class ContrastCacheHook(Hook):
             **self.files,
             "samples": len(dataset),
             **dataset.encoding,
-            "llm": model.fingerprints["llm"],
+            LLM: model.fingerprints[LLM],
             "dtype": f"{next(model.llm.parameters()).dtype}, autocast {plain}",
         }
         if not self.folder.exists():

@@ -8,6 +8,7 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import Objective, TokenLogProbs
+from dpa_xtuner.model.components import LLM, VISUAL_ENCODER, trained_state
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.fingerprint import fingerprint
@@ -36,6 +37,7 @@ class DPALLaVAModel(LLaVAModel):
         merged_adapter: a PEFT adapter folder that is added to the LLM's weights
             (:func:`dpa_xtuner.model.llm.merge_adapter`).
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
+        freeze_projector: train no weight of the projector.
         use_activation_checkpointing: see :meth:`activation_checkpointing_enable`.
         kwargs: of :class:`xtuner.model.LLaVAModel`.
 
@@ -57,6 +59,7 @@ class DPALLaVAModel(LLaVAModel):
         precision: str = "bf16",
         merged_adapter: str | None = None,
         pretrained_projector: str | None = None,
+        freeze_projector: bool = False,
         use_activation_checkpointing: bool = True,
         **kwargs,
     ):
@@ -65,11 +68,11 @@ class DPALLaVAModel(LLaVAModel):
                 f"model.projector_depth={kwargs['projector_depth']} is not read: set "
                 f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
             )
-        llm, visual_encoder = load(self, llm), load(self, visual_encoder)
+        llm, visual_encoder = load(llm), load(visual_encoder)
         rounded_to = Precision(precision).fingerprint_dtype
         fingerprints = {
-            "llm": fingerprint(llm, rounded_to),
-            "visual_encoder": fingerprint(visual_encoder, rounded_to),
+            LLM: fingerprint(llm, rounded_to),
+            VISUAL_ENCODER: fingerprint(visual_encoder, rounded_to),
         }
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)
@@ -89,6 +92,9 @@ class DPALLaVAModel(LLaVAModel):
         self.projector = build_projector(
             projector, spec.hidden_size(self.visual_encoder.config), self.llm.config.hidden_size
         )
+        self.projector.requires_grad_(not freeze_projector)
+        if not self.freeze_visual_encoder:
+            spec.freeze_unread(self.visual_encoder)
         if use_activation_checkpointing:
             self.llm.enable_input_require_grads()
             self.activation_checkpointing_enable()
@@ -105,17 +111,29 @@ class DPALLaVAModel(LLaVAModel):
         self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
 
     def activation_checkpointing_enable(self) -> None:
-        """Recompute the LLM's activations in the backward pass, and no other part's.
+        """Recompute activations of the LLM, and of a trained encoder, in the backward pass.
 
-        A frozen encoder has no backward pass, and the stock way of recomputing the projector,
-        reentrant, would give it no gradient, since its input needs none. The LLM's input
-        needs one, so the reentrant way, the only one that ZeRO-3 takes, is right there.
+        The stock way of recomputing is reentrant, the only one that ZeRO-3 takes. It gives no
+        gradient to a module whose input needs none. The LLM's input needs one, and so does that
+        of a trained encoder's layers; the projector's may not. A frozen encoder has no backward
+        pass.
         """
-        self.llm.gradient_checkpointing_enable()
+        for module in self._recomputed():
+            module.gradient_checkpointing_enable()
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep the LLM's activations again."""
-        self.llm.gradient_checkpointing_disable()
+        """Keep all activations again."""
+        for module in self._recomputed():
+            module.gradient_checkpointing_disable()
+
+    def _recomputed(self) -> list[nn.Module]:
+        encoder = self.visual_encoder
+        able = getattr(encoder, "supports_gradient_checkpointing", False)
+        return [self.llm, encoder] if able and not self.freeze_visual_encoder else [self.llm]
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        """What a checkpoint holds: the components that are trained, and no other."""
+        return trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Switch the mode as any module does, but keep a frozen visual encoder evaluating."""

@@ -3,36 +3,36 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 
 import torch
-from mmengine.model import BaseModel
+from mmengine.config import ConfigDict
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from xtuner.model.modules.dispatch import SUPPORT_FLASH2
-from xtuner.model.utils import LoadWoInit, find_all_linear_names
+from xtuner.model.utils import LoadWoInit, find_all_linear_names, traverse_dict
+from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenLogProbs, supervised_mask, token_log_probs
+from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.configs import model_class, options_refused
-from dpa_xtuner.model.fingerprint import gathered
 
 
-def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
-    """Build an LLM or encoder from its config with XTuner's builder; return a module as it is.
+def load(cfg: dict | nn.Module) -> nn.Module:
+    """Build an LLM or encoder for training; return a module as it is.
 
     FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
     the config does not say otherwise; without it, the eager attention for a model that caps its
     attention scores (Gemma-2), which SDPA leaves uncapped (transformers 4.48).
 
     Args:
-        model: XTuner's model that the LLM or encoder is for.
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
 
     Raises:
-        DPAError: it does not take one of the arguments or its value, or weights are missing.
+        DPAError: as :func:`load_pretrained`.
     """
     if isinstance(cfg, nn.Module):
         return cfg
@@ -42,8 +42,23 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
         cfg.setdefault("attn_implementation", "flash_attention_2")
     elif _caps_attention(owner):
         cfg.setdefault("attn_implementation", "eager")
+    return load_pretrained(cfg)
+
+
+def load_pretrained(cfg: dict, **more) -> nn.Module:
+    """Load an LLM or encoder with all its weights.
+
+    Args:
+        cfg: a config dict whose ``type`` is a ``from_pretrained``.
+        more: other arguments, which go before those of the config.
+
+    Raises:
+        DPAError: it does not take one of the arguments or its value, or weights are missing.
+    """
+    options = ConfigDict(cfg).to_dict() | more
     with LoadWoInit(), options_refused("model"):
-        built, info = model._build_from_cfg_or_module(dict(cfg, output_loading_info=True))
+        traverse_dict(options)  # "torch.bfloat16" to the dtype
+        built, info = BUILDER.build(options | {"output_loading_info": True})
     if info["missing_keys"]:  # transformers only warns, and without initialisation they are noise
         missing = sorted(info["missing_keys"])
         raise DPAError(
@@ -51,6 +66,31 @@ def load(model: BaseModel, cfg: dict | nn.Module) -> nn.Module:
             f"{type(built).__name__}: {', '.join(missing[:5])}. Is it another model's folder?"
         )
     return built
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], what: Path | str) -> None:
+    """Give a module its weights, uncopied, and none that it does not know.
+
+    Args:
+        module: weights are needed for those of its parameters that are trained. It may be without
+            memory (on the meta device).
+        state: the weights, by their names in the module.
+        what: they are of, for the message.
+
+    Raises:
+        DPAError: weights are missing or unknown, or of another shape.
+    """
+    own = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    given = {name: tuple(weight.shape) for name, weight in state.items()}
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if wrong := sorted(name for name in trained | given.keys() if given.get(name) != own.get(name)):
+        raise DPAError(
+            f"{what} does not fit a {type(module).__name__}: {len(wrong)} weights are missing, "
+            f"unknown or of another shape ({', '.join(wrong[:5])}). Is it of this config?"
+        )
+    module.load_state_dict(state, strict=False, assign=True)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
 
 
 def _caps_attention(owner: type) -> bool:
@@ -95,17 +135,19 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftMo
     Returns:
         The merged model, of the class of ``llm``; for a quantised one, peft's wrapping of it.
     """
+    trained = [parameter for parameter in llm.parameters() if parameter.requires_grad]
+    config = PeftConfig.from_pretrained(folder)
+    config.lora_dropout = 0.0
+    # peft draws random numbers for an adapter that it then reads. Both ways do so, so that a
+    # projector that is drawn afterwards is the same with either.
+    wrapped = PeftModel.from_pretrained(llm, folder, config=config)
     if is_quantised(llm):
-        llm.requires_grad_(False)
-        config = PeftConfig.from_pretrained(folder)
-        config.lora_dropout = 0.0
-        return PeftModel.from_pretrained(llm, folder, config=config)
-    wrapped = PeftModel.from_pretrained(llm, folder)
-    for module in wrapped.modules():
-        if isinstance(module, LoraLayer):
-            with gathered(list(module.get_base_layer().parameters()), modify=True):
-                module.merge()
-    return wrapped.unload()
+        return wrapped
+    llm = wrapped.unload()
+    for parameter in trained:  # peft has frozen them
+        parameter.requires_grad_()
+    read_adapter(folder).add_to(llm)
+    return llm
 
 
 def supervised_log_probs(

@@ -6,6 +6,7 @@ from xtuner.model import SupervisedFinetune
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.loss import Objective, TokenLogProbs
+from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, supervised_log_probs
 from dpa_xtuner.precision import Precision
@@ -32,10 +33,10 @@ class ProxyLLM(SupervisedFinetune):
         precision: str = "bf16",
         **kwargs,
     ):
-        llm = load(self, llm)
+        llm = load(llm)
         of_llm = fingerprint(llm, Precision(precision).fingerprint_dtype)
         super().__init__(llm=llm, lora=lora, **kwargs)
-        self.fingerprints = {"llm": of_llm}
+        self.fingerprints = {LLM: of_llm}
         self.objective = Objective("uniform", normalize)
 
     def build_llm_from_cfg(self, llm_cfg, use_varlen_attn, max_position_embeddings):

@@ -7,9 +7,8 @@ from mmengine.registry import DATASETS, DefaultScope
 from dpa_xtuner.data import check_dataset
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
-from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_unused_options
-from dpa_xtuner.stages.table import stage_table
 
 
 def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
@@ -31,12 +30,12 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
     cfg = config_from_file(path, options)
     settings = Settings.from_config(cfg)
     refuse_unused_options(cfg, settings)
-    cfg = complete(cfg, settings, Precision("fp32"))  # no weight is loaded
+    run = Run.of(cfg, settings, Precision("fp32"))  # no weight is loaded
     ok = True
-    for name, stage in stage_table(settings).items():
-        if "visual_encoder" not in stage.builds:
+    for name, stage in run.stages.items():
+        if not stage.sees_pictures:
             continue
-        dataset = dataset_config(cfg, settings, stage)
+        dataset = dataset_config(run, stage)
         with DefaultScope.overwrite_default_scope("mmengine"):
             everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
             built = DATASETS.build(dataset | everything)

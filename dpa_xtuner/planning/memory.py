@@ -14,13 +14,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dpa_xtuner.loss.head import LOGITS_AT_ONCE
+from dpa_xtuner.model.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
 from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.models import complete, lora_targets
+from dpa_xtuner.stages.run import fill_in_loaders
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
 
@@ -127,14 +128,14 @@ class StageModel:
         precision = Precision("fp32" if settings.precision == "fp32" else "bf16")
         self.element, self.stage = precision.dtype.itemsize, stage
         self.settings, self.own = settings, getattr(settings, stage.name)
-        cfg = complete(cfg, settings, precision)
+        cfg = fill_in_loaders(cfg, settings, precision)
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
         self.eager = cfg.model.llm.get("attn_implementation") == "eager"
         self.llm_config = published_config("llm_name_or_path", cfg.model.llm)
         self.image_tokens = self.visual_bytes = 0
         with torch.device("meta"):
             modules = [self._llm(cfg, precision.dtype)]
-            if "visual_encoder" in stage.builds:
+            if stage.sees_pictures:
                 modules += self._visual(precision.dtype)
         parameters = [p for module in modules for p in module.parameters()]
         frozen = [p for p in parameters if not p.requires_grad]
@@ -148,7 +149,7 @@ class StageModel:
         owner, loader = model_class(cfg.model.llm), cfg.model.llm
         config = self.llm_config
         llm = owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
-        llm.to(dtype).requires_grad_("llm" in self.stage.trains)
+        llm.to(dtype).requires_grad_(LLM in self.stage.trains)
         head = llm.get_output_embeddings()
         linears = [m for m in llm.modules() if isinstance(m, nn.Linear) and m is not head]
         norms = [m for m in llm.modules() if type(m).__name__.endswith("Norm")]
@@ -159,7 +160,7 @@ class StageModel:
         bits = _quantised_bits(loader.get("quantization_config"))
         self.quantised = bits is not None
         self.sizes = {id(m.weight): bits / 8 for m in linears} if self.quantised else {}
-        if "llm_adapter" in self.stage.trains:
+        if LLM_ADAPTER in self.stage.trains:
             lora = self.own.lora.model_dump()
             targets = lora_targets(cfg, self.settings)
             return add_lora(llm, LoraConfig(target_modules=targets, **lora))
@@ -171,7 +172,9 @@ class StageModel:
         config = _encoder_config(kind, settings.visual_encoder_name_or_path)
         patches, width = kind.tokens(config), kind.hidden_size(config)
         encoder = kind.build(config).to(dtype)
-        encoder.requires_grad_("visual_encoder" in self.stage.trains)
+        encoder.requires_grad_(VISUAL_ENCODER in self.stage.trains)
+        if VISUAL_ENCODER in self.stage.trains:
+            kind.freeze_unread(encoder)
         projector = build_projector(settings.projector, width, self.llm_config.hidden_size)
         self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
         # The frozen encoder's hidden states, all there for a moment, and what goes into and
@@ -228,7 +231,7 @@ class StageModel:
         config, e, trains = self.llm_config, self.element, self.stage.trains
         h, i, a = config.hidden_size, config.intermediate_size, config.num_attention_heads
         q = a * (getattr(config, "head_dim", None) or h // a)
-        full, adapter = "llm" in trains, "llm_adapter" in trains
+        full, adapter = LLM in trains, LLM_ADAPTER in trains
         boundary = (4 if full and not zero else e) * h
         norms = self.norms * (4 * h + 4 + boundary * full)
         capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -244,7 +247,7 @@ class StageModel:
         vocabulary, width = self.llm_config.vocab_size, self.llm_config.hidden_size
         product, logits, slope = self.element, 4, self.element
         chunk = min(LOGITS_AT_ONCE, tokens * vocabulary) * (product + logits + slope)
-        if "llm" in self.stage.trains:
+        if LLM in self.stage.trains:
             return chunk + 4 * vocabulary * width
         return chunk + self.element * tokens * width
 

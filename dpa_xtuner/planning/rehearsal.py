@@ -31,7 +31,7 @@ from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import ORIGIN
 from dpa_xtuner.stages.build import global_rank, world_size
-from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.run import fill_in_loaders
 from dpa_xtuner.stages.settings import DataSettings, Settings
 from dpa_xtuner.stages.table import stage_table
 
@@ -158,7 +158,7 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
             ``instructions.json``; also ``images`` if data is generated, and ``projector`` if
             ``tune.init_projector`` is set.
     """
-    cfg = complete(cfg, settings, Precision("bf16"))  # published weights are
+    cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # published weights are
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / "llm")
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")

@@ -2,56 +2,50 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mmengine.dist import is_main_process
-from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.layout import PROVENANCE_FILE as ORIGIN
-from dpa_xtuner.model.fingerprint import gathered
-from dpa_xtuner.model.llm_folder import save_llm
+from dpa_xtuner.model.components import Component
+
+KIND = "part"
+"""The record's key for the component that the folder holds."""
 
 
-def save_part(
-    model: nn.Module,
-    part: str,
-    folder: Path,
-    origin: dict,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+def trained_key(component: Component) -> str:
+    """The record's key for the fingerprint of a component as its stage left it."""
+    return f"trained_{component}"
+
+
+def save_component(
+    model: nn.Module, component: Component, folder: Path, origin: dict, companion: Any = None
 ) -> None:
-    """Write a trained part as Hugging Face reads it, with its record.
+    """Write a trained component as its own library reads it, with its record.
 
-    Every rank must call it, since ZeRO-3 gathers; rank 0 writes. The LLM becomes a
-    ``from_pretrained`` folder with its tokenizer, the adapter a PEFT folder, the projector a
-    folder as XTuner's own conversion writes it; all weights are safetensors.
+    Every rank must call it, since ZeRO-3 gathers; rank 0 writes. All weights are safetensors.
 
     Args:
         model: the stage's model, not wrapped by DDP or DeepSpeed.
-        part: ``llm``, ``llm_adapter`` or ``projector``.
+        component: what to write.
         folder: where to; replaced where it exists.
         origin: goes into the record beside the tensors' shapes.
-        tokenizer: the LLM's; read where it is the LLM that is written.
+        companion: what is written beside the weights (:meth:`Component.companion`).
     """
-    module = model.projector if part == "projector" else model.llm
-    state = _state_dict(module, trainable_only=isinstance(module, PeftModel))
+    state = component.state(model)
     if not is_main_process():
         return
     with whole_folder(folder) as partial:
-        if part == "llm":
-            save_llm(module, tokenizer, partial, state_dict=state)
-        else:
-            # peft would look for the base model's config on a hub.
-            extra = {"save_embedding_layers": False} if isinstance(module, PeftModel) else {}
-            module.save_pretrained(partial, state_dict=state, **extra)
+        component.write(model, state, partial, companion)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        write_json(partial / ORIGIN, {"part": part, **origin, "shapes": shapes})
+        write_json(partial / ORIGIN, {KIND: component, **origin, "shapes": shapes})
 
 
 def read_origin(folder: Path) -> dict:
-    """The record in a folder that :func:`save_part` wrote.
+    """The record in a folder that :func:`save_component` wrote.
 
     Raises:
         DPAError: the folder or its record is missing or broken.
@@ -66,12 +60,12 @@ def read_origin(folder: Path) -> dict:
 
 
 def refuse_foreign(folder: Path, origin: dict, own: dict, what: str) -> None:
-    """Refuse a part that was trained on another LLM or encoder.
+    """Refuse a component that was trained on another LLM or encoder.
 
     Args:
-        folder: where the part lies, for the message.
+        folder: where the component lies, for the message.
         origin: its record.
-        own: side -> this run's facts about it, e.g. ``{"llm": {"name": ..., "fingerprint": ...}}``.
+        own: side -> this run's facts about it, ``{side: {"name": ..., "fingerprint": ...}}``.
         what: the fact to compare, ``architecture`` or ``fingerprint``.
 
     Raises:
@@ -90,14 +84,3 @@ def refuse_foreign(folder: Path, origin: dict, own: dict, what: str) -> None:
 
 def _short(fact) -> str:
     return fact[:12] if isinstance(fact, str) else json.dumps(fact)
-
-
-def _state_dict(module: nn.Module, trainable_only: bool) -> dict[str, Tensor]:
-    state = {}
-    for name, parameter in module.named_parameters():
-        if trainable_only and not parameter.requires_grad:
-            continue
-        with gathered([parameter]):
-            if is_main_process():
-                state[name] = parameter.detach().to("cpu", copy=True)
-    return state

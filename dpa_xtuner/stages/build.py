@@ -1,38 +1,26 @@
 """From a DPA config to the ordinary XTuner config of one of its stages."""
 
 import copy
-import json
 import logging
 import math
 import os
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS
-from transformers import PretrainedConfig
+from mmengine.registry import DATASETS, MODELS
 
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
-from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.configs import architecture
-from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.initial import lineage
-from dpa_xtuner.stages.models import (
-    check_models,
-    encoder_config,
-    llm_config,
-    lora_targets,
-    tiles,
-)
+from dpa_xtuner.declared import problems
+from dpa_xtuner.errors import DPAError, refuse
+from dpa_xtuner.model.components import COMPONENTS, own_rates
 from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
-from dpa_xtuner.stages.settings import DataSettings, Settings, StageSettings
-from dpa_xtuner.stages.signatures import check_arguments
-from dpa_xtuner.stages.table import Stage, stage_table
+from dpa_xtuner.stages.run import Run, check_models
+from dpa_xtuner.stages.settings import Settings, StageSettings
+from dpa_xtuner.stages.table import Stage, StagePlan, stage_table
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -151,169 +139,61 @@ def _steps(number: int) -> str:
     return f"{number} step{'s' * (number != 1)}"
 
 
-def check_ahead(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
+def check_ahead(run: Run, stages: list[Stage]) -> None:
     """Find now what would stop a later stage after days of an earlier one.
+
+    Args:
+        run: the run.
+        stages: those that are to be run.
 
     Raises:
         DPAError: arguments that nothing takes, batches that can't be cut, missing data, models
             that are missing or don't fit.
     """
-    seed = cfg.get("randomness", {}).get("seed")
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise DPAError(
-            f"randomness.seed={seed!r} must be a number (from 0 on, below 2^32): a run that was "
-            f"stopped draws the same samples again. Give --seed."
-        )
-    if "strategy" in cfg:
-        _refuse_what_deepspeed_drops(cfg)
-    check_models(cfg, settings, stages)
-    outlines = [_outline(cfg, settings, stage)._cfg_dict for stage in stages]
-    check_arguments(outlines, str(cfg.filename))
-    world = world_size(cfg.launcher)
+    check_models(run, stages)
     for stage in stages:
-        accumulative_counts(getattr(settings, stage.name), world, stage.name)
-        key = "instructions" if stage.sample_format == "chat" else "captions"
-        names = (
-            ("data_path", "image_folder") if "visual_encoder" in stage.builds else ("data_path",)
-        )
-        for name in names:
-            given = getattr(getattr(settings, key), name)
-            for path in [given] if isinstance(given, str) else given:
-                if not Path(path).exists():
-                    raise DPAError(
-                        f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
-                        f"Set it, or DPA_DATA to the folder that holds the data."
-                    )
+        own, data = run.settings.of_stage(stage.name), run.settings.data_of(stage.sample_format)
+        model = _outline(run, stage).model.to_dict()
+        wrong = problems([MODELS.get(model["type"])], model, ("type",))
+        refuse(str(run.cfg.filename), {f"model.{key}": what for key, what in wrong})
+        accumulative_counts(own, world_size(run.cfg.launcher), stage.name)
+        named = {"data_path": data.files}
+        if stage.sees_pictures:
+            named["image_folder"] = data.folders
+        key = "instructions" if data is run.settings.instructions else "captions"
+        for name, path in ((name, path) for name, paths in named.items() for path in paths):
+            if not Path(path).exists():
+                raise DPAError(
+                    f"{key}.{name}={path!r}, which stage {stage.name} reads, does not exist. "
+                    f"Set it, or DPA_DATA to the folder that holds the data."
+                )
 
 
-# What a stage sets from its own settings: path, what the base config holds, what to set instead.
-_OWNED = (
-    ("train_cfg", None, "<stage>.max_epochs or <stage>.max_steps"),
-    ("param_scheduler", None, "<stage>.warmup_ratio"),
-    ("train_dataloader.batch_size", 1, "<stage>.batch_size"),
-    ("train_dataloader.dataset", None, "captions and instructions"),
-    ("train_dataloader.sampler", None, "<stage>.global_batch_size"),
-    ("train_dataloader.collate_fn", None, "nothing"),
-    ("model.precision", None, "precision"),
-    ("model.llm.torch_dtype", None, "precision"),
-    ("model.visual_encoder.torch_dtype", None, "precision"),
-    ("train_dataloader.batch_sampler", None, "<stage>.batch_size"),
-    ("train_dataloader.num_batch_per_epoch", None, "<stage>.max_steps"),
-    ("train_dataloader.drop_last", False, "nothing"),
-    ("auto_scale_lr", None, "<stage>.lr"),
-    ("data_preprocessor", None, "nothing"),
-    ("optim_wrapper.optimizer.lr", 0.0, "<stage>.lr"),
-    ("optim_wrapper.accumulative_counts", None, "<stage>.global_batch_size"),
-    ("default_hooks.checkpoint.interval", -1, "<stage>.save_steps"),
-    ("default_hooks.checkpoint.by_epoch", False, "nothing"),
-    ("default_hooks.logger.log_metric_by_epoch", False, "nothing"),
-    ("log_processor.by_epoch", False, "nothing"),
-    ("model.projector_depth", None, "projector.depth"),
-    ("model.type", None, "nothing"),
-    ("model.normalize", None, "<stage>.normalize"),
-    ("model.lora", None, "<stage>.lora"),
-    ("model.llm_lora", None, "<stage>.lora"),
-    ("model.loss", None, "<stage>.loss"),
-    ("model.encoder", None, "encoder"),
-    ("model.projector", None, "projector"),
-    ("model.freeze_llm", None, "<stage>.train_llm"),
-    ("model.freeze_visual_encoder", None, "nothing"),
-    ("model.merged_adapter", None, "nothing"),
-    ("model.pretrained_projector", None, "nothing"),
-)
-
-
-def refuse_owned_keys(cfg: Config, settings: Settings) -> None:
-    """Refuse keys of a DPA config that the stages set themselves.
-
-    Args:
-        cfg: as the user wrote it.
-        settings: read from it.
-
-    Raises:
-        DPAError: there are some, each on a line of its own.
-    """
-    lines = []
-    for path, base, instead in _OWNED:
-        node = cfg
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, dict | Config) else None
-        if node is not None and node != base:
-            way_out = "leave it out" if instead == "nothing" else f"set {instead} instead"
-            lines.append(f"  {path}: each stage sets it; {way_out}")
-    if cfg.optim_wrapper.get("type") not in ("OptimWrapper", "DeepSpeedOptimWrapper"):
-        lines.append("  optim_wrapper.type: each stage sets it; set precision instead")
-    if "strategy" in cfg and cfg.get("runner_type") != "FlexibleRunner":
-        lines.append("  strategy: give --deepspeed, which sets it")
-    own = cfg.optim_wrapper.get("constructor")
-    if settings.tune.projector_lr is not None and own is not None:
-        lines.append(
-            f"  optim_wrapper.constructor={own!r} knows no tune.projector_lr: leave out either"
-        )
-    for kind in ("val", "test"):
-        given = [f"{kind}_{name}" for name in ("dataloader", "cfg", "evaluator")]
-        lacking = [key for key in given if cfg.get(key) is None]
-        if 0 < len(lacking) < len(given):
-            lines.append(f"  {', '.join(given)} go together, and {', '.join(lacking)} is not set")
-    if cfg.get("load_from") and not cfg.get("resume"):
-        lines.append("  load_from: the stages hand over by themselves")
-    if cfg.default_hooks.checkpoint.get("max_keep_ckpts") in (0, 1):
-        lines.append(
-            "  default_hooks.checkpoint.max_keep_ckpts: at least 2, since MMEngine removes the "
-            "oldest before the newest is on disk"
-        )
-    if lines:
-        listed = "\n".join(lines)
-        raise DPAError(f"{cfg.filename} (or --cfg-options) sets what it should not:\n{listed}")
-
-
-def _refuse_what_deepspeed_drops(cfg: Config) -> None:
-    """Refuse ways to clip gradients that DeepSpeed has not; it clips by their norm alone."""
-    clip = cfg.optim_wrapper.get("clip_grad")
-    if clip is None:
-        if "optim_wrapper" in cfg and "clip_grad" in cfg.optim_wrapper:
-            cfg.strategy.gradient_clipping = 0.0  # none; XTuner takes 1.0 where nothing is said
-        return
-    known = signature(torch.nn.utils.clip_grad_norm_).parameters
-    usual = {"type": "norm", **{key: parameter.default for key, parameter in known.items()}}
-    lines = [
-        f"  optim_wrapper.clip_grad.{key}={value!r}"
-        for key, value in clip.items()
-        if key != "max_norm" and key in usual and value != usual[key]
-    ]
-    if lines:
-        raise DPAError(
-            "DeepSpeed clips gradients by max_norm alone and has no\n" + "\n".join(lines) + "\n"
-            "Leave that out, or train without --deepspeed."
-        )
-
-
-def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) -> Config:
+def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
     """The complete XTuner config of a stage.
 
     Args:
-        cfg: the DPA config as ``xtuner train`` left it, ``strategy`` included, completed by
-            :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run.
         stage: the row of the stage table.
-        origin: what the stage's products are made from (:func:`origin_of`).
+        provenance: what the stage's weights are made from
+            (:func:`dpa_xtuner.stages.provenance.provenance_of`).
 
     Returns:
         A new config with no key but MMEngine's own, which explains itself when dumped.
     """
-    own: StageSettings = getattr(settings, stage.name)
-    config = _outline(cfg, settings, stage)
-    built = usable_data(cfg, settings, stage)
+    own = run.settings.of_stage(stage.name)
+    config = _outline(run, stage)
+    built = usable_data(run, stage)
     if "held_out" in config.train_dataloader.dataset:
         config.train_dataloader.dataset.held_out = built.encoding["held_out"]
     dataset = config.train_dataloader.dataset.to_dict()
-    numbers = schedule(own, len(built), world_size(cfg.launcher), stage.name)
-    if global_rank(cfg.launcher) == 0:
+    numbers = schedule(own, len(built), world_size(run.cfg.launcher), stage.name)
+    if global_rank(run.cfg.launcher) == 0:
         tell_schedule(own, numbers, len(built), stage.name)
-    _set_schedule(config, own, numbers, "strategy" in cfg)
-    _set_precision(config, "strategy" in cfg)
+    _set_schedule(config, own, numbers, run.deepspeed)
+    _set_precision(config, run.deepspeed)
     config.custom_hooks = config.custom_hooks + _hooks(
-        settings, stage, dataset, built.fingerprint, origin, Path(cfg.work_dir)
+        run.settings, stage, dataset, built.fingerprint, provenance, run.work_dir
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
@@ -321,20 +201,19 @@ def stage_config(cfg: Config, settings: Settings, stage: Stage, origin: dict) ->
     return config
 
 
-def _outline(cfg: Config, settings: Settings, stage: Stage) -> Config:
+def _outline(run: Run, stage: Stage) -> Config:
     """What is known of a stage's config without reading its data."""
-    own: StageSettings = getattr(settings, stage.name)
-    base, deepspeed = Path(cfg.work_dir), "strategy" in cfg
-    config = _without_settings(cfg)
-    config.work_dir = str(base / stage.name)
-    config.model = model_config(config, settings, stage, base, deepspeed)
-    config.train_dataloader.update(dataset=dataset_config(config, settings, stage))
+    config = _without_settings(run.cfg)
+    config.work_dir = str(run.work_dir / stage.name)
+    config.model = model_config(config, run.settings, stage, run.work_dir, run.deepspeed)
+    config.train_dataloader.update(dataset=dataset_config(run, stage))
     config.custom_hooks = config.get("custom_hooks") or []
-    _set_optimizer(config, own, deepspeed)
+    own = run.settings.of_stage(stage.name)
+    _set_optimizer(config, own, own_rates(own, stage.trains), run.deepspeed)
     return config
 
 
-def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
+def usable_data(run: Run, stage: Stage) -> DPADataset:
     """A stage's data set, of which a sample of images was opened.
 
     At most a tenth of the records is held out.
@@ -342,19 +221,21 @@ def usable_data(cfg: Config, settings: Settings, stage: Stage) -> DPADataset:
     Raises:
         DPAError: too much of it can't be used.
     """
-    how = dataset_config(_without_settings(cfg), settings, stage)
+    how = dataset_config(run, stage) | {"tokenizer": run.tokenizer}
+    if how["image_processor"] is not None:
+        how["image_processor"] = run.image_processor
     if asked := how.get("held_out"):
         records = DATASETS.build(how | {"held_out": 0}).records
         how["held_out"] = min(asked, records // 10)
-        if how["held_out"] < asked and global_rank(cfg.launcher) == 0:
+        if how["held_out"] < asked and global_rank(run.cfg.launcher) == 0:
             print_log(
                 f"captions.held_out={asked}, but there are only {records} records: a tenth, "
                 f"{how['held_out']}, is held out",
                 "current",
             )
     built = DATASETS.build(how)
-    files = ", ".join(_data(settings, stage).files)
-    _check_sample(built, files, speak=global_rank(cfg.launcher) == 0)
+    files = ", ".join(run.settings.data_of(stage.sample_format).files)
+    _check_sample(built, files, speak=global_rank(run.cfg.launcher) == 0)
     return built
 
 
@@ -421,113 +302,68 @@ def _set_precision(config: Config, deepspeed: bool) -> None:
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
 
 
-def _set_optimizer(config: Config, own: StageSettings, deepspeed: bool) -> None:
+def _set_optimizer(
+    config: Config, own: StageSettings, rates: dict[str, float], deepspeed: bool
+) -> None:
     wrapper = config.optim_wrapper
     wrapper.optimizer.lr = own.lr
-    if (constructor := constructor_of(wrapper, own)) is not None:
+    if (constructor := constructor_of(wrapper, rates)) is not None:
         wrapper.constructor = constructor
-    if (rate := getattr(own, "projector_lr", None)) is not None:
-        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "projector_lr": rate}
-    if deepspeed:
-        wrapper.pop("clip_grad", None)  # DeepSpeed clips by strategy.gradient_clipping
+    if rates:
+        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), **rates}
+    if deepspeed:  # which clips by strategy.gradient_clipping
+        if "clip_grad" in wrapper and wrapper.clip_grad is None:
+            config.strategy.gradient_clipping = 0.0  # XTuner takes 1.0 where nothing is said
+        wrapper.pop("clip_grad", None)
 
 
-def constructor_of(wrapper: dict, own: StageSettings) -> str | None:
+def constructor_of(wrapper: dict, rates: dict[str, float]) -> str | None:
     """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
 
-    Ours is taken where parameters differ: by ``projector_lr``, by a weight decay that norms and
-    biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
+    Ours is taken where parameters differ: by a component's own rate, by a weight decay that norms
+    and biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
     """
-    differ = (
-        getattr(own, "projector_lr", None) is not None
-        or wrapper["optimizer"].get("weight_decay") != 0
-        or wrapper.get("paramwise_cfg")
-    )
+    decays = wrapper["optimizer"].get("weight_decay") != 0
+    differ = rates or decays or wrapper.get("paramwise_cfg")
     return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
 
 
 def _hooks(
-    settings: Settings, stage: Stage, dataset: dict, samples: str, origin: dict, base: Path
+    settings: Settings, stage: Stage, dataset: dict, samples: str, provenance: dict, base: Path
 ) -> list[dict]:
-    own: StageSettings = getattr(settings, stage.name)
+    own = settings.of_stage(stage.name)
     hooks = [
         dict(type="OptimizerStepHook"), dict(type="IterationSeedHook"), dict(type="ProgressBarHook")
     ]  # fmt: skip
     if getattr(own, "contrast_cache", None) is not None:
-        files = {"data": origin["data"]["sha256"], "loads": origin["loads"]}
+        files = {"data": provenance["data"]["sha256"], "loads": provenance["loads"]}
         hooks.append(
             dict(
                 type="ContrastCacheHook",
                 folder=own.contrast_cache,
                 files=files,
-                precision=origin["precision"],
+                precision=provenance["precision"],
             )
         )
+    hooks.append(
+        dict(type="SkippedSamplesHook", limit=settings.data_of(stage.sample_format).skip_limit)
+    )
+    if dataset.get("held_out"):
+        how, data = asdict(stage.held_out), dict(dataset, split="held_out")
+        hooks.append(dict(type="HeldOutHook", data=data, precision=provenance["precision"], **how))
     return [
         *hooks,
-        dict(type="SkippedSamplesHook", limit=_data(settings, stage).skip_limit),
         dict(
-            type="ProxyLLMHook",
+            type="HandOverHook",
             stage=stage.name,
             stages=list(stage_table(settings)),
-            loads={part: str(base / folder) for part, folder in stage.loads.items()},
-            writes={part: str(base / folder) for part, folder in stage.writes.items()},
-            origin=origin,
+            loads={name: str(base / folder) for name, folder in stage.loads.items()},
+            writes={name: str(base / folder) for name, folder in stage.writes.items()},
+            guards=[name for name in stage.guards if name not in stage.trains],
+            origin=provenance,
             samples=samples,
-            held_out=dict(dataset, split="held_out") if dataset.get("held_out") else None,
         ),
     ]
-
-
-def origin_of(cfg: Config, settings: Settings, stage: Stage, precision: Precision) -> dict:
-    """What the products of a stage are made from, as far as it is known before it starts.
-
-    Args:
-        cfg: from :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
-        stage: the row of the stage table.
-        precision: what the run computes in.
-
-    Raises:
-        DPAError: the LLM, the encoder or a given projector can't be found.
-    """
-    own = getattr(settings, stage.name)
-    data = _data(settings, stage)
-    # They change no weight, but for batch_size under normalize="micro_batch"; that has to be free
-    # all the same, for a run that goes on with other GPUs or less memory.
-    unread = {"batch_size", "save_steps", "contrast_cache"}
-    if "llm_adapter" not in stage.trains:
-        unread.add("lora")
-    origin = {
-        "stage": stage.name,
-        "config": str(cfg.filename),
-        "data": data.model_dump(exclude_defaults=True, exclude={"skip_limit"})
-        | {"sha256": [file_sha256(path) for path in data.files]},
-        "prompt_template": settings.template if stage.sample_format == "chat" else "plain",
-        "seed": cfg.randomness.seed,
-        "precision": precision.name,
-        "settings": own.model_dump(exclude=unread),
-        "optimizer": cfg.optim_wrapper.optimizer.to_dict(),
-        "paramwise_cfg": cfg.optim_wrapper.get("paramwise_cfg"),
-        "constructor": constructor_of(cfg.optim_wrapper, own),
-        "llm": _facts(settings.llm_name_or_path, llm_config(cfg)),
-    }
-    if "visual_encoder" in stage.builds:
-        name = settings.visual_encoder_name_or_path
-        origin |= {
-            "visual_encoder": _facts(name, encoder_config(settings)),
-            "encoder": settings.encoder,
-            "visual_select_layer": cfg.model.get("visual_select_layer"),
-            "projector": settings.projector,
-            "max_tiles": settings.max_tiles,
-        }
-    if (given := getattr(own, "init_projector", None)) is not None:
-        origin["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
-    return json.loads(json.dumps(origin))  # as it is read back: no tuples
-
-
-def _data(settings: Settings, stage: Stage) -> DataSettings:
-    return settings.instructions if stage.sample_format == "chat" else settings.captions
 
 
 def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
@@ -544,34 +380,27 @@ def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
         )
 
 
-def _facts(name: str, config: PretrainedConfig) -> dict:
-    return {"name": name, "architecture": architecture(config)}
-
-
-def dataset_config(config: Config, settings: Settings, stage: Stage) -> dict:
+def dataset_config(run: Run, stage: Stage) -> dict:
     """The config of a stage's :class:`dpa_xtuner.data.DPADataset`.
 
     Args:
-        config: from :func:`dpa_xtuner.stages.models.complete`.
-        settings: the method's.
+        run: the run.
         stage: the row of the stage table.
     """
-    own: StageSettings = getattr(settings, stage.name)
-    data = _data(settings, stage)
+    own, cfg = run.settings.of_stage(stage.name), run.cfg
+    sees = stage.sees_pictures
     dataset = dict(
         type="DPADataset",
-        **data.model_dump(exclude_defaults=True),
-        tokenizer=config.tokenizer,
-        image_processor=config.image_processor if "visual_encoder" in stage.builds else None,
+        **run.settings.data_of(stage.sample_format).model_dump(exclude_defaults=True),
+        tokenizer=cfg.tokenizer.to_dict(),
+        image_processor=cfg.image_processor.to_dict() if sees else None,
         sample_format=stage.sample_format,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,
     )
     if stage.sample_format == "chat":
-        dataset["prompt_template"] = settings.template
-    if "visual_encoder" in stage.builds:
-        dataset |= tiles(settings)
-    return dataset
+        dataset["prompt_template"] = run.settings.template
+    return dataset | run.tiles if sees else dataset
 
 
 def model_config(
@@ -580,42 +409,17 @@ def model_config(
     """The config of a stage's model.
 
     Args:
-        config: from :func:`dpa_xtuner.stages.models.complete`.
+        config: filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
         settings: the method's.
         stage: the row of the stage table.
-        base: the work dir, in which the parts of earlier stages are.
+        base: the work dir, in which the components of earlier stages are.
         deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
     """
-    own: StageSettings = getattr(settings, stage.name)
+    plan = StagePlan(config, settings, stage, base, deepspeed)
     # Whatever else the config says of the model goes to its class, which knows its arguments.
-    model = {**config.model, "llm": dict(config.model.llm), "normalize": own.normalize}
-    if "llm" in stage.loads:
-        model["llm"]["pretrained_model_name_or_path"] = str(base / stage.loads["llm"])
-    if "llm" in stage.trains and not deepspeed:
-        # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
-        # its own float32 copies.
-        model["llm"]["torch_dtype"] = "torch.float32"
-    lora = None
-    if "llm_adapter" in stage.trains:
-        lora = dict(
-            type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.lora.model_dump(),
-            target_modules=lora_targets(config, settings),
-        )  # fmt: skip
-    if "visual_encoder" not in stage.builds:
-        for key in ("visual_encoder", "visual_select_layer"):
-            model.pop(key, None)
-        return dict(model, type="ProxyLLM", lora=lora)
-    model.update(
-        type="DPALLaVAModel",
-        encoder=settings.encoder,
-        projector=settings.projector,
-        loss=own.loss,
-        freeze_llm="llm" not in stage.trains,
-        freeze_visual_encoder=True,
-        llm_lora=lora,
-    )
-    if "llm_adapter" in stage.loads:
-        model["merged_adapter"] = str(base / stage.loads["llm_adapter"])
-    if "projector" in stage.loads:
-        model["pretrained_projector"] = str(base / stage.loads["projector"])
+    model = {**config.model, "type": "ProxyLLM", "normalize": plan.own.normalize}
+    if stage.sees_pictures:
+        model |= {"type": "DPALLaVAModel", "loss": plan.own.loss}
+    for component in COMPONENTS:
+        component.configure(model, plan)
     return model

@@ -2,45 +2,36 @@
 
 from pathlib import Path
 
-import torch
-from mmengine.config import Config
-
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json
-from dpa_xtuner.model.configs import architecture
-from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.model.projectors import build_projector, read_projector
-from dpa_xtuner.stages.artifacts import ORIGIN, read_origin, refuse_foreign
-from dpa_xtuner.stages.models import encoder_config, llm_config
-from dpa_xtuner.stages.settings import Settings, differences
+from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED
+from dpa_xtuner.model.projectors import read_projector
+from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import differences
 
 _FILES = (ORIGIN, "config.json", "model.safetensors")
 
 
-def check_initial(cfg: Config, settings: Settings) -> None:
+def check_initial(run: Run) -> None:
     """Refuse a ``tune.init_projector`` that does not fit the run, before anything is loaded.
 
     Args:
-        cfg: from :func:`dpa_xtuner.stages.models.complete`.
-        settings: read from it.
+        run: the run.
 
     Raises:
         DPAError: it is missing, is no projector that a stage wrote, is of another kind or size,
             or belongs to another visual encoder or LLM.
     """
+    settings = run.settings
     folder = Path(settings.tune.init_projector)
     _refuse_no_projector(folder)
     record = record_of_loaded(folder, settings.llm_name_or_path)
-    llm, encoder = llm_config(cfg), encoder_config(settings)
-    vision = settings.visual_encoder_name_or_path
-    own = {
-        "llm": {"name": settings.llm_name_or_path, "architecture": architecture(llm)},
-        "visual_encoder": {"name": vision, "architecture": architecture(encoder)},
-    }
+    own = {component: component.facts(run) for component in PUBLISHED}
     refuse_foreign(folder, record, own, "architecture")
     now = {
         "encoder": settings.encoder,
-        "model.visual_select_layer": cfg.model.get("visual_select_layer"),
+        "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     before = {key: record.get(key.removeprefix("model.")) for key in now}
     changes = [f"{key}: was {old}, is {new}" for key, old, new in differences(before, now)]
@@ -49,10 +40,7 @@ def check_initial(cfg: Config, settings: Settings) -> None:
             f"tune.init_projector={str(folder)!r} was trained with another visual encoder "
             f"({'; '.join(changes)}). Set it as it was trained."
         )
-    hidden_size = build_encoder(settings.encoder).hidden_size(encoder)
-    with torch.device("meta"):
-        projector = build_projector(settings.projector, hidden_size, llm.hidden_size)
-    read_projector(projector, str(folder))
+    read_projector(run.projector, str(folder))
 
 
 def _refuse_no_projector(folder: Path) -> None:
@@ -66,28 +54,29 @@ def _refuse_no_projector(folder: Path) -> None:
         raise DPAError(f"{where} {what}. {advice}")
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise DPAError(f"{where} has no {', '.join(missing)}. {advice}")
-    part = read_json(folder / ORIGIN, advice).get("part")
-    if part != "projector":
-        raise DPAError(f"{where} holds {part or 'an export'}, not a projector. {advice}")
+    holds = read_json(folder / ORIGIN, advice).get(KIND)
+    if holds != PROJECTOR:
+        raise DPAError(f"{where} holds {holds or 'an export'}, not a projector. {advice}")
 
 
 def record_of_loaded(folder: Path, llm: str) -> dict:
-    """The record of a part that a stage begins with; ``llm`` in it is the LLM that belongs to it.
+    """The record of a component that a stage begins with, naming the models that belong to it.
 
-    That is the LLM it was trained on. Only a projector of tune was trained while its LLM changed:
-    to it belongs the LLM that the same stage trained, and that LLM's own record has to say so.
+    Those are the LLM and the encoder it was trained on. Only a projector of tune was trained while
+    they changed: to it belong those that the same stage trained. An LLM's own record has to say
+    so; an encoder is known by its fingerprint.
 
     Args:
-        folder: of the part, as a stage wrote it.
+        folder: of the component, as a stage wrote it.
         llm: the run's ``llm_name_or_path``.
 
     Raises:
         DPAError: there is no record, or the LLM was not tuned together with the projector.
     """
     record = read_origin(folder)
-    if record.get("part") != "projector" or "train_llm" not in record.get("settings", {}):
+    if record.get(KIND) != PROJECTOR or "train_llm" not in record.get("settings", {}):
         return record
-    tuned, together = _record_of_llm(llm), folder.with_name("llm")
+    tuned, together = _record_of_llm(llm), folder.parent / LLM
     if reason := _not_together(folder, record, llm, tuned):
         by = f", which python tools/export.py {record['config']} --format llm writes"
         raise DPAError(
@@ -95,8 +84,14 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
             f"is not that LLM: {reason}. Set llm_name_or_path to {together}"
             f"{by * (record['settings']['train_llm'] == 'lora')}."
         )
-    fingerprint = tuned["trained_llm"]
-    return record | {"llm": record["llm"] | {"name": str(together), "fingerprint": fingerprint}}
+    left = {component: record.get(trained_key(component)) for component in PUBLISHED}
+    left[LLM] = tuned[trained_key(LLM)]  # a record of an adapter says nothing of the LLM
+    return record | {
+        component: record[component]
+        | {"name": str(folder.parent / component), "fingerprint": trained}
+        for component, trained in left.items()
+        if trained is not None
+    }
 
 
 def _record_of_llm(llm: str) -> dict:
@@ -105,24 +100,24 @@ def _record_of_llm(llm: str) -> dict:
 
 def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
     """Why an LLM is not the one that a projector was tuned with; nothing where it is."""
-    began = f"the projector's began as {record['llm']['name']}"
+    began = f"the projector's began as {record[LLM]['name']}"
     if not tuned:
         return f"it has no {ORIGIN} of a stage that tuned it ({began})"
-    if tuned.get("part") == "llm":
-        both = [{k: v for k, v in one.items() if k not in ("part", "shapes")}
+    if tuned.get(KIND) == LLM:
+        both = [{k: v for k, v in one.items() if k not in (KIND, "shapes")}
                 for one in (tuned, record)]  # fmt: skip
         if changes := differences(*both):
             listed = "; ".join(f"{key}: {a}, the projector's {b}" for key, a, b in changes[:3])
             return f"stage {tuned.get('stage')} of another run or step wrote it ({listed})"
-    elif tuned.get("format") == "llm":
-        name = f"{record['stage']}/projector/model.safetensors"
+    elif tuned.get("format") == LLM:
+        name = f"{record['stage']}/{PROJECTOR}/model.safetensors"
         digest = file_sha256(folder / "model.safetensors")
         if tuned.get("weights", {}).get(name) != digest:
             return f"it was exported from another run or checkpoint, {tuned.get('run')} ({began})"
     else:
-        what = tuned.get("part") or f"an export in format {tuned.get('format')}"
+        what = tuned.get(KIND) or f"an export in format {tuned.get('format')}"
         return f"it holds {what}, not an LLM"
-    if "trained_llm" not in tuned:
+    if trained_key(LLM) not in tuned:
         return (
             f"its {ORIGIN} does not say which weights were trained, as it is of an older version; "
             f"write it again with python tools/export.py {record['config']} --format llm -o FOLDER"
@@ -139,6 +134,6 @@ def lineage(folder: Path, llm: str) -> dict:
     """
     projector, tuned = read_origin(folder), _record_of_llm(llm)
     return {
-        "projector": {key: value for key, value in projector.items() if key != "shapes"},
-        "llm": {key: tuned[key] for key in ("trained_llm", "weights") if key in tuned},
+        PROJECTOR: {key: value for key, value in projector.items() if key != "shapes"},
+        LLM: {key: tuned[key] for key in (trained_key(LLM), "weights") if key in tuned},
     }

@@ -19,6 +19,7 @@ from mmengine.registry import (
 from torch import nn
 
 from dpa_xtuner.errors import nearest
+from dpa_xtuner.model.components import COMPONENTS
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -69,7 +70,7 @@ class WarmupCosineLR(_ParamScheduler):
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """MMEngine's, with a learning rate for the projector and no weight decay on norms and biases.
+    """MMEngine's, with learning rates for components and no weight decay on norms and biases.
 
     As in LLaVA, parameters of one dimension (norms and biases) don't decay, unless
     ``paramwise_cfg`` says how they do. MMEngine's own ``norm_decay_mult`` does not know RMSNorm,
@@ -79,12 +80,13 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg: as MMEngine's.
         paramwise_cfg: as MMEngine's. In addition, ``projector_lr`` is the base learning rate of the
-            projector, which multipliers such as ``lr_mult`` apply to.
+            projector, which multipliers such as ``lr_mult`` apply to, and likewise
+            ``visual_encoder_lr``.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         options = {"bypass_duplicate": True, **(paramwise_cfg or {})}
-        self.projector_lr = options.pop("projector_lr", None)
+        self.rates = {c.module: options.pop(c.rate, None) for c in COMPONENTS if c.rate is not None}
         self.flat_decay_mult = options.pop("flat_decay_mult", 0.0)
         options["custom_keys"] = {
             key: {**given, _DECAY_UNSET: not set(given) & {"decay_mult", "weight_decay"}}
@@ -108,7 +110,7 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is_dcn_module: MMEngine's.
         """
         if prefix:
-            self._add_part(params, module, prefix, is_dcn_module)
+            self._add_module(params, module, prefix, is_dcn_module)
             return
         with _quiet():  # MMEngine logs a line for each option of each parameter
             super().add_params(params, module, prefix, is_dcn_module)
@@ -117,16 +119,17 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params[:] = _merged(params)
         self._report(params, module)
 
-    def _add_part(self, params: list[dict], module: nn.Module, prefix: str, dcn) -> None:
-        if prefix != "projector" or self.projector_lr is None:
+    def _add_module(self, params: list[dict], module: nn.Module, prefix: str, dcn) -> None:
+        rate = self.rates.get(prefix)
+        if rate is None:
             super().add_params(params, module, prefix, dcn)
             return
         first, usual = len(params), self.base_lr
-        self.base_lr = self.projector_lr
+        self.base_lr = rate
         super().add_params(params, module, prefix, dcn)
         self.base_lr = usual
         for group in params[first:]:
-            group.setdefault("lr", self.projector_lr)
+            group.setdefault("lr", rate)
 
     def _set_decay(self, group: dict) -> None:
         unset = group.pop(_DECAY_UNSET, "weight_decay" not in group)
@@ -143,12 +146,12 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ]
         print_log("Parameter groups of the optimizer:\n" + "\n".join(lines), "current")
         names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        parts = {name.split(".")[0] for name in names}
+        modules = {name.split(".")[0] for name in names}
         for key in self.paramwise_cfg["custom_keys"]:
             if not any(key in name for name in names):
                 print_log(
                     f"paramwise_cfg.custom_keys: {key!r} is in the name of no parameter that this "
-                    f"stage trains{nearest(key, parts)}",
+                    f"stage trains{nearest(key, modules)}",
                     "current",
                     logging.WARNING,
                 )

@@ -16,25 +16,26 @@ from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import acquire_lock, file_sha256, read_json
-from dpa_xtuner.layout import STATE_FILE as STATE
+from dpa_xtuner.files import acquire_lock
+from dpa_xtuner.model.components import PUBLISHED
 from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
 from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import refuse_foreign
 from dpa_xtuner.stages.build import (
     check_ahead,
     global_rank,
-    origin_of,
-    refuse_owned_keys,
     stage_config,
     usable_data,
     world_size,
 )
 from dpa_xtuner.stages.initial import check_initial, record_of_loaded
-from dpa_xtuner.stages.models import complete
-from dpa_xtuner.stages.settings import Settings, differences, refuse_unused_options
-from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage, stage_table
+from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import Settings, refuse_unused_options
+from dpa_xtuner.stages.state_file import is_finished, read_state
+from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage
 
+_ANEW = "Use another --work-dir, or remove that folder to train the stage again."
 _DATA_CHECKED = "DPA_DATA_CHECKED"
 """Names, for the next stage's process, the work dir whose stages' data was all looked at."""
 
@@ -56,41 +57,44 @@ def next_stage(cfg: Config) -> Config | None:
     """
     settings = Settings.from_config(cfg)
     refuse_unused_options(cfg, settings)
-    refuse_owned_keys(cfg, settings)
     if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
         cfg, settings = rehearse(cfg, settings)
-    with users_files_named(Path(cfg.work_dir)):
-        return _next_stage(cfg, settings)
+    work_dir = Path(cfg.work_dir)
+    with users_files_named(work_dir):
+        return _first_unfinished(Run.of(cfg, settings, run_precision(work_dir, settings)))
 
 
-def _next_stage(cfg: Config, settings: Settings) -> Config | None:
-    base = Path(cfg.work_dir)
-    precision = run_precision(base, settings)
-    if global_rank(cfg.launcher) == 0:
-        print_log(f"Precision {precision.name}: {precision.reason}", "current")
-    cfg = complete(cfg, settings, precision)
-    stages = _wanted(settings)
-    check_ahead(cfg, settings, stages)
-    if settings.tune.init_projector is not None:
-        check_initial(cfg, settings)
+def _first_unfinished(run: Run) -> Config | None:
+    _log(run, f"Precision {run.precision.name}: {run.precision.reason}")
+    stages = _wanted(run)
+    check_ahead(run, stages)
+    if run.settings.tune.init_projector is not None:
+        check_initial(run)
     for number, stage in enumerate(stages, 1):
-        _need_inputs(stage, base)
-        origin = origin_of(cfg, settings, stage, precision) | {"loads": input_hashes(stage, base)}
-        for folder in stage.loads.values():
-            own = {side: origin[side] for side in ("llm", "visual_encoder") if side in origin}
-            record = record_of_loaded(base / folder, settings.llm_name_or_path)
-            refuse_foreign(base / folder, record, own, "architecture")
-        state = read_state(base / stage.name)
-        if state.get("status") == "finished":
-            _refuse_changed(base / stage.name, state["origin"], origin)
-            if global_rank(cfg.launcher) == 0:
-                print_log(f"Stage {stage.name} is finished", "current")
-            continue
-        config = stage_config(cfg, settings, stage, origin)
-        _resume(config, cfg, stage, state, origin, run_facts(config))
-        _check_later_data(cfg, settings, stages[number:])
-        return config
+        folder = run.work_dir / stage.name
+        _need_inputs(stage, run.work_dir)
+        provenance = provenance_of(run, stage)
+        _refuse_foreign_inputs(run, stage, provenance)
+        if not is_finished(folder):
+            config = stage_config(run, stage, provenance)
+            _resume(config, run, stage, provenance)
+            _check_later_data(run, stages[number:])
+            return config
+        refuse_changed(folder, read_state(folder)["origin"], provenance, _ANEW)
+        _log(run, f"Stage {stage.name} is finished")
     return None
+
+
+def _log(run: Run, text: str) -> None:
+    if global_rank(run.cfg.launcher) == 0:
+        print_log(text, "current")
+
+
+def _refuse_foreign_inputs(run: Run, stage: Stage, provenance: dict) -> None:
+    own = {side: provenance[side] for side in PUBLISHED if side in provenance}
+    for folder in stage.loads.values():
+        record = record_of_loaded(run.work_dir / folder, run.settings.llm_name_or_path)
+        refuse_foreign(run.work_dir / folder, record, own, "architecture")
 
 
 def run_precision(base: Path, settings: Settings) -> Precision:
@@ -121,23 +125,13 @@ def run_precision(base: Path, settings: Settings) -> Precision:
     return choose_precision(settings.precision, device)
 
 
-def _check_later_data(cfg: Config, settings: Settings, stages: list[Stage]) -> None:
+def _check_later_data(run: Run, stages: list[Stage]) -> None:
     """Make the data sets of later stages now, which they then find on disk."""
-    base = Path(cfg.work_dir)
-    if os.environ.get(_DATA_CHECKED) == str(base):  # by the stage that went on with this one
+    if os.environ.get(_DATA_CHECKED) == str(run.work_dir):  # by the stage that went on with this
         return
     for stage in stages:
-        if read_state(base / stage.name).get("status") != "finished":
-            usable_data(cfg, settings, stage)
-
-
-def read_state(folder: Path) -> dict:
-    """What a stage's folder says of it; empty where it has not begun.
-
-    Raises:
-        DPAError: the record is broken.
-    """
-    return read_json(folder / STATE, f"Restore it, or remove {folder} to train the stage again.")
+        if not is_finished(run.work_dir / stage.name):
+            usable_data(run, stage)
 
 
 def run_facts(config: Config) -> dict:
@@ -152,7 +146,7 @@ def run_facts(config: Config) -> dict:
 
 def samples_of(config: Config) -> str:
     """The fingerprint of the samples that a stage's config trains on."""
-    return next(h["samples"] for h in config.custom_hooks if h["type"] == "ProxyLLMHook")
+    return next(h["samples"] for h in config.custom_hooks if h["type"] == "HandOverHook")
 
 
 def lock_stage_folder(config: Config) -> FileLock:
@@ -178,24 +172,26 @@ def check_ranks_agree(config: Config) -> None:
         DPAError: they read other files, since the work dir or the images are not shared by all
             nodes.
     """
-    precisions = all_gather_object(config.model.precision)
-    if len(set(precisions)) > 1:
-        raise DPAError(
-            f"The processes' devices differ: precision='auto' means {sorted(set(precisions))} on "
-            f"them. Set precision to one that all of them compute."
-        )
-    plans = all_gather_object((config.work_dir, config.load_from))
-    if any(plan != plans[0] for plan in plans):
-        raise DPAError(
-            f"The processes don't see the same work dir: they would start {sorted(set(plans))}. "
-            f"It must be on storage that all nodes share."
-        )
-    samples = all_gather_object(samples_of(config))
-    if len(set(samples)) > 1:
-        raise DPAError(
+    same = (
+        (
+            config.model.precision,
+            "The processes' devices differ: precision='auto' means {} on them. Set precision to "
+            "one that all of them compute.",
+        ),
+        (
+            (config.work_dir, config.load_from),
+            "The processes don't see the same work dir: they would start {}. It must be on storage "
+            "that all nodes share.",
+        ),
+        (
+            samples_of(config),
             "The processes don't see the same samples: an image can be read on one node and not on "
-            "another. Images must be the same on all nodes."
-        )
+            "another. Images must be the same on all nodes.",
+        ),
+    )
+    for own, told in same:
+        if len(found := set(all_gather_object(own))) > 1:
+            raise DPAError(told.format(sorted(found, key=str)))
 
 
 def run_next(config: Config) -> None:
@@ -228,60 +224,36 @@ def summary(work_dir: str | Path) -> str:
     lines = []
     for name in STAGE_NAMES:
         state = read_state(Path(work_dir) / name)
-        for part, folder in state.get("writes", {}).items():
-            lines.append(f"  {name:<6} {part:<12} {folder}")
+        for component, folder in state.get("writes", {}).items():
+            lines.append(f"  {name:<6} {component:<12} {folder}")
     return "\n".join(lines)
 
 
-def _wanted(settings: Settings) -> list[Stage]:
+def _wanted(run: Run) -> list[Stage]:
     only = os.environ.get("DPA_STAGE")
     if only is None:
-        return list(stage_table(settings).values())
-    return [find_stage(settings, only, "DPA_STAGE=")]
+        return list(run.stages.values())
+    return [find_stage(run.settings, only, "DPA_STAGE=")]
 
 
-def _need_inputs(stage: Stage, base: Path) -> None:
-    for part, folder in stage.loads.items():
+def _need_inputs(stage: Stage, work_dir: Path) -> None:
+    for component, folder in stage.loads.items():
         if Path(folder).is_absolute():  # given by the config: check_initial has seen it
             continue
         writer = folder.split("/")[0]
-        finished = read_state(base / writer).get("status") == "finished"
-        if not finished or not (base / folder).is_dir():
+        finished = is_finished(work_dir / writer)
+        if not finished or not (work_dir / folder).is_dir():
             what = "does not exist" if finished else "is not finished"
             raise DPAError(
-                f"Stage {stage.name} starts from the {part} of stage {writer}, but {base / folder} "
-                f"{what}. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+                f"Stage {stage.name} starts from the {component} of stage {writer}, but "
+                f"{work_dir / folder} {what}. Run DPA_STAGE={writer} first, or all stages without "
+                f"DPA_STAGE."
             )
 
 
-def input_hashes(stage: Stage, base: Path) -> dict[str, str]:
-    """SHA-256 of the weight files that a stage loads and earlier ones wrote, as part/file."""
-    hashes = {}
-    for part, folder in stage.loads.items():
-        for file in sorted((base / folder).glob("*.safetensors")):
-            hashes[f"{part}/{file.name}"] = file_sha256(file)
-    return hashes
-
-
-def _refuse_changed(folder: Path, before: dict, now: dict) -> None:
-    changes = [
-        f"  {key}: was {before_value}, is {now_value}"
-        for key, before_value, now_value in differences(before, now)
-        # Where the config file lies changes no weight, and what was measured is no setting.
-        if key not in ("config",) and not key.endswith(".fingerprint")
-    ]
-    if changes:
-        raise DPAError(
-            f"{folder} was trained with other settings than the config now has:\n"
-            + "\n".join(changes)
-            + "\nUse another --work-dir, or remove that folder to train the stage again."
-        )
-
-
-def _resume(
-    config: Config, cfg: Config, stage: Stage, state: dict, origin: dict, run: dict
-) -> None:
-    folder = Path(config.work_dir)
+def _resume(config: Config, run: Run, stage: Stage, provenance: dict) -> None:
+    """Set a stage's config to go on from its newest checkpoint, if there is one that fits."""
+    folder, cfg = Path(config.work_dir), run.cfg
     asked = cfg.get("load_from") if cfg.get("resume") else None
     if asked is not None and Path(asked).resolve().parent != folder.resolve():
         raise DPAError(
@@ -292,11 +264,11 @@ def _resume(
     config.resume, config.load_from = checkpoint is not None, checkpoint
     if checkpoint is None:
         return
-    _refuse_changed(folder, state.get("origin", {}), origin)
-    before = state.get("run", {})
-    if before != run:
+    state, facts = read_state(folder), run_facts(config)
+    refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
+    if (before := state.get("run", {})) != facts:
         raise DPAError(
-            f"{checkpoint} was written by a run with {before}, this one has {run}: its optimizer "
+            f"{checkpoint} was written by a run with {before}, this one has {facts}: its optimizer "
             f"state and sample order don't fit. Start it as before, or remove {folder}."
         )
     if state.get("samples") != samples_of(config):

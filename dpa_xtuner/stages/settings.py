@@ -1,29 +1,77 @@
-"""The method's part of a config, checked before anything is loaded."""
+"""The method's settings: each declared once, with its type, limits, help and what it changes.
 
-from inspect import signature
+:mod:`dpa_xtuner.stages.settings_table` writes the table of all of them.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from dpa_xtuner.data.templates import resolve_template
-from dpa_xtuner.declared import mistyped, parameters
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import Family, find_family
 from dpa_xtuner.loss import build_scheme
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.registry import FAMILIES, PROJECTORS, find_named
 from dpa_xtuner.stages.methods import METHODS, Method, find_method
+from dpa_xtuner.stages.signatures import config_problems
+
+Change = Literal["model", "weights", "speed", "nothing"]
+"""What a change of a setting changes: ``model``, what the trained weights mean, so that training
+and export must agree; ``weights``, how they are trained, so that a stage that has begun keeps it;
+``speed``, so that a stage that resumes from a checkpoint keeps it; ``nothing`` of a result."""
+
+
+def setting(
+    about: str, changes: Change = "weights", default: Any = ..., sets: str = "", **limits: Any
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        about: what it is, for the table in the docs.
+        changes: what a change of it changes. ``model`` and ``weights`` of a stage's settings are
+            written into its state file and compared on resuming.
+        default: required where it is left out.
+        sets: keys of MMEngine's, separated by spaces, that a stage sets from it, so that a config
+            must not.
+        limits: pydantic's, such as ``gt=0``.
+    """
+    extra = {"changes": changes, "sets": sets.split()}
+    return Field(default, description=about, json_schema_extra=extra, **limits)
+
+
+def built_once(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let what a config names be built once in a process.
+
+    Args:
+        build: gives the object of ``dict(type=name, ...)``.
+    """
+    known: dict[str, Any] = {}
+
+    def find(cfg: Any) -> Any:
+        if repr(cfg) not in known:
+            known[repr(cfg)] = build(cfg)
+        return known[repr(cfg)]
+
+    return find
+
+
+find_scheme = built_once(build_scheme)
+"""The weighting scheme of a complete ``loss``."""
+
+find_encoder_spec = built_once(build_encoder)
+"""What is known of the visual encoders of a kind. Copy it to change its layer."""
 
 
 def _whole(value: Any) -> Any:
@@ -35,29 +83,63 @@ def _list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _by_type(name: Any) -> Any:
+    return {"type": name} if isinstance(name, str) else name
+
+
+def _passes(check: Callable[[Any], Any]) -> AfterValidator:
+    """Let ``check`` raise where it does not like a value; None passes."""
+
+    def checked(value: Any) -> Any:
+        if value is not None:
+            check(value)
+        return value
+
+    return AfterValidator(checked)
+
+
 _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], BeforeValidator(_list)]
 _Whole = Annotated[int, BeforeValidator(_whole)]
+_Named = Annotated[dict[str, Any], BeforeValidator(_by_type)]
+_Scheme = Annotated[dict[str, Any], _passes(find_scheme)]
+_Encoder = Annotated[_Named, _passes(find_encoder_spec)]
+# The sizes, its first two arguments, are the models'.
+_Projector = Annotated[_Named, _passes(lambda cfg: find_named(PROJECTORS, cfg, 2))]
+_Template = Annotated[str | dict[str, Any] | None, _passes(resolve_template)]
 
 
-class _Strict(BaseModel):
+class _Settings(BaseModel):
     # Strict: True is no number, and neither is "3".
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def names_changing(cls, change: Change) -> set[str]:
+        """Names of the settings whose change changes this; see :func:`setting`."""
+        fields = cls.model_fields.items()
+        return {name for name, field in fields if field.json_schema_extra["changes"] == change}
 
-class DataSettings(_Strict):
-    """LLaVA-format data: a JSON or JSONL file and the folder its images are in, or lists of both.
+    def changing(self, change: Change, leave_out: set[str] = frozenset()) -> dict[str, Any]:
+        """The settings whose change changes this, where they are not at their default.
 
-    ``weights`` say how much of an epoch each file of a list gives, ``share`` is the part of the
-    data that is used, and ``skip_limit`` the part that may be unusable; see
-    :class:`dpa_xtuner.data.DPADataset`.
-    """
+        Args:
+            change: see :func:`setting`.
+            leave_out: names of others.
+        """
+        names = self.names_changing(change) - leave_out
+        return self.model_dump(include=names, exclude_defaults=True)
 
-    data_path: str | _List[str]
-    image_folder: str | _List[str]
-    weights: _List[Annotated[float, Field(gt=0)]] | None = None
-    share: float = Field(default=1.0, gt=0, le=1)
-    skip_limit: float = Field(default=0.01, ge=0, le=1)
+
+class DataSettings(_Settings):
+    """LLaVA-format data; see :class:`dpa_xtuner.data.DPADataset`."""
+
+    data_path: str | _List[str] = setting("JSON or JSONL file, or a list of files, a mixture")
+    image_folder: str | _List[str] = setting("folder of the images, or one for each file")
+    weights: _List[Annotated[float, Field(gt=0)]] | None = setting(
+        "parts of an epoch that the files give", default=None
+    )
+    share: float = setting("part of the data that is used", default=1.0, gt=0, le=1)
+    skip_limit: float = setting("part that may be unusable", "nothing", default=0.01, ge=0, le=1)
 
     @property
     def files(self) -> list[str]:
@@ -87,45 +169,69 @@ class DataSettings(_Strict):
 
 
 class CaptionSettings(DataSettings):
-    """The captions of proxy and align; ``held_out`` of them are kept for measuring."""
+    """The captions of proxy and align."""
 
-    held_out: _Whole = Field(ge=0)
-
-
-class LoRASettings(_Strict):
-    """peft's names: rank, scale and dropout."""
-
-    r: _Whole = Field(gt=0)
-    lora_alpha: float = Field(gt=0)
-    lora_dropout: float = Field(ge=0, lt=1)
+    held_out: _Whole = setting("records kept out of training, to measure on", ge=0)
 
 
-class StageSettings(_Strict):
-    """How one stage is trained.
+class LoRASettings(_Settings):
+    """The low-rank adapter, by peft's names."""
 
-    ``global_batch_size`` samples make an optimizer step on any number of GPUs;
-    ``batch_size`` of them pass through a device at a time. ``max_steps`` ends a stage
-    before its ``max_epochs`` do. ``normalize`` is that of
-    :func:`dpa_xtuner.loss.relevance_loss`.
-    """
+    r: _Whole = setting("rank", "model", gt=0)
+    lora_alpha: float = setting("scale; the adapter counts lora_alpha / r", "model", gt=0)
+    lora_dropout: float = setting("dropout before the adapter", "model", ge=0, lt=1)
 
-    lr: float = Field(gt=0)
-    batch_size: _Whole = Field(gt=0)
-    global_batch_size: _Whole = Field(gt=0)
-    max_epochs: _Whole = Field(gt=0)
-    max_steps: _Whole | None = Field(default=None, gt=0)
-    max_length: _Whole = Field(gt=1)
-    pad_image_to_square: bool
-    warmup_ratio: float = Field(ge=0, lt=1)
-    save_steps: _Whole = Field(gt=0)
-    normalize: Literal["micro_batch", "global"]
+
+class StageSettings(_Settings):
+    """How one stage is trained."""
+
+    lr: float = setting("peak learning rate", gt=0, sets="optim_wrapper.optimizer.lr auto_scale_lr")
+    # Under normalize="micro_batch" it changes weights too; a finished stage is free of it all the
+    # same, for a run that goes on with other GPUs or less memory.
+    batch_size: _Whole = setting(
+        "samples on a device at a time",
+        "speed",
+        gt=0,
+        sets="train_dataloader.batch_size train_dataloader.batch_sampler",
+    )
+    global_batch_size: _Whole = setting(
+        "samples of an optimizer step",
+        gt=0,
+        sets="train_dataloader.sampler optim_wrapper.accumulative_counts",
+    )
+    max_epochs: _Whole = setting("times that the data is seen", gt=0, sets="train_cfg")
+    max_steps: _Whole | None = setting(
+        "optimizer steps after which the stage ends at the latest",
+        default=None,
+        gt=0,
+        sets="train_cfg train_dataloader.num_batch_per_epoch",
+    )
+    max_length: _Whole = setting("tokens of a sample, images included; the rest is cut off", gt=1)
+    pad_image_to_square: bool = setting("pad images in the mean colour", "model")
+    warmup_ratio: float = setting(
+        "part of the steps in which lr rises", ge=0, lt=1, sets="param_scheduler"
+    )
+    save_steps: _Whole = setting(
+        "optimizer steps between checkpoints",
+        "nothing",
+        gt=0,
+        sets="default_hooks.checkpoint.interval",
+    )
+    normalize: Literal["micro_batch", "global"] = setting(
+        "the loss is divided by the weights of a micro-batch, or of the whole step",
+        sets="model.normalize",
+    )
 
 
 class LLMSettings(StageSettings):
     """A stage that trains its LLM: all of it, or a LoRA on it."""
 
-    train_llm: Literal["full", "lora"]
-    lora: LoRASettings
+    train_llm: Literal["full", "lora"] = setting(
+        "train the whole LLM, or an adapter", "model", sets="model.freeze_llm"
+    )
+    lora: LoRASettings = setting(
+        "the adapter, where train_llm='lora'", "model", sets="model.lora model.llm_lora"
+    )
 
 
 class ProxySettings(LLMSettings):
@@ -133,43 +239,48 @@ class ProxySettings(LLMSettings):
 
 
 class PictureSettings(StageSettings):
-    """A stage with pictures; ``loss`` is its weighting scheme, a dict with ``type``."""
+    """A stage with pictures."""
 
-    loss: dict[str, Any]
-
-    @field_validator("loss")
-    @classmethod
-    def _known_scheme(cls, loss: dict[str, Any]) -> dict[str, Any]:
-        build_scheme(loss)
-        return loss
+    loss: _Scheme = setting(
+        "weighting scheme, by name or a dict with arguments; empty: the method's", sets="model.loss"
+    )
 
 
 class AlignSettings(PictureSettings):
-    """Stage align, whose LLM is frozen; ``contrast_cache`` is a folder to keep p_wo in."""
+    """Stage align, whose LLM is frozen."""
 
-    contrast_cache: str | None = None
+    contrast_cache: str | None = setting(
+        "folder to keep the contrast pass in", "nothing", default=None
+    )
 
     @model_validator(mode="after")
     def _contrast_to_cache(self) -> "AlignSettings":
-        if self.contrast_cache is not None and not build_scheme(self.loss).contrast:
+        if self.contrast_cache is not None and not find_scheme(self.loss).contrast:
             raise ValueError(f"contrast_cache is set, but loss={self.loss!r} runs no contrast pass")
         return self
 
 
 class TuneSettings(PictureSettings, LLMSettings):
-    """Stage tune; ``start_from`` says whether its LLM is the original one or the proxy.
+    """Stage tune."""
 
-    ``projector_lr`` is the projector's learning rate, None for the stage's ``lr``.
-    ``init_projector`` is the folder of a projector that a stage of an earlier run wrote. With it
-    the run has the stage tune alone.
-    """
+    start_from: Literal["target", "proxy"] = setting(
+        "begin with the original LLM or the proxy", "model"
+    )
+    projector_lr: float | None = setting(
+        "learning rate of the projector; None: lr", default=None, gt=0
+    )
+    train_visual_encoder: bool = setting(
+        "train the visual encoder too", default=False, changes="model"
+    )
+    visual_encoder_lr: float | None = setting(
+        "learning rate of a trained visual encoder; None: lr", default=None, gt=0
+    )
+    init_projector: str | None = setting(
+        "folder of a projector to begin with; the run is this stage alone", default=None
+    )
 
-    start_from: Literal["target", "proxy"]
-    projector_lr: float | None = Field(default=None, gt=0)
-    init_projector: str | None = None
 
-
-class Settings(_Strict):
+class Settings(_Settings):
     """All settings of the method; every other key of a config is MMEngine's.
 
     ``align.loss`` and ``tune.loss`` are complete here: in a config, None or an empty dict
@@ -177,20 +288,34 @@ class Settings(_Strict):
     and a name the scheme of that name. ``encoder`` and ``projector`` are dicts with ``type``.
     """
 
-    method: str
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    llm_name_or_path: str
-    family: str | None = None
-    prompt_template: str | dict[str, Any] | None = None
-    visual_encoder_name_or_path: str
-    encoder: dict[str, Any]
-    projector: dict[str, Any]
-    max_tiles: _Whole = Field(ge=1)
-    captions: CaptionSettings
-    instructions: DataSettings
-    proxy: ProxySettings | None
-    align: AlignSettings
-    tune: TuneSettings
+    method: Annotated[str, _passes(find_method)] = setting(
+        f"{', '.join(METHODS)}: which stages there are, and their loss"
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
+        "what is computed in; auto: what fits the device",
+        default="auto",
+        sets="model.precision model.llm.torch_dtype model.visual_encoder.torch_dtype",
+    )
+    llm_name_or_path: str = setting("the LLM: a folder or a hub name")
+    family: Annotated[str | None, _passes(find_family)] = setting(
+        "kind of LLM: loader, tokenizer, template, LoRA's layers", default=None
+    )
+    prompt_template: _Template = setting(
+        "chat template, by XTuner's name or a dict; None: the family's", "model", default=None
+    )
+    visual_encoder_name_or_path: str = setting("the visual encoder: a folder or a hub name")
+    encoder: _Encoder = setting(
+        "kind of visual encoder, by name or a dict with arguments", "model", sets="model.encoder"
+    )
+    projector: _Projector = setting(
+        "kind of projector, by name or a dict with arguments", "model", sets="model.projector"
+    )
+    max_tiles: _Whole = setting("tiles of an image at most; 1: none", "model", ge=1)
+    captions: CaptionSettings = setting("data of proxy and align", sets="train_dataloader.dataset")
+    instructions: DataSettings = setting("data of tune", sets="train_dataloader.dataset")
+    proxy: ProxySettings | None = setting("stage proxy; None where the method has none")
+    align: AlignSettings = setting("stage align")
+    tune: TuneSettings = setting("stage tune")
 
     @property
     def recipe(self) -> Method:
@@ -214,6 +339,32 @@ class Settings(_Strict):
             return dict(self.llm_family.template)
         return resolve_template(self.prompt_template)
 
+    def of_stage(self, name: str) -> StageSettings:
+        """The settings of one stage."""
+        return getattr(self, name)
+
+    def data_of(self, sample_format: str) -> DataSettings:
+        """The data of a stage that sees it in this format (:class:`Stage`)."""
+        return self.instructions if sample_format == "chat" else self.captions
+
+    @property
+    def unused_settings(self) -> dict[str, str]:
+        """Settings that this method or scheme does not read, by prefix, and why."""
+        found, with_llm = {}, ["proxy", "tune"]
+        if not self.has_proxy:
+            found["proxy."] = f"method={self.method!r} has no stage proxy"
+            with_llm.remove("proxy")
+        if self.tune.init_projector is not None:
+            reason = "with tune.init_projector the run has the stage tune alone"
+            found |= dict.fromkeys(("proxy.", "align.", "captions."), reason)
+        if not self.tune.train_visual_encoder:
+            reason = "tune.train_visual_encoder=False trains no visual encoder"
+            found["tune.visual_encoder_lr"] = reason
+        for name in with_llm:
+            if getattr(self, name).train_llm == "full":
+                found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"
+        return found
+
     @model_validator(mode="before")
     @classmethod
     def _complete_losses(cls, given: dict) -> dict:
@@ -225,43 +376,6 @@ class Settings(_Strict):
             if isinstance(given.get(name), dict)
         }
         return given | completed
-
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, name: str) -> str:
-        find_method(name)
-        return name
-
-    @field_validator("family")
-    @classmethod
-    def _known_family(cls, name: str | None) -> str | None:
-        if name is not None:
-            find_family(name)
-        return name
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _known_template(cls, template: str | dict | None) -> str | dict | None:
-        if template is not None:
-            resolve_template(template)
-        return template
-
-    @field_validator("encoder", "projector", mode="before")
-    @classmethod
-    def _dict_of_name(cls, value: Any) -> Any:
-        return _by_type(value)
-
-    @field_validator("encoder")
-    @classmethod
-    def _known_encoder(cls, encoder: dict[str, Any]) -> dict[str, Any]:
-        build_encoder(encoder)
-        return encoder
-
-    @field_validator("projector")
-    @classmethod
-    def _known_projector(cls, projector: dict[str, Any]) -> dict[str, Any]:
-        find_named(PROJECTORS, projector, 2)  # the sizes are the models'
-        return projector
 
     @model_validator(mode="after")
     def _proxy_is_trained(self) -> "Settings":
@@ -284,44 +398,62 @@ class Settings(_Strict):
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Settings":
-        """Read and check them.
+        """Read and check them, and all other keys of a config.
 
         Raises:
-            DPAError: keys that nothing reads, missing ones, or values out of range, each
-                on a line of its own.
+            DPAError: keys that nothing reads or that stages set themselves, missing ones, or
+                values that can't be used, each on a line of its own.
         """
-        _refuse_unknown_keys(cfg)
-        given = {name: cfg[name] for name in cls.model_fields if name in cfg}
+        given = _plain(cfg._cfg_dict)
+        wrong = config_problems(given, set(cls.model_fields), owned_keys())
+        settings = None
         try:
-            settings = cls.model_validate(_plain(given))
+            own = {name: given[name] for name in cls.model_fields if name in given}
+            settings = cls.model_validate(own)
         except ValidationError as error:
-            said: dict[str, list[str]] = {}
             for where, what in map(_explain, error.errors()):
-                said.setdefault(where, []).append(what)
-            lines = "\n".join(
-                "  " + (f"{where}: " if where else "") + " or ".join(what)
-                for where, what in said.items()
-            )
-            raise DPAError(f"{cfg.filename} has settings that can't be used:\n{lines}") from None
-        _need_family(cfg, settings)
-        if cfg.get("model", {}).get("llm", {}).get("quantization_config"):
-            refuse_training_quantised(settings, "model.llm.quantization_config")
+                wrong[where] = f"{wrong[where]} or {what}" if where in wrong else what
+        if settings is not None and not wrong:
+            wrong = settings._conflicts(given)
+        refuse(f"{cfg.filename} (or --cfg-options)", wrong)
         return settings
 
-    @property
-    def unused_settings(self) -> dict[str, str]:
-        """Settings that this method or scheme does not read, by prefix, and why."""
-        found, with_llm = {}, ["proxy", "tune"]
-        if not self.has_proxy:
-            found["proxy."] = f"method={self.method!r} has no stage proxy"
-            with_llm.remove("proxy")
-        if self.tune.init_projector is not None:
-            reason = "with tune.init_projector the run has the stage tune alone"
-            found |= dict.fromkeys(("proxy.", "align.", "captions."), reason)
-        for name in with_llm:
-            if getattr(self, name).train_llm == "full":
-                found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"
+    def _conflicts(self, cfg: dict) -> dict[str, str]:
+        """Settings that other keys of the config make impossible: where, and what to say."""
+        found = {}
+        llm = cfg.get("model", {}).get("llm", {})
+        if self.family is None and not ("type" in llm and self.prompt_template is not None):
+            FAMILIES.import_from_location()
+            found["family"] = (
+                f"the config does not say what kind of LLM {self.llm_name_or_path!r} is: set "
+                f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; or, for another, both "
+                f"its loader (model.llm.type) and its chat template (prompt_template)"
+            )
+        if llm.get("quantization_config"):
+            found |= self.quantised("model.llm.quantization_config")
+        constructor = cfg.get("optim_wrapper", {}).get("constructor")
+        for rate in ("projector_lr", "visual_encoder_lr") if constructor is not None else ():
+            if getattr(self.tune, rate) is not None:
+                found[f"tune.{rate}"] = (
+                    f"optim_wrapper.constructor={constructor!r} knows none: leave out either"
+                )
         return found
+
+    def quantised(self, where: str) -> dict[str, str]:
+        """Settings that would change the weights of an LLM that is quantised, and what to do.
+
+        Args:
+            where: what says that the LLM is quantised.
+        """
+        found = {}
+        if self.has_proxy and self.proxy.train_llm == "full":
+            found["proxy.train_llm"] = "'full' would train the LLM: set it to 'lora'"
+        if self.tune.train_llm == "full":
+            found["tune.train_llm"] = "'full' would train the LLM: set it to 'lora'"
+        if self.tune.start_from == "proxy":
+            found["tune.start_from"] = "'proxy' would be added to the LLM: set it to 'target'"
+        why = f"{where} quantises the LLM, and quantised weights can't be changed"
+        return {key: f"{out}, or leave the quantisation out ({why})" for key, out in found.items()}
 
 
 def _complete_loss(loss: str | dict | None, scheme: str) -> Any:
@@ -329,96 +461,42 @@ def _complete_loss(loss: str | dict | None, scheme: str) -> Any:
     return {"type": scheme, **loss} if isinstance(loss, dict) else loss
 
 
-def _by_type(name: Any) -> Any:
-    return {"type": name} if isinstance(name, str) else name
-
-
 def _methods(proxy: bool) -> str:
     return ", ".join(name for name, method in METHODS.items() if method.proxy == proxy)
 
 
-# Keys of a DPA config beside the settings and MMEngine's own.
-_OTHER_KEYS = {
-    "_scope_",
-    "custom_imports",
-    "image_processor",
-    "runner_type",
-    "strategy",
-    "tokenizer",
-}
-
-
-def known_keys() -> set[str]:
-    """All top-level keys that a DPA config may have."""
-    runner = set(signature(Runner.__init__).parameters) - {"self", "cfg"}
-    return set(Settings.model_fields) | runner | _OTHER_KEYS
-
-
-# Dicts that are looked into before what takes them can say anything.
-_DICTS = (
-    "custom_imports",
-    "default_hooks.checkpoint",
-    "env_cfg.dist_cfg",
-    "image_processor",
-    "model.llm",
-    "model.visual_encoder",
-    "optim_wrapper.optimizer",
-    "tokenizer",
-    "train_dataloader",
+# What every stage sets, whatever the settings say.
+_STAGES_OWN = (
+    "data_preprocessor",
+    "default_hooks.checkpoint.by_epoch",
+    "default_hooks.logger.log_metric_by_epoch",
+    "log_processor.by_epoch",
+    "model.freeze_visual_encoder",
+    "model.merged_adapter",
+    "model.pretrained_projector",
+    "model.type",
+    "train_dataloader.collate_fn",
+    "train_dataloader.drop_last",
 )
 
 
-def _refuse_unknown_keys(cfg: Config) -> None:
-    known, runner = known_keys(), parameters(Runner)[0]
-    lines = [f"  {key}: not a known key{nearest(key, known)}" for key in cfg if key not in known]
-    for key in runner.keys() & dict.keys(cfg._cfg_dict):
-        if key not in _DICTS and (expected := mistyped(runner[key], cfg[key])):
-            lines.append(f"  {key}: expected {expected} (got {cfg[key]!r})")
-    for path in _DICTS:
-        node: Any = cfg._cfg_dict
-        for key in path.split("."):
-            node = node.get(key, {}) if isinstance(node, dict) else {}
-        if not isinstance(node, dict):
-            lines.append(f"  {path}: expected a dict (got {node!r})")
-    if lines:
-        listed = "\n".join(lines)
-        raise DPAError(f"{cfg.filename} (or --cfg-options) has keys that can't be used:\n{listed}")
+def owned_keys() -> dict[str, str]:
+    """Keys of MMEngine's that the stages set themselves: the way out of each."""
+    owners = {Settings: "", **dict.fromkeys((LLMSettings, AlignSettings, TuneSettings), "<stage>.")}
+    found: dict[str, dict[str, None]] = {}
+    for owner, prefix in owners.items():
+        for name, field in owner.model_fields.items():
+            for key in field.json_schema_extra["sets"]:
+                found.setdefault(key, {})[f"{prefix}{name}"] = None
+    ways = {key: f"set {' or '.join(names)} instead" for key, names in found.items()}
+    ways["model.projector_depth"] = "set projector.depth instead"
+    return ways | dict.fromkeys(_STAGES_OWN, "leave it out")
 
 
-def _need_family(cfg: Config, settings: Settings) -> None:
-    own_loader = "type" in cfg.get("model", {}).get("llm", {})
-    if settings.family is None and not (own_loader and settings.prompt_template is not None):
-        FAMILIES.import_from_location()
-        raise DPAError(
-            f"{cfg.filename} does not say what kind of LLM {settings.llm_name_or_path!r} is: set "
-            f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; or, for another, both its "
-            f"loader (model.llm.type) and its chat template (prompt_template)."
-        )
-
-
-def refuse_training_quantised(settings: Settings, where: str) -> None:
-    """Refuse stages that would have to change the weights of an LLM that is quantised.
-
-    Args:
-        settings: the method's.
-        where: what says that the LLM is quantised, for the message.
-
-    Raises:
-        DPAError: such stages, each on a line of its own.
-    """
-    lines = []
-    if settings.has_proxy and settings.proxy.train_llm == "full":
-        lines.append("  proxy.train_llm='full' would train them: set it to 'lora'")
-    if settings.tune.train_llm == "full":
-        lines.append("  tune.train_llm='full' would train them: set it to 'lora'")
-    if settings.tune.start_from == "proxy":
-        lines.append("  tune.start_from='proxy' would add the proxy to them: set it to 'target'")
-    if lines:
-        listed = "\n".join(lines)
-        raise DPAError(
-            f"{where} quantises the LLM, and quantised weights can't be changed:\n{listed}\n"
-            f"Or leave the quantisation out."
-        )
+def settings_in(annotation: Any) -> type[BaseModel] | None:
+    """The class of settings that an annotation such as ``ProxySettings | None`` names."""
+    either = (annotation, *get_args(annotation))
+    return next((each for each in either if hasattr(each, "model_fields")), None)
 
 
 def config_from_file(path: Path | str, options: dict | None = None) -> Config:
@@ -441,18 +519,18 @@ def refuse_unused_options(cfg: Config, settings: Settings) -> None:
     Raises:
         DPAError: there are some, each on a line of its own.
     """
-    if not settings.unused_settings or cfg.filename is None:
+    if cfg.filename is None:
         return
     file = _plain(Config.fromfile(cfg.filename)._cfg_dict)
-    changed = [path for path, *_ in differences(file, _plain(cfg._cfg_dict))]
-    lines = [
-        f"  {path}: {reason}, so nothing reads it; leave it out"
-        for path in changed
+    wrong = {
+        path: f"{reason}, so nothing reads it; leave it out"
+        for path, *_ in differences(file, _plain(cfg._cfg_dict))
         for prefix, reason in settings.unused_settings.items()
         if path.startswith(prefix)
-    ]
-    if lines:
-        raise DPAError("--cfg-options sets what has no effect:\n" + "\n".join(lines))
+    }
+    if file.get("launcher") not in (None, cfg.get("launcher")):  # XTuner has overwritten it
+        wrong["launcher"] = f"{file['launcher']!r} has no effect: give --launcher"
+    refuse(f"{cfg.filename} (or --cfg-options)", wrong)
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -467,22 +545,20 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, An
     return found
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in dict.items(value)}
-    return value
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _explain(problem: dict) -> tuple[str, str]:
     """Where a problem is, and what it is."""
-    model, path, unknown = Settings, [], None
+    owner, path, unknown = Settings, [], None
     for part in problem["loc"]:
-        fields = getattr(model, "model_fields", {})
+        fields = getattr(owner, "model_fields", {})
         if part in fields:
-            annotation = fields[part].annotation
-            either = (annotation, *get_args(annotation))  # Settings or None
-            model = next((a for a in either if hasattr(a, "model_fields")), None)
-        elif model is not None:
+            owner = settings_in(fields[part].annotation)
+        elif owner is not None:
             unknown = nearest(str(part), fields)
         elif isinstance(part, str):  # pydantic's name of one of several types
             continue

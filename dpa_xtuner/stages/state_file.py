@@ -10,11 +10,27 @@ from mmengine.config import Config
 from mmengine.dist import is_distributed
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import move_into_place, write_json
-from dpa_xtuner.stages.pipeline import STATE, read_state
+from dpa_xtuner.files import move_into_place, read_json, write_json
 from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
 
+STATE = "stage.json"
+"""A stage's state file: what it is trained from and whether it is finished."""
+
 _LONGEST_REASON = 200
+
+
+def read_state(folder: Path) -> dict:
+    """What the state file of a stage's folder says; empty where the stage has not begun.
+
+    Raises:
+        DPAError: it is broken.
+    """
+    return read_json(folder / STATE, f"Restore it, or remove {folder} to train the stage again.")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the stage of a folder is finished."""
+    return read_state(folder).get("status") == "finished"
 
 
 class StateFile:
@@ -26,10 +42,14 @@ class StateFile:
     Args:
         folder: the stage's.
         rank: of this process.
+
+    Attributes:
+        measured: what the stage has measured on held-out captions, by name.
     """
 
     def __init__(self, folder: Path, rank: int):
         self.folder, self.rank = folder, rank
+        self.measured: dict[str, float] = {}
         self.before = read_state(folder).get("seconds", 0.0)
         self.began = time.monotonic()
 
@@ -46,6 +66,10 @@ class StateFile:
     def write(self, state: dict) -> None:
         """Replace the content."""
         write_json(self.folder / STATE, state | {"seconds": self.seconds()})
+
+    def write_measured(self) -> None:
+        """Replace :attr:`measured` alone; all else stays."""
+        self.write(read_state(self.folder) | {"measured": self.measured})
 
     @contextmanager
     def ends_noted(self, steps: Callable[[], int] | None = None) -> Iterator[None]:

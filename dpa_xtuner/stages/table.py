@@ -2,24 +2,66 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
 
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.layout import STAGE_NAMES as STAGE_NAMES
-from dpa_xtuner.stages.settings import LLMSettings, Settings
+from dpa_xtuner.model.components import (
+    LLM,
+    LLM_ADAPTER,
+    PROJECTOR,
+    VISUAL_ENCODER,
+    Component,
+    find_component,
+)
+from dpa_xtuner.stages.settings import LLMSettings, Settings, StageSettings
+
+PROXY, ALIGN, TUNE = STAGE_NAMES
+"""All stages in their order. A method without a proxy has the last two, a run that begins with a
+projector that is given (``tune.init_projector``) the last one."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a stage is measured on held-out captions.
+
+    Attributes:
+        start: name of what is measured before the first step.
+        end: name of what is measured from then on.
+        shown: what the log shows, by name, as far as it was measured.
+        meaning: of the figures, for the log.
+        beside: meaning of those that the earlier stage measured, for the log.
+        earlier: the stage whose figures are shown beside its own.
+    """
+
+    start: str
+    end: str
+    shown: tuple[str, ...]
+    meaning: str
+    beside: str = ""
+    earlier: str | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table. Parts are those of :data:`dpa_xtuner.model.parts.PARTS`.
+    """A row of the table, in components (:data:`dpa_xtuner.model.components.COMPONENTS`).
 
     Attributes:
         name: one of :data:`STAGE_NAMES`, and the stage's folder below the work dir.
         sample_format: how it sees the data (:mod:`dpa_xtuner.data.templates`).
-        builds: parts that its model has.
-        loads: part -> folder below the work dir that an earlier stage wrote, or the absolute path
-            of one that the config gives.
-        trains: parts that get gradients.
-        writes: part -> folder below the work dir.
+        builds: components that its model has.
+        loads: component -> folder below the work dir that an earlier stage wrote, or the absolute
+            path of one that the config gives.
+        trains: components that get gradients.
+        writes: component -> folder below the work dir.
+        guards: components whose weights must end as they began, to the bit, where they are frozen.
+        held_out: how it is measured, where captions are held out.
+
+    Raises:
+        DPAError: an unknown component, or one that is trained and not built, written and not
+            trained, or trained in two ways.
     """
 
     name: str
@@ -28,37 +70,103 @@ class Stage:
     loads: dict[str, str]
     trains: tuple[str, ...]
     writes: dict[str, str]
+    guards: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
+
+    def __post_init__(self):
+        for component in (*self.builds, *self.loads, *self.trains, *self.writes, *self.guards):
+            find_component(component)
+        for what, more, than in (("trains", self.trains, self.builds),
+                                 ("writes", self.writes, self.trains)):  # fmt: skip
+            if rest := [component for component in more if component not in than]:
+                base = "build" if what == "trains" else "train"
+                raise DPAError(
+                    f"Stage {self.name} {what} {', '.join(rest)}, which it does not {base}."
+                )
+        if {LLM, LLM_ADAPTER} <= set(self.trains):
+            raise DPAError(f"Stage {self.name} trains {LLM} and {LLM_ADAPTER}: choose one of them.")
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether its model takes images."""
+        return VISUAL_ENCODER in self.builds
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a run: all that its components need to know before anything is built.
+
+    Attributes:
+        cfg: the config, completed by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
+        settings: read from it.
+        stage: the row of the table.
+        base: the run's work dir.
+        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
+    """
+
+    cfg: Config
+    settings: Settings
+    stage: Stage
+    base: Path
+    deepspeed: bool = False
+
+    @property
+    def own(self) -> StageSettings:
+        """The settings of the stage."""
+        return getattr(self.settings, self.stage.name)
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether the stage's model takes images."""
+        return self.stage.sees_pictures
+
+    def loaded_from(self, component: Component) -> str:
+        """The folder that the stage loads a component from."""
+        return str(self.base / self.stage.loads[component])
 
 
 def stage_table(settings: Settings) -> dict[str, Stage]:
     """The rows of a run's stages, which depend on what trains its LLM in full or by LoRA."""
     if settings.tune.init_projector is not None:
-        given = {"projector": os.path.abspath(settings.tune.init_projector)}
-        return {"tune": _tune(settings, given)}
+        given = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
+        return {TUNE: _tune(settings, given)}
     stages = []
     proxy_writes: dict[str, str] = {}
     if settings.has_proxy:
-        trained = _trained(settings.proxy)
-        proxy_writes = {trained: f"proxy/{trained}"}
+        trains = (_trained(settings.proxy),)
+        proxy_writes = _places(PROXY, trains)
         stages.append(
             Stage(
-                name="proxy",
+                name=PROXY,
                 sample_format="caption_text",
-                builds=tuple(dict.fromkeys(("llm", trained))),
+                builds=_unique(LLM, *trains),
                 loads={},
-                trains=(trained,),
+                trains=trains,
                 writes=proxy_writes,
+                held_out=HeldOut(
+                    start="original",
+                    end="floor",
+                    shown=("original", "floor"),
+                    meaning="text only: under the original LLM, and under the proxy (the floor)",
+                ),
             )
         )
+    floor, earlier = (), {}
+    if settings.has_proxy:
+        floor = ("floor",)
+        meaning = "and the floor without: below it the picture is used"
+        earlier = {"earlier": PROXY, "beside": meaning}
     align = Stage(
-        name="align",
+        name=ALIGN,
         sample_format="caption",
-        builds=("llm", "visual_encoder", "projector"),
+        builds=(LLM, VISUAL_ENCODER, PROJECTOR),
         loads=proxy_writes,
-        trains=("projector",),
-        writes={"projector": "align/projector"},
+        trains=(PROJECTOR,),
+        writes=_places(ALIGN, (PROJECTOR,)),
+        guards=(LLM,),
+        held_out=HeldOut(ALIGN, ALIGN, shown=(ALIGN, *floor), meaning="with pictures", **earlier),
     )
-    from_proxy = proxy_writes if settings.tune.start_from == "proxy" else {}
+    from_proxy = proxy_writes if settings.tune.start_from == PROXY else {}
     tune = _tune(settings, align.writes | from_proxy)
     return {stage.name: stage for stage in (*stages, align, tune)}
 
@@ -86,16 +194,26 @@ def find_stage(settings: Settings, name: str, given: str) -> Stage:
 
 
 def _tune(settings: Settings, loads: dict[str, str]) -> Stage:
-    trained = _trained(settings.tune)
+    encoder = (VISUAL_ENCODER,) if settings.tune.train_visual_encoder else ()
+    trains = (_trained(settings.tune), *encoder, PROJECTOR)
     return Stage(
-        name="tune",
+        name=TUNE,
         sample_format="chat",
-        builds=tuple(dict.fromkeys(("llm", trained, "visual_encoder", "projector"))),
+        builds=_unique(LLM, _trained(settings.tune), VISUAL_ENCODER, PROJECTOR),
         loads=loads,
-        trains=(trained, "projector"),
-        writes={trained: f"tune/{trained}", "projector": "tune/projector"},
+        trains=trains,
+        writes=_places(TUNE, trains),
     )
 
 
-def _trained(settings: LLMSettings) -> str:
-    return "llm" if settings.train_llm == "full" else "llm_adapter"
+def _trained(settings: LLMSettings) -> Component:
+    return LLM if settings.train_llm == "full" else LLM_ADAPTER
+
+
+def _unique(*components: Component) -> tuple[Component, ...]:
+    return tuple(dict.fromkeys(components))
+
+
+def _places(stage: str, components: tuple[Component, ...]) -> dict[str, str]:
+    """Where a stage writes its components: each in a folder of its name."""
+    return {component: f"{stage}/{component}" for component in components}

@@ -38,8 +38,8 @@ def changed(qwen, monkeypatch):
     from dpa_xtuner.export import export as module
     from dpa_xtuner.export import source
 
-    monkeypatch.setattr(source, "_refuse_changed", lambda *_: None)
-    monkeypatch.setattr(module, "Weights", lambda _: pytest.fail("something was loaded"))
+    monkeypatch.setattr(source, "refuse_changed", lambda *_: None)
+    monkeypatch.setattr(module, "StageWeights", lambda _: pytest.fail("something was loaded"))
     return lambda fmt="hf", **options: refused(qwen, fmt, **options)
 
 

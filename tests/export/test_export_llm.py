@@ -14,9 +14,8 @@ from dpa_xtuner.export import export_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.initial import check_initial
-from dpa_xtuner.stages.models import check_models, complete
+from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import Settings, config_from_file
-from dpa_xtuner.stages.table import stage_table
 
 
 def next_round(made: runs.Run, llm) -> runs.Run:
@@ -26,9 +25,10 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     cfg = config_from_file(made.config, options)
     cfg.work_dir, cfg.launcher = str(made.folder / "next"), "none"
     settings = Settings.from_config(cfg)
-    cfg, row = complete(cfg, settings, Precision(settings.precision)), stage_table(settings)["tune"]
-    check_models(cfg, settings, [row])
-    check_initial(cfg, settings)
+    run = Run.of(cfg, settings, Precision(settings.precision))
+    cfg, row = run.cfg, run.stages["tune"]
+    check_models(run, [row])
+    check_initial(run)
     model = MODELS.build(model_config(cfg, settings, row, made.folder / "next", False))
     return runs.Run(made.folder, made.config, settings, cfg, model, "tune")
 

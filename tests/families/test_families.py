@@ -96,17 +96,18 @@ def test_a_family_of_ones_own():
 
 def test_a_model_of_another_family_is_refused(tmp_path):
     tiny(find_family("qwen2")).save_pretrained(tmp_path)
-    check_model_type(find_family("qwen2_5"), str(tmp_path))
+    # A class reads whatever it is given, and keeps the type that is written there.
+    assert LlamaConfig.from_pretrained(tmp_path).model_type == "qwen2"
+    check_model_type(find_family("qwen2_5"), str(tmp_path), "qwen2")
     with pytest.raises(DPAError) as caught:
-        check_model_type(find_family("llama3"), str(tmp_path))
+        check_model_type(find_family("llama3"), str(tmp_path), "qwen2")
     assert "a model of type 'qwen2', and family 'llama3' loads llama" in str(caught.value)
     assert "Set family to one of: qwen2, qwen2_5" in str(caught.value)
 
 
-def test_a_model_of_no_family_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+def test_a_model_of_no_family_is_refused():
     with pytest.raises(DPAError, match=r"'bert', and family 'qwen2' loads qwen2. No family loads"):
-        check_model_type(find_family("qwen2"), str(tmp_path))
+        check_model_type(find_family("qwen2"), "folder", "bert")
 
 
 def test_gemma2_caps_its_attention_scores(tmp_path):

@@ -80,6 +80,40 @@ def test_what_is_known_ahead_holds_for_the_features(name, folders):
     assert processor.preprocess(image)["pixel_values"][0].shape == (3, size, size)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_trained_encoder_is_saved_as_its_kind_loads_it(name, folders, tmp_path):
+    spec, module = load(ALL[name], folders[name])
+    spec.freeze_unread(module)
+    learns = {key: p for key, p in module.named_parameters() if p.requires_grad}
+    assert learns
+    for parameter in learns.values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    features = spec.features(module, pixels())
+    slopes = torch.autograd.grad(features.square().sum(), learns.values())
+    assert all(slope.shape == p.shape for slope, p in zip(slopes, learns.values(), strict=True))
+    state = {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    processor = BUILDER.build(spec.processor(folders[name]))
+    with torch.no_grad():  # what is given is written, as where ZeRO-3 has gathered it
+        module.get_parameter(next(iter(learns))).zero_()
+    spec.save(module, tmp_path, state, processor)
+    spec, again = load(ALL[name], str(tmp_path))
+    torch.testing.assert_close(spec.features(again, pixels()), features, atol=0, rtol=0)
+    image = Image.effect_noise((20, 30), 100).convert("RGB")
+    one, other = (
+        BUILDER.build(spec.processor(folder)).preprocess(image)["pixel_values"][0]
+        for folder in (folders[name], str(tmp_path))
+    )
+    assert np.array_equal(one, other)
+
+
+def test_what_the_features_do_not_read_is_frozen(folders):
+    spec, module = load("clip", folders["clip"])
+    spec.freeze_unread(module)
+    frozen = {key for key, p in module.named_parameters() if not p.requires_grad}
+    behind = ("vision_model.encoder.layers.2.", "vision_model.post_layernorm.")
+    assert frozen == {key for key in module.state_dict() if key.startswith(behind)}
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "registers", "internvit"])
 def test_tokens_are_the_patches_row_by_row(name, folders):
     # In the embeddings, layer 0, a patch of the image is seen by its own token alone.
@@ -233,7 +267,11 @@ def test_a_pair_is_also_a_folder_of_two(tmp_path):
     ("cfg", "name", "message"),
     [
         ("clpi", "clip", r"'clpi' is not a known encoder; did you mean 'clip'\?.*Known: clip, di"),
-        (dict(type="clip", layr=1), "clip", "The encoder 'clip' has no 'layr'; did you mean 'laye"),
+        (
+            dict(type="clip", layr=1),
+            "clip",
+            "'clip' can't be built: layr: not .*'layer'",
+        ),
         ("clip", "siglip", "is a model of type 'siglip_vision_model', and the encoder CLIP loads"),
         ("siglip", "dinov2", "is a model of type 'dinov2'.*Set encoder to the kind"),
         (dict(type="dinov2", image_size=18), "dinov2", "image_size=18 is not a multiple of .* 4"),

@@ -1,5 +1,7 @@
 """Backbones of MMPretrain as visual encoders, against MMPretrain's own use of them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,11 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.components import VISUAL_ENCODER
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
+from dpa_xtuner.stages.artifacts import save_component
 
 # Name: class, image size, grid, channels; by the papers' and configs' own numbers.
 BACKBONES = {
@@ -98,6 +102,21 @@ def test_a_folder_stands_in_the_place_of_a_name(published, tmp_path):
     assert torch.equal(kind.features(module, x), kind.features(again, x))
     there, named = KIND.config(str(tmp_path)), KIND.config(name)
     assert (KIND.tokens(there), there.hidden_size) == (KIND.tokens(named), named.hidden_size)
+
+
+def test_a_trained_one_is_written_as_a_stage_writes_it(published, tmp_path):
+    name, file, _ = published
+    spec, module = load(dict(type="mmpretrain", checkpoint=file), name)
+    spec.freeze_unread(module)
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learns:
+        parameter.data += 0.01
+    model = SimpleNamespace(visual_encoder=module, encoder_spec=spec)
+    processor = BUILDER.build(spec.processor(name))
+    save_component(model, VISUAL_ENCODER, tmp_path / "encoder", {}, processor)
+    _, again = load("mmpretrain", str(tmp_path / "encoder"))
+    x = pixels(224)
+    assert torch.equal(spec.features(module, x), spec.features(again, x))
 
 
 def test_images_are_normalised_as_the_config_says():

@@ -11,6 +11,7 @@ from torch.nn.functional import avg_pool2d
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner import DPAError
+from dpa_xtuner.model.components import PROJECTOR
 from dpa_xtuner.model.projectors import (
     Projector,
     build_projector,
@@ -18,7 +19,7 @@ from dpa_xtuner.model.projectors import (
     projected_tokens,
 )
 from dpa_xtuner.registry import PROJECTORS
-from dpa_xtuner.stages.artifacts import read_origin, save_part
+from dpa_xtuner.stages.artifacts import read_origin, save_component
 
 C, H = 6, 8
 KINDS = [
@@ -68,7 +69,7 @@ def test_mlp_is_xtuners_and_saved_as_xtuner_does(tmp_path):
     torch.manual_seed(0)
     stock = ProjectorModel(ProjectorConfig(visual_hidden_size=C, llm_hidden_size=H, depth=2))
     assert torch.equal(ours(patches()), stock(patches()))
-    save_part(SimpleNamespace(projector=ours), "projector", tmp_path / "ours", {})
+    save_component(SimpleNamespace(projector=ours), PROJECTOR, tmp_path / "ours", {})
     stock.save_pretrained(tmp_path / "stock")
     for file in (tmp_path / "stock").iterdir():
         assert file.read_bytes() == (tmp_path / "ours" / file.name).read_bytes(), file.name
@@ -118,7 +119,9 @@ def test_the_resampler_attends_as_pytorchs_attention(width, heads):
 @pytest.mark.parametrize("cfg", KINDS, ids=str)
 def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     written = build(cfg)
-    save_part(SimpleNamespace(projector=written), "projector", tmp_path / "p", {"stage": "align"})
+    save_component(
+        SimpleNamespace(projector=written), PROJECTOR, tmp_path / "p", {"stage": "align"}
+    )
     assert read_origin(tmp_path / "p")["part"] == "projector"
     read = build_projector(cfg, C, H)
     load_projector(read, str(tmp_path / "p"))
@@ -164,8 +167,8 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     ("cfg", "message"),
     [
         ("pixel_shufle", "'pixel_shufle' is not a known projector; did you mean 'pixel_shuffle'"),
-        (dict(type="avg_pool", facto=2), "'avg_pool' has no 'facto'; did you mean 'factor'"),
-        (dict(type="mlp", factor=2), "it takes depth"),
+        (dict(type="avg_pool", facto=2), "facto: not a known key; did you mean 'factor'"),
+        (dict(type="mlp", factor=2), "It takes depth"),
         (dict(type="avg_pool", factor=0), "factor=0 is not a whole number from 1 on"),
         (dict(type="avg_pool", factor=4), "factor=4 does not divide the encoder's 6 x 6 patches"),
         (dict(type="resampler", queries=0), "queries=0 is not a whole number from 1 on"),

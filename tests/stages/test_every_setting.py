@@ -9,10 +9,9 @@ from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.build import check_ahead, refuse_owned_keys
-from dpa_xtuner.stages.models import complete
+from dpa_xtuner.stages.build import check_ahead
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings
-from dpa_xtuner.stages.table import stage_table
 
 # What is set on the command line, and what the message says of it.
 WRONG = """
@@ -30,20 +29,20 @@ visual_encoder_name_or_path=None | visual_encoder_name_or_path
 encoder=clpi | did you mean 'clip'
 encoder=3 | encoder: Input should be a valid dictionary
 encoder.layr=3 | did you mean 'layer'
-encoder.layer=two | layer='two' is not of type int
-encoder.layer=True | layer=True is not of type int
+encoder.layer=two | layer: expected int | None (got 'two')
+encoder.layer=True | layer: expected int | None (got True)
 encoder.layer=99 | feature layer 99
 projector=mlpp | did you mean 'mlp'
-projector.depth=two | depth='two' is not of type int
+projector.depth=two | depth: expected int (got 'two')
 projector.depth=0 | projector.depth=0 is not a whole number from 1 on
 projector.depth=-1 | projector.depth=-1
-projector.depth=True | depth=True is not of type int
-projector.depth=1.5 | depth=1.5 is not of type int
+projector.depth=True | depth: expected int (got True)
+projector.depth=1.5 | depth: expected int (got 1.5)
 projector.dept=2 | did you mean 'depth'
 projector.type=resampler projector.queries=0 | projector.queries=0
-projector.type=resampler projector.queries=x | queries='x' is not of type int
+projector.type=resampler projector.queries=x | queries: expected int (got 'x')
 projector.type=avg_pool projector.factor=0 | projector.factor=0
-projector.type=pixel_shuffle projector.factor=x | factor='x' is not of type int
+projector.type=pixel_shuffle projector.factor=x | factor: expected int (got 'x')
 max_tiles=0 | max_tiles: Input should be greater than or equal
 max_tiles=True | max_tiles: Input should be a valid integer
 max_tiles=x | max_tiles
@@ -107,9 +106,9 @@ align.loss=cmoo | did you mean 'cmo'
 align.loss=3 | align.loss
 align.loss.windw=5 | did you mean 'window'
 align.loss.window=2 | window=2 is not an odd whole number
-align.loss.window=True | window=True
-align.loss.d_min=x | d_min='x'
-align.loss.d_min=True | d_min=True
+align.loss.window=True | window: expected int (got True)
+align.loss.d_min=x | d_min: expected float (got 'x')
+align.loss.d_min=True | d_min: expected float (got True)
 align.loss.d_max=inf | d_max=inf
 align.loss.boundary=flt | did you mean 'flat'
 tune.start_from=proxi | tune.start_from
@@ -119,6 +118,8 @@ tune.projector_lr=0 | tune.projector_lr: Input should be greater than 0
 tune.projector_lr=True | tune.projector_lr
 tune.projector_lr=x | tune.projector_lr
 tune.projektor_lr=1 | did you mean 'projector_lr'
+tune.train_visual_encoder=1 | tune.train_visual_encoder
+tune.visual_encoder_lr=0 | tune.visual_encoder_lr
 tune.lora=3 | tune.lora
 tune.lora.r=0 | tune.lora.r
 tune.lora.r=True | tune.lora.r
@@ -160,7 +161,7 @@ model.visual_encoder.torch_dtype=bf15 | set precision instead
 model.visual_encoder.attn_implementation=x | model.visual_encoder.attn_implementation='x'
 model.use_activation_checkpoint=True | did you mean 'use_activation_checkpointing'
 model.use_activation_checkpointing=yes | use_activation_checkpointing: expected bool
-model.visual_select_layer=x | layer 'x'
+model.visual_select_layer=x | visual_select_layer: expected int | None (got 'x')
 model.projector_depth=3 | set projector.depth instead
 model.type=LLaVAModel | model.type: each stage sets it
 model.freeze_llm=True | model.freeze_llm: each stage sets it
@@ -186,11 +187,11 @@ train_dataloader.batch_size=3 | set <stage>.batch_size instead
 train_dataloader.drop_last=True | train_dataloader.drop_last: each stage sets it
 train_dataloader.num_batch_per_epoch=3 | set <stage>.max_steps instead
 train_dataloader.batch_sampler.type=x | train_dataloader.batch_sampler: each stage sets it
-train_dataloader.dataset.type=x | set captions and instructions instead
+train_dataloader.dataset.type=x | set captions or instructions instead
 train_dataloader.sampler.type=x | set <stage>.global_batch_size instead
 train_dataloader.collate_fn.type=x | train_dataloader.collate_fn: each stage sets it
 train_cfg.max_iters=3 | set <stage>.max_epochs or <stage>.max_steps instead
-train_cfg=3 | train_cfg: expected
+train_cfg=3 | set <stage>.max_epochs or <stage>.max_steps instead
 param_scheduler=3 | param_scheduler
 param_scheduler.type=LinearLR | param_scheduler: each stage sets it
 optim_wrapper=3 | optim_wrapper: expected
@@ -213,16 +214,16 @@ optim_wrapper.optimizer.type=3 | optim_wrapper.optimizer.type: 3 is not a known
 optim_wrapper.optimizer.lr=1 | set <stage>.lr instead
 optim_wrapper.optimizer.beta=1 | did you mean 'betas'
 optim_wrapper.optimizer.betas=0.9 | optim_wrapper.optimizer.betas: expected tuple
-optim_wrapper.optimizer.betas=(0.9,1.1) | optim_wrapper: Invalid beta parameter
+optim_wrapper.optimizer.betas=(0.9,1.1) | optim_wrapper.optimizer: Invalid beta parameter
 optim_wrapper.optimizer.betas=(x,y) | optim_wrapper.optimizer.betas: expected tuple
-optim_wrapper.optimizer.weight_decay=-1 | optim_wrapper: Invalid weight_decay
+optim_wrapper.optimizer.weight_decay=-1 | optim_wrapper.optimizer: Invalid weight_decay
 optim_wrapper.optimizer.weight_decay=x | optim_wrapper.optimizer.weight_decay: expected float
 optim_wrapper.optimizer.weight_decay=True | optim_wrapper.optimizer.weight_decay: expected float
 optim_wrapper.optimizer.weight_decay=inf | optim_wrapper.optimizer.weight_decay: not a number to
 optim_wrapper.optimizer.eps=nan | optim_wrapper.optimizer.eps: not a number to
 optim_wrapper.optimizer.amsgrad=3 | optim_wrapper.optimizer.amsgrad: expected bool
-optim_wrapper.constructor=Foo | optim_wrapper.constructor: 'Foo' is not a known
-optim_wrapper.constructor=3 | optim_wrapper.constructor: 3 is not a known
+optim_wrapper.constructor=Foo | optim_wrapper.constructor: not a known
+optim_wrapper.constructor=3 | optim_wrapper.constructor: not a known
 optim_wrapper.paramwise_cfg=3 | optim_wrapper.paramwise_cfg: expected a dict
 optim_wrapper.paramwise_cfg.norm_decay_mul=0 | did you mean 'norm_decay_mult'
 optim_wrapper.paramwise_cfg.norm_decay_mult=x | norm_decay_mult: expected a number
@@ -251,14 +252,14 @@ default_hooks.checkpoint.max_keep_ckpts=x | default_hooks.checkpoint.max_keep_ck
 default_hooks.checkpoint.save_lasst=True | did you mean 'save_last'
 default_hooks.checkpoint.save_last=yes | default_hooks.checkpoint.save_last: expected bool
 default_hooks.checkpoint.by_epoch=True | default_hooks.checkpoint.by_epoch
-default_hooks.timer.interval=1 | default_hooks.timer.interval: not an argument
+default_hooks.timer.interval=1 | default_hooks.timer.interval: not a known key
 custom_hooks=3 | custom_hooks: expected
 custom_hooks=[3] | custom_hooks: expected
 custom_hooks.type=EMAHook | custom_hooks: expected
 val_cfg=1 | val_cfg: expected
-val_cfg.type=ValLoop | go together, and val_dataloader, val_evaluator
-test_dataloader.batch_size=1 | go together, and test_cfg, test_evaluator
-val_evaluator=x | go together, and val_dataloader, val_cfg is
+val_cfg.type=ValLoop | val_cfg: it goes together with val_dataloader, val_evaluator
+test_dataloader.batch_size=1 | it goes together with test_cfg, test_evaluator
+val_evaluator=x | it goes together with val_dataloader, val_cfg
 auto_scale_lr.base_batch_size=3 | set <stage>.lr instead
 data_preprocessor.type=x | data_preprocessor: each stage sets it
 env_cfg=3 | env_cfg: expected
@@ -278,7 +279,7 @@ visualizer.vis_backend=[] | did you mean 'vis_backends'
 visualizer.vis_backends=3 | visualizer.vis_backends: expected
 visualizer.vis_backends.0.type=LocalVisBackned | did you mean 'LocalVisBackend'
 visualizer.vis_backends.0.save_dirs=x | did you mean 'save_dir'
-log_level=LOUD | log_level: 'LOUD' is none of
+log_level=LOUD | log_level: expected CRITICAL
 log_level=3 | log_level: expected str (got 3)
 log_level=INFOO | did you mean 'INFO'
 log_processor=3 | log_processor: expected
@@ -300,11 +301,11 @@ default_scope=3 | default_scope: expected
 work_dir=3 | work_dir: expected
 randomness=3 | randomness: expected
 randomness.sed=1 | did you mean 'seed'
-randomness.seed=x | randomness.seed='x' must be a number
-randomness.seed=None | randomness.seed=None must be a number
-randomness.seed=True | randomness.seed=True must be a number
-randomness.seed=1.5 | randomness.seed=1.5 must be a number
-randomness.seed=-1 | randomness.seed=-1 must be a number
+randomness.seed=x | randomness.seed: expected a number from 0 on
+randomness.seed=None | randomness.seed: expected a number from 0 on
+randomness.seed=True | randomness.seed: expected a number from 0 on
+randomness.seed=1.5 | randomness.seed: expected a number from 0 on
+randomness.seed=-1 | randomness.seed: expected a number from 0 on
 randomness.deterministic=yes | randomness.deterministic: expected bool
 randomness.diff_rank_seed=3 | randomness.diff_rank_seed: expected bool
 strategy.type=DeepSpeedStrategy | strategy: give --deepspeed
@@ -364,10 +365,9 @@ def check(base: Config, options: str) -> None:
     cfg.setdefault("work_dir", "run")
     cfg.setdefault("launcher", "none")
     settings = Settings.from_config(cfg)
-    refuse_owned_keys(cfg, settings)
-    cfg = complete(cfg, settings, Precision("bf16"))
+    run = Run.of(cfg, settings, Precision("bf16"))
     with DefaultScope.overwrite_default_scope("mmengine"):
-        check_ahead(cfg, settings, list(stage_table(settings).values()))
+        check_ahead(run, list(run.stages.values()))
 
 
 @pytest.mark.parametrize("case", WRONG, ids=lambda case: case.split(" | ")[0])

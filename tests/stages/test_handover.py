@@ -102,6 +102,14 @@ def test_tune_can_begin_from_the_proxy(from_proxy, tiny):
     assert "begins from the proxy's weights" in output
 
 
+def test_an_llm_that_begins_as_the_proxy_is_trained_in_full(from_proxy, reference):
+    """peft freezes the LLM that it adds an adapter to."""
+    seen = torch.load(from_proxy[0] / "watched-tune.pt")
+    trained = reference(FULL).watched("tune")["trainable"]
+    assert seen["trainable"] == trained
+    assert set(harness.differing(seen["before"], seen["after"])) == trained
+
+
 @pytest.mark.parametrize("layout", [FULL, LORA], ids=str)
 def test_tune_begins_with_the_projector_of_align(layout, reference):
     whole = reference(layout)

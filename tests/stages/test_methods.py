@@ -82,7 +82,7 @@ def test_a_stage_can_have_a_loss_of_its_own(changes, align, tune):
         ),
         ({"tune__lora__r": 2}, "tune.lora.r: tune.train_llm='full' trains no LoRA"),
         ({"proxy__lora__r": 0}, r"proxy.lora.r: Input should be greater than 0 \(got 0\)"),
-        ({"encoder": {"type": "pair"}}, "encoder: The encoder 'pair' needs first, second."),
+        ({"encoder": {"type": "pair"}}, "encoder: The encoder 'pair' .* first: it is missing; sec"),
         ({"proxy__train_llm": "all"}, r"proxy.train_llm: .*'full' or 'lora' \(got 'all'\)"),
         ({"captions__share": 0.0}, "captions.share: Input should be greater than 0"),
         (

@@ -109,11 +109,14 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
         (["family=qwen"], "family: 'qwen' is not a known family; did you mean 'qwen2'"),
         (["encoder=clipp"], "encoder: 'clipp' is not a known encoder; did you mean 'clip'"),
         (["encoder=siglip2.0"], "encoder: 'siglip2.0' is not a known encoder; did you mean"),
-        (["encoder.leyer=1"], "encoder: The encoder 'clip' has no 'leyer'; did you mean 'layer'"),
+        (
+            ["encoder.leyer=1"],
+            "built: leyer: not a known key; did you mean 'layer'",
+        ),
         (["projector=mpl"], "projector: 'mpl' is not a known projector; did you mean 'mlp'"),
         (
             ["projector.dept=1"],
-            "projector: The projector 'mlp' has no 'dept'; did you mean 'depth'",
+            "'mlp' can't be built: dept: not a known key; did you mean 'depth'",
         ),
         (["max_tiles=0"], "max_tiles: Input should be greater than or equal to 1 (got 0)"),
         (["prompt_template=None"], "does not say what kind of LLM"),

@@ -26,9 +26,12 @@ def settings(options: dict) -> Settings:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune.train_llm": "full"}, "tune.train_llm='full' would train them: set it to 'lora'"),
-        ({"proxy.train_llm": "full"}, "proxy.train_llm='full' would train them"),
-        ({"tune.start_from": "proxy"}, "tune.start_from='proxy' would add the proxy to them"),
+        (
+            {"tune.train_llm": "full"},
+            "tune.train_llm: 'full' would train the LLM: set it to",
+        ),
+        ({"proxy.train_llm": "full"}, "proxy.train_llm: 'full' would train the LLM"),
+        ({"tune.start_from": "proxy"}, "tune.start_from: 'proxy' would be added to the LLM"),
     ],
     ids=str,
 )
@@ -48,7 +51,7 @@ def test_it_is_refused_before_the_first_step(tiny, tmp_path):
         None, tmp_path / "run", "model.llm.quantization_config.load_in_4bit=True"
     )
     assert code == 1 and "Traceback" not in output
-    assert "tune.train_llm='full' would train them" in output
+    assert "tune.train_llm: 'full' would train the LLM" in output
     assert not (tmp_path / "run").exists()
 
 

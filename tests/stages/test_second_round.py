@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from dpa_xtuner.data import collate
 from dpa_xtuner.export import export_config
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.hooks import ProxyLLMHook
+from dpa_xtuner.hooks import HandOverHook
 from dpa_xtuner.planning import sweep
 from dpa_xtuner.planning.check import check_config
 from dpa_xtuner.stages.settings import config_from_file
@@ -315,14 +315,14 @@ def test_a_stopped_second_round_goes_on_and_ends_the_same(train_llm, rounds, tmp
     first, second = rounds(train_llm)
 
     def stop() -> None:
-        stock = ProxyLLMHook.after_train_iter
+        stock = HandOverHook.after_train_iter
 
         def stopping(self, runner, batch_idx, *rest, **more):
             stock(self, runner, batch_idx, *rest, **more)
             if batch_idx == 9:
                 sys.exit(3)
 
-        ProxyLLMHook.after_train_iter = stopping
+        HandOverHook.after_train_iter = stopping
 
     code, output = harness.run(None, tmp_path / "run", *first.options(), prepare=stop)
     assert code == 3, output[-3000:]

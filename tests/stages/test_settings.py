@@ -1,11 +1,14 @@
 """Settings that nothing reads, or that can't be used, are named with the way out."""
 
+from pathlib import Path
+
 import pytest
 from mmengine.config import Config
 from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings
+from dpa_xtuner.stages.settings_table import settings_table
 
 
 def read(**changes) -> Settings:
@@ -75,3 +78,24 @@ def test_what_is_missing_is_named():
     cfg.align.pop("lr")
     with pytest.raises(DPAError, match=r"llm_name_or_path: Field required\n +align.lr: Field re"):
         Settings.from_config(cfg)
+
+
+def test_the_table_in_the_docs_is_current():
+    file = Path(__file__).parents[2] / "docs/settings.md"
+    command = "python -m dpa_xtuner.stages.settings_table"
+    assert file.read_text() == settings_table(), f"Write it again: {command}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tune__lr": 0.5}, {"weights"}),
+        ({"tune__lora__r": 8, "tune__train_llm": "lora"}, {"model"}),
+        ({"tune__batch_size": 4}, {"speed"}),
+        ({"tune__save_steps": 1}, {"nothing"}),
+    ],
+)
+def test_a_setting_is_known_by_what_its_change_changes(changes, expected):
+    before, after = read().tune, read(**changes).tune
+    kinds = ("model", "weights", "speed", "nothing")
+    assert {kind for kind in kinds if before.changing(kind) != after.changing(kind)} == expected

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from xtuner.tools import train
 
-from dpa_xtuner.hooks import ProxyLLMHook
+from dpa_xtuner.hooks import HandOverHook
 from dpa_xtuner.hooks.unwrap import unwrap
 
 # A third of a tiny run goes into laying out the dumped config, and into collecting garbage
@@ -247,7 +247,7 @@ def watch(file: Path) -> Callable[[], None]:
     """For `prepare`: save a stage's tensors before and after, and which are trainable."""
 
     def prepare() -> None:
-        before, after = ProxyLLMHook.before_train, ProxyLLMHook.after_train
+        before, after = HandOverHook.before_train, HandOverHook.after_train
         seen = {}
 
         def look(runner) -> dict:
@@ -266,7 +266,7 @@ def watch(file: Path) -> Callable[[], None]:
                 torch.save(seen, file)
             after(self, runner)
 
-        ProxyLLMHook.before_train, ProxyLLMHook.after_train = before_train, after_train
+        HandOverHook.before_train, HandOverHook.after_train = before_train, after_train
 
     return prepare
 

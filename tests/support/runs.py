@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ from dpa_xtuner.data.images import load_pixels
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import save_part
-from dpa_xtuner.stages.build import model_config, origin_of
-from dpa_xtuner.stages.models import complete, tiles
-from dpa_xtuner.stages.pipeline import input_hashes
+from dpa_xtuner.stages import run as resolved
+from dpa_xtuner.stages.artifacts import save_component
+from dpa_xtuner.stages.build import model_config
+from dpa_xtuner.stages.provenance import provenance_of
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
 from support import encoder_folders, small_tokenizers
@@ -106,6 +107,10 @@ class Run:
     def work_dir(self) -> Path:
         return self.folder / "run"
 
+    @cached_property
+    def resolved(self) -> resolved.Run:
+        return resolved.Run(self.cfg, self.settings, Precision(self.settings.precision))
+
     @property
     def tokenizer(self):
         return BUILDER.build(self.cfg.tokenizer.to_dict())
@@ -130,7 +135,7 @@ class Run:
         """What the training model takes."""
         processor = BUILDER.build(self.cfg.image_processor.to_dict())
         pixels = load_pixels(image, processor, self.settings.tune.pad_image_to_square)
-        count = tiles(self.settings)["image_tokens"]
+        count = self.resolved.tiles["image_tokens"]
         ids = [i for token in tokens
                for i in ([token] * count if token == IMAGE_TOKEN_INDEX else [token])]  # fmt: skip
         sample = {"id": "0", "index": 0, "input_ids": np.array(ids), "labels": np.array(ids),
@@ -178,7 +183,7 @@ def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="
     cfg.merge_from_dict(options or {})
     cfg.work_dir, cfg.launcher = str(folder / "run"), "none"
     settings = Settings.from_config(cfg)
-    cfg = complete(cfg, settings, Precision(settings.precision))
+    cfg = resolved.fill_in_loaders(cfg, settings, Precision(settings.precision))
     run = Run(folder, config, settings, cfg, None, stage)
     table = stage_table(settings)
     for row in list(table.values())[: list(table).index(stage) + 1]:
@@ -194,14 +199,13 @@ def _train(run: Run, row) -> nn.Module:
         if parameter.requires_grad:
             noise = torch.randn_like(parameter) * 0.1
             parameter.data = parameter.data + noise.to(parameter.dtype)
-    loads = input_hashes(row, run.work_dir)
-    precision = Precision(run.settings.precision)
-    origin = origin_of(run.cfg, run.settings, row, precision) | {"loads": loads}
+    origin = provenance_of(run.resolved, row)
     for side, value in model.fingerprints.items():
         origin[side]["fingerprint"] = value
-    for part, place in row.writes.items():
+    for component, place in row.writes.items():
         (run.work_dir / place).parent.mkdir(parents=True, exist_ok=True)
-        save_part(model, part, run.work_dir / place, origin, run.tokenizer)
+        companion = component.companion(run.cfg)
+        save_component(model, component, run.work_dir / place, origin, companion)
     write_json(run.work_dir / row.name / "stage.json", {"status": "finished", "origin": origin})
     return model
 

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.registry import ENCODERS, build_named
 
 SETTING = "visual_encoder_name_or_path"
@@ -85,15 +86,13 @@ class VisionEncoderSpec:
             DPAError: it can't be had, or is another kind's.
         """
         config = read_config(SETTING, self.loader(name), local_only)
-        if self.model_types:
-            published, _ = PretrainedConfig.get_config_dict(name, local_files_only=local_only)
-            found = published.get("model_type")
-            if found not in self.model_types:
-                raise DPAError(
-                    f"{SETTING}={name!r} is a model of type {found!r}, and the encoder "
-                    f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
-                    f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
-                )
+        # A class of transformers reads any configuration, and keeps the type written there.
+        if self.model_types and config.model_type not in self.model_types:
+            raise DPAError(
+                f"{SETTING}={name!r} is a model of type {config.model_type!r}, and the encoder "
+                f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
+                f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
+            )
         return config
 
     def default_config(self) -> PretrainedConfig:
@@ -150,6 +149,41 @@ class VisionEncoderSpec:
         states = module(pixel_values, output_hidden_states=True).hidden_states
         _check_layer(self.layer, len(states), type(module).__name__)
         return states[self.layer]
+
+    def freeze_unread(self, module: nn.Module) -> None:
+        """Freeze parameters that the features don't depend on, such as layers behind theirs.
+
+        They would get no gradient, at which DistributedDataParallel stops.
+
+        Args:
+            module: to be trained; the others of its parameters are left as they are.
+        """
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        size, like = self.image_size(module.config), parameters[0]
+        with gathered(list(module.parameters())), torch.enable_grad():
+            blank = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
+            features = self.features(module, blank)
+            slopes = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        for parameter, slope in zip(parameters, slopes, strict=True):
+            parameter.requires_grad_(slope is not None)
+
+    def save(
+        self,
+        module: nn.Module,
+        folder: Path,
+        state: dict[str, Tensor] | None = None,
+        processor: Any = None,
+    ) -> None:
+        """Write a module as :meth:`loader` loads it, with its image processor.
+
+        Args:
+            module: loaded by this kind.
+            folder: where to; exists.
+            state: weights to write in place of its own, such as gathered ones.
+            processor: the image processor, as a run has it.
+        """
+        module.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
 
     def check_layer(self, config: PretrainedConfig, chosen: int | None = None) -> None:
         """Check ahead that the module will have the features' layer.

@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
@@ -122,10 +122,21 @@ class MMPretrainModel(nn.Module):
         """Dtype of its weights."""
         return next(self.parameters()).dtype
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``.
+
+        Args:
+            folder: where to.
+            state_dict: weights to write in place of its own, such as gathered ones.
+        """
         self.config.save_pretrained(folder)
-        save_model(self, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
+        file = Path(folder) / "model.safetensors"
+        if state_dict is None:
+            save_model(self, str(file), metadata={"format": "pt"})
+        else:
+            save_file(state_dict, file, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.utils import get_object_from_string
@@ -74,6 +75,7 @@ class PairModel(nn.Module):
             modules.append(module)
             missing += [f"{half}.{key}" for key in info["missing_keys"]]
         model = cls(pair.config(pretrained_model_name_or_path), *modules)
+        model.name_or_path = pretrained_model_name_or_path
         return (model, {"missing_keys": missing}) if output_loading_info else model
 
     @property
@@ -182,6 +184,21 @@ class Pair(VisionEncoderSpec):
             pixels = interpolate(pixels, (size, size), mode="bicubic", antialias=True)
         return pixels.to(pixel_values.dtype)
 
+    def save(self, module: PairModel, folder: Path, state=None, processor=None) -> None:
+        """Both, in subfolders; the second's image processor is the one that it was published with.
+
+        See :meth:`VisionEncoderSpec.save`.
+        """
+        second = _built(self.specs[1].processor(split_name(module.name_or_path)[1]))
+        for half, spec, own in zip(HALVES, self.specs, (processor, second), strict=True):
+            inner = None if state is None else {
+                key.removeprefix(f"{half}."): tensor
+                for key, tensor in state.items()
+                if key.startswith(f"{half}.")
+            }  # fmt: skip
+            (folder / half).mkdir()
+            spec.save(getattr(module, half), folder / half, inner, own)
+
     def write_tiny(self, config: PairConfig, folder: Path) -> None:
         """Write both, in subfolders."""
         for half, spec in zip(HALVES, self.specs, strict=True):
@@ -206,11 +223,15 @@ def split_name(name: str) -> list[str]:
 
 
 def _colours(processor: dict) -> list[list[float]]:
+    built = _built(processor)
+    return [list(built.image_mean), list(built.image_std)]
+
+
+def _built(processor: dict) -> Any:
     options = dict(processor)
     build = get_object_from_string(options.pop("type"))
     name = options.pop("pretrained_model_name_or_path", None)
-    built = build(**options) if name is None else build(name, **options)
-    return [list(built.image_mean), list(built.image_std)]
+    return build(**options) if name is None else build(name, **options)
 
 
 def _regrid(tokens: Tensor, n: int) -> Tensor:

@@ -124,5 +124,14 @@ class InternViT(VisionEncoderSpec):
     def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
         """See :meth:`VisionEncoderSpec.write_tiny`; a local folder's code goes along."""
         super().write_tiny(config, folder)
-        for code in Path(config.name_or_path).glob("*.py"):
-            shutil.copy(code, folder)
+        _copy_code(config, folder)
+
+    def save(self, module: nn.Module, folder: Path, state=None, processor=None) -> None:
+        """See :meth:`VisionEncoderSpec.save`; a local folder's code goes along."""
+        super().save(module, folder, state, processor)
+        _copy_code(module.config, folder)
+
+
+def _copy_code(config: PretrainedConfig, folder: Path) -> None:
+    for code in Path(config.name_or_path).glob("*.py"):
+        shutil.copy(code, folder)

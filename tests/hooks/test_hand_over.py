@@ -1,4 +1,4 @@
-"""What the hook measures and guards, against plain transformers."""
+"""What the hooks measure and guard, against plain transformers."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from transformers import (
 )
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
 
-from dpa_xtuner.hooks import IterationSeedHook, ProxyLLMHook, iteration_seed
+from dpa_xtuner.hooks import HandOverHook, IterationSeedHook, iteration_seed
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss.held_out import without_first
 
@@ -128,7 +128,7 @@ def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_
     harness.copy_stage(reference(FULL).work_dir, work_dir, "proxy")
 
     def change_one_bit() -> None:
-        stock = ProxyLLMHook.after_train_iter
+        stock = HandOverHook.after_train_iter
 
         def changed(self, runner, batch_idx, data_batch=None, outputs=None):
             stock(self, runner, batch_idx, data_batch, outputs)
@@ -136,7 +136,7 @@ def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_
                 weight = unwrap(runner.model).llm.lm_head.weight
                 weight.data.view(torch.int16)[3, 4] ^= 1
 
-        ProxyLLMHook.after_train_iter = changed
+        HandOverHook.after_train_iter = changed
 
     code, output = harness.run("align", work_dir, prepare=change_one_bit)
     assert code == 1 and "Traceback" not in output
@@ -145,7 +145,7 @@ def test_a_changed_frozen_llm_stops_align_and_nothing_is_written(reference, tmp_
     assert json.loads((work_dir / "align/stage.json").read_text())["status"] == "failed"
 
 
-def test_the_log_has_a_row_for_each_part(reference, tmp_path):
+def test_the_log_has_a_row_for_each_component(reference, tmp_path):
     work_dir = tmp_path / "run"
     for stage in ("proxy", "align"):
         harness.copy_stage(reference(FULL).work_dir, work_dir, stage)
@@ -153,9 +153,9 @@ def test_the_log_has_a_row_for_each_part(reference, tmp_path):
     assert "Stage tune (3 of 3)" in output
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line[:2] == "  "}
     written = harness.weights(work_dir)
-    for part in ("llm", "projector"):
-        count = sum(v.numel() for k, v in written.items() if k.startswith(f"tune/{part}/"))
-        assert rows[part][1:3] == [f"{count:,}", "0"]
+    for component in ("llm", "projector"):
+        count = sum(v.numel() for k, v in written.items() if k.startswith(f"tune/{component}/"))
+        assert rows[component][1:3] == [f"{count:,}", "0"]
     assert rows["visual_encoder"][1] == "0"
     assert "Stage tune begins from the original LLM's weights" in output
 

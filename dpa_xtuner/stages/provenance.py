@@ -1,0 +1,108 @@
+"""What a stage's weights are made from: written into its state file, and compared later."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import file_sha256
+from dpa_xtuner.model.components import COMPONENTS, PUBLISHED, own_rates
+from dpa_xtuner.stages.build import constructor_of
+from dpa_xtuner.stages.initial import lineage
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import differences
+from dpa_xtuner.stages.table import Stage
+
+
+def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
+    """What the weights of a stage are made from, as far as it is known before it starts.
+
+    Args:
+        run: the run.
+        stage: the row of the stage table.
+
+    Raises:
+        DPAError: the LLM, the encoder or a given projector can't be found.
+    """
+    cfg, settings = run.cfg, run.settings
+    own, data = settings.of_stage(stage.name), settings.data_of(stage.sample_format)
+    wrapper = cfg.optim_wrapper
+    found = {
+        "stage": stage.name,
+        "config": str(cfg.filename),
+        "data": data.changing("weights") | {"sha256": [file_sha256(path) for path in data.files]},
+        "seed": cfg.randomness.seed,
+        "precision": run.precision.name,
+        "settings": _of_stage(run, stage, "weights"),
+        "optimizer": wrapper.optimizer.to_dict(),
+        "paramwise_cfg": wrapper.get("paramwise_cfg"),
+        "constructor": constructor_of(wrapper, own_rates(own, stage.trains)),
+        "loads": input_hashes(stage, run.work_dir),
+    }
+    for component in PUBLISHED:
+        if component in stage.builds:
+            found[component] = component.facts(run)
+    if (given := getattr(own, "init_projector", None)) is not None:
+        found["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
+    model = model_of(run, stage)
+    found["settings"] |= model.pop("settings")
+    return json.loads(json.dumps(found | model))  # as it is read back: no tuples
+
+
+def model_of(run: Run, stage: Stage) -> dict[str, Any]:
+    """The settings that a stage's training and its export must agree on.
+
+    Args:
+        run: the run.
+        stage: the row of the stage table.
+    """
+    settings = run.settings
+    found = {
+        "prompt_template": settings.template if stage.sample_format == "chat" else "plain",
+        "settings": _of_stage(run, stage, "model"),
+    }
+    if stage.sees_pictures:
+        found |= settings.changing("model", leave_out={"prompt_template"})
+        found["visual_select_layer"] = run.cfg.model.get("visual_select_layer")
+    return json.loads(json.dumps(found))
+
+
+def _of_stage(run: Run, stage: Stage, change: str) -> dict[str, Any]:
+    frozen = [component for component in COMPONENTS if component not in stage.trains]
+    unused = {name for component in frozen for name in component.settings}
+    return run.settings.of_stage(stage.name).changing(change, leave_out=unused)
+
+
+def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
+    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
+    return {
+        f"{component}/{file.name}": file_sha256(file)
+        for component, folder in stage.loads.items()
+        for file in sorted((work_dir / folder).glob("*.safetensors"))
+    }
+
+
+def refuse_changed(folder: Path, before: dict, now: dict, way_out: str) -> None:
+    """Refuse to take a stage for one that was trained with other settings.
+
+    Args:
+        folder: the stage's, for the message.
+        before: what its state file says, of which what ``now`` has is compared.
+        now: as of :func:`provenance_of` or :func:`model_of`.
+        way_out: what to do, for the message.
+
+    Raises:
+        DPAError: they differ; each difference on a line of its own.
+    """
+    changes = [
+        f"  {key}: was {old}, is {new}"
+        for key, old, new in differences(before, now)
+        # Where the config file lies changes no weight, and what was measured is no setting.
+        if key != "config" and not key.endswith(".fingerprint")
+    ]
+    if changes:
+        raise DPAError(
+            f"{folder} was trained with other settings than the config has:\n"
+            + "\n".join(changes)
+            + f"\n{way_out}"
+        )

@@ -1,0 +1,275 @@
+"""A run, resolved once from its config: whatever is known before its weights are loaded."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.utils import get_object_from_string
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from xtuner.registry import BUILDER
+
+from dpa_xtuner.declared import problems, taken
+from dpa_xtuner.errors import DPAError, nearest, refuse
+from dpa_xtuner.families import check_model_type
+from dpa_xtuner.families.base import Family
+from dpa_xtuner.families.template_check import check_template
+from dpa_xtuner.model.components import lora_targets
+from dpa_xtuner.model.configs import read_config
+from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.model.projectors import Projector, build_projector
+from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.settings import Settings, find_encoder_spec
+from dpa_xtuner.stages.table import Stage, stage_table
+
+# What takes the keywords of a from_pretrained that it hands on.
+_LOADING = ("from_pretrained", "_from_pretrained", "from_dict", "get_image_processor_dict")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a config stands for. Each model's configuration and the tokenizer are read once.
+
+    Attributes:
+        cfg: the config, filled in by :func:`fill_in_loaders`.
+        settings: read from it.
+        precision: what all stages compute in.
+    """
+
+    cfg: Config
+    settings: Settings
+    precision: Precision
+
+    @classmethod
+    def of(cls, cfg: Config, settings: Settings, precision: Precision) -> "Run":
+        """The run of a config.
+
+        Args:
+            cfg: a DPA config; not changed.
+            settings: read from it.
+            precision: what all stages compute in.
+
+        Raises:
+            DPAError: the LLM has two places.
+        """
+        return cls(fill_in_loaders(cfg, settings, precision), settings, precision)
+
+    @property
+    def work_dir(self) -> Path:
+        """The folder that holds the stages' folders."""
+        return Path(self.cfg.work_dir)
+
+    @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed trains it."""
+        return "strategy" in self.cfg
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """The rows of the stage table, by name."""
+        return stage_table(self.settings)
+
+    @cached_property
+    def llm_config(self) -> PretrainedConfig:
+        """The LLM's published configuration.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return read_config("llm_name_or_path", self.cfg.model.llm)
+
+    @cached_property
+    def encoder_spec(self) -> Encoder:
+        """What is known of the visual encoder's kind, with the layer that the config sets."""
+        spec = copy.copy(find_encoder_spec(self.settings.encoder))
+        if (layer := self.cfg.model.get("visual_select_layer")) is not None:
+            spec.layer = layer
+        return spec
+
+    @cached_property
+    def encoder_config(self) -> PretrainedConfig:
+        """The visual encoder's published configuration.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it, or it is another kind's.
+        """
+        return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
+
+    @cached_property
+    def projector(self) -> torch.nn.Module:
+        """The projector without memory, on the meta device."""
+        width = self.encoder_spec.hidden_size(self.encoder_config)
+        with torch.device("meta"):
+            return build_projector(self.settings.projector, width, self.llm_config.hidden_size)
+
+    @cached_property
+    def tiles(self) -> dict[str, int]:
+        """How many tokens an image or tile takes, how large it is, and how many there may be."""
+        tokens = self.encoder_spec.tokens(self.encoder_config)
+        if isinstance(self.projector, Projector):
+            tokens = self.projector.tokens(tokens)
+        return {
+            "image_tokens": tokens,
+            "tile_size": self.encoder_spec.image_size(self.encoder_config),
+            "max_tiles": self.settings.max_tiles,
+        }
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The LLM's tokenizer.
+
+        Raises:
+            DPAError: it can't be loaded, or is given keys that it does not take.
+        """
+        return _loaded("tokenizer", "llm_name_or_path", self.cfg)
+
+    @cached_property
+    def image_processor(self) -> Any:
+        """The visual encoder's image processor.
+
+        Raises:
+            DPAError: it can't be loaded, or is given keys that it does not take.
+        """
+        return _loaded("image_processor", "visual_encoder_name_or_path", self.cfg)
+
+    @property
+    def lora_targets(self) -> list[str] | None:
+        """The layers that LoRA adapts; None for every linear layer but the head."""
+        return lora_targets(self.cfg, self.settings)
+
+
+def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Config:
+    """Fill in how the models, the tokenizer and the image processor are loaded, and from where.
+
+    Args:
+        cfg: a DPA config; not changed. What it says of them itself is kept.
+        settings: read from it.
+        precision: what the models' weights are loaded in.
+
+    Raises:
+        DPAError: an encoder's image processor can't be known, or the LLM has two places.
+    """
+    cfg = copy.deepcopy(cfg)
+    llm, encoder = settings.llm_name_or_path, settings.visual_encoder_name_or_path
+    family, spec = settings.llm_family, find_encoder_spec(settings.encoder)
+    place = {"pretrained_model_name_or_path": llm}
+    for path, given in (("model.llm", cfg.model.llm), ("tokenizer", cfg.get("tokenizer", {}))):
+        if (other := {**place, **given}["pretrained_model_name_or_path"]) != llm:
+            raise DPAError(
+                f"{path}.pretrained_model_name_or_path={other!r} is not read: set llm_name_or_path."
+            )
+    loader = {"type": family.llm} if family else {}
+    tokenizer = {"type": family.tokenizer if family else Family.tokenizer}
+    dtype = {"torch_dtype": str(precision.dtype)}
+    cfg.model.precision = precision.name
+    cfg.model.llm = {**loader, **cfg.model.llm, **place, **dtype}
+    cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **place}
+    cfg.model.visual_encoder = {
+        **spec.loader(encoder), **cfg.model.get("visual_encoder", {}), **dtype
+    }  # fmt: skip
+    if cfg.model.llm.get("quantization_config", {}).get("load_in_4bit"):
+        cfg.model.llm.quantization_config.setdefault("bnb_4bit_compute_dtype", str(precision.dtype))
+    cfg.image_processor = {**spec.processor(encoder), **cfg.get("image_processor", {})}
+    return cfg
+
+
+def check_models(run: Run, stages: list[Stage]) -> None:
+    """Refuse models that don't fit what the config says of them.
+
+    Args:
+        run: the run.
+        stages: those that are to be run.
+
+    Raises:
+        DPAError: a model is missing, is of another family or kind, has another chat template,
+            does not fit the projector, or is quantised and would have to be changed.
+    """
+    cfg, settings = run.cfg, run.settings
+    check_loader("model.llm", cfg.model.llm.to_dict(), run.llm_config)
+    name, family = settings.llm_name_or_path, settings.llm_family
+    if getattr(run.llm_config, "quantization_config", None):  # published so
+        refuse(str(cfg.filename), settings.quantised(f"The config.json of {name}"))
+    if family is not None and cfg.model.llm.type == family.llm:
+        check_model_type(family, name, run.llm_config.model_type)
+    template = settings.prompt_template
+    named = settings.family if template is None else "prompt_template"
+    check_template(
+        settings.template, run.tokenizer, template if isinstance(template, str) else named
+    )
+    if any(stage.sees_pictures for stage in stages):
+        config = run.encoder_config
+        check_loader("model.visual_encoder", cfg.model.visual_encoder.to_dict(), config)
+        run.encoder_spec.check_layer(config)
+        _ = run.image_processor, run.tiles  # they raise what is wrong with them
+
+
+def _loaded(part: str, setting: str, cfg: Config) -> Any:
+    """A tokenizer or image processor; a message that names its settings where it can't be had."""
+    how = cfg[part].to_dict()
+    loader = _loader(part, how)
+    try:
+        built = BUILDER.build(dict(how))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DPAError(
+            f"The {part} of {setting}={cfg[setting]!r} can't be loaded ({reason}). Give a local "
+            f"folder that has it with --cfg-options {setting}=FOLDER, or connect to the hub."
+        ) from None
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise DPAError(f"{part}: {error}. Check its keys in the config.") from None
+    _check_keywords(part, how, loader, type(built), set(dir(type(built))))
+    return built
+
+
+def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
+    """Hold an LLM's or encoder's keywords against what loads it, before its weights are read.
+
+    Args:
+        side: the config's key that holds them.
+        how: the loader's type and keywords.
+        config: the model's published configuration, whose keys transformers takes as keywords too.
+
+    Raises:
+        DPAError: keywords that nothing takes, or values that can't be used.
+    """
+    known = {*dir(config), *config.to_dict()}
+    _check_keywords(side, how, _loader(side, how), PreTrainedModel, known)
+    attention = how.get("attn_implementation")
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS]
+    if attention is not None and attention not in known:
+        raise DPAError(
+            f"{side}.attn_implementation={attention!r}: expected one of {', '.join(known)}"
+            f"{nearest(str(attention), known)}."
+        )
+
+
+def _loader(part: str, how: dict) -> Callable:
+    found = how["type"]
+    if isinstance(found, str) and (found := get_object_from_string(found)) is None:
+        raise DPAError(f"{part}.type={how['type']!r} can't be imported: mend it, or leave it out.")
+    return found
+
+
+def _check_keywords(part: str, how: dict, loader: Callable, kind: type, others: set[str]) -> None:
+    """Refuse keywords that neither a ``from_pretrained`` nor what it makes takes.
+
+    Args:
+        part: the config's key that holds them, for the message.
+        how: the loader's type and keywords.
+        loader: the ``from_pretrained``.
+        kind: the class of what it makes.
+        others: names of other keywords that are taken.
+    """
+    calls = [loader, kind, *(getattr(kind, name) for name in _LOADING if hasattr(kind, name))]
+    known = {"type", "trust_remote_code"}.union(others, *map(taken, calls))
+    wrong = {f"{part}.{key}": f"not a known key{nearest(key, known)}" for key in how.keys() - known}
+    typed = dict(problems([kind], how, ("type",)))
+    wrong |= {f"{part}.{key}": what for key, what in typed.items() if key in known}
+    if not isinstance(trust := how.get("trust_remote_code", False), bool):  # any text would be yes
+        wrong[f"{part}.trust_remote_code"] = f"expected True or False (got {trust!r})"
+    refuse(f"The loader of {part}", wrong)
