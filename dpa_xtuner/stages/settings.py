@@ -3,9 +3,9 @@
 :mod:`dpa_xtuner.stages.settings_table` writes the table of all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from mmengine.config import Config
 from pydantic import (
@@ -17,6 +17,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest, refuse
@@ -49,6 +50,11 @@ def setting(
     """
     extra = {"changes": changes, "sets": sets.split()}
     return Field(default, description=about, json_schema_extra=extra, **limits)
+
+
+def declaration(field: FieldInfo) -> dict[str, Any]:
+    """What :func:`setting` declared of a field besides pydantic's: ``changes`` and ``sets``."""
+    return cast("dict[str, Any]", field.json_schema_extra)
 
 
 def built_once(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -117,9 +123,9 @@ class _Settings(BaseModel):
     def names_changing(cls, change: Change) -> set[str]:
         """Names of the settings whose change changes this; see :func:`setting`."""
         fields = cls.model_fields.items()
-        return {name for name, field in fields if field.json_schema_extra["changes"] == change}
+        return {name for name, field in fields if declaration(field)["changes"] == change}
 
-    def changing(self, change: Change, leave_out: set[str] = frozenset()) -> dict[str, Any]:
+    def changing(self, change: Change, leave_out: Set[str] = frozenset()) -> dict[str, Any]:
         """The settings whose change changes this, where they are not at their default.
 
         Args:
@@ -270,7 +276,7 @@ class TuneSettings(PictureSettings, LLMSettings):
         "learning rate of the projector; None: lr", default=None, gt=0
     )
     train_visual_encoder: bool = setting(
-        "train the visual encoder too", default=False, changes="model"
+        "train the visual encoder too", "model", default=False, sets="model.freeze_visual_encoder"
     )
     visual_encoder_lr: float | None = setting(
         "learning rate of a trained visual encoder; None: lr", default=None, gt=0
@@ -471,7 +477,6 @@ _STAGES_OWN = (
     "default_hooks.checkpoint.by_epoch",
     "default_hooks.logger.log_metric_by_epoch",
     "log_processor.by_epoch",
-    "model.freeze_visual_encoder",
     "model.merged_adapter",
     "model.pretrained_projector",
     "model.type",
@@ -486,7 +491,7 @@ def owned_keys() -> dict[str, str]:
     found: dict[str, dict[str, None]] = {}
     for owner, prefix in owners.items():
         for name, field in owner.model_fields.items():
-            for key in field.json_schema_extra["sets"]:
+            for key in declaration(field)["sets"]:
                 found.setdefault(key, {})[f"{prefix}{name}"] = None
     ways = {key: f"set {' or '.join(names)} instead" for key, names in found.items()}
     ways["model.projector_depth"] = "set projector.depth instead"

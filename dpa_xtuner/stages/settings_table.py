@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from dpa_xtuner import tables
-from dpa_xtuner.stages.settings import Settings, settings_in
+from dpa_xtuner.stages.settings import Settings, declaration, settings_in
 
 FILE = Path(__file__).parents[2] / "docs" / "settings.md"
 """Where the table goes."""
@@ -41,9 +41,9 @@ def _rows(owner: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
             yield from _rows(inner, f"{prefix}{name}.")
             continue
         default = "" if field.is_required() else f"`{field.default}`"
-        changes = field.json_schema_extra["changes"]
+        changes = declaration(field)["changes"]
         kind = _type(field.annotation)
-        yield [f"`{prefix}{name}`", kind, default, changes, field.description.replace("|", "\\|")]
+        yield [f"`{prefix}{name}`", kind, default, changes, str(field.description)]
 
 
 def _type(kind: Any) -> str:

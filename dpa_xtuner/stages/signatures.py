@@ -191,7 +191,8 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str, Iterable[str]]] = {
 def _ruled(config: dict) -> Iterator[tuple[str, str]]:
     """What is wrong by rules that no signature tells."""
     for key, (is_right, expected, known) in _RULES.items():
-        if not is_right(value := _at(config, key)):
+        around = _at(config, key.rpartition(".")[0]) if "." in key else config
+        if isinstance(around or {}, dict) and not is_right(value := _at(config, key)):
             yield key, f"{expected} (got {value!r}){nearest(str(value), filter(None, known))}"
     if config.get("load_from") and not config.get("resume"):
         yield "load_from", "the stages hand over by themselves: leave it out"
@@ -253,7 +254,7 @@ class _Visit:
         if path.startswith("optim_wrapper.paramwise_cfg.custom_keys."):
             kind = _at(self.config, "optim_wrapper.optimizer.type")
         call = None if kind is None else _find(kind, place.known)
-        if call is None and place.known is not None:
+        if call is None and kind == node.get("type", place.type) and place.known is not None:
             names = sorted(place.known.module_dict)
             said = f"{kind!r} is not a known {place.known.name}" if kind else "it is missing"
             self.found[f"{path}.type"] = said + nearest(str(kind), names)

@@ -41,7 +41,7 @@ def copied(reference, work_dir):
         ("proxy", ["align.lrr=1", "tune.lr=-1"], "did you mean 'lr'"),
         ("algn", [], "DPA_STAGE='algn' is not a stage of method='dpa'; did you mean 'align'"),
         ("align", [], "Run DPA_STAGE=proxy first"),
-        ("proxy", ["randomness.seed=None"], "Give --seed"),
+        ("proxy", ["randomness.seed=None"], "give --seed"),
         ("proxy", ["proxy.loss=cmo"], "proxy.loss: not a setting"),
         ("proxy", ["tune.loss=unifrm"], "'unifrm' is not a known weighting scheme; did you mean"),
         ("proxy", ["align.loss.windw=5"], "windw: not a known key; did you mean 'window'"),

@@ -8,6 +8,7 @@ from support import harness
 
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings
+from dpa_xtuner.stages.settings import refuse_unused_options
 from dpa_xtuner.stages.settings_table import settings_table
 
 
@@ -99,3 +100,13 @@ def test_a_setting_is_known_by_what_its_change_changes(changes, expected):
     before, after = read().tune, read(**changes).tune
     kinds = ("model", "weights", "speed", "nothing")
     assert {kind for kind in kinds if before.changing(kind) != after.changing(kind)} == expected
+
+
+def test_a_launcher_in_the_config_has_no_effect_and_is_told(tiny, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(f"_base_ = [{str(harness.TINY_CONFIG)!r}]\nlauncher = 'pytorch'\n")
+    cfg = Config.fromfile(file)
+    refuse_unused_options(cfg, Settings.from_config(cfg))
+    cfg.launcher = "none"  # as XTuner does, which takes --launcher alone
+    with pytest.raises(DPAError, match="launcher: 'pytorch' has no effect: give --launcher"):
+        refuse_unused_options(cfg, Settings.from_config(cfg))
