@@ -1,6 +1,8 @@
 # make demo    all three stages on a laptop, what came of them, exported and evaluated
 # make compare the same by vanilla alignment, and both evaluated side by side
-# make test    the linters and all tests
+# make check   the linters, types and fast tests, in a few minutes
+# make test    the linters, types and all tests
+# make docs    site/: the pages of docs/ and an API reference
 # STEPS=20     a quick smoke test
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +20,7 @@ BENCHMARKS := $(addprefix openmoji-,choice pairs groups short count)
 RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$(CONFIG)-*-steps))
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo compare test install clean
+.PHONY: demo compare lint check test docs install clean
 
 install: $(INSTALLED)
 
@@ -53,10 +55,21 @@ compare: demo
 	python tools/export.py configs/$(VANILLA)
 	python tools/eval.py $(WORK_DIR)-vanilla/tune/hf $(WORK_DIR)/tune/hf $(EVALUATE)
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	ruff check
 	ruff format --check
-	python -m pytest
+	mypy
+
+check: lint
+	python -m pytest -m "not slow"
+
+# Two processes: most tests wait for a process of their own on one core.
+test: lint
+	python -m pytest -n 2 --dist loadfile
+
+docs: $(INSTALLED)
+	python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	mkdocs build
 
 clean:
 	rm -rf $(foreach run,$(RUNS),$(run) $(run)-vanilla $(run)-eval) $(DATA)/openmoji \
