@@ -24,8 +24,8 @@ proxy = dict(
     lora=dict(r=64, lora_alpha=128))
 align = dict(lr=6e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=10)
 tune = dict(
-    lr=1.2e-3, batch_size=4, global_batch_size=4, max_length=256, max_steps=260, save_steps=100,
-    warmup_ratio=0.1, train_llm='lora', lora=dict(r=16, lora_alpha=32),
+    lr=1.2e-3, batch_size=4, global_batch_size=4, max_length=256, max_steps=240, save_steps=120,
+    warmup_ratio=0.1, train_llm='lora', lora=dict(r=32, lora_alpha=64),
     # With the paper's 0.05, tokens that the picture already helps to predict outweigh the others
     # tenfold, and a run this short learns less of the others.
     loss=dict(d_min=0.25))
