@@ -13,6 +13,8 @@ from xtuner.configs import cfgs_name_path
 
 from dpa_xtuner import compat
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_short_names_of_zero_are_known():
     for stage in (1, 2, 3):

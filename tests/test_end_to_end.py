@@ -10,6 +10,8 @@ from mmengine.fileio import LocalBackend
 from support import harness
 from support.harness import STAGES, Layout
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [
     Layout(ranks, deepspeed, dropout, "lora" if dropout else "full")
     for ranks in (1, 2)

@@ -10,6 +10,8 @@ from mmengine.config import Config
 from safetensors.torch import load_file
 from support import documented, harness
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXTENSIONS = ["my_encoder.py", "my_family.py", "my_projector.py", "my_scheme.py"]
 NOTHING_HERE = {"DPA_REHEARSE": "1", "DPA_DATA": "nowhere"}

@@ -4,8 +4,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from support import harness
 from support.harness import Layout
+
+pytestmark = pytest.mark.slow
 
 
 def test_slurm_starts_the_run_that_torchrun_does(reference, tmp_path):

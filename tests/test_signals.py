@@ -24,6 +24,8 @@ from support import harness
 
 from dpa_xtuner.hooks import IterationSeedHook
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TOOL = [sys.executable, str(ROOT / "tools" / "train.py")]
 XTUNER = ["xtuner", "train"]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from support import harness
 
+pytestmark = pytest.mark.slow
+
 TOOLS = Path(__file__).parents[1] / "tools"
 
 

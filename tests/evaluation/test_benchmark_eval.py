@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.tiny_folder import picture
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[2] / "benchmarks" / "benchmark_eval.py"
 
 

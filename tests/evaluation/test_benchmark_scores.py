@@ -27,6 +27,8 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS, NO_ANSWER
 from dpa_xtuner.evaluation.dataset import EvaluationDataset
 
+pytestmark = pytest.mark.slow
+
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG") -> str:
     buffer = io.BytesIO()

@@ -15,6 +15,8 @@ from support.tiny_folder import rows, write_data
 
 from dpa_xtuner.evaluation.benchmarks import BENCHMARKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tool():

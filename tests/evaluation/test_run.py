@@ -26,6 +26,8 @@ from dpa_xtuner.evaluation.evaluate import Options
 from dpa_xtuner.evaluation.folder import check_llava, labels
 from dpa_xtuner.evaluation.model import LlavaFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def answered(monkeypatch):

@@ -35,6 +35,8 @@ from dpa_xtuner.evaluation.evaluate import Options
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_BENCHMARKS, TextBenchmark
 from dpa_xtuner.evaluation.text_model import LanguageModel, load_llm
 
+pytestmark = pytest.mark.slow
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

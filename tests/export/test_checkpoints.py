@@ -16,6 +16,8 @@ from dpa_xtuner.export import export_config
 from dpa_xtuner.export.weights import read_checkpoint
 from dpa_xtuner.stages.pipeline import newest_checkpoint, read_state
 
+pytestmark = pytest.mark.slow
+
 LORA = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 

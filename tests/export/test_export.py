@@ -18,6 +18,8 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config, hf, room
 from dpa_xtuner.files import file_sha256
 
+pytestmark = pytest.mark.slow
+
 TOOL = runs.ROOT / "tools" / "export.py"
 
 

@@ -17,6 +17,8 @@ from dpa_xtuner.stages.initial import check_initial
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import Settings, config_from_file
 
+pytestmark = pytest.mark.slow
+
 
 def next_round(made: runs.Run, llm) -> runs.Run:
     """A run that begins with the LLM and the projector of another, before its first step."""

@@ -13,6 +13,8 @@ from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.export import export_config
 
+pytestmark = pytest.mark.slow
+
 # name: family and how it was trained
 DINO = dict(type="dinov2", image_size=16, layer=-2)
 MODELS = {

@@ -7,6 +7,8 @@ import pytest
 from support import harness
 from support.harness import Layout
 
+pytestmark = pytest.mark.slow
+
 PLAIN = Layout()
 
 

@@ -19,6 +19,8 @@ from dpa_xtuner import DPAError, compat
 from dpa_xtuner.data import collate
 from dpa_xtuner.hooks import OptimizerStepHook
 
+pytestmark = pytest.mark.slow
+
 EIGHT = MIXED + [
     sample(1, 6, 40, 41, "image", 42, 43, 9, 44, 45, 10, 46),
     sample(1, "image", 8, 9),  # nothing supervised

@@ -18,6 +18,8 @@ from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 from dpa_xtuner.stages.artifacts import save_component
 
+pytestmark = pytest.mark.slow
+
 # Name: class, image size, grid, channels; by the papers' and configs' own numbers.
 BACKBONES = {
     "vit-tiny-p14_eva02-pre_in21k": ("ViTEVA02", 224, 16, 192),

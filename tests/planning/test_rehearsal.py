@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from support import harness
+
+pytestmark = pytest.mark.slow
 
 REHEARSE = {"DPA_REHEARSE": "1"}
 

@@ -13,6 +13,8 @@ from support import harness
 from dpa_xtuner import DPAError
 from dpa_xtuner.planning import sweep
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).parents[2] / "tools/sweep.py"
 
 

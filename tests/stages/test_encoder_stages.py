@@ -10,6 +10,8 @@ from support import encoder_folders, harness
 
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 
+pytestmark = pytest.mark.slow
+
 VIT = "vit-base-p16_in21k-pre_3rdparty_in1k-384px"
 EVA02 = "vit-tiny-p14_eva02-pre_in21k"
 SWIN = "swin-tiny_16xb64_in1k"

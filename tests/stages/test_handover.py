@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
 
+pytestmark = pytest.mark.slow
+
 FULL, LORA = Layout(dropout=0.0, train_llm="full"), Layout(dropout=0.05, train_llm="lora")
 IDS = torch.arange(3, 40).reshape(1, -1)
 

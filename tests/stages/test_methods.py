@@ -14,6 +14,8 @@ from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings, stage_table
 from dpa_xtuner.stages.settings import refuse_unused_options
 
+pytestmark = pytest.mark.slow
+
 # Written out: has a proxy stage, scheme of align and tune.
 METHODS = {
     "vanilla": (False, "uniform"),

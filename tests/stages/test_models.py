@@ -12,6 +12,8 @@ from support import harness
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings
 
+pytestmark = pytest.mark.slow
+
 BASE = Path(__file__).parents[2] / "configs/_base_/dpa.py"
 NOTHING_HERE = {"DPA_REHEARSE": "1", "DPA_DATA": "nowhere"}
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpa_xtuner.hooks import HandOverHook
 
+pytestmark = pytest.mark.slow
+
 
 class Model(nn.Module):
     """A projector with biases on a LLaMA, whose norms are RMSNorms."""

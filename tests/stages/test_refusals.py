@@ -14,6 +14,8 @@ from support.harness import Layout
 
 from dpa_xtuner.hooks import HandOverHook
 
+pytestmark = pytest.mark.slow
+
 FULL = Layout(dropout=0.0, train_llm="full")
 
 

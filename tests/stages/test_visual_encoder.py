@@ -19,6 +19,8 @@ from dpa_xtuner.export import export_config
 from dpa_xtuner.stages import Settings
 from dpa_xtuner.stages.settings import config_from_file, refuse_unused_options
 
+pytestmark = pytest.mark.slow
+
 ON = ["tune.train_visual_encoder=True", "tune.visual_encoder_lr=1e-3"]
 OPTIONS = {"tune.train_visual_encoder": True, "tune.visual_encoder_lr": 1e-3}
 # What follows the second-last layer, whose output are the features, gets no gradient.
@@ -86,6 +88,8 @@ def test_what_the_features_are_made_of_is_trained(deepspeed, trained, tiny):
     assert learns == set(filter(is_read, before)) and len(learns) < len(before)
     # A key's bias adds the same to all of a query's scores, so nothing depends on it.
     idle = {name for name in learns if name.endswith("k_proj.bias")}
+    if deepspeed:  # bfloat16 rounds a small change of a weight of 1 away
+        idle |= {name for name in learns if "norm" in name and name.endswith("weight")}
     changed = set(harness.differing(before, after))
     assert learns - idle <= changed <= learns
     modules = {name.split(".")[0] for name in run.seen["trainable"]}

@@ -14,6 +14,8 @@ from support.harness import Layout
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+pytestmark = pytest.mark.slow
+
 STEPS, WARMUP, LR = 4, 2, 1e-2  # 29 samples, 28 a step, 2 epochs; 34 % of 4 steps are 1.36
 
 

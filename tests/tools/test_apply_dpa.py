@@ -14,6 +14,8 @@ from dpa_xtuner import DPAError
 from dpa_xtuner.planning.from_stock import family_of, find_stock, stock_names, write_config
 from dpa_xtuner.stages import Settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "configs" / "_base_" / "dpa.py"
 # The files themselves, without the scripts among them.
