@@ -60,10 +60,10 @@ lint: $(INSTALLED)
 	ruff format --check
 	mypy
 
+# Two processes: nearly all tests use one core.
 check: lint
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" -n 2 --dist loadfile
 
-# Two processes: most tests wait for a process of their own on one core.
 test: lint
 	python -m pytest -n 2 --dist loadfile
 

@@ -12,8 +12,6 @@ from torch import nn
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.precision import choose_precision, computes_bf16, runnable_dtype
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def hardware(monkeypatch):

@@ -16,8 +16,6 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 from dpa_xtuner.demo import drawings, prepare, scenes, vit
 from dpa_xtuner.errors import DPAError
 
-pytestmark = pytest.mark.slow
-
 RECIPE = scenes.Recipe(captions=60, questions=60, held_out=32, text_only=3)
 
 

@@ -16,8 +16,6 @@ from dpa_xtuner.evaluation import benchmarks as table
 from dpa_xtuner.evaluation import text_benchmarks as text
 from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 with mock.patch.dict(os.environ):  # where it leaves a note that XTuner is not needed
     import get_benchmarks

@@ -15,8 +15,6 @@ from xtuner.tools import chat
 from dpa_xtuner.export import export, export_config
 from dpa_xtuner.export.chat_template import end_of_turn
 
-pytestmark = pytest.mark.slow
-
 QWEN_CHAT = {"prompt_template": "qwen_chat", "tokenizer.chat_template": ""}
 
 

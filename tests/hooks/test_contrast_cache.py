@@ -7,8 +7,6 @@ import pytest
 from support import harness
 from support.harness import Layout
 
-pytestmark = pytest.mark.slow
-
 PLAIN = Layout()
 
 

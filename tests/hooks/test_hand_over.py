@@ -22,8 +22,6 @@ from dpa_xtuner.hooks import HandOverHook, IterationSeedHook, iteration_seed
 from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss.held_out import without_first
 
-pytestmark = pytest.mark.slow
-
 FULL = Layout(dropout=0.0, train_llm="full")
 
 

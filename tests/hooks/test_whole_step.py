@@ -12,8 +12,6 @@ from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.hooks import OptimizerStepHook
 from dpa_xtuner.loss import Objective, TokenLogProbs
 
-pytestmark = pytest.mark.slow
-
 CLASSES = ((2, 5, 0.45), (15, 60, 0.35), (120, 401, 0.20))
 SAMPLES, GLOBAL_BATCH, MICRO_BATCH = 10_240, 256, 4
 

@@ -12,8 +12,6 @@ from transformers import LlamaForCausalLM
 from dpa_xtuner import DPAError
 from dpa_xtuner.stages import Settings
 
-pytestmark = pytest.mark.slow
-
 IN_4_BIT = {"model.llm.quantization_config": {"type": "transformers.BitsAndBytesConfig",
                                               "load_in_4bit": True}}  # fmt: skip
 QLORA = IN_4_BIT | {"tune.train_llm": "lora"}

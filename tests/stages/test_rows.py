@@ -13,8 +13,6 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.stages import Stage, build, pipeline, table
 
-pytestmark = pytest.mark.slow
-
 FULL = Layout(dropout=0.0, train_llm="full")
 
 

@@ -16,8 +16,6 @@ from dpa_xtuner.loss.weighting import Uniform
 from dpa_xtuner.registry import SCHEMES
 from dpa_xtuner.stages.pipeline import next_stage
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def counts(monkeypatch, method) -> Counter:

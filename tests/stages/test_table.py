@@ -6,8 +6,6 @@ from safetensors.torch import load_file
 from support import harness
 from support.harness import Layout
 
-pytestmark = pytest.mark.slow
-
 FULL, LORA = Layout(dropout=0.0, train_llm="full"), Layout(dropout=0.05, train_llm="lora")
 
 LINEAR = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]

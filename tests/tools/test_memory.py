@@ -18,8 +18,6 @@ from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
 from dpa_xtuner.stages import Settings, stage_table
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 # In billions, as the models' cards and repositories say.
 PUBLISHED = {
