@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 from dpa_xtuner.errors import DPAError
@@ -36,7 +37,7 @@ def triton_without_ops() -> None:
     find = importlib.util.find_spec
     if not find("triton") or "triton.ops" in sys.modules or find("triton.ops"):
         return
-    model = types.ModuleType("triton.ops.matmul_perf_model")
+    model: Any = types.ModuleType("triton.ops.matmul_perf_model")
     model.early_config_prune = model.estimate_matmul_time = None
     sys.modules["triton.ops"] = types.ModuleType("triton.ops")
     sys.modules["triton.ops.matmul_perf_model"] = model
@@ -64,7 +65,7 @@ def cpu_bf16_support() -> None:
     import torch
 
     if not hasattr(torch.cpu, "is_bf16_supported"):
-        torch.cpu.is_bf16_supported = lambda: True
+        torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]  # as said
 
 
 def cuda_set_device_without_cuda() -> None:
@@ -102,7 +103,7 @@ def checkpoint_globals() -> None:
     import torch
     from mmengine.logging.history_buffer import HistoryBuffer
 
-    multiarray = np.core.multiarray
+    multiarray: Any = np.core.multiarray
     dtypes = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, bool)}
     torch.serialization.add_safe_globals(
         [HistoryBuffer, multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *dtypes]

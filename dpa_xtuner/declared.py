@@ -34,8 +34,12 @@ def _functions(calls: Iterable[Callable]) -> list[Callable]:
     return [
         each
         for call in calls
-        for each in ([c.__init__ for c in call.__mro__[:-1]] if inspect.isclass(call) else [call])
+        for each in (_constructors(call) if inspect.isclass(call) else [call])
     ]
+
+
+def _constructors(kind: type) -> list[Callable]:
+    return [c.__init__ for c in kind.__mro__[:-1]]  # type: ignore[misc]  # to be read, not called
 
 
 def _resolved(annotation: Any, call: Callable) -> Any:
@@ -63,7 +67,7 @@ def taken(*calls: Callable) -> set[str]:
 
 def problems(
     calls: Sequence[Callable],
-    keywords: Mapping[str, Any],
+    keywords: dict[str, Any],
     others: Collection[str] = (),
     positional: int = 0,
     whole: bool = False,

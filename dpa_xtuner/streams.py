@@ -4,8 +4,9 @@ import errno
 import io
 import os
 import sys
+from typing import Any, BinaryIO
 
-_replaced = []  # a layer that is collected would close its file descriptor
+_replaced: list[BinaryIO] = []  # a layer that is collected would close its file descriptor
 
 
 def outlive_readers() -> None:
@@ -22,7 +23,7 @@ def outlive_readers() -> None:
         if type(raw) is not io.FileIO or raw.fileno() not in (1, 2):
             continue
         name, mode = stream.name, stream.mode
-        options = {
+        options: dict[str, Any] = {
             "encoding": stream.encoding,
             "errors": stream.errors,
             "line_buffering": stream.line_buffering,
@@ -35,12 +36,13 @@ def outlive_readers() -> None:
         except OSError as error:
             lasting.drop(error)
         _replaced.append(stream.detach())
-        stream.__init__(lasting if buffer is raw else io.BufferedWriter(lasting), **options)
-        stream.mode = mode
+        layer = lasting if buffer is raw else io.BufferedWriter(lasting)
+        io.TextIOWrapper.__init__(stream, layer, **options)
+        stream.mode = mode  # type: ignore[misc]  # can be set, whatever the stubs say
 
 
 class _Lasting(io.FileIO):
-    def write(self, data) -> int | None:
+    def write(self, data) -> int:
         try:
             return super().write(data)
         except OSError as error:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -94,9 +94,11 @@ class DPADataset(Dataset):
         weights: Sequence[float] | None = None,
     ) -> None:
         self._files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
+        self._folders: list[str | Path | None]
         if image_folder is None or isinstance(image_folder, (str, Path)):
-            image_folder = [image_folder] * len(self._files)
-        self._folders = list(image_folder)
+            self._folders = [image_folder] * len(self._files)
+        else:
+            self._folders = list(image_folder)
         if len({os.path.realpath(file) for file in self._files}) < len(self._files):
             raise DPAError(
                 f"data_path names a file twice: {', '.join(map(str, self._files))}; name it once, "
@@ -117,7 +119,7 @@ class DPADataset(Dataset):
         self.tiling = tokenize.tiling
         self._ends = np.cumsum([len(store) for store in self.stores])
         enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
-        choice = {"held_out": held_out, "split": split, "share": share}
+        choice: dict[str, Any] = {"held_out": held_out, "split": split, "share": share}
         choice["weights"] = None if weights is None else list(weights)
         for file, store in zip(self._files, self.stores, strict=True):
             if not len(store):
@@ -175,7 +177,7 @@ class DPADataset(Dataset):
         file, row = self._find(index)
         tokens, supervised = self.stores[file].tokens(row)  # (n,), an image is one of them
         record_id, images = self._names(index)
-        pictures = [self.tiling.count(size) if size else 1 for _, size in images]
+        pictures = [self.tiling.count(size) if self.tiling and size else 1 for _, size in images]
         repeats = np.ones(len(tokens), np.int64)
         repeats[tokens == IMAGE_TOKEN_INDEX] = [self.image_tokens * n for n in pictures]
         labels = np.where(supervised, tokens, IGNORE_INDEX)
@@ -257,9 +259,10 @@ class DPADataset(Dataset):
         """A sample's record id, and each image's full path and, if it is tiled, its size."""
         file, row = self._find(index)
         record_id, names, sizes = self.stores[file].names(row)
-        paths = [os.path.join(self._folders[file], name) for name in names]
-        images = list(zip(paths, sizes or [None] * len(paths), strict=True))
-        return self._name(file, record_id), images
+        folder = cast("str | Path", self._folders[file])  # None where no record has an image
+        paths = [os.path.join(folder, name) for name in names]
+        known: Sequence[tuple[int, int] | None] = sizes or [None] * len(paths)
+        return self._name(file, record_id), list(zip(paths, known, strict=True))
 
     def _name(self, file: int, record_id: str) -> str:
         return record_id if len(self.stores) == 1 else f"{self._files[file]}: {record_id}"
@@ -273,7 +276,7 @@ class DPADataset(Dataset):
         return f"{len(self)} samples an epoch: {'; '.join(parts)}"
 
     def _load(self, path: str, size: tuple[int, int] | None) -> list[torch.Tensor]:
-        if size is None:
+        if size is None or self.tiling is None:
             return [load_pixels(path, self.image_processor, self.pad_image_to_square)]
         return load_tiles(path, self.image_processor, self.pad_image_to_square, self.tiling, size)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from xtuner.utils import IMAGE_TOKEN_INDEX
@@ -128,7 +128,7 @@ class RecordTokenizer:
             if isinstance(pieces, Problem):
                 problems.append(pieces)
             else:
-                records.append(item)
+                records.append(cast("Record", item))  # a problem is its own pieces
                 layouts.append(pieces)
         return self._cut(records, *self._tokenise(layouts), problems)
 
@@ -142,7 +142,10 @@ class RecordTokenizer:
 
     def _tokenise(self, layouts: list[list[Piece]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens (T,) int32, supervised (T,) bool and the sample of each token (T,)."""
-        special = {Special.IMAGE: [IMAGE_TOKEN_INDEX], Special.EOS: [self.tokenizer.eos_token_id]}
+        special: dict[str | Special, list[int]] = {
+            Special.IMAGE: [IMAGE_TOKEN_INDEX],
+            Special.EOS: [self.tokenizer.eos_token_id],
+        }
         pieces = list(chain.from_iterable(layouts))
         texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
         alone = self._ids(texts)
@@ -152,8 +155,8 @@ class RecordTokenizer:
         tokens = np.fromiter(chain.from_iterable(rows), np.int32, int(sizes.sum()))
         # From one value per piece to one per token.
         supervised = np.repeat(np.array([piece.supervised for piece in pieces], bool), sizes)
-        samples = [sample for sample, layout in enumerate(layouts) for _ in layout]
-        samples = np.repeat(np.array(samples, np.int64), sizes)
+        numbers = [sample for sample, layout in enumerate(layouts) for _ in layout]
+        samples: np.ndarray = np.repeat(np.array(numbers, np.int64), sizes)
         if self._bos:
             starts = np.searchsorted(samples, np.arange(len(layouts)))
             lacking = np.flatnonzero(tokens[starts] != self._bos[0])

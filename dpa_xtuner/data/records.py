@@ -181,7 +181,9 @@ def _array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     text, at, read, mark = "", 0, 0, ","
     while mark != "]":
-        at = _SPACE.match(text, at).end()
+        space = _SPACE.match(text, at)
+        assert space is not None, "no space is space too"
+        at = space.end()
         if not read and text.startswith("]", at):  # an empty array
             at += 1
             break

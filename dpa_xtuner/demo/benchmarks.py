@@ -35,7 +35,7 @@ def _row(scene: Scene, asked: Question, /, **columns: str) -> Row:
     buffer = io.BytesIO()
     Image.fromarray(draw(scene)).save(buffer, "PNG")
     picture = base64.b64encode(buffer.getvalue()).decode()
-    row = {"image": picture, "question": asked.text, "answer": asked.answer}
+    row: Row = {"image": picture, "question": asked.text, "answer": asked.answer}
     return row | {"category": asked.kind} | columns
 
 

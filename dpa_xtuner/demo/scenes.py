@@ -96,6 +96,11 @@ class Scene:
     drawings: tuple[Drawing, ...]
     cells: tuple[int | None, ...]
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The cells of small drawings; empty for a single large one."""
+        return tuple(cell for cell in self.cells if cell is not None)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -123,7 +128,7 @@ def draw(scene: Scene) -> np.ndarray:
     if scene.cells == (None,):
         return render(scene.drawings[0].code, PICTURE_SIZE)
     pixels = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
-    for drawing, cell in zip(scene.drawings, scene.cells, strict=True):
+    for drawing, cell in zip(scene.drawings, scene.places, strict=True):
         row, column = divmod(cell, 3)
         top, left = row * CELL_SIZE, column * CELL_SIZE
         pixels[top : top + CELL_SIZE, left : left + CELL_SIZE] = render(drawing.code, CELL_SIZE)
@@ -202,14 +207,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if scene.cells == (None,):
         body = f"there reigns in lonely majesty {noble(first)},"
     elif len(set(scene.drawings)) == 1:
-        places = ", ".join(CELLS[cell] for cell in scene.cells)
+        places = ", ".join(CELLS[cell] for cell in scene.places)
         count = COUNTS[len(scene.cells) - 1]
         body = f"there dwell to the number of {count}, at {places}, {noble(first)},"
     else:
         parts = [
             f"at the {CELLS[cell]} {noble(drawing)}"
             for drawing, cell in sorted(
-                zip(scene.drawings, scene.cells, strict=True), key=lambda pair: pair[1]
+                zip(scene.drawings, scene.places, strict=True), key=lambda pair: pair[1]
             )
         ]
         body = f"there abide {'; '.join(parts)};"
@@ -234,7 +239,7 @@ def questions(scene: Scene) -> list[Question]:
     if len(set(scene.drawings)) > 1:
         return [
             question
-            for drawing, cell in zip(scene.drawings, scene.cells, strict=True)
+            for drawing, cell in zip(scene.drawings, scene.places, strict=True)
             for question in asked_of(drawing, f"at the {CELLS[cell]}")
         ]
     found = asked_of(first, "shown")

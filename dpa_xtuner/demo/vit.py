@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -88,6 +89,8 @@ class NameTower(nn.Module):
         tokenizer: Its tokenizer.
     """
 
+    table: Tensor
+
     def __init__(self, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         weight = llm.get_input_embeddings().weight.detach().float()
@@ -112,6 +115,8 @@ class DrawingClip(nn.Module):
         tower: The text side.
         names: Every concept name to tell apart in training.
     """
+
+    count_bags: Tensor
 
     def __init__(self, tower: NameTower, names: Sequence[str]) -> None:
         super().__init__()
@@ -193,9 +198,12 @@ def _distorted(code: str, size: int, rng: random.Random) -> np.ndarray:
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = rng.uniform(0.75, 1.1)
-    shift = [round(rng.uniform(-0.06, 0.06) * PICTURE_SIZE) for _ in range(2)]
+    right, down = (round(rng.uniform(-0.06, 0.06) * PICTURE_SIZE) for _ in range(2))
     image = image.rotate(
-        rng.uniform(-20, 20), Image.Resampling.BILINEAR, translate=shift, fillcolor="white"
+        rng.uniform(-20, 20),
+        Image.Resampling.BILINEAR,
+        translate=(right, down),
+        fillcolor="white",
     )
     edge = round(size * scale)
     image = image.resize(
@@ -241,7 +249,7 @@ class Batches:
         if scene.cells == (None,):
             return self.rng.choice(self.large[scene.drawings[0].code])
         pixels = np.full((PICTURE_SIZE, PICTURE_SIZE, 3), 255, np.uint8)
-        for drawing, cell in zip(scene.drawings, scene.cells, strict=True):
+        for drawing, cell in zip(scene.drawings, scene.places, strict=True):
             top, left = (CELL_SIZE * part for part in divmod(cell, 3))
             small = self.rng.choice(self.small[drawing.code])
             pixels[top : top + CELL_SIZE, left : left + CELL_SIZE] = small
@@ -251,19 +259,20 @@ class Batches:
         def indices(drawing: Drawing) -> dict[str, int]:
             return {
                 "kind": self.index["kind"][drawing.kind],
-                "colour": self.index["colour"].get(drawing.colour, IGNORED),
+                "colour": self.index["colour"].get(drawing.colour or "", IGNORED),
                 "name": self.index["name"][drawing.name],
             }
 
         grids = {bank: np.full((GRID, GRID), IGNORED) for bank in ("kind", "colour", "name")}
         grids["kind"][:] = self.index["kind"][NOTHING]
         step = CELL_SIZE // PATCH_SIZE
+        where: tuple[slice, slice]
         for drawing, cell in zip(scene.drawings, scene.cells, strict=True):
             if cell is None:
-                where = np.s_[:, :]
+                where = slice(None), slice(None)
             else:
                 row, column = (step * part for part in divmod(cell, 3))
-                where = np.s_[row : row + step, column : column + step]
+                where = slice(row, row + step), slice(column, column + step)
             for bank, number in indices(drawing).items():
                 grids[bank][where] = number
         return {bank: grid.reshape(-1) for bank, grid in grids.items()}
@@ -361,7 +370,7 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
             pixels, targets = batches.next(batch_size)
             with choose_precision("auto", "cpu").autocast("cpu"):
                 losses = model.losses(pixels, targets)
-            loss = sum(losses.values())
+            loss = cast("Tensor", sum(losses.values()))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -109,7 +109,7 @@ class ChatModel(BaseModel):
         Raises:
             RuntimeError: the GPU is in a state that no later sample would survive.
         """
-        answers: list[str | None] = [None] * len(inputs)
+        answers = [""] * len(inputs)
         prepared = []
         for place, messages in enumerate(inputs):
             try:
@@ -121,7 +121,7 @@ class ChatModel(BaseModel):
             answers[place] = text or f"{NO_ANSWER}: empty answer"
         return answers
 
-    def _generate(self, prepared: list[tuple], max_out_len: int) -> list[str]:
+    def _generate(self, prepared: Sequence[tuple], max_out_len: int) -> list[str]:
         inputs = self.padded_batch([ids for _, ids, _ in prepared], "left")
         pictures = [pixels for _, _, found in prepared for pixels in found]
         if pictures:
@@ -298,7 +298,8 @@ def padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """
     side = max(picture.size)
     square = Image.new("RGB", (side, side), colour)
-    square.paste(picture, tuple((side - length) // 2 for length in picture.size))
+    left, upper = ((side - length) // 2 for length in picture.size)
+    square.paste(picture, (left, upper))
     return square
 
 

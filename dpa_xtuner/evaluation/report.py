@@ -82,7 +82,7 @@ class Report:
 
         Answers and likelihoods have no common mean: what counts is their difference.
         """
-        columns = {}
+        columns: dict[str, list[Benchmark | TextBenchmark]] = {}
         for kind in (*KINDS, *TEXT_KINDS):
             of_kind = [b for b in self.benchmarks if b.kind == kind]
             columns |= {b.title: [b] for b in of_kind}
@@ -118,7 +118,8 @@ class Report:
 def mean(scores: Iterable[float | None]) -> float | None:
     """Return the mean; None if a score is missing."""
     scores = list(scores)
-    return None if None in scores else sum(scores) / len(scores)
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(scores) if len(known) == len(scores) else None
 
 
 def rows(report: Report) -> list[dict[str, Any]]:
@@ -130,14 +131,16 @@ def rows(report: Report) -> list[dict[str, Any]]:
             cells = [results[benchmark.name] for benchmark in benchmarks]
             score = mean(cell.score for cell in cells)
             base = mean(others[benchmark.name].score for benchmark in benchmarks)
-            compared = others is not results and None not in (score, base)
+            difference = None
+            if others is not results and score is not None and base is not None:
+                difference = score - base
             judges = dict.fromkeys(b.judge or OWN_METRIC for b in benchmarks)
             found.append(
                 {
                     "model": label,
                     "benchmark": benchmarks[0].name if len(benchmarks) == 1 else title,
                     "score": score,
-                    "difference": score - base if compared else None,
+                    "difference": difference,
                     "samples": sum(cell.samples for cell in cells),
                     "failed": sum(len(cell.failed) for cell in cells),
                     "limit": report.limit,

@@ -167,7 +167,9 @@ def _start_worker(number: int, logs: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    parent_process().join()
+    parent = parent_process()
+    assert parent is not None, "this runs in a worker"
+    parent.join()
     os._exit(1)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vlmeval.smp.status_report import flatten_summary_metrics
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
 from dpa_xtuner.evaluation.dataset import group_keys
 
-Scored = tuple[list[bool | float | None], dict[str, float]]
+Scored = tuple[Sequence[bool | float | None], Mapping[str, float]]
 """For each row whether it is right (a float where it can be partly right, None where VLMEvalKit
 does not tell); and VLMEvalKit's numbers by name."""
 

@@ -53,7 +53,8 @@ class TextLLM:
 
 def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
     """Describe the LLMs of folders; those of a run are compared to its original one."""
-    llms, first = llms_of(folders), {}
+    llms = llms_of(folders)
+    first: dict[str, str] = {}
     return [describe(llm, options, first.setdefault(llm.group, llm.label)) for llm in llms]
 
 

@@ -15,6 +15,7 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
+from dpa_xtuner.data.templates import SampleFormat
 
 # A turn's only image goes to its front, as dpa_xtuner.data.templates has it in training.
 _JINJA = """\
@@ -148,7 +149,7 @@ def _image(tokenizer: PreTrainedTokenizerBase) -> str:
 _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It sleeps."))
 
 
-def _examples(sample_format: str) -> dict[str, Record]:
+def _examples(sample_format: SampleFormat) -> dict[str, Record]:
     """A caption, or conversations of one turn and of two, without an image and with one."""
     if sample_format == "caption":
         return {"an image": Record("", ("x",), None, ((DEFAULT_IMAGE_TOKEN, "A red balloon."),))}
@@ -163,7 +164,7 @@ def _examples(sample_format: str) -> dict[str, Record]:
 
 def disagreements(
     template: Mapping[str, Any],
-    sample_format: str,
+    sample_format: SampleFormat,
     exported: PreTrainedTokenizerBase,
     trained: PreTrainedTokenizerBase,
 ) -> list[str]:

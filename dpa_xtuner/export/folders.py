@@ -21,7 +21,6 @@ from dpa_xtuner.model.components import (
     LLM_ADAPTER,
     PROJECTOR,
     VISUAL_ENCODER,
-    Component,
 )
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm_folder import save_llm
@@ -106,7 +105,9 @@ def _write_adapter(source: Source, weights: StageWeights, folder: Path, dtype: t
     if written := source.written(LLM_ADAPTER):
         _copy(written, folder)  # unchanged
     else:
-        weights.adapter().save(folder, LLM.name(source.settings))
+        adapter = weights.adapter()
+        assert adapter is not None, "the stage trains one, and a missing one was refused"
+        adapter.save(folder, LLM.name(source.settings))
 
 
 def _write_projector(
@@ -127,7 +128,7 @@ def _copy(written: Path, folder: Path) -> None:
     shutil.copytree(written, folder, ignore=shutil.ignore_patterns(ORIGIN))
 
 
-_WRITERS: dict[Component, Callable] = {
+_WRITERS: dict[str, Callable] = {
     LLM: _write_llm,
     LLM_ADAPTER: _write_adapter,
     VISUAL_ENCODER: _write_encoder,

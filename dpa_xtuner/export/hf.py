@@ -128,7 +128,7 @@ def _with_rows(weight: Tensor, new: int) -> nn.Parameter:
 def _config(
     source: Source,
     llm: PreTrainedModel,
-    encoder: nn.Module,
+    encoder: PreTrainedModel,
     image_id: int,
     tokenizer: PreTrainedTokenizerBase,
     extra: int,

@@ -4,6 +4,7 @@ import copy
 from functools import cached_property
 from pathlib import Path
 from pickle import PickleError
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -21,6 +22,7 @@ from dpa_xtuner.model.components import (
     PROJECTOR,
     VISUAL_ENCODER,
     Component,
+    Published,
 )
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.fingerprint import fingerprint
@@ -105,7 +107,7 @@ class StageWeights:
         source, inputs = self.source, self.source.inputs()
         if state := without_adapter(self._of(LLM)):
             llm = self._empty(LLM)
-            fill(llm, state, source.checkpoint)
+            fill(llm, state, str(source.checkpoint))
         else:
             llm = self._loaded(LLM, dtype)
             if LLM_ADAPTER in inputs:
@@ -116,7 +118,7 @@ class StageWeights:
             adapter.add_to(llm)
         return llm
 
-    def visual_encoder(self, dtype: torch.dtype) -> nn.Module:
+    def visual_encoder(self, dtype: torch.dtype) -> PreTrainedModel:
         """The encoder, as published or as trained.
 
         Raises:
@@ -126,14 +128,14 @@ class StageWeights:
         encoder = self._loaded(VISUAL_ENCODER, dtype)
         if state := without_adapter(trained):
             source.run.encoder_spec.freeze_unread(encoder)  # a checkpoint holds what learns
-            fill(encoder, state, source.checkpoint)
+            fill(encoder, state, str(source.checkpoint))
         encoder.to(dtype)
         lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
         if adapter := adapter_of(trained, lora.get("r", 8), lora.get("lora_alpha", 8)):
             adapter.add_to(encoder)
         return encoder
 
-    def _loaded(self, component: Component, dtype: torch.dtype) -> nn.Module:
+    def _loaded(self, component: Published, dtype: torch.dtype) -> PreTrainedModel:
         """A component from the folder that a stage wrote, else as it was published."""
         source = self.source
         written = source.written(component)
@@ -146,7 +148,7 @@ class StageWeights:
             )
         loader, folder = source.cfg.model[component], written or source.inputs().get(component)
         place = {"pretrained_model_name_or_path": str(folder)} if folder else {}
-        more = {"torch_dtype": dtype} if written else {}
+        more: dict[str, Any] = {"torch_dtype": dtype} if written else {}
         if component in source.stage.trains and not written:
             more["torch_dtype"] = torch.float32  # as it was trained
         if component == LLM:
@@ -159,7 +161,7 @@ class StageWeights:
             self._refuse_other(component, module)
         return module
 
-    def _empty(self, component: Component) -> PreTrainedModel:
+    def _empty(self, component: Published) -> PreTrainedModel:
         """A published model without memory."""
         source = self.source
         owner = model_class(source.cfg.model[component])
@@ -167,7 +169,7 @@ class StageWeights:
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 
-    def _refuse_other(self, component: Component, module: nn.Module) -> None:
+    def _refuse_other(self, component: Published, module: nn.Module) -> None:
         """Refuse a model whose weights are not those that the stage was trained with."""
         trained = self.source.origin.get(component, {})
         now = fingerprint(module, self.source.precision.fingerprint_dtype)

@@ -1,6 +1,6 @@
 """What a family of LLMs is."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import FAMILIES, find_named
@@ -37,7 +37,7 @@ def find_family(name: str) -> type[Family]:
     family, _ = find_named(FAMILIES, name)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
         raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
-    return family
+    return cast("type[Family]", family)
 
 
 def known_families() -> dict[str, type[Family]]:

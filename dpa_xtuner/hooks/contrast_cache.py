@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,7 +10,6 @@ from mmengine.device import get_device
 from mmengine.dist import barrier, get_dist_info, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from torch import nn
 from tqdm import tqdm
 
 from dpa_xtuner.data import DPADataset, collate
@@ -21,6 +21,9 @@ from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
 from dpa_xtuner.precision import Precision
+
+if TYPE_CHECKING:
+    from dpa_xtuner.model import DPALLaVAModel
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in
@@ -75,7 +78,7 @@ class ContrastCacheHook(Hook):
         model.contrast_cache = ContrastCache(self.folder, facts)
 
     def _compute(
-        self, model: nn.Module, dataset: DPADataset, amp: torch.autocast, facts: dict
+        self, model: "DPALLaVAModel", dataset: DPADataset, amp: torch.autocast, facts: dict
     ) -> None:
         rank, world = get_dist_info()
         parts = self.folder.with_name(f".{self.folder.name}.parts.partial")
@@ -84,7 +87,7 @@ class ContrastCacheHook(Hook):
             parts.mkdir(parents=True)
         barrier()
         batches = _batches(dataset.text_length)
-        found = {}
+        found: dict[int, np.ndarray] = {}
         for start in tqdm(
             range(0, len(batches), world), desc="contrast", disable=None if rank == 0 else True
         ):
@@ -133,7 +136,7 @@ def _batches(lengths: list[int]) -> list[list[int]]:
 
 
 def _scores(
-    model: nn.Module, samples: list[dict], amp: torch.autocast
+    model: "DPALLaVAModel", samples: list[dict], amp: torch.autocast
 ) -> tuple[np.ndarray, list[int]]:
     data = model.data_preprocessor(collate(samples), False)["data"]
     with amp:

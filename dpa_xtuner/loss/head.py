@@ -104,7 +104,7 @@ class _ChunkedHead(torch.autograd.Function):
             index = targets[part].unsqueeze(-1)  # (rows, 1)
             logit[part] = logits.gather(-1, index).squeeze(-1).to(logit.dtype)
             cross_entropy[part] = -log_p.gather(-1, index).squeeze(-1)
-            if ctx.formed:
+            if row_gradients is not None:
                 slope = _slope(logits, log_p, index, softcap)
                 row_gradients[part] = (slope.to(dtype) @ cast[0]).to(hidden.dtype)
         if ctx.formed:
@@ -132,15 +132,15 @@ class _ChunkedHead(torch.autograd.Function):
             log_p = logits.log_softmax(-1, dtype=_accurate(logits))
             slope = _slope(logits, log_p, targets[part].unsqueeze(-1), ctx.softcap)
             slope *= outer[part].unsqueeze(-1)
-            if needs_bias:
+            if of_bias is not None:
                 of_bias += slope.sum(0)
             slope = slope.to(ctx.dtype)
-            if needs_hidden:
+            if of_hidden is not None:
                 of_hidden[part] = (slope @ cast[0]).to(hidden.dtype)
-            if needs_weight:
+            if of_weight is not None:
                 of_weight += slope.T @ hidden[part].to(ctx.dtype)
-        of_weight = of_weight.to(weight.dtype) if needs_weight else None
-        of_bias = of_bias.to(bias.dtype) if needs_bias else None
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+        of_bias = None if of_bias is None else of_bias.to(bias.dtype)
         return of_hidden, of_weight, of_bias, None, None, None, None
 
 

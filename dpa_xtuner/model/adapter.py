@@ -4,12 +4,13 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.fingerprint import gathered
@@ -71,7 +72,7 @@ class Adapter(NamedTuple):
                 f"model, or is damaged.\n" + "\n".join(wrong[:5]) + more
             )
 
-    def refuse_partial(self, module: nn.Module, targets: list[str] | None) -> None:
+    def refuse_partial(self, module: PreTrainedModel, targets: list[str] | None) -> None:
         """Refuse an adapter that is not for all layers that a stage adapts.
 
         Args:
@@ -100,10 +101,10 @@ class Adapter(NamedTuple):
             task_type="CAUSAL_LM",
             base_model_name_or_path=base,
             r=self.r,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # a fraction does as well
             target_modules=sorted({name.rsplit(".", 1)[-1] for name in self.layers}),
             inference_mode=True,
-        ).save_pretrained(folder)
+        ).save_pretrained(str(folder))
         state = {
             f"base_model.model.{name}.lora_{half}.weight": weight.contiguous()
             for name, both in self.layers.items()
@@ -122,7 +123,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     state = load_file(folder / "adapter_model.safetensors")
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
-    return adapter_of(state, config["r"], config["lora_alpha"])
+    return cast("Adapter", adapter_of(state, config["r"], config["lora_alpha"]))
 
 
 def adapter_of(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -21,7 +21,8 @@ from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
 
-if TYPE_CHECKING:  # stages build on models
+if TYPE_CHECKING:  # models build on components, stages on models
+    from dpa_xtuner.model.dpa_llava import DPALLaVAModel
     from dpa_xtuner.stages.run import Run
     from dpa_xtuner.stages.settings import Settings, StageSettings
     from dpa_xtuner.stages.table import StagePlan
@@ -42,7 +43,7 @@ class Component(str):
     settings: tuple[str, ...] = ()
     rate: str | None = None
 
-    def of(self, model: nn.Module) -> nn.Module:
+    def of(self, model: nn.Module) -> Any:
         """The module of a stage's model that holds it."""
         return getattr(model, self.module)
 
@@ -82,7 +83,7 @@ class Component(str):
         self.of(model).save_pretrained(folder, state_dict=state)
 
 
-class _Published(Component):
+class Published(Component):
     """A component that a run begins with as it was published: records hold what it was."""
 
     @property
@@ -124,7 +125,7 @@ class _Published(Component):
             model[f"freeze_{self}"] = not trained
 
 
-class _LLM(_Published):
+class _LLM(Published):
     label, module = "LLM", "llm"
 
     def owns(self, parameter: str) -> bool:
@@ -132,7 +133,7 @@ class _LLM(_Published):
         return super().owns(parameter) and ".lora_" not in parameter
 
     def config(self, run: Run) -> PretrainedConfig:
-        """See :meth:`_Published.config`."""
+        """See :meth:`Published.config`."""
         return run.llm_config
 
     def companion(self, cfg: Config) -> Any:
@@ -183,12 +184,12 @@ class _LLMAdapter(Component):
         self.of(model).save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
-class _VisualEncoder(_Published):
+class _VisualEncoder(Published):
     label, module = "visual encoder", "visual_encoder"
     settings, rate = ("train_visual_encoder", "visual_encoder_lr"), "visual_encoder_lr"
 
     def config(self, run: Run) -> PretrainedConfig:
-        """See :meth:`_Published.config`; the configuration may also be of another kind."""
+        """See :meth:`Published.config`; the configuration may also be of another kind."""
         return run.encoder_config
 
     def configure(self, model: dict, plan: StagePlan) -> None:
@@ -213,7 +214,8 @@ class _VisualEncoder(_Published):
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
         """As a ``from_pretrained`` folder with its image processor."""
-        model.encoder_spec.save(self.of(model), folder, state, companion)
+        spec = cast("DPALLaVAModel", model).encoder_spec
+        spec.save(self.of(model), folder, state, companion)
 
 
 class _Projector(Component):
@@ -258,7 +260,7 @@ def find_component(name: str) -> Component:
 
 def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:
     """Trainable and frozen parameters of each component, ZeRO-3's split ones counted whole."""
-    counts = {}
+    counts: dict[Component, tuple[int, int]] = {}
     for component in COMPONENTS:
         sizes = [0, 0]
         for name, parameter in model.named_parameters():

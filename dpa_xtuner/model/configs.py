@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmengine.utils import get_object_from_string
 from transformers import AutoConfig, PretrainedConfig
@@ -25,7 +26,7 @@ class NotFound(DPAError):
     """A model that is neither in a folder nor at the hub."""
 
 
-def model_class(cfg: dict) -> type:
+def model_class(cfg: dict) -> type[Any]:
     """The class that a model config's ``type``, a ``...from_pretrained``, belongs to."""
     build = cfg["type"]
     if isinstance(build, str):

@@ -2,7 +2,9 @@
 
 import torch
 from mmengine.registry import MODELS
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
@@ -10,6 +12,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import Objective, TokenLogProbs
 from dpa_xtuner.model.components import LLM, VISUAL_ENCODER, trained_state
 from dpa_xtuner.model.contrast import contrast_log_probs
+from dpa_xtuner.model.contrast_cache import ContrastCache
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
@@ -46,6 +49,9 @@ class DPALLaVAModel(LLaVAModel):
         contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that is read in
             place of the contrast pass, or None.
     """
+
+    llm: PreTrainedModel | PeftModel
+    is_first_iter: bool
 
     def __init__(
         self,
@@ -105,7 +111,7 @@ class DPALLaVAModel(LLaVAModel):
         if pretrained_projector is not None:
             load_projector(self.projector, pretrained_projector)
         self.objective = Objective(loss, normalize)
-        self.contrast_cache = None
+        self.contrast_cache: ContrastCache | None = None
 
     def _prepare_llm_for_lora(self, lora_config, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self._parse_lora_config(lora_config))
@@ -126,7 +132,7 @@ class DPALLaVAModel(LLaVAModel):
         for module in self._recomputed():
             module.gradient_checkpointing_disable()
 
-    def _recomputed(self) -> list[nn.Module]:
+    def _recomputed(self) -> list[PreTrainedModel]:
         encoder = self.visual_encoder
         able = getattr(encoder, "supports_gradient_checkpointing", False)
         return [self.llm, encoder] if able and not self.freeze_visual_encoder else [self.llm]

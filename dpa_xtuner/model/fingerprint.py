@@ -1,6 +1,7 @@
 """A fingerprint of weights, to tell models apart and to see that frozen ones stay put."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     return digest.hexdigest()
 
 
-def gathered(parameters: list[nn.Parameter], modify: bool = False):
+def gathered(parameters: Sequence[Tensor], modify: bool = False):
     """Give whole parameters inside the context, also where DeepSpeed ZeRO-3 has split them.
 
     Args:

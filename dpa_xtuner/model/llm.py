@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
+from typing import cast
 
 import torch
 from mmengine.config import ConfigDict
@@ -89,8 +90,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], what: Path | str) -> None:
             f"unknown or of another shape ({', '.join(wrong[:5])}). Is it of this config?"
         )
     module.load_state_dict(state, strict=False, assign=True)
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    if (tie := getattr(module, "tie_weights", None)) is not None:
+        tie()
 
 
 def _caps_attention(owner: type) -> bool:
@@ -250,7 +251,7 @@ def output_head(llm: PreTrainedModel | PeftModel) -> nn.Linear:
     base = base_model(llm)
     head = base.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):  # peft's copy of a head that it trains
-        head = head.modules_to_save[head.active_adapter]
+        head = head.modules_to_save[cast("str", head.active_adapter)]
     if type(head) is not nn.Linear:
         raise DPAError(
             f"The head of {type(base).__name__} is a {type(head).__name__}, and only nn.Linear "

@@ -4,7 +4,7 @@ import json
 import math
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,26 +16,6 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.registry import PROJECTORS, build_named
-
-
-class ProjectorModule(Protocol):
-    """What is asked of a projector, XTuner's or a :class:`Projector`."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of its weights."""
-
-    def __call__(self, patches: Tensor) -> Tensor:
-        """Turn (N, n, C) of the encoder into (N, tokens, H) for the LLM."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return its weights by name."""
-
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> Any:
-        """Take weights by name, strictly."""
-
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
 
 
 class Projector(nn.Module):
@@ -77,6 +57,10 @@ class Projector(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         state = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+ProjectorModule: TypeAlias = Projector | ProjectorModel
+"""What :func:`build_projector` builds: one of ours, or XTuner's."""
 
 
 @PROJECTORS.register_module("mlp")

@@ -1,7 +1,9 @@
 """The proxy LLM: a language model that learns the captions' way of writing."""
 
 from mmengine.registry import MODELS
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from xtuner.model import SupervisedFinetune
 from xtuner.registry import BUILDER
 
@@ -24,6 +26,8 @@ class ProxyLLM(SupervisedFinetune):
         precision: what the run computes in (:class:`dpa_xtuner.precision.Precision`).
         kwargs: of :class:`xtuner.model.SupervisedFinetune`.
     """
+
+    llm: PreTrainedModel | PeftModel
 
     def __init__(
         self,

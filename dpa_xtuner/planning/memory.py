@@ -159,7 +159,7 @@ class StageModel:
         self.norms = (len(norms) - 1) // layers  # one comes last
         bits = _quantised_bits(loader.get("quantization_config"))
         self.quantised = bits is not None
-        self.sizes = {id(m.weight): bits / 8 for m in linears} if self.quantised else {}
+        self.sizes = {} if bits is None else {id(m.weight): bits / 8 for m in linears}
         if LLM_ADAPTER in self.stage.trains:
             lora = self.own.lora.model_dump()
             targets = lora_targets(cfg, self.settings)

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from dpa_xtuner.data import Record, read_records
-from dpa_xtuner.data.problems import list_problems
+from dpa_xtuner.data.problems import Problem, list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 from dpa_xtuner.model.configs import NotFound, model_class
@@ -185,9 +185,13 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
 
 
 def _first_records(file: str) -> list[dict]:
-    problems, records = [], []
+    problems: list[Problem] = []
+    records: list[Record] = []
     for found in read_records(file):
-        (records if isinstance(found, Record) else problems).append(found)
+        if isinstance(found, Record):
+            records.append(found)
+        else:
+            problems.append(found)
         if len(records) == SAMPLES:
             break
     if not records:
@@ -342,7 +346,7 @@ def _generated(folder: Path, with_text_only: bool) -> list[dict]:
 def _launch() -> dict:
     """Identify this launch: the same for all its ranks, different for each launch."""
     names = ("MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
-    launch = {name: os.environ.get(name) for name in names}
+    launch: dict[str, str | int | None] = {name: os.environ.get(name) for name in names}
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one node: one parent for all
         launch["parent"] = os.getppid()
     return launch

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from mmengine.config import Config
@@ -19,7 +20,7 @@ from dpa_xtuner.errors import DPAError, refuse
 from dpa_xtuner.model.components import COMPONENTS, own_rates
 from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.stages.run import Run, check_models
-from dpa_xtuner.stages.settings import Settings, StageSettings
+from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
 from dpa_xtuner.stages.table import Stage, StagePlan, stage_table
 
 CHECKED_AT_START = 128
@@ -332,15 +333,15 @@ def _hooks(
     settings: Settings, stage: Stage, dataset: dict, samples: str, provenance: dict, base: Path
 ) -> list[dict]:
     own = settings.of_stage(stage.name)
-    hooks = [
+    hooks: list[dict] = [
         dict(type="OptimizerStepHook"), dict(type="IterationSeedHook"), dict(type="ProgressBarHook")
     ]  # fmt: skip
-    if getattr(own, "contrast_cache", None) is not None:
+    if (cache := getattr(own, "contrast_cache", None)) is not None:
         files = {"data": provenance["data"]["sha256"], "loads": provenance["loads"]}
         hooks.append(
             dict(
                 type="ContrastCacheHook",
-                folder=own.contrast_cache,
+                folder=cache,
                 files=files,
                 precision=provenance["precision"],
             )
@@ -349,6 +350,7 @@ def _hooks(
         dict(type="SkippedSamplesHook", limit=settings.data_of(stage.sample_format).skip_limit)
     )
     if dataset.get("held_out"):
+        assert stage.held_out is not None, "what holds captions out measures them"
         how, data = asdict(stage.held_out), dict(dataset, split="held_out")
         hooks.append(dict(type="HeldOutHook", data=data, precision=provenance["precision"], **how))
     return [
@@ -419,7 +421,8 @@ def model_config(
     # Whatever else the config says of the model goes to its class, which knows its arguments.
     model = {**config.model, "type": "ProxyLLM", "normalize": plan.own.normalize}
     if stage.sees_pictures:
-        model |= {"type": "DPALLaVAModel", "loss": plan.own.loss}
+        own = cast("PictureSettings", plan.own)
+        model |= {"type": "DPALLaVAModel", "loss": own.loss}
     for component in COMPONENTS:
         component.configure(model, plan)
     return model

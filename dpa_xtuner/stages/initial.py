@@ -24,7 +24,9 @@ def check_initial(run: Run) -> None:
             or belongs to another visual encoder or LLM.
     """
     settings = run.settings
-    folder = Path(settings.tune.init_projector)
+    given = settings.tune.init_projector
+    assert given is not None, "a run without one has none to check"
+    folder = Path(given)
     _refuse_no_projector(folder)
     record = record_of_loaded(folder, settings.llm_name_or_path)
     own = {component: component.facts(run) for component in PUBLISHED}
@@ -104,9 +106,9 @@ def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
     if not tuned:
         return f"it has no {ORIGIN} of a stage that tuned it ({began})"
     if tuned.get(KIND) == LLM:
-        both = [{k: v for k, v in one.items() if k not in (KIND, "shapes")}
-                for one in (tuned, record)]  # fmt: skip
-        if changes := differences(*both):
+        own, its = ({k: v for k, v in one.items() if k not in (KIND, "shapes")}
+                    for one in (tuned, record))  # fmt: skip
+        if changes := differences(own, its):
             listed = "; ".join(f"{key}: {a}, the projector's {b}" for key, a, b in changes[:3])
             return f"stage {tuned.get('stage')} of another run or step wrote it ({listed})"
     elif tuned.get("format") == LLM:

@@ -1,6 +1,7 @@
 """The train loop: XTuner's, which goes on where it stopped without loading what it has seen."""
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from mmengine.registry import LOOPS
 from mmengine.runner.loops import _InfiniteDataloaderIterator
@@ -27,8 +28,9 @@ def _after(dataloader: DataLoader, done: int) -> Iterator[dict | None]:
     for _ in range(done):  # the stock loop takes and drops these
         yield None
     epoch, batches = divmod(done, len(dataloader))
-    dataloader.sampler.set_epoch(epoch)
-    dataloader.sampler.start = batches * dataloader.batch_size
+    sampler: Any = dataloader.sampler  # such as our GroupedSampler
+    sampler.set_epoch(epoch)
+    sampler.start = batches * cast("int", dataloader.batch_size)
     iterator = _InfiniteDataloaderIterator(dataloader)
     iterator._epoch = epoch
     yield from iterator

@@ -84,6 +84,9 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             ``visual_encoder_lr``.
     """
 
+    base_lr: float | None
+    base_wd: float | None
+
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         options = {"bypass_duplicate": True, **(paramwise_cfg or {})}
         self.rates = {c.module: options.pop(c.rate, None) for c in COMPONENTS if c.rate is not None}

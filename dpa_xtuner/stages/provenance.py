@@ -10,7 +10,7 @@ from dpa_xtuner.model.components import COMPONENTS, PUBLISHED, own_rates
 from dpa_xtuner.stages.build import constructor_of
 from dpa_xtuner.stages.initial import lineage
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import differences
+from dpa_xtuner.stages.settings import Change, differences
 from dpa_xtuner.stages.table import Stage
 
 
@@ -67,7 +67,7 @@ def model_of(run: Run, stage: Stage) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def _of_stage(run: Run, stage: Stage, change: str) -> dict[str, Any]:
+def _of_stage(run: Run, stage: Stage, change: Change) -> dict[str, Any]:
     frozen = [component for component in COMPONENTS if component not in stage.trains]
     unused = {name for component in frozen for name in component.settings}
     return run.settings.of_stage(stage.name).changing(change, leave_out=unused)

@@ -22,7 +22,7 @@ from dpa_xtuner.families.template_check import check_template
 from dpa_xtuner.model.components import lora_targets
 from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import Encoder
-from dpa_xtuner.model.projectors import Projector, build_projector
+from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
@@ -101,7 +101,7 @@ class Run:
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
 
     @cached_property
-    def projector(self) -> torch.nn.Module:
+    def projector(self) -> ProjectorModule:
         """The projector without memory, on the meta device."""
         width = self.encoder_spec.hidden_size(self.encoder_config)
         with torch.device("meta"):
@@ -197,7 +197,7 @@ def check_models(run: Run, stages: list[Stage]) -> None:
     if family is not None and cfg.model.llm.type == family.llm:
         check_model_type(family, name, run.llm_config.model_type)
     template = settings.prompt_template
-    named = settings.family if template is None else "prompt_template"
+    named = str(settings.family) if template is None else "prompt_template"
     check_template(
         settings.template, run.tokenizer, template if isinstance(template, str) else named
     )
@@ -240,11 +240,11 @@ def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
     known = {*dir(config), *config.to_dict()}
     _check_keywords(side, how, _loader(side, how), PreTrainedModel, known)
     attention = how.get("attn_implementation")
-    known = ["eager", *ALL_ATTENTION_FUNCTIONS]
-    if attention is not None and attention not in known:
+    kinds = ["eager", *ALL_ATTENTION_FUNCTIONS]
+    if attention is not None and attention not in kinds:
         raise DPAError(
-            f"{side}.attn_implementation={attention!r}: expected one of {', '.join(known)}"
-            f"{nearest(str(attention), known)}."
+            f"{side}.attn_implementation={attention!r}: expected one of {', '.join(kinds)}"
+            f"{nearest(str(attention), kinds)}."
         )
 
 

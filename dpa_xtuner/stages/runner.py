@@ -1,6 +1,7 @@
 """The runners: MMEngine's, which train the next unfinished stage and then go on."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
@@ -26,8 +27,13 @@ from dpa_xtuner.stages.pipeline import (
 from dpa_xtuner.stages.state_file import StateFile, steps_done
 from dpa_xtuner.stages.stopping import guard, stopped_in_order
 
+if TYPE_CHECKING:  # it stands before one of MMEngine's runners, whose methods it calls
+    from mmengine.runner import Runner as _Mixed
+else:
+    _Mixed = object
 
-class _StageRunner:
+
+class _StageRunner(_Mixed):
     """What both runners add to MMEngine's."""
 
     @classmethod

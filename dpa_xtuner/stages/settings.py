@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest, refuse
@@ -48,7 +49,7 @@ def setting(
             must not.
         limits: pydantic's, such as ``gt=0``.
     """
-    extra = {"changes": changes, "sets": sets.split()}
+    extra: dict[str, Any] = {"changes": changes, "sets": sets.split()}
     return Field(default, description=about, json_schema_extra=extra, **limits)
 
 
@@ -342,7 +343,9 @@ class Settings(_Settings):
     def template(self) -> dict[str, Any]:
         """The chat template: the config's own, or the family's."""
         if self.prompt_template is None:
-            return dict(self.llm_family.template)
+            family = self.llm_family
+            assert family is not None, "from_config refuses a config with neither"
+            return dict(family.template)
         return resolve_template(self.prompt_template)
 
     def of_stage(self, name: str) -> StageSettings:
@@ -374,7 +377,7 @@ class Settings(_Settings):
     @model_validator(mode="before")
     @classmethod
     def _complete_losses(cls, given: dict) -> dict:
-        known = METHODS.get(given.get("method"))  # an unknown one is told of by its own field
+        known = METHODS.get(given.get("method", ""))  # an unknown one is told of by its own field
         scheme = known.loss if known else "uniform"
         completed = {
             name: {**given[name], "loss": _complete_loss(given[name].get("loss"), scheme)}
@@ -422,6 +425,7 @@ class Settings(_Settings):
         if settings is not None and not wrong:
             wrong = settings._conflicts(given)
         refuse(f"{cfg.filename} (or --cfg-options)", wrong)
+        assert settings is not None, "what is wrong with them was refused"
         return settings
 
     def _conflicts(self, cfg: dict) -> dict[str, str]:
@@ -452,7 +456,7 @@ class Settings(_Settings):
             where: what says that the LLM is quantised.
         """
         found = {}
-        if self.has_proxy and self.proxy.train_llm == "full":
+        if self.has_proxy and self.proxy is not None and self.proxy.train_llm == "full":
             found["proxy.train_llm"] = "'full' would train the LLM: set it to 'lora'"
         if self.tune.train_llm == "full":
             found["tune.train_llm"] = "'full' would train the LLM: set it to 'lora'"
@@ -487,7 +491,8 @@ _STAGES_OWN = (
 
 def owned_keys() -> dict[str, str]:
     """Keys of MMEngine's that the stages set themselves: the way out of each."""
-    owners = {Settings: "", **dict.fromkeys((LLMSettings, AlignSettings, TuneSettings), "<stage>.")}
+    owners: dict[type[BaseModel], str] = {Settings: ""}
+    owners |= dict.fromkeys((LLMSettings, AlignSettings, TuneSettings), "<stage>.")
     found: dict[str, dict[str, None]] = {}
     for owner, prefix in owners.items():
         for name, field in owner.model_fields.items():
@@ -556,9 +561,10 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _explain(problem: dict) -> tuple[str, str]:
+def _explain(problem: ErrorDetails) -> tuple[str, str]:
     """Where a problem is, and what it is."""
-    owner, path, unknown = Settings, [], None
+    owner: type[BaseModel] | None = Settings
+    path, unknown = [], None
     for part in problem["loc"]:
         fields = getattr(owner, "model_fields", {})
         if part in fields:

@@ -204,9 +204,9 @@ def _ruled(config: dict) -> Iterator[tuple[str, str]]:
         if 0 < len(lacking) < len(keys):
             given = next(key for key in keys if key not in lacking)
             yield given, f"it goes together with {', '.join(lacking)}, not set here"
-    clip = _at(config, "optim_wrapper.clip_grad") if config.get("strategy") else None
+    clip = (config.get("strategy") and _at(config, "optim_wrapper.clip_grad")) or {}
     usual = {"type": "norm", "norm_type": 2.0, "error_if_nonfinite": False, "foreach": None}
-    for key in usual.keys() & (clip or {}).keys():
+    for key in usual.keys() & clip.keys():
         if clip[key] != usual[key]:
             yield (
                 f"optim_wrapper.clip_grad.{key}",
@@ -278,7 +278,8 @@ class _Visit:
         """
         module = getattr(call, "__module__", "")
         if call is DataLoader:
-            self._try(path, lambda: DataLoader([0], sampler=[0], **given))
+            data: Any = [0]
+            self._try(path, lambda: DataLoader(data, sampler=data, **given))
         elif module.startswith("torch.optim"):
             weight = torch.zeros(1, requires_grad=True)
             self._try(path, lambda: call([weight], **given))

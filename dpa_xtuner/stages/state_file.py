@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_distributed
@@ -83,7 +84,10 @@ class StateFile:
                 yield
         except BaseException as error:
             stopped = isinstance(error, Stopped | KeyboardInterrupt)
-            end = {"status": "stopped" if stopped else "failed", "reason": _reason(error)}
+            end: dict[str, Any] = {
+                "status": "stopped" if stopped else "failed",
+                "reason": _reason(error),
+            }
             end["seconds"] = self.seconds()
             if steps is not None and (done := steps()):  # 0: it did not come to the first one
                 end["steps"] = done

@@ -121,8 +121,8 @@ def _leave_to_parent() -> None:
     _let()
 
 
-def _watch(reader: int, numbers: list[int], launchers: list[psutil.Process]) -> None:
-    number = None
+def _watch(reader: int, numbers: list[signal.Signals], launchers: list[psutil.Process]) -> None:
+    number: signal.Signals | None = None
     while number is None:
         if not all(map(_is_alive, launchers)):
             number, reason = signal.SIGTERM, _GONE
@@ -131,7 +131,7 @@ def _watch(reader: int, numbers: list[int], launchers: list[psutil.Process]) -> 
         elif select.select([reader], [], [], _POLL)[0]:
             sent = os.read(reader, 4096)
             number = next((each for each in numbers if each in sent), None)
-            reason = number and number.name
+            reason = number.name if number else ""
     # The system's own timer ends a process that can't run this thread any more.
     signal.alarm(_GRACE + 2)
     _say(reason)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.layout import STAGE_NAMES as STAGE_NAMES
 from dpa_xtuner.model.components import (
@@ -65,7 +66,7 @@ class Stage:
     """
 
     name: str
-    sample_format: str
+    sample_format: SampleFormat
     builds: tuple[str, ...]
     loads: dict[str, str]
     trains: tuple[str, ...]
@@ -128,11 +129,11 @@ class StagePlan:
 def stage_table(settings: Settings) -> dict[str, Stage]:
     """The rows of a run's stages, which depend on what trains its LLM in full or by LoRA."""
     if settings.tune.init_projector is not None:
-        given = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
+        given: dict[str, str] = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
         return {TUNE: _tune(settings, given)}
     stages = []
     proxy_writes: dict[str, str] = {}
-    if settings.has_proxy:
+    if settings.has_proxy and settings.proxy is not None:
         trains = (_trained(settings.proxy),)
         proxy_writes = _places(PROXY, trains)
         stages.append(
@@ -151,7 +152,8 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
                 ),
             )
         )
-    floor, earlier = (), {}
+    floor: tuple[str, ...] = ()
+    earlier: dict[str, str] = {}
     if settings.has_proxy:
         floor = ("floor",)
         meaning = "and the floor without: below it the picture is used"

@@ -199,7 +199,9 @@ def to_llama(weights: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tenso
     for name, weight in weights.items():
         if name.endswith("rotary_emb.inv_freq"):
             continue  # a buffer that older files hold; LLaMA computes it
-        layer, module, kind = _NAME.fullmatch(name).groups("")
+        match = _NAME.fullmatch(name)
+        assert match is not None, f"a weight without a module: {name}"
+        layer, module, kind = match.groups("")
         if module != "attention.wqkv":
             renamed[f"{layer}{_INTERNLM2_TO_LLAMA.get(module, module)}.{kind}"] = weight
             continue

@@ -1,5 +1,6 @@
 """What is to be known of a kind of visual encoder, with the answers of an ordinary ViT."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,9 @@ class VisionEncoder(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of its weights."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights."""
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Encode images (N, 3, H, W) of that dtype; only its spec reads what comes out."""
@@ -109,7 +113,7 @@ class VisionEncoderSpec:
             )
         return owner.config_class()
 
-    def build(self, config: PretrainedConfig) -> nn.Module:
+    def build(self, config: PretrainedConfig) -> Any:
         """Build the module of a configuration, with random weights."""
         return model_class({"type": self.model})(config)
 
@@ -150,7 +154,7 @@ class VisionEncoderSpec:
         _check_layer(self.layer, len(states), type(module).__name__)
         return states[self.layer]
 
-    def freeze_unread(self, module: nn.Module) -> None:
+    def freeze_unread(self, module: VisionEncoder) -> None:
         """Freeze parameters that the features don't depend on, such as layers behind theirs.
 
         They would get no gradient, at which DistributedDataParallel stops.
@@ -169,7 +173,7 @@ class VisionEncoderSpec:
 
     def save(
         self,
-        module: nn.Module,
+        module: Any,
         folder: Path,
         state: dict[str, Tensor] | None = None,
         processor: Any = None,

@@ -3,6 +3,7 @@
 from inspect import signature
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
 from dpa_xtuner.errors import DPAError, install, nearest
-from dpa_xtuner.model.encoders.base import SETTING, VisionEncoderSpec
+from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
 # Sizes for rehearsals, by backbone; others are rehearsed at their own size.
@@ -55,7 +56,7 @@ class MMPretrainConfig(PretrainedConfig):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.backbone = backbone
+        self.backbone: Any = backbone  # a dict, but in the empty one
         self.image_size = image_size
         self.image_mean = image_mean
         self.image_std = image_std
@@ -223,7 +224,7 @@ class MMPretrain(VisionEncoderSpec):
         """Count the places of the feature map."""
         return config.grid[0] * config.grid[1]
 
-    def hidden(self, module: nn.Module, pixel_values: Tensor) -> Tensor:
+    def hidden(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
         """Compute the feature map as tokens.
 
         Raises:

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from transformers import PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.encoders.base import SETTING, VisionEncoderSpec, build_encoder
+from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec, build_encoder
 from dpa_xtuner.registry import ENCODERS
 
 HALVES = ("first", "second")
@@ -46,8 +46,9 @@ class PairModel(nn.Module):
     """Two modules, and the pair's configuration."""
 
     config_class = PairConfig
+    name_or_path: str
 
-    def __init__(self, config: PairConfig, first: nn.Module, second: nn.Module):
+    def __init__(self, config: PairConfig, first: VisionEncoder, second: VisionEncoder):
         super().__init__()
         self.config, self.first, self.second = config, first, second
 
@@ -142,8 +143,10 @@ class Pair(VisionEncoderSpec):
                 f"The encoders of the pair give {counts[0]} and {counts[1]} tokens, and only "
                 f"square grids can be made equal. Change the image size of one."
             )
+        first, second = configs
         return PairConfig(
-            *configs,
+            first,
+            second,
             colours,
             hidden_size=sum(spec.hidden_size(config) for spec, config in halves),
             image_size=self.specs[0].image_size(configs[0]),
@@ -158,7 +161,9 @@ class Pair(VisionEncoderSpec):
         """Count the first's."""
         return self.specs[0].tokens(config.first)
 
-    def features(self, module: PairModel, pixel_values: Tensor) -> Tensor:
+    def features(  # type: ignore[override]  # a kind is given its own modules alone
+        self, module: PairModel, pixel_values: Tensor
+    ) -> Tensor:
         """See :meth:`VisionEncoderSpec.features`.
 
         Raises:
