@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -117,13 +117,17 @@ def read_adapter(folder: Path | str) -> Adapter:
     """Read a PEFT LoRA adapter folder.
 
     Raises:
-        DPAError: half of a layer's weights is missing, or the rank is not the one it says.
+        DPAError: it holds no LoRA weights, half of a layer's weights is missing, or the rank is
+            not the one it says.
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     state = load_file(folder / "adapter_model.safetensors")
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
-    return cast("Adapter", adapter_of(state, config["r"], config["lora_alpha"]))
+    adapter = adapter_of(state, config["r"], config["lora_alpha"])
+    if adapter is None:
+        raise DPAError(f"{folder} holds no LoRA weights: train the stage that writes it again.")
+    return adapter
 
 
 def adapter_of(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter | None:
