@@ -119,11 +119,9 @@ class DPADataset(Dataset):
         self.tiling = tokenize.tiling
         self._ends = np.cumsum([len(store) for store in self.stores])
         enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
+        self._refuse_empty_files()
         choice: dict[str, Any] = {"held_out": held_out, "split": split, "share": share}
         choice["weights"] = None if weights is None else list(weights)
-        for file, store in zip(self._files, self.stores, strict=True):
-            if not len(store):
-                raise DPAError(f"data file {file} has no usable sample: {store}.")
         positions = [store.arrays["positions"] for store in self.stores]
         self._rows = choose(positions, [store.records for store in self.stores], **choice)
         if not len(self._rows):
@@ -135,6 +133,11 @@ class DPADataset(Dataset):
             print_log(f"{split}: {self._describe_epoch()}", logger="current")
         chosen = hashlib.sha256(self._rows.tobytes() + self._lengths.tobytes()).hexdigest()
         self.encoding = tokenize.facts() | choice | {"chosen": chosen}
+
+    def _refuse_empty_files(self) -> None:
+        for file, store in zip(self._files, self.stores, strict=True):
+            if not len(store):
+                raise DPAError(f"data file {file} has no usable sample: {store}.")
 
     def __len__(self) -> int:
         """Number of samples."""
