@@ -12,10 +12,8 @@ from mmengine.dist import is_distributed
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import move_into_place, read_json, write_json
+from dpa_xtuner.layout import STATE_FILE as STATE
 from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
-
-STATE = "stage.json"
-"""A stage's state file: what it is trained from and whether it is finished."""
 
 _LONGEST_REASON = 200
 

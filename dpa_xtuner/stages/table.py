@@ -20,8 +20,6 @@ from dpa_xtuner.model.components import (
 from dpa_xtuner.stages.settings import LLMSettings, Settings, StageSettings
 
 PROXY, ALIGN, TUNE = STAGE_NAMES
-"""All stages in their order. A method without a proxy has the last two, a run that begins with a
-projector that is given (``tune.init_projector``) the last one."""
 
 
 @dataclass(frozen=True)
