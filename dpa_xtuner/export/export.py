@@ -16,9 +16,9 @@ from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import acquire_lock, whole_folder, write_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.artifacts import ORIGIN
+from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.stages.table import TUNE
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}

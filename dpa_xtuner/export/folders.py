@@ -16,15 +16,15 @@ from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.export.xtuner_chat import chat_command
-from dpa_xtuner.model.components import (
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.llm_folder import save_llm
+from dpa_xtuner.stages.artifacts import ORIGIN, trained_key
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
     VISUAL_ENCODER,
 )
-from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm_folder import save_llm
-from dpa_xtuner.stages.artifacts import ORIGIN, trained_key
 
 
 def write_xtuner(

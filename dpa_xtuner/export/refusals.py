@@ -6,9 +6,9 @@ from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
 
 FORMATS = ("hf", "xtuner", "parts", LLM)
 """hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:

@@ -6,10 +6,11 @@ from typing import Any
 
 from mmengine.config import Config
 
+from dpa_xtuner.engine.state_file import STATE, is_finished, read_state
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
 from dpa_xtuner.stages.pipeline import newest_checkpoint
 from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
@@ -19,7 +20,6 @@ from dpa_xtuner.stages.settings import (
     config_from_file,
     refuse_unused_options,
 )
-from dpa_xtuner.stages.state_file import STATE, is_finished, read_state
 from dpa_xtuner.stages.table import TUNE, Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.

@@ -10,7 +10,6 @@ from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import Objective, TokenLogProbs
-from dpa_xtuner.model.components import LLM, VISUAL_ENCODER, trained_state
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache
 from dpa_xtuner.model.encoders import build_encoder
@@ -18,6 +17,7 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
 from dpa_xtuner.model.projectors import build_projector, load_projector
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, trained_state
 
 
 @BUILDER.register_module()  # for xtuner convert

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dpa_xtuner.loss.head import LOGITS_AT_ONCE
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
 from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
 from dpa_xtuner.stages.run import fill_in_loaders
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage

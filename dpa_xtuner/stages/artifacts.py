@@ -10,7 +10,7 @@ from torch import nn
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.layout import PROVENANCE_FILE as ORIGIN
-from dpa_xtuner.model.components import Component
+from dpa_xtuner.stages.components import Component
 
 KIND = "part"
 """The record's key for the component that the folder holds."""

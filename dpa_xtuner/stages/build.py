@@ -16,9 +16,9 @@ from mmengine.registry import DATASETS, MODELS
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.declared import problems
+from dpa_xtuner.engine.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.errors import DPAError, refuse
-from dpa_xtuner.model.components import COMPONENTS, own_rates
-from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
+from dpa_xtuner.stages.components import COMPONENTS, own_rates
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
 from dpa_xtuner.stages.table import Stage, StagePlan, stage_table

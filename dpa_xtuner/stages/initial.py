@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256, read_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
+from dpa_xtuner.stages.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import differences
 

@@ -15,9 +15,9 @@ from mmengine.device import get_device
 from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
+from dpa_xtuner.engine.state_file import is_finished, read_state
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import acquire_lock
-from dpa_xtuner.model.components import PUBLISHED
 from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
 from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import refuse_foreign
@@ -28,11 +28,11 @@ from dpa_xtuner.stages.build import (
     usable_data,
     world_size,
 )
+from dpa_xtuner.stages.components import PUBLISHED
 from dpa_xtuner.stages.initial import check_initial, record_of_loaded
 from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings, refuse_unused_options
-from dpa_xtuner.stages.state_file import is_finished, read_state
 from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage
 
 _ANEW = "Use another --work-dir, or remove that folder to train the stage again."

@@ -6,8 +6,8 @@ from typing import Any
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.components import COMPONENTS, PUBLISHED, own_rates
 from dpa_xtuner.stages.build import constructor_of
+from dpa_xtuner.stages.components import COMPONENTS, PUBLISHED, own_rates
 from dpa_xtuner.stages.initial import lineage
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Change, differences

@@ -19,11 +19,11 @@ from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.families.template_check import check_template
-from dpa_xtuner.model.components import lora_targets
 from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import lora_targets
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.layout import STAGE_NAMES as STAGE_NAMES
-from dpa_xtuner.model.components import (
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
@@ -45,7 +45,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table, in components (:data:`dpa_xtuner.model.components.COMPONENTS`).
+    """A row of the table, in components (:data:`dpa_xtuner.stages.components.COMPONENTS`).
 
     Attributes:
         name: one of :data:`STAGE_NAMES`, and the stage's folder below the work dir.

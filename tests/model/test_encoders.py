@@ -18,8 +18,8 @@ from transformers import (
 )
 from xtuner.registry import BUILDER
 
-from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model import DPALLaVAModel
 from dpa_xtuner.model.configs import NotFound
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.model.components import PROJECTOR
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.projectors import (
     Projector,
     build_projector,
@@ -20,6 +19,7 @@ from dpa_xtuner.model.projectors import (
 )
 from dpa_xtuner.registry import PROJECTORS
 from dpa_xtuner.stages.artifacts import read_origin, save_component
+from dpa_xtuner.stages.components import PROJECTOR
 
 C, H = 6, 8
 KINDS = [

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from safetensors.torch import load_file
 from support import harness
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.stages import Settings
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from support import harness
 from transformers import LlamaForCausalLM
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.stages import Settings
 
 IN_4_BIT = {"model.llm.quantization_config": {"type": "transformers.BitsAndBytesConfig",

@@ -13,7 +13,7 @@ from support import harness
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
 from dpa_xtuner.stages import Settings, stage_table

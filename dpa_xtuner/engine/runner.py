@@ -11,6 +11,8 @@ from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
 
 from dpa_xtuner import compat
+from dpa_xtuner.engine.state_file import StateFile, steps_done
+from dpa_xtuner.engine.stopping import guard, stopped_in_order
 from dpa_xtuner.errors import DPAError, cli_errors
 from dpa_xtuner.files import move_into_place
 from dpa_xtuner.planning.rehearsal import users_files_named
@@ -24,8 +26,6 @@ from dpa_xtuner.stages.pipeline import (
     run_next,
     summary,
 )
-from dpa_xtuner.stages.state_file import StateFile, steps_done
-from dpa_xtuner.stages.stopping import guard, stopped_in_order
 
 if TYPE_CHECKING:  # it stands before one of MMEngine's runners, whose methods it calls
     from mmengine.runner import Runner as _Mixed

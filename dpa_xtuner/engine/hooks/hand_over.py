@@ -7,9 +7,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
+from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.state_file import read_state, steps_done
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.hooks.unwrap import unwrap
-from dpa_xtuner.model.components import (
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_component, trained_key
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
@@ -18,12 +22,8 @@ from dpa_xtuner.model.components import (
     count_parameters,
     find_component,
 )
-from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_component, trained_key
 from dpa_xtuner.stages.initial import record_of_loaded
 from dpa_xtuner.stages.pipeline import run_facts
-from dpa_xtuner.stages.state_file import read_state, steps_done
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])

@@ -10,10 +10,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import is_distributed
 
+from dpa_xtuner.engine.stopping import Stopped, stopped_in_order
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import move_into_place, read_json, write_json
 from dpa_xtuner.layout import STATE_FILE as STATE
-from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
 
 _LONGEST_REASON = 200
 

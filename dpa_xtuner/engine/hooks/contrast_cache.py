@@ -13,14 +13,14 @@ from mmengine.registry import HOOKS
 from tqdm import tqdm
 
 from dpa_xtuner.data import DPADataset, collate
+from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder
-from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import supervised_mask
-from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import LLM
 
 if TYPE_CHECKING:
     from dpa_xtuner.model import DPALLaVAModel
