@@ -30,7 +30,8 @@ LENGTH = 2048
 def stage_models(cfg: Config) -> dict:
     """Size the model of each stage: a :class:`dpa_xtuner.planning.memory.StageModel` by name."""
     from dpa_xtuner.planning.memory import StageModel
-    from dpa_xtuner.stages import Settings, stage_table
+    from dpa_xtuner.stages.settings import Settings
+    from dpa_xtuner.stages.table import stage_table
 
     settings = Settings.from_config(cfg)
     table = stage_table(settings)

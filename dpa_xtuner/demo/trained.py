@@ -20,7 +20,7 @@ from dpa_xtuner.demo.report import Parts
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import write_text
 from dpa_xtuner.precision import choose_precision
-from dpa_xtuner.stages.pipeline import read_state
+from dpa_xtuner.stages.artifacts import read_state
 
 
 def print_report(root: Path, work_dir: Path) -> None:

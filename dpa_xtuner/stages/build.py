@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from mmengine.config import Config
@@ -16,12 +15,11 @@ from mmengine.registry import DATASETS, MODELS
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.declared import problems
-from dpa_xtuner.engine.optim import DPAOptimWrapperConstructor
 from dpa_xtuner.errors import DPAError, refuse
-from dpa_xtuner.stages.components import COMPONENTS, own_rates
+from dpa_xtuner.stages.components import COMPONENTS, ModelPlan, own_rates
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
-from dpa_xtuner.stages.table import Stage, StagePlan, stage_table
+from dpa_xtuner.stages.table import Stage, stage_table
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -206,7 +204,7 @@ def _outline(run: Run, stage: Stage) -> Config:
     """What is known of a stage's config without reading its data."""
     config = _without_settings(run.cfg)
     config.work_dir = str(run.work_dir / stage.name)
-    config.model = model_config(config, run.settings, stage, run.work_dir, run.deepspeed)
+    config.model = model_config(run, stage)
     config.train_dataloader.update(dataset=dataset_config(run, stage))
     config.custom_hooks = config.get("custom_hooks") or []
     own = run.settings.of_stage(stage.name)
@@ -326,7 +324,7 @@ def constructor_of(wrapper: dict, rates: dict[str, float]) -> str | None:
     """
     decays = wrapper["optimizer"].get("weight_decay") != 0
     differ = rates or decays or wrapper.get("paramwise_cfg")
-    return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
+    return wrapper.get("constructor") or ("DPAOptimWrapperConstructor" if differ else None)
 
 
 def _hooks(
@@ -405,24 +403,27 @@ def dataset_config(run: Run, stage: Stage) -> dict:
     return dataset | run.tiles if sees else dataset
 
 
-def model_config(
-    config: Config, settings: Settings, stage: Stage, base: Path, deepspeed: bool
-) -> dict:
+def model_config(run: Run, stage: Stage) -> dict:
     """The config of a stage's model.
 
     Args:
-        config: filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
-        settings: the method's.
+        run: the run.
         stage: the row of the stage table.
-        base: the work dir, in which the components of earlier stages are.
-        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
     """
-    plan = StagePlan(config, settings, stage, base, deepspeed)
+    own = run.settings.of_stage(stage.name)
     # Whatever else the config says of the model goes to its class, which knows its arguments.
-    model = {**config.model, "type": "ProxyLLM", "normalize": plan.own.normalize}
-    if stage.sees_pictures:
-        own = cast("PictureSettings", plan.own)
+    model = {**run.cfg.model.to_dict(), "type": "ProxyLLM", "normalize": own.normalize}
+    if isinstance(own, PictureSettings):
         model |= {"type": "DPALLaVAModel", "loss": own.loss}
+    plan = ModelPlan(
+        cfg=run.cfg,
+        settings=run.settings,
+        stage=stage.name,
+        builds=stage.builds,
+        loads={name: str(run.work_dir / folder) for name, folder in stage.loads.items()},
+        trains=stage.trains,
+        deepspeed=run.deepspeed,
+    )
     for component in COMPONENTS:
         component.configure(model, plan)
     return model

@@ -3,14 +3,21 @@
 from pathlib import Path
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import file_sha256, read_json
+from dpa_xtuner.files import file_sha256
+from dpa_xtuner.layout import PROVENANCE_FILE
 from dpa_xtuner.model.projectors import read_projector
-from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
+from dpa_xtuner.stages.artifacts import (
+    KIND,
+    read_origin,
+    read_provenance,
+    refuse_foreign,
+    trained_key,
+)
 from dpa_xtuner.stages.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import differences
 
-_FILES = (ORIGIN, "config.json", "model.safetensors")
+_FILES = (PROVENANCE_FILE, "config.json", "model.safetensors")
 
 
 def check_initial(run: Run) -> None:
@@ -29,7 +36,7 @@ def check_initial(run: Run) -> None:
     folder = Path(given)
     _refuse_no_projector(folder)
     record = record_of_loaded(folder, settings.llm_name_or_path)
-    own = {component: component.facts(run) for component in PUBLISHED}
+    own = {component: run.facts(component) for component in PUBLISHED}
     refuse_foreign(folder, record, own, "architecture")
     now = {
         "encoder": settings.encoder,
@@ -56,7 +63,7 @@ def _refuse_no_projector(folder: Path) -> None:
         raise DPAError(f"{where} {what}. {advice}")
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise DPAError(f"{where} has no {', '.join(missing)}. {advice}")
-    holds = read_json(folder / ORIGIN, advice).get(KIND)
+    holds = read_provenance(folder, advice).get(KIND)
     if holds != PROJECTOR:
         raise DPAError(f"{where} holds {holds or 'an export'}, not a projector. {advice}")
 
@@ -97,14 +104,14 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
 
 
 def _record_of_llm(llm: str) -> dict:
-    return read_json(Path(llm) / ORIGIN, "Restore it, or write the LLM again.")
+    return read_provenance(Path(llm), "Restore it, or write the LLM again.")
 
 
 def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
     """Why an LLM is not the one that a projector was tuned with; nothing where it is."""
     began = f"the projector's began as {record[LLM]['name']}"
     if not tuned:
-        return f"it has no {ORIGIN} of a stage that tuned it ({began})"
+        return f"it has no {PROVENANCE_FILE} of a stage that tuned it ({began})"
     if tuned.get(KIND) == LLM:
         own, its = ({k: v for k, v in one.items() if k not in (KIND, "shapes")}
                     for one in (tuned, record))  # fmt: skip
@@ -121,8 +128,9 @@ def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
         return f"it holds {what}, not an LLM"
     if trained_key(LLM) not in tuned:
         return (
-            f"its {ORIGIN} does not say which weights were trained, as it is of an older version; "
-            f"write it again with python tools/export.py {record['config']} --format llm -o FOLDER"
+            f"its {PROVENANCE_FILE} is of an older version and does not say which weights were "
+            f"trained; write it again with python tools/export.py {record['config']} --format llm "
+            f"-o FOLDER"
         )
     return ""
 

@@ -41,7 +41,7 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
     }
     for component in PUBLISHED:
         if component in stage.builds:
-            found[component] = component.facts(run)
+            found[component] = run.facts(component)
     if (given := getattr(own, "init_projector", None)) is not None:
         found["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
     model = model_of(run, stage)

@@ -19,11 +19,11 @@ from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.families.template_check import check_template
-from dpa_xtuner.model.configs import read_config
+from dpa_xtuner.model.configs import architecture, read_config
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.components import lora_targets
+from dpa_xtuner.stages.components import LLM, Published, lora_targets
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 
@@ -99,6 +99,23 @@ class Run:
             DPAError: neither a folder nor the hub has it, or it is another kind's.
         """
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
+
+    def config_of(self, component: Published) -> PretrainedConfig:
+        """The published configuration of the LLM or of the visual encoder.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return self.llm_config if component == LLM else self.encoder_config
+
+    def facts(self, component: Published) -> dict[str, Any]:
+        """Name and architecture of a published model, as records have them.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        found = architecture(self.config_of(component))
+        return {"name": component.name(self.settings), "architecture": found}
 
     @cached_property
     def projector(self) -> ProjectorModule:

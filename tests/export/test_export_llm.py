@@ -31,7 +31,7 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     cfg, row = run.cfg, run.stages["tune"]
     check_models(run, [row])
     check_initial(run)
-    model = MODELS.build(model_config(cfg, settings, row, made.folder / "next", False))
+    model = MODELS.build(model_config(run, row))
     return runs.Run(made.folder, made.config, settings, cfg, model, "tune")
 
 

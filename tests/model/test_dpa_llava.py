@@ -20,7 +20,7 @@ from dpa_xtuner.data import collate
 from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import head as head_module
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder

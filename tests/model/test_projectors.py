@@ -122,7 +122,7 @@ def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     save_component(
         SimpleNamespace(projector=written), PROJECTOR, tmp_path / "p", {"stage": "align"}
     )
-    assert read_origin(tmp_path / "p")["part"] == "projector"
+    assert read_origin(tmp_path / "p")["component"] == "projector"
     read = build_projector(cfg, C, H)
     load_projector(read, str(tmp_path / "p"))
     pairs = zip(written.state_dict().items(), read.state_dict().items(), strict=True)

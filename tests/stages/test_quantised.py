@@ -10,7 +10,7 @@ from support import harness
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages import Settings
+from dpa_xtuner.stages.settings import Settings
 
 IN_4_BIT = {"model.llm.quantization_config": {"type": "transformers.BitsAndBytesConfig",
                                               "load_in_4bit": True}}  # fmt: skip

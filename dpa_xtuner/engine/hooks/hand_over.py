@@ -8,17 +8,22 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from dpa_xtuner.engine.hooks.unwrap import unwrap
-from dpa_xtuner.engine.state_file import read_state, steps_done
+from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_component, trained_key
+from dpa_xtuner.stages.artifacts import (
+    read_origin,
+    read_state,
+    refuse_foreign,
+    save_component,
+    trained_key,
+)
 from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
     PUBLISHED,
-    Component,
     count_parameters,
     find_component,
 )
@@ -56,7 +61,8 @@ class HandOverHook(Hook):
         samples: str,
     ):
         self.stage, self.stages = stage, stages
-        self.loads, self.writes = _by_component(loads), _by_component(writes)
+        self.loads: dict[str, str] = dict(loads)
+        self.writes = {find_component(name): folder for name, folder in writes.items()}
         self.guards = [find_component(name) for name in guards]
         self.origin, self.samples = origin, samples
         self.precision = Precision(origin["precision"])
@@ -158,7 +164,3 @@ class HandOverHook(Hook):
             target = f" -> {self.writes[component]}" if component in self.writes else ""
             rows.append(f"  {component:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")
         return "\n".join(rows)
-
-
-def _by_component(folders: dict[str, str]) -> dict[Component, str]:
-    return {find_component(name): folder for name, folder in folders.items()}
