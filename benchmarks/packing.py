@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import dpa_xtuner.plugin  # noqa: F401  # before what imports peft
 from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
 from dpa_xtuner.families.base import LLAMA_LAYERS
 from dpa_xtuner.model.llm import add_lora, base_model, decode
