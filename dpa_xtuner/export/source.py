@@ -12,7 +12,8 @@ from dpa_xtuner.layout import STATE_FILE, TUNE
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
-from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.inputs import input_hashes
+from dpa_xtuner.stages.provenance import model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import (
     Settings,

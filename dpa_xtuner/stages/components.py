@@ -18,7 +18,7 @@ from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
-from dpa_xtuner.stages.settings import Settings, StageSettings
+from dpa_xtuner.stages.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -278,18 +278,6 @@ def lora_targets(cfg: Config, settings: Settings) -> list[str] | None:
     if family is None or cfg.model[LLM].type != family.llm:
         return None
     return list(family.lora_targets)
-
-
-def own_rates(own: StageSettings, trains: tuple[str, ...]) -> dict[str, float]:
-    """The learning rates of a stage's own components, by the setting's name.
-
-    Args:
-        own: settings of the stage.
-        trains: the components that it trains.
-    """
-    names = [c.rate for c in COMPONENTS if c.rate is not None and c in trains]
-    given = {name: getattr(own, name, None) for name in names}
-    return {name: rate for name, rate in given.items() if rate is not None}
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

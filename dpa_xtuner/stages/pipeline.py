@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.layout import STAGE_NAMES
 from dpa_xtuner.precision import Precision, choose_precision
-from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state, refuse_foreign
+from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.build import (
     check_ahead,
     global_rank,
@@ -18,8 +18,7 @@ from dpa_xtuner.stages.build import (
     usable_data,
     world_size,
 )
-from dpa_xtuner.stages.components import PUBLISHED
-from dpa_xtuner.stages.initial import check_initial, record_of_loaded
+from dpa_xtuner.stages.inputs import check_inputs
 from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings, read_settings
@@ -50,33 +49,27 @@ def next_stage(cfg: Config) -> Config | None:
     _log(run, f"Precision {run.precision.name}: {run.precision.reason}")
     stages = _wanted(run)
     check_ahead(run, stages)
-    if settings.tune.init_projector is not None:
-        check_initial(run)
     for number, stage in enumerate(stages, 1):
-        folder = run.work_dir / stage.name
-        _need_inputs(stage, run.work_dir)
-        provenance = provenance_of(run, stage)
-        _refuse_foreign_inputs(run, stage, provenance)
-        if not is_finished(folder):
-            config = stage_config(run, stage, provenance)
-            _resume(config, run, stage, provenance)
-            _check_later_data(run, stages[number:])
-            return config
-        refuse_changed(folder, read_state(folder)["origin"], provenance, _ANEW)
-        _log(run, f"Stage {stage.name} is finished")
+        check_inputs(run, stage)
+        folder, provenance = run.work_dir / stage.name, provenance_of(run, stage)
+        state = read_state(folder)
+        finished = state.get("status") == "finished"
+        checkpoint = None if finished else _checkpoint(run, stage)
+        if finished or checkpoint:
+            refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
+        if finished:
+            _log(run, f"Stage {stage.name} is finished")
+            continue
+        config = stage_config(run, stage, provenance)
+        _resume(config, checkpoint, state)
+        _check_later_data(run, stages[number:])
+        return config
     return None
 
 
 def _log(run: Run, text: str) -> None:
     if global_rank(run.cfg.launcher) == 0:
         print_log(text, "current")
-
-
-def _refuse_foreign_inputs(run: Run, stage: Stage, provenance: dict) -> None:
-    own = {side: provenance[side] for side in PUBLISHED if side in provenance}
-    for folder in stage.loads.values():
-        record = record_of_loaded(run.work_dir / folder, run.settings.llm_name_or_path)
-        refuse_foreign(run.work_dir / folder, record, own, "architecture")
 
 
 def run_precision(base: Path, settings: Settings) -> Precision:
@@ -138,36 +131,30 @@ def _wanted(run: Run) -> list[Stage]:
     return [find_stage(run.settings, only, "DPA_STAGE=")]
 
 
-def _need_inputs(stage: Stage, work_dir: Path) -> None:
-    for component, folder in stage.loads.items():
-        if Path(folder).is_absolute():  # given by the config: check_initial has seen it
-            continue
-        writer = folder.split("/")[0]
-        finished = is_finished(work_dir / writer)
-        if not finished or not (work_dir / folder).is_dir():
-            what = "does not exist" if finished else "is not finished"
-            raise DPAError(
-                f"Stage {stage.name} starts from the {component} of stage {writer}, but "
-                f"{work_dir / folder} {what}. Run DPA_STAGE={writer} first, or all stages without "
-                f"DPA_STAGE."
-            )
-
-
-def _resume(config: Config, run: Run, stage: Stage, provenance: dict) -> None:
-    """Set a stage's config to go on from its newest checkpoint, if there is one that fits."""
-    folder, cfg = Path(config.work_dir), run.cfg
+def _checkpoint(run: Run, stage: Stage) -> str | None:
+    """The checkpoint that a stage resumes from: the one that ``--resume`` names, or the newest."""
+    folder, cfg = run.work_dir / stage.name, run.cfg
     asked = cfg.get("load_from") if cfg.get("resume") else None
     if asked is not None and Path(asked).resolve().parent != folder.resolve():
         raise DPAError(
             f"--resume {asked} is not a checkpoint of stage {stage.name}, which comes next; "
             f"its checkpoints are in {folder}."
         )
-    checkpoint = asked or newest_checkpoint(folder)
+    return asked or newest_checkpoint(folder)
+
+
+def _resume(config: Config, checkpoint: str | None, state: dict) -> None:
+    """Set a stage's config to go on from a checkpoint, if there is one; refuse one of another run.
+
+    Args:
+        config: the stage's; changed in place.
+        checkpoint: what to go on from.
+        state: what the stage's state file says.
+    """
     config.resume, config.load_from = checkpoint is not None, checkpoint
     if checkpoint is None:
         return
-    state, facts = read_state(folder), run_facts(config)
-    refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
+    folder, facts = Path(config.work_dir), run_facts(config)
     if (before := state.get("run", {})) != facts:
         raise DPAError(
             f"{checkpoint} was written by a run with {before}, this one has {facts}: its optimizer "
@@ -175,10 +162,10 @@ def _resume(config: Config, run: Run, stage: Stage, provenance: dict) -> None:
         )
     if state.get("samples") != samples_of(config):
         raise DPAError(
-            f"The data files and settings of stage {stage.name} are those that {checkpoint} was "
+            f"The data files and settings of stage {folder.name} are those that {checkpoint} was "
             f"trained on, and yet they give other samples: the tokenizer has changed, or images "
             f"that could not be read when the data was tokenised can be read by now (with "
             f"max_tiles above 1, an image's size decides its tokens). Remove {folder} to train the "
             f"stage again; to go on, put back what was there and give an empty DPA_CACHE."
         )
-    print_log(f"Stage {stage.name} goes on from {checkpoint}", "current")
+    print_log(f"Stage {folder.name} goes on from {checkpoint}", "current")

@@ -27,7 +27,7 @@ from dpa_xtuner.stages.components import (
     count_parameters,
     find_component,
 )
-from dpa_xtuner.stages.initial import record_of_loaded
+from dpa_xtuner.stages.inputs import record_of_loaded
 from dpa_xtuner.stages.pipeline import run_facts
 
 

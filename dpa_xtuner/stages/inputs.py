@@ -1,4 +1,4 @@
-"""A further round of tuning: a projector that the config gives, and the LLM that belongs to it."""
+"""What a stage begins with: what earlier stages wrote, or a projector that the config gives."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from dpa_xtuner.layout import PROVENANCE_FILE
 from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import (
     KIND,
+    is_finished,
     read_origin,
     read_provenance,
     refuse_foreign,
@@ -16,30 +17,48 @@ from dpa_xtuner.stages.artifacts import (
 from dpa_xtuner.stages.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import differences
+from dpa_xtuner.stages.table import Stage
 
 _FILES = (PROVENANCE_FILE, "config.json", "model.safetensors")
 
 
-def check_initial(run: Run) -> None:
-    """Refuse a ``tune.init_projector`` that does not fit the run, before anything is loaded.
+def check_inputs(run: Run, stage: Stage) -> None:
+    """Refuse what a stage would begin with if it is missing, or belongs to other models.
 
     Args:
         run: the run.
+        stage: the row of the stage table.
 
     Raises:
-        DPAError: it is missing, is no projector that a stage wrote, is of another kind or size,
-            or belongs to another visual encoder or LLM.
+        DPAError: an earlier stage has not written it, ``tune.init_projector`` is no projector that
+            a stage wrote, or it was made for another visual encoder, LLM or projector.
     """
-    settings = run.settings
-    given = settings.tune.init_projector
-    assert given is not None, "a run without one has none to check"
-    folder = Path(given)
-    _refuse_no_projector(folder)
-    record = record_of_loaded(folder, settings.llm_name_or_path)
-    own = {component: run.facts(component) for component in PUBLISHED}
-    refuse_foreign(folder, record, own, "architecture")
+    own = {component: run.facts(component) for component in PUBLISHED if component in stage.builds}
+    for component, place in stage.loads.items():
+        folder, given = run.work_dir / place, Path(place).is_absolute()
+        if given:  # by tune.init_projector
+            _refuse_no_projector(folder)
+        else:
+            _refuse_unfinished(stage, component, folder)
+        record = record_of_loaded(folder, run.settings.llm_name_or_path)
+        refuse_foreign(folder, record, own, "architecture")
+        if given:
+            _refuse_other_kind(run, folder, record)
+
+
+def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
+    writer, finished = folder.parent.name, is_finished(folder.parent)
+    if not finished or not folder.is_dir():
+        what = "does not exist" if finished else "is not finished"
+        raise DPAError(
+            f"Stage {stage.name} starts from the {component} of stage {writer}, but {folder} "
+            f"{what}. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+        )
+
+
+def _refuse_other_kind(run: Run, folder: Path, record: dict) -> None:
     now = {
-        "encoder": settings.encoder,
+        "encoder": run.settings.encoder,
         "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     before = {key: record.get(key.removeprefix("model.")) for key in now}
@@ -146,4 +165,13 @@ def lineage(folder: Path, llm: str) -> dict:
     return {
         PROJECTOR: {key: value for key, value in projector.items() if key != "shapes"},
         LLM: {key: tuned[key] for key in (trained_key(LLM), "weights") if key in tuned},
+    }
+
+
+def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
+    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
+    return {
+        f"{component}/{file.name}": file_sha256(file)
+        for component, folder in stage.loads.items()
+        for file in sorted((work_dir / folder).glob("*.safetensors"))
     }
