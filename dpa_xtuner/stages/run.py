@@ -23,7 +23,7 @@ from dpa_xtuner.model.configs import architecture, read_config
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.components import LLM, Published, lora_targets
+from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published, lora_targets
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 
@@ -187,7 +187,7 @@ def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Co
     cfg.model.llm = {**loader, **cfg.model.llm, **place, **dtype}
     cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **place}
     cfg.model.visual_encoder = {
-        **spec.loader(encoder), **cfg.model.get("visual_encoder", {}), **dtype
+        **spec.loader(encoder), **cfg.model.get(VISUAL_ENCODER, {}), **dtype
     }  # fmt: skip
     if cfg.model.llm.get("quantization_config", {}).get("load_in_4bit"):
         cfg.model.llm.quantization_config.setdefault("bnb_4bit_compute_dtype", str(precision.dtype))

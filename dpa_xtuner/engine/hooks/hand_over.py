@@ -10,6 +10,7 @@ from torch import nn
 from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.layout import ALIGN
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import (
@@ -146,7 +147,7 @@ class HandOverHook(Hook):
         if "initialised_from" in self.origin:
             return f"given {weights}, and the {PROJECTOR} {self.loads[PROJECTOR]}"
         from_proxy = self.loads.keys() & {LLM, LLM_ADAPTER}
-        return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in align"
+        return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in {ALIGN}"
 
     def _table(self, model: nn.Module) -> str:
         number = self.stages.index(self.stage) + 1
