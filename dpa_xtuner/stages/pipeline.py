@@ -25,7 +25,7 @@ from dpa_xtuner.stages.settings import Settings, read_settings
 from dpa_xtuner.stages.table import Stage, find_stage
 
 _ANEW = "Use another --work-dir, or remove that folder to train the stage again."
-DATA_CHECKED = "DPADATA_CHECKED"
+DATA_CHECKED = "DPA_DATA_CHECKED"
 """Names, for the next stage's process, the work dir whose stages' data was all looked at."""
 
 
