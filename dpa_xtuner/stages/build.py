@@ -416,6 +416,7 @@ def model_config(run: Run, stage: Stage) -> dict:
         builds=stage.builds,
         loads={name: str(run.work_dir / folder) for name, folder in stage.loads.items()},
         trains=stage.trains,
+        lora_targets=run.lora_targets,
         deepspeed=run.deepspeed,
     )
     for component in COMPONENTS:

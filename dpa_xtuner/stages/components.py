@@ -32,6 +32,7 @@ class ModelPlan:
         builds: components that the model has.
         loads: component -> folder that it is loaded from.
         trains: components that get gradients.
+        lora_targets: the layers that LoRA adapts; None for every linear layer but the head.
         deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
     """
 
@@ -41,6 +42,7 @@ class ModelPlan:
     builds: tuple[str, ...]
     loads: dict[str, str]
     trains: tuple[str, ...]
+    lora_targets: list[str] | None
     deepspeed: bool
 
     @property
@@ -173,7 +175,7 @@ class _LLMAdapter(Component):
                 )
             lora = dict(
                 type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.model_dump(),
-                target_modules=lora_targets(plan.cfg, plan.settings),
+                target_modules=plan.lora_targets,
             )  # fmt: skip
         model[key] = lora
 
@@ -270,14 +272,6 @@ def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:
         if any(sizes):
             counts[component] = sizes[0], sizes[1]
     return counts
-
-
-def lora_targets(cfg: Config, settings: Settings) -> list[str] | None:
-    """The family's, where its loader is used; None for every linear layer but the head."""
-    family = settings.llm_family
-    if family is None or cfg.model[LLM].type != family.llm:
-        return None
-    return list(family.lora_targets)
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from dpa_xtuner.model.configs import architecture, read_config
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published, lora_targets
+from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 
@@ -156,8 +156,14 @@ class Run:
 
     @property
     def lora_targets(self) -> list[str] | None:
-        """The layers that LoRA adapts; None for every linear layer but the head."""
-        return lora_targets(self.cfg, self.settings)
+        """The layers that LoRA adapts; None for every linear layer but the head.
+
+        They are the family's, where its loader is used.
+        """
+        family = self.settings.llm_family
+        if family is None or self.cfg.model[LLM].type != family.llm:
+            return None
+        return list(family.lora_targets)
 
 
 def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Config:
