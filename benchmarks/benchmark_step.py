@@ -37,7 +37,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data import collate
 from dpa_xtuner.loss import token_log_probs
-from dpa_xtuner.loss.head import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
+from dpa_xtuner.loss.head import LOGITS_AT_ONCE_ON_CPU, ChunkedHead
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.tables import markdown
 
@@ -146,7 +146,7 @@ class PlainCMO(LLaVAModel):
         return {"loss": loss}
 
 
-class _ComputedAgain(_ChunkedHead):
+class _ComputedAgain(ChunkedHead):
     # The package's head as if it trained: it keeps the hidden states, not their gradient, and
     # forms the logits again in the backward pass. Only the hidden states' gradient is asked for.
     @staticmethod
@@ -159,7 +159,7 @@ class _ComputedAgain(_ChunkedHead):
             save_for_backward=keep,
             mark_non_differentiable=ctx.mark_non_differentiable,
         )
-        outputs = _ChunkedHead.forward(shim, *args)
+        outputs = ChunkedHead.forward(shim, *args)
         ctx.formed, ctx.softcap, ctx.rows = shim.formed, shim.softcap, shim.rows
         ctx.dtype = shim.dtype
         return outputs

@@ -7,7 +7,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# Older configs name the package itself in custom_imports, which XTuner's commands read. Processes
-# without XTuner, such as OpenCompass's, are spared the seconds that its import takes.
+# Older configs name the package itself in custom_imports; XTuner's commands import it. Processes
+# without XTuner, such as OpenCompass's, save the seconds that importing XTuner takes.
 if "xtuner" in sys.modules:
     from dpa_xtuner import plugin as plugin

@@ -1,4 +1,4 @@
-"""What a callable declares of its arguments: which there are, and of what types."""
+"""Checks keyword arguments against the signatures of callables."""
 
 import inspect
 import types
@@ -11,11 +11,11 @@ from dpa_xtuner.errors import nearest
 
 
 def parameters(*calls: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters by name, and whether any other keyword is taken too.
+    """Collect the parameters by name, and whether any other keyword is accepted too.
 
     Args:
-        calls: each hands the keywords that it does not know on to the next. A class that passes
-            ``**kwargs`` on has its parents' parameters as well.
+        calls: each passes the keywords that it does not know on to the next. A class that takes
+            ``**kwargs`` has its parents' parameters as well.
     """
     found: dict[str, inspect.Parameter] = {}
     for each in _functions(calls):
@@ -39,7 +39,7 @@ def _functions(calls: Iterable[Callable]) -> list[Callable]:
 
 
 def _constructors(kind: type) -> list[Callable]:
-    return [c.__init__ for c in kind.__mro__[:-1]]  # type: ignore[misc]  # to be read, not called
+    return [c.__init__ for c in kind.__mro__[:-1]]  # type: ignore[misc]  # read, not called
 
 
 def _resolved(annotation: Any, call: Callable) -> Any:
@@ -47,14 +47,14 @@ def _resolved(annotation: Any, call: Callable) -> Any:
         return annotation
     try:
         return eval(annotation, getattr(inspect.unwrap(call), "__globals__", {}))
-    except Exception:  # a name that is there for type checkers alone
+    except Exception:  # a name that only type checkers import
         return inspect.Parameter.empty
 
 
 def taken(*calls: Callable) -> set[str]:
-    """Names that callables take, those that they look up in their ``**kwargs`` included.
+    """Collect the names that callables take, also those they look up in their ``**kwargs``.
 
-    Such a lookup, ``kwargs.pop("revision")``, names its key as a constant of the code.
+    The key of such a lookup, ``kwargs.pop("revision")``, is a constant of the code.
     """
     names = set(parameters(*calls)[0])
     for each in _functions(calls):
@@ -72,14 +72,14 @@ def problems(
     positional: int = 0,
     whole: bool = False,
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with keyword arguments: each key, and what to say of it.
+    """Find what is wrong with keyword arguments: yields each key and a message.
 
     Args:
-        calls: what they are for, as of :func:`parameters`.
+        calls: what takes them, as in :func:`parameters`.
         keywords: names and values.
-        others: names that are taken elsewhere, whatever their values.
-        positional: how many of the first parameters are not the user's.
-        whole: whether all that have no default have to be there.
+        others: names that are accepted elsewhere, whatever their values.
+        positional: number of first parameters that the user does not give.
+        whole: whether parameters without a default must be given.
     """
     known, takes_any = parameters(*calls)
     known.pop("self", None)
@@ -94,15 +94,15 @@ def problems(
                 yield key, f"expected {expected} (got {value!r})"
         elif not takes_any and key not in taken(*calls):
             yield key, f"not a known key{nearest(key, names)}"
-    own = list(inspect.signature(calls[0]).parameters.values())[positional:] if whole else []
-    for each in own:
+    first = list(inspect.signature(calls[0]).parameters.values())[positional:] if whole else []
+    for each in first:
         variadic = each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
         if each.default is each.empty and not variadic and each.name not in keywords:
             yield each.name, "it is missing"
 
 
 def mistyped(parameter: inspect.Parameter, value: Any) -> str:
-    """The types that a parameter expects, where a value is of none of them; else nothing."""
+    """Name the types that a parameter expects if the value has none of them; else nothing."""
     kind, default = parameter.annotation, parameter.default
     if kind is parameter.empty:
         kind = type(default) if isinstance(default, (bool, str)) else Any
@@ -113,10 +113,10 @@ def mistyped(parameter: inspect.Parameter, value: Any) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a config's value can stand for an annotated type.
+    """Tell whether a config's value may have an annotated type.
 
-    Classes other than the plain ones may stand in a config as names or dicts, so that only numbers
-    are known not to be one.
+    A config may give an object of any class by a name or a dict; so only numbers are known not to
+    fit such a class.
     """
     inner = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
@@ -144,6 +144,6 @@ def fits(value: Any, kind: Any) -> bool:
         if kind is tuple and inner and Ellipsis not in inner:
             return len(value) == len(inner) and all(map(fits, value, inner))
         return all(fits(each, inner[0]) for each in value) if inner else True
-    if kind.__name__ == "Tensor":  # has no name
+    if kind.__name__ == "Tensor":  # a config can't name one
         return isinstance(value, kind)
     return isinstance(value, kind) or not isinstance(value, (bool, int, float))

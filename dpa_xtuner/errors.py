@@ -1,4 +1,4 @@
-"""The error that is meant for the person at the keyboard, and how it is shown."""
+"""The error for mistakes of the user, and how it is shown."""
 
 import difflib
 import errno
@@ -22,10 +22,14 @@ class DPAError(ValueError):
 
 
 def check_installed(extra: str, *packages: str) -> None:
-    """Refuse to go on without packages of an extra of this project's.
+    """Refuse to continue without the packages of an extra.
+
+    Args:
+        extra: name of the extra in ``setup.cfg``.
+        packages: the packages to look for.
 
     Raises:
-        DPAError: one is not installed; the message says how it is.
+        DPAError: one is not installed; the message says how to install it.
     """
     for package in packages:
         if not find_spec(package):
@@ -33,33 +37,33 @@ def check_installed(extra: str, *packages: str) -> None:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of this project's, in the versions tested together."""
+    """Return the command that installs an extra, in the versions that are tested together."""
     return f"pip install -c constraints.txt -e '.[{extra}]' (see the README's Install)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing where nothing is near; case does not count."""
+    """Return ``"; did you mean 'x'?"``, or nothing if no name is near; case does not count."""
     lower = {each.lower(): each for each in known}
     match = difflib.get_close_matches(name.lower(), lower, n=1)
     return f"; did you mean {lower[match[0]]!r}?" if match else ""
 
 
 def refuse(config: str, wrong: Mapping[str, str]) -> None:
-    """Tell all that is wrong with a config in one error; do nothing where nothing is.
+    """Report all problems of a config in one error; do nothing if there are none.
 
     Args:
-        config: what is refused, for the message.
-        wrong: dotted key -> what to say of it.
+        config: what has the problems, for the message.
+        wrong: dotted key -> message.
 
     Raises:
-        DPAError: something is wrong; each on a line of its own.
+        DPAError: there are problems; lists them, one a line.
     """
     if wrong:
         lines = "\n".join(f"  {key}: {what}" if key else f"  {what}" for key, what in wrong.items())
         raise DPAError(f"{config} has what can't be used:\n{lines}")
 
 
-# What a person can mend; another OSError is a bug or a broken machine and keeps its traceback.
+# Errors that a user can mend; any other OSError is a bug or a broken machine: show its traceback.
 _MENDABLE = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
@@ -72,8 +76,8 @@ def cli_errors(every_rank: bool = False) -> Iterator[None]:
     """Show a user's mistake, or a full disk, as one message; exit code 1, no traceback.
 
     Args:
-        every_rank: any rank may be the only one in trouble, so each speaks for itself.
-            Without it all are in the same trouble and the first of each node speaks.
+        every_rank: each rank shows its own error, since it may be the only one that fails.
+            Otherwise all ranks fail alike, and the first of each node shows the error.
     """
     outlive_readers()
     try:
@@ -86,10 +90,10 @@ def cli_errors(every_rank: bool = False) -> Iterator[None]:
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         if is_first_of_node():
-            print("\nStopped. To go on, call the same command again.", file=sys.stderr, flush=True)
+            print("\nStopped. Run the same command again to continue.", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
 def is_first_of_node() -> bool:
-    """Whether this process is the first of its node."""
+    """Tell whether this process is the first of its node."""
     return (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what they hold."""
+"""Writes files and folders completely or not at all; reads, locks and hashes them."""
 
 import functools
 import hashlib
@@ -15,19 +15,19 @@ from dpa_xtuner.errors import DPAError
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
     move_into_place(partial, path)
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path, advice: str) -> dict:
-    """Read a JSON file; empty where there is none.
+    """Read a JSON file; return an empty dict if there is none.
 
     Args:
         path: the file.
@@ -40,7 +40,7 @@ def read_json(path: Path, advice: str) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # neither JSON nor UTF-8
         raise DPAError(f"{path} is broken ({error}). {advice}") from None
     if not isinstance(content, dict):
         raise DPAError(f"{path} is broken (no object in it). {advice}")
@@ -48,14 +48,14 @@ def read_json(path: Path, advice: str) -> dict:
 
 
 def acquire_lock(path: Path, taken: str) -> FileLock:
-    """Take a lock for this process; it goes with the process, however that ends.
+    """Acquire a lock for this process; it ends with the process, however that ends.
 
     Args:
-        path: the lock's file, which stays: removing it would let two in.
-        taken: the message where another process has it.
+        path: the lock's file. It stays: if it were removed, two processes could hold the lock.
+        taken: the message if another process holds the lock.
 
     Raises:
-        DPAError: another process has it.
+        DPAError: another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -68,9 +68,10 @@ def acquire_lock(path: Path, taken: str) -> FileLock:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to write to, renamed to it when all of it is on disk.
+    """Give a temporary folder to write to, and rename it to ``folder`` at the end.
 
-    What a failure leaves is removed at once, what a killed process left at the next try.
+    It is renamed when all of it is on disk. After a failure it is removed at once; after a killed
+    process, at the next try.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,7 +91,7 @@ def move_into_place(partial: Path, final: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     old = final.with_name(f".{final.name}.old.partial")
-    if final.is_dir():  # never half a folder under a name that is trusted
+    if final.is_dir():  # a folder can't be replaced in one step, and must never be half there
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(partial, final)
@@ -102,8 +103,8 @@ def move_into_place(partial: Path, final: Path) -> None:
 
 @functools.cache
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, read once in a process."""
-    digest = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
+    """Hash (SHA-256) a file's content; each file is read once in a process."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -9,8 +9,8 @@ registries. Runs whose config does not import it are unaffected.
 from dpa_xtuner import compat
 from dpa_xtuner.streams import outlive_readers
 
-outlive_readers()  # DeepSpeed prints while it is imported
-compat.apply()  # before what imports XTuner and peft
+outlive_readers()  # first, since DeepSpeed prints while it is imported
+compat.apply()  # before XTuner and peft are imported
 
 import dpa_xtuner.data
 import dpa_xtuner.engine.hooks

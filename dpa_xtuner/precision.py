@@ -1,4 +1,4 @@
-"""The floating-point type that a run computes in: one place that every other part asks."""
+"""The floating-point type that a run computes in, chosen in one place."""
 
 import platform
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Precision:
-    """What a run computes in.
+    """The floating-point type that a run computes in.
 
     Attributes:
         name: a key of :data:`DTYPES`.
-        reason: why, for the log.
+        reason: why it was chosen, for the log.
     """
 
     name: str
@@ -38,26 +38,26 @@ class Precision:
         return torch.float16 if self.name == "fp16" else torch.bfloat16
 
     def autocast(self, device: str, enabled: bool = True) -> torch.autocast:
-        """A context in which matrix products are formed in this type; float32 needs none.
+        """Return a context that forms matrix products in this type; it does nothing for float32.
 
         Args:
-            device: its type, such as ``"cuda"``.
-            enabled: false where the weights are of this type themselves.
+            device: the device's type, such as ``"cuda"``.
+            enabled: false if the weights already have this type.
         """
         return torch.autocast(device, dtype=self.dtype, enabled=enabled and self.name != "fp32")
 
 
 def choose_precision(setting: str, device: str, why: str = "precision says so") -> Precision:
-    """Find what to compute in.
+    """Choose the type that a run computes in.
 
     Args:
-        setting: a key of :data:`DTYPES`, or ``"auto"``: bfloat16 where the device computes it
-            natively; on other GPUs float16, whose loss is scaled; on other CPUs float32.
+        setting: a key of :data:`DTYPES`, or ``"auto"``: bfloat16 if the device computes it
+            natively; else float16 with a scaled loss on GPUs, float32 on CPUs.
         device: the device's type, such as ``"cuda"`` or ``"cpu"``.
-        why: the reason of any setting but ``"auto"``, for the log.
+        why: the reason for any setting but ``"auto"``, for the log.
 
     Raises:
-        DPAError: the setting is unknown, or float16 is to be trained on a CPU.
+        DPAError: the setting is unknown, or asks for float16 on a CPU.
     """
     if setting == "fp16" and device == "cpu":
         raise DPAError(
@@ -82,7 +82,7 @@ def choose_precision(setting: str, device: str, why: str = "precision says so") 
 
 
 def computes_bf16(device: str) -> bool:
-    """Whether a device forms products of bfloat16 natively, not by a slow emulation."""
+    """Tell whether a device forms products of bfloat16 natively, not by a slow emulation."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device == "cpu":
@@ -97,10 +97,10 @@ def computes_bf16(device: str) -> bool:
 
 
 def runnable_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
-    """The type to load a finished model in: its own, unless the device only emulates that.
+    """Choose the type to load a finished model in: its own, unless the device only emulates it.
 
     Args:
-        dtype: of the model's files.
+        dtype: dtype of the model's files.
         device: the device's type.
     """
     if dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""The registries of this package; whatever else it registers goes into MMEngine's own."""
+"""The registries of this package; everything else is registered in MMEngine's own."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -24,7 +24,7 @@ PROJECTORS = Registry("projector", scope="dpa_xtuner", locations=["dpa_xtuner.mo
 
 class _Runners(Registry):
     def get(self, key: str) -> type:
-        """The runner of a name; ends the process where there is none, which MMEngine would not."""
+        """Find a runner by its name; end the process if there is none, unlike MMEngine."""
         with cli_errors():
             if (found := super().get(key)) is None:
                 raise DPAError(f"runner_type={key!r} is not a known runner: set it to 'Runner'.")
@@ -38,26 +38,26 @@ RUNNERS = _Runners(
     scope="dpa_xtuner",
     locations=["dpa_xtuner.engine.runner"],
 )
-"""Runners under the names that XTuner asks for, found by configs with ``_scope_='dpa_xtuner'``.
+"""Our runners, under the names that XTuner uses, for configs with ``_scope_='dpa_xtuner'``.
 
-``xtuner train`` names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``, whatever
-the config says; a scope is MMEngine's way to give a name another meaning.
+``xtuner train`` always names ``Runner`` or, with ``--deepspeed``, ``FlexibleRunner``. MMEngine's
+scopes give such a name another meaning.
 """
 
 
 def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tuple[Callable, dict]:
-    """What a name, or ``dict(type=name, ...)``, stands for in one of our registries.
+    """Look up a name, or ``dict(type=name, ...)``, in one of our registries.
 
     Args:
-        registry: where the name is registered.
-        cfg: a name, or a dict of one and the keyword arguments.
-        positional: how many of its arguments the user does not give.
+        registry: the registry.
+        cfg: a name, or a dict of a name and keyword arguments.
+        positional: number of first arguments that the user does not give.
 
     Returns:
-        What is registered, and the keyword arguments to call it with.
+        The registered callable, and the keyword arguments to call it with.
 
     Raises:
-        DPAError: unknown name, or an argument that is unknown, mistyped or missing.
+        DPAError: the name is unknown, or an argument is unknown, mistyped or missing.
     """
     keywords = dict(cfg) if isinstance(cfg, dict) else {"type": cfg}
     name = keywords.pop("type", None)
@@ -67,7 +67,7 @@ def find_named(registry: Registry, cfg: str | dict, positional: int = 0) -> tupl
         known = sorted(registry.module_dict)
         raise DPAError(
             f"{name!r} is not a known {registry.name}{nearest(str(name), known) or '.'} Known: "
-            f"{', '.join(known)}. One of your own needs its file in custom_imports."
+            f"{', '.join(known)}. If it is yours, add its file to custom_imports."
         )
     wrong = dict(problems([found], keywords, positional=positional, whole=True))
     if wrong:
@@ -82,8 +82,8 @@ def build_named(registry: Registry, cfg: str | dict, *args):
     """Build what :func:`find_named` finds.
 
     Args:
-        registry: where the name is registered.
-        cfg: a name, or a dict of one and the keyword arguments.
+        registry: the registry.
+        cfg: a name, or a dict of a name and keyword arguments.
         args: positional arguments, which the user does not give.
 
     Raises:

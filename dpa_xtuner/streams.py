@@ -1,4 +1,4 @@
-"""Output whose reader has gone."""
+"""Keeps a process alive when the reader of its output has gone."""
 
 import errno
 import io
@@ -6,20 +6,20 @@ import os
 import sys
 from typing import Any, BinaryIO
 
-_replaced: list[BinaryIO] = []  # a layer that is collected would close its file descriptor
+_replaced: list[BinaryIO] = []  # a garbage-collected layer would close its file descriptor
 
 
 def outlive_readers() -> None:
-    """Let this process go on when nobody reads what it prints, as after ``| head``.
+    """Let this process continue when nobody reads its output, as after ``| head``.
 
-    What it prints from then on is dropped. The streams stay the same objects, since handlers of
+    From then on its output is dropped. The streams stay the same objects, since the handlers of
     loggers hold them already.
     """
     for stream in (sys.stdout, sys.stderr):
-        if type(stream) is not io.TextIOWrapper:  # None, or a notebook's own
+        if type(stream) is not io.TextIOWrapper:  # None, or a notebook's stream
             continue
         buffer = stream.buffer
-        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer between
+        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer in between
         if type(raw) is not io.FileIO or raw.fileno() not in (1, 2):
             continue
         name, mode = stream.name, stream.mode
@@ -50,7 +50,7 @@ class _Lasting(io.FileIO):
             return memoryview(data).nbytes
 
     def drop(self, error: OSError) -> None:
-        # A pipe without a reader, a terminal that was closed.
+        # EPIPE: a pipe without a reader. EIO: a closed terminal.
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise error
         with open(os.devnull, "wb") as nowhere:

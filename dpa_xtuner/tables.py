@@ -1,6 +1,4 @@
-"""Tables as people read them, on the screen and in a file."""
-
-from __future__ import annotations
+"""Markdown tables that read well on the screen too."""
 
 from collections.abc import Sequence
 
@@ -8,12 +6,12 @@ from tabulate import tabulate
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
-    """Lay cells out as a Markdown table that also reads well as text.
+    """Lay out cells as a Markdown table that also reads well as text.
 
     Args:
-        header: The columns' titles.
-        rows: Cells as they are to be shown.
-        numbers: Whether all columns but the first are aligned to the right.
+        header: titles of the columns.
+        rows: the cells, as they are shown.
+        numbers: whether all columns but the first are aligned to the right.
     """
     others = "right" if numbers else "left"
     return tabulate(

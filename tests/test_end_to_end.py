@@ -33,7 +33,7 @@ def test_killed_at_random_it_ends_with_the_same_bits(layout, reference, tmp_path
 
     assert killed >= len(STAGES)  # those at a time may come too late
     logs = (tmp_path / "killed-logs").iterdir()
-    assert any("goes on from" in log.read_text() for log in logs)
+    assert any("resumes from" in log.read_text() for log in logs)
     assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []
 
 
@@ -98,7 +98,7 @@ def test_a_half_written_checkpoint_is_never_resumed_from(reference, tmp_path):
     assert [path.stat().st_size for path in torn] == [2000]
 
     output = harness.finish("proxy", work_dir)
-    assert f"goes on from {work_dir / 'proxy/iter_4.pth'}" in output
+    assert f"resumes from {work_dir / 'proxy/iter_4.pth'}" in output
     assert not torn[0].exists()
     own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith("proxy")}
     assert harness.differing(own, harness.weights(work_dir)) == []

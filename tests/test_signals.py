@@ -143,7 +143,9 @@ def test_xtuner_that_is_killed_while_the_run_imports_leaves_no_run(start, tmp_pa
     wait_for(lambda: any(TRAINS in process.cmdline() for process in run.processes()), 60, "no run")
     run.process.kill()
     assert run.ends(seconds=60) == -signal.SIGKILL
-    end = "\nStopped (the command that started it has ended); call the same command again to go on."
+    end = (
+        "\nStopped (the command that started it has ended); run the same command again to continue."
+    )
     assert end in run.output() and "Iter(train)" not in run.output()
 
 
@@ -157,7 +159,7 @@ def test_a_signal_while_xtuner_is_imported_is_one_sentence(number, start):
     else:
         run.process.send_signal(number)
     assert run.ends() == 128 + number
-    assert run.output() == f"\nStopped ({number.name}); call the same command again to go on.\n"
+    assert run.output() == f"\nStopped ({number.name}); run the same command again to continue.\n"
 
 
 # In forked processes, which need no import.

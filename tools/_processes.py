@@ -49,7 +49,7 @@ def run(command: list[str]) -> int:
             _end(child)
         if LAUNCHER not in os.environ:  # otherwise the tool that started this one says it
             name = signal.Signals(number).name
-            say(f"\nStopped ({name}); call the same command again to go on.", sys.stderr)
+            say(f"\nStopped ({name}); run the same command again to continue.", sys.stderr)
         raise SystemExit(128 + number) from None
     for each, handler in before.items():
         signal.signal(each, handler)

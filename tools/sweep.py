@@ -63,7 +63,7 @@ def _run_all(known, others: list[str], config: Path, work_dir: Path, sweep) -> N
             print(f"{run.name} can't be run: {run.refused}\n", file=sys.stderr, flush=True)
             sweep.write_status(work_dir, run, "refused")
     for number, run in enumerate(runs, 1):
-        if run.refused or sweep.is_finished(work_dir, run):
+        if run.refused or sweep.is_run_finished(work_dir, run):
             continue
         print(f"\nRun {number} of {len(runs)}: {run.name}", flush=True)
         sweep.write_status(work_dir, run, "running")

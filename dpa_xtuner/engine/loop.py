@@ -1,4 +1,4 @@
-"""The train loop: XTuner's, which goes on where it stopped without loading what it has seen."""
+"""The train loop: XTuner's, but it resumes without loading the data it has seen."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -13,8 +13,8 @@ from xtuner.engine.runner import TrainLoop
 class DPATrainLoop(TrainLoop):
     """XTuner's loop; on resuming, the sampler skips what was trained on.
 
-    The stock loop loads every batch that was trained on, images included, to throw it
-    away, which takes hours at iteration 100,000.
+    The stock loop loads every batch that was trained on, images included, and throws it away. At
+    iteration 100,000 that takes hours.
     """
 
     def run(self):

@@ -1,4 +1,4 @@
-"""The optimizer: bfloat16 autocast, the learning rate's schedule, rates and decays of their own."""
+"""The optimizer: bfloat16 autocast, the schedule, learning rates and decays of components."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from dpa_xtuner.stages.components import COMPONENTS
 
 @OPTIM_WRAPPERS.register_module()
 class Bf16OptimWrapper(OptimWrapper):
-    """Float32 weights under bfloat16 autocast, on any device.
+    """Trains float32 weights under bfloat16 autocast, on any device.
 
     MMEngine's ``AmpOptimWrapper`` refuses CPUs and scales the loss, which bfloat16 does
     not need.
@@ -32,7 +32,7 @@ class Bf16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Forward pass under autocast, without gradient synchronisation while accumulating."""
+        """Run the forward pass under autocast; don't synchronise gradients while accumulating."""
         with super().optim_context(model), torch.autocast(get_device(), dtype=torch.bfloat16):
             yield
 
@@ -42,15 +42,15 @@ class WarmupCosineLR(_ParamScheduler):
     """Linear warm-up from 0, then a cosine to 0, over optimizer steps.
 
     The rates are those of transformers' ``get_cosine_schedule_with_warmup``. MMEngine's own
-    schedules move with every micro-batch, so that under accumulation the optimizer's only step of
-    a short run would be taken at a rate near 0.
+    schedules move with every micro-batch: under accumulation, a run of a single optimizer step
+    would take it at a rate near 0.
 
     Args:
         optimizer: an optimizer or MMEngine's wrapper of one.
         end: iterations of the whole stage.
         warmup_steps: optimizer steps of the warm-up, fewer than all.
         accumulative_counts: iterations that make an optimizer step.
-        kwargs: of MMEngine's schedulers; ``by_epoch`` has to be false.
+        kwargs: other arguments of MMEngine's schedulers; ``by_epoch`` must be false.
     """
 
     def __init__(self, optimizer, end: int, warmup_steps: int, accumulative_counts: int, **kwargs):
@@ -72,9 +72,9 @@ class WarmupCosineLR(_ParamScheduler):
 class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's, with learning rates for components and no weight decay on norms and biases.
 
-    As in LLaVA, parameters of one dimension (norms and biases) don't decay, unless
-    ``paramwise_cfg`` says how they do. MMEngine's own ``norm_decay_mult`` does not know RMSNorm,
-    and its ``flat_decay_mult`` takes every weight that ZeRO-3 has partitioned for one-dimensional.
+    As in LLaVA, one-dimensional parameters (norms and biases) don't decay, unless
+    ``paramwise_cfg`` sets their decay. MMEngine's own ``norm_decay_mult`` does not know RMSNorm,
+    and its ``flat_decay_mult`` treats every weight that ZeRO-3 has partitioned as one-dimensional.
     Tied weights are added once, and parameters with the same options share a group.
 
     Args:
@@ -104,13 +104,13 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module=None
     ) -> None:
-        """Add the parameters of ``module``, in as few groups as there are different options.
+        """Add the parameters of ``module``, one group for each set of options.
 
         Args:
             params: the groups; extended in place.
-            module: whose parameters are added.
+            module: its parameters are added.
             prefix: its name in the model; empty for the model itself.
-            is_dcn_module: MMEngine's.
+            is_dcn_module: as in MMEngine.
         """
         if prefix:
             self._add_module(params, module, prefix, is_dcn_module)
@@ -119,7 +119,7 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             super().add_params(params, module, prefix, is_dcn_module)
         for group in params:
             self._set_decay(group)
-        params[:] = _merged(params)
+        params[:] = _merged_groups(params)
         self._report(params, module)
 
     def _add_module(self, params: list[dict], module: nn.Module, prefix: str, dcn) -> None:
@@ -137,7 +137,7 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _set_decay(self, group: dict) -> None:
         unset = group.pop(_DECAY_UNSET, "weight_decay" not in group)
         (parameter,) = group["params"]
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the real one there
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: before ZeRO-3 split it
         if unset and len(shape) <= 1 and self.base_wd:
             group["weight_decay"] = self.base_wd * self.flat_decay_mult
 
@@ -153,8 +153,8 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for key in self.paramwise_cfg["custom_keys"]:
             if not any(key in name for name in names):
                 print_log(
-                    f"paramwise_cfg.custom_keys: {key!r} is in the name of no parameter that this "
-                    f"stage trains{nearest(key, modules)}",
+                    f"paramwise_cfg.custom_keys: this stage trains no parameter with {key!r} in "
+                    f"its name{nearest(key, modules)}",
                     "current",
                     logging.WARNING,
                 )
@@ -163,8 +163,8 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 _DECAY_UNSET = "decay_unset"
 
 
-def _merged(groups: list[dict]) -> list[dict]:
-    """The groups of equal options as one: hundreds of them cost time in every step."""
+def _merged_groups(groups: list[dict]) -> list[dict]:
+    """Merge groups with equal options: hundreds of groups cost time in every step."""
     merged: list[dict] = []
     for group in groups:
         options = {key: value for key, value in group.items() if key != "params"}

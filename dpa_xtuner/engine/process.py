@@ -1,4 +1,4 @@
-"""The process of a stage: it owns the stage's folder, and becomes the process of the next stage."""
+"""The process of a stage: it locks the stage's folder, and becomes the next stage's process."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ from dpa_xtuner.stages.pipeline import DATA_CHECKED, samples_of
 
 
 def lock_stage_folder(config: Config) -> FileLock:
-    """Take a stage's folder for this run.
+    """Lock a stage's folder for this run.
 
-    The lock goes with the process, however that ends, and a stage that replaces its
-    process takes the next one's.
+    The lock ends with the process, however that ends. A stage that replaces its process locks the
+    next stage's folder.
 
     Raises:
-        DPAError: another run trains in it, such as one whose parent alone was killed.
+        DPAError: another run trains in the folder, such as one whose parent alone was killed.
     """
     folder = Path(config.work_dir)
     return acquire_lock(
@@ -36,17 +36,16 @@ def lock_stage_folder(config: Config) -> FileLock:
 
 
 def check_ranks_agree(config: Config) -> None:
-    """See that all ranks are about to do the same.
+    """Check that all ranks are about to train the same.
 
     Raises:
-        DPAError: they read other files, since the work dir or the images are not shared by all
-            nodes.
+        DPAError: the ranks' devices differ, or the nodes don't share the work dir or the images.
     """
     same = (
         (
             config.model.precision,
             "The processes' devices differ: precision='auto' means {} on them. Set precision to "
-            "one that all of them compute.",
+            "one that all of them support.",
         ),
         (
             (config.work_dir, config.load_from),
@@ -55,27 +54,27 @@ def check_ranks_agree(config: Config) -> None:
         ),
         (
             samples_of(config),
-            "The processes don't see the same samples: an image can be read on one node and not on "
-            "another. Images must be the same on all nodes.",
+            "The processes don't see the same samples: some image can be read on one node but not "
+            "on another. Images must be the same on all nodes.",
         ),
     )
-    for own, told in same:
-        if len(found := set(all_gather_object(own))) > 1:
-            raise DPAError(told.format(sorted(found, key=str)))
+    for ours, message in same:
+        if len(found := set(all_gather_object(ours))) > 1:
+            raise DPAError(message.format(sorted(found, key=str)))
 
 
 def remove_partial(folder: Path) -> None:
     """Remove what a killed run was writing."""
     for path in folder.glob(".*.partial"):
-        print_log(f"Removing {path}, which was not written to its end", "current")
+        print_log(f"Removing {path}, which was not written completely", "current")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run_next(config: Config) -> None:
-    """After a stage: go on with the next in a fresh process image, if there is one.
+    """Continue with the next stage, if there is one, in a fresh process image.
 
     The process replaces itself, so that nothing of the finished stage stays in memory.
-    Under a launcher all ranks do so together and meet again on another port.
+    Under a launcher, all ranks do so together and meet again on another port.
     """
     name = Path(config.work_dir).name
     if "DPA_STAGE" in os.environ or name == STAGE_NAMES[-1]:

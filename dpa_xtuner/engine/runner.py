@@ -1,4 +1,4 @@
-"""The runners: MMEngine's, which train the next unfinished stage and then go on."""
+"""The runners: MMEngine's, but they train the next unfinished stage, then the one after it."""
 
 import os
 from pathlib import Path
@@ -29,14 +29,14 @@ from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.build import global_rank
 from dpa_xtuner.stages.pipeline import next_stage
 
-if TYPE_CHECKING:  # it stands before one of MMEngine's runners, whose methods it calls
+if TYPE_CHECKING:  # a mixin before one of MMEngine's runners, whose methods it calls
     from mmengine.runner import Runner as _Mixed
 else:
     _Mixed = object
 
 
 class _StageRunner(_Mixed):
-    """What both runners add to MMEngine's."""
+    """The methods that both runners add to MMEngine's."""
 
     @classmethod
     def from_cfg(cls, cfg: Config):
@@ -49,7 +49,7 @@ class _StageRunner(_Mixed):
             with users_files_named(Path(cfg.work_dir)):
                 stage = next_stage(cfg)
             if stage is None:
-                print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
+                print_log(f"All stages are finished:\n{summary(cfg.work_dir)}", "current")
                 raise SystemExit(0)
             if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
@@ -68,7 +68,7 @@ class _StageRunner(_Mixed):
             return runner
 
     def train(self):
-        """Train the stage, then go on with the next one in a fresh process."""
+        """Train the stage, then continue with the next one in a fresh process."""
         base = Path(self.cfg.work_dir).parent
         noted = self.state_file.ends_noted(lambda: steps_done(self.cfg, self.iter))
         with cli_errors(every_rank=True), users_files_named(base), noted:
@@ -79,7 +79,13 @@ class _StageRunner(_Mixed):
         return model
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """As MMEngine's, but the checkpoint gets its name when all of it is on disk.
+        """Save as MMEngine does, but give the checkpoint its name once all of it is on disk.
+
+        Args:
+            out_dir: folder of the checkpoint.
+            filename: its name.
+            args: other arguments of MMEngine's method.
+            kwargs: the same, by name.
 
         Raises:
             DPAError: it can't be written.
@@ -88,12 +94,12 @@ class _StageRunner(_Mixed):
         try:
             super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
         except (OSError, RuntimeError) as error:
-            # torch.save says RuntimeError for a full disk, and names its archive's source file.
+            # On a full disk, torch.save raises RuntimeError and names its archive's source file.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise DPAError(
-                f"The checkpoint {Path(out_dir) / filename} can't be written: {error}. Older ones "
-                f"are whole: make room and run the same command again."
+                f"The checkpoint {Path(out_dir) / filename} can't be written: {error}. Older "
+                f"checkpoints are complete: make room and run the same command again."
             ) from error
         barrier()
         if is_main_process():
@@ -108,11 +114,11 @@ class Runner(_StageRunner, MMEngineRunner):
 
 @RUNNERS.register_module()
 class FlexibleRunner(_StageRunner, MMEngineFlexibleRunner):
-    """MMEngine's FlexibleRunner, as ``--deepspeed`` asks for it, for the stages."""
+    """MMEngine's FlexibleRunner for the stages; ``--deepspeed`` asks for it."""
 
 
 def summary(work_dir: str | Path) -> str:
-    """The finished stages below a work dir and what they wrote, a line each."""
+    """List the finished stages below a work dir and what they wrote, a line each."""
     lines = []
     for name in STAGE_NAMES:
         state = read_state(Path(work_dir) / name)

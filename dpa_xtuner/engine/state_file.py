@@ -26,8 +26,8 @@ class StateFile:
     ``reason`` of the last two. A process that is killed leaves ``running``.
 
     Args:
-        folder: the stage's.
-        rank: of this process.
+        folder: folder of the stage.
+        rank: rank of this process.
 
     Attributes:
         measured: what the stage has measured on held-out captions, by name.
@@ -40,29 +40,29 @@ class StateFile:
         self.began = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds of this run and of those that it continues, as far as they were written."""
+        """Count the seconds of this run and of those it continues, as far as these wrote them."""
         return round(self.before + time.monotonic() - self.began, 1)
 
     def begin(self) -> None:
-        """Call the stage running; what an earlier run wrote stays. For rank 0, with the lock."""
+        """Mark the stage running; keep what an earlier run wrote. For rank 0, with the lock."""
         state = read_state(self.folder)
         state.pop("reason", None)
         write_json(self.folder / STATE_FILE, state | {"status": "running"})
 
     def write(self, state: dict) -> None:
-        """Replace the content."""
+        """Replace the file's content."""
         write_json(self.folder / STATE_FILE, state | {"seconds": self.seconds()})
 
     def write_measured(self) -> None:
-        """Replace :attr:`measured` alone; all else stays."""
+        """Replace :attr:`measured` alone; keep everything else."""
         self.write(read_state(self.folder) | {"measured": self.measured})
 
     @contextmanager
     def ends_noted(self, steps: Callable[[], int] | None = None) -> Iterator[None]:
-        """Note an exception as the end of the stage, and let it pass.
+        """Record an exception as the end of the stage, and let it pass.
 
         Args:
-            steps: counts the optimizer steps done; asked at the end.
+            steps: counts the optimizer steps done; called at the end.
         """
         try:
             with stopped_in_order():
@@ -74,18 +74,18 @@ class StateFile:
                 "reason": _reason(error),
             }
             end["seconds"] = self.seconds()
-            if steps is not None and (done := steps()):  # 0: it did not come to the first one
+            if steps is not None and (done := steps()):  # 0: it did not reach the first one
                 end["steps"] = done
-            with suppress(OSError, DPAError):  # the error itself is what has to be shown
+            with suppress(OSError, DPAError):  # the first error is the one to show
                 self._note(end)
             raise
 
     def _note(self, end: dict) -> None:
-        # Before the ranks have met, rank 0 may have found another run in the folder.
+        # Before the ranks have met, another run may hold the folder: rank 0 alone knows.
         if self.rank != 0 and not is_distributed():
             return
         state = read_state(self.folder)
-        # The first rank to fail knows why; the others then fail without it.
+        # The first rank to fail knows why; the others fail because it is gone.
         if state.get("status") != "running":
             return
         partial = self.folder / f".{STATE_FILE}.{self.rank}.partial"  # ranks may fail at once
@@ -94,7 +94,7 @@ class StateFile:
 
 
 def steps_done(cfg: Config, iterations: int) -> int:
-    """Optimizer steps of a stage in so many iterations."""
+    """Count the optimizer steps in ``iterations`` of a stage."""
     counts = cfg.optim_wrapper.get("accumulative_counts", 1)
     if "strategy" in cfg:
         counts = cfg.strategy.gradient_accumulation_steps

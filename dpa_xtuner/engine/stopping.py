@@ -1,12 +1,12 @@
-"""The end of a training process: by a signal, or because the command that started it is gone.
+"""Ends a training process after a signal, or when the command that started it is gone.
 
     python tools/train.py          or  xtuner train
       torchrun's agent             where there are several processes
         a training process         calls :func:`guard`
           dataloader workers
 
-The main thread ends in order: a signal raises :class:`Stopped` there. A thread sees that it does
-so in time, as the main thread may be in the middle of a slow step or wait for a dead rank.
+The main thread ends in order: a signal raises :class:`Stopped` there. It may be in a slow step, or
+wait for a dead rank; so a second thread ends the process if the main thread is too late.
 """
 
 import os
@@ -24,12 +24,12 @@ import psutil
 from dpa_xtuner.errors import is_first_of_node
 
 LAUNCHER = "DPA_LAUNCHER"
-"""Environment variable: the process of ``tools/train.py``, which tells of the end itself."""
+"""Environment variable: the process of ``tools/train.py``, which reports the end itself."""
 
-_FOUND = "DPA_ANCESTORS"  # what guard() found, for the process image of the next stage
+_FOUND = "DPA_ANCESTORS"  # the launchers that guard() found, for the next stage's process image
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _GRACE = 4  # seconds that the main thread has for an orderly end
-_POLL = 1.0  # seconds between two looks at the launcher
+_POLL = 1.0  # seconds between two checks of the launcher
 _TORCHRUN = ["--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"]
 _GONE = "the command that started it has ended"
 _installed = False
@@ -37,10 +37,10 @@ _stopped: "Stopped | None" = None
 
 
 class Stopped(SystemExit):
-    """The process was told to end; its exit code is that of a shell for the signal.
+    """A signal ended the process; the exit code is that of a shell for the signal.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int):
@@ -49,13 +49,13 @@ class Stopped(SystemExit):
 
 
 def guard() -> None:
-    """End this training process in time after SIGTERM, SIGHUP, SIGINT or its launcher's end.
+    """Make this training process end in time after SIGTERM, SIGHUP, SIGINT or its launcher's end.
 
-    A signal that was ignored when the process started, as SIGHUP is under ``nohup``, stays ignored,
-    and one that has a handler keeps it.
+    A signal that was ignored when the process started, as SIGHUP is under ``nohup``, stays ignored.
+    A signal that has a handler keeps it.
 
     Raises:
-        Stopped: the launcher has ended before this could look for it.
+        Stopped: the launcher ended before this function could look for it.
     """
     global _installed
     if _installed or threading.current_thread() is not threading.main_thread():
@@ -68,24 +68,26 @@ def guard() -> None:
         raise Stopped(signal.SIGTERM)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    # Python runs handlers between two of its own instructions only; this is written at once.
+    # Python runs handlers only between two of its own instructions; the pipe is written at once.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     free = (signal.SIG_DFL, signal.default_int_handler)
     numbers = [number for number in _SIGNALS if signal.getsignal(number) in free]
     for number in numbers:
         signal.signal(number, _stop)
-    # A child that is ended before it has let go of the pipe would end this process.
-    os.register_at_fork(before=_hold, after_in_parent=_let, after_in_child=_leave_to_parent)
+    # A child shares the pipe at first. A signal to the child in that moment would end this process.
+    os.register_at_fork(
+        before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_to_parent
+    )
     watch = (reader, numbers, launchers)
     threading.Thread(target=_watch, args=watch, name="stopping", daemon=True).start()
 
 
 @contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """Let whatever goes wrong after a signal be the end by that signal.
+    """Report any error after a signal as the end by that signal.
 
-    A bare ``except`` makes another error of it, as MMEngine's config writer does, and a process
-    that ends takes something away from the next.
+    Some code turns :class:`Stopped` into another error by a bare ``except`` (MMEngine's config
+    writer does), and a rank that ends makes the others fail.
     """
     try:
         yield
@@ -103,22 +105,25 @@ def _stop(number: int, frame) -> None:
     raise _stopped
 
 
-def _hold() -> None:
+def _block_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
-def _let() -> None:
+def _unblock_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _leave_to_parent() -> None:
-    """In a forked child, such as a dataloader worker: Ctrl-C reaches it too, its parent ends it."""
+    """Leave the end of a forked child, such as a dataloader worker, to its parent.
+
+    Ctrl-C reaches the child too.
+    """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is _stop:
             signal.signal(number, signal.SIG_DFL)
-    _let()
+    _unblock_signals()
 
 
 def _watch(reader: int, numbers: list[signal.Signals], launchers: list[psutil.Process]) -> None:
@@ -132,7 +137,7 @@ def _watch(reader: int, numbers: list[signal.Signals], launchers: list[psutil.Pr
             sent = os.read(reader, 4096)
             number = next((each for each in numbers if each in sent), None)
             reason = number.name if number else ""
-    # The system's own timer ends a process that can't run this thread any more.
+    # If this thread can't run any more, the system's timer ends the process.
     signal.alarm(_GRACE + 2)
     _say(reason)
     time.sleep(_GRACE)
@@ -141,9 +146,9 @@ def _watch(reader: int, numbers: list[signal.Signals], launchers: list[psutil.Pr
 
 
 def _launchers() -> tuple[list[psutil.Process], bool]:
-    """The processes that this one must not outlive, and whether one of them is gone already.
+    """Find the processes that this one must not outlive, and whether one of them is gone already.
 
-    Any other parent may end: a shell after ``nohup ... &``, for example.
+    Any other parent may end, such as a shell after ``nohup ... &``.
     """
     known = os.environ.get(_FOUND) or os.environ.get(LAUNCHER)
     try:
@@ -156,13 +161,13 @@ def _launchers() -> tuple[list[psutil.Process], bool]:
             if _has_our_arguments(top.parent()):
                 top = top.parent()
                 found.append(top)
-            else:  # an agent's own child leads a session; a script between them would lead it
+            else:  # an agent's direct child leads a session; a script in between would lead it
                 orphaned = os.getsid(0) == os.getpid()
         if LAUNCHER not in os.environ and top.parent() is not None:
             if _is_xtuner(top.parent()):
                 found.append(top.parent())
             else:
-                orphaned = orphaned or _was_left(top)
+                orphaned = orphaned or _was_orphaned(top)
     except psutil.NoSuchProcess:
         return [], True
     os.environ[_FOUND] = " ".join(str(process.pid) for process in found)
@@ -177,11 +182,11 @@ def _is_xtuner(process: psutil.Process) -> bool:
     return any(Path(argument).name == "xtuner" for argument in process.cmdline()[:2])
 
 
-def _was_left(top: psutil.Process) -> bool:
-    """Whether ``xtuner train`` started a process and ended before that could look for it.
+def _was_orphaned(top: psutil.Process) -> bool:
+    """Tell whether ``xtuner train`` started a process and ended before that could look for it.
 
-    The process has the very command line that XTuner 0.2.0 gives, and stands in the process group
-    of one that is gone. ``nohup`` is the way to let a run outlive what started it.
+    Then the process has the command line that XTuner 0.2.0 gives, and the leader of its process
+    group is gone. Use ``nohup`` to let a run outlive its launcher.
     """
     command = top.cmdline()
     script = command.index(sys.argv[0]) if sys.argv[0] in command else 0
@@ -196,7 +201,7 @@ def _was_left(top: psutil.Process) -> bool:
 
 
 def _kill_agent(launchers: list[psutil.Process]) -> None:
-    """End torchrun's agent, whose workers then end; by a signal that it reports nothing about."""
+    """Kill torchrun's agent, silently; its workers then end."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _kill([process for process in launchers if process.pid == os.getppid()])
 
@@ -215,8 +220,8 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _say(reason: str) -> None:
-    """Tell of the end, once on each node, unless the launcher does."""
+    """Report the end, once on each node, unless the launcher does."""
     if LAUNCHER not in os.environ and is_first_of_node():
-        text = f"\nStopped ({reason}); call the same command again to go on."
+        text = f"\nStopped ({reason}); run the same command again to continue."
         with suppress(OSError, ValueError):
             print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A trained model in formats that other programs open."""
+"""Exports a trained model in formats that other programs can open."""
 
 from dpa_xtuner.export.export import export_config
 

@@ -1,6 +1,6 @@
-"""A training template as the Jinja template of a processor, and what ends a turn in it.
+"""Translates a training template into the Jinja template of a processor.
 
-The template writes the BOS, and the exported tokenizer adds none, so that transformers' two steps
+The template writes the BOS, and the exported tokenizer adds none. So transformers' two steps
 (``text = processor.apply_chat_template(messages)``, then ``processor(images=..., text=text)``)
 and ``tokenizer.apply_chat_template(messages)`` give the same tokens.
 """
@@ -17,7 +17,7 @@ from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.templates import SampleFormat
 
-# A turn's only image goes to its front, as dpa_xtuner.data.templates has it in training.
+# As in training (dpa_xtuner.data.templates), the only image of a turn goes to its front.
 _JINJA = """\
 {%- set ns = namespace(system=DEFAULT, round=0) -%}
 {%- for message in messages -%}
@@ -55,15 +55,15 @@ _NO_SYSTEM = "raise_exception('This model was trained without a system prompt')"
 
 
 def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja template that gives the tokens of training.
+    """Build the Jinja template that gives the tokens of training.
 
-    Messages are transformers': ``content`` is text, or a list of ``{"type": "image"}`` and
-    ``{"type": "text", "text": ...}``. An image in front of a text is ``<image>``, newline, text,
+    Messages are those of transformers: ``content`` is text, or a list of ``{"type": "image"}`` and
+    ``{"type": "text", "text": ...}``. An image before a text becomes ``<image>``, newline, text,
     as in LLaVA's data.
 
     Args:
         template: the training template, see :mod:`dpa_xtuner.data.templates`.
-        tokenizer: the LLM's, as in training but for ``<image>``, a special token.
+        tokenizer: the LLM's tokenizer, with ``<image>`` as an additional special token.
     """
     values = {"input": "said.text", "system": "ns.system", "round": "ns.round"}
     instruction = _expression(template["INSTRUCTION"], values)
@@ -94,18 +94,18 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         for name, value in fields.items():
             if name in line:
                 line = line.replace(name, value)
-                break  # what was put in may hold such a word itself
+                break  # the inserted text may contain such a name
         lines.append(line)
     return "\n".join(line for line in lines if line)
 
 
 def _expression(text: str, values: Mapping[str, str]) -> str:
-    """``"a {input}"`` as the Jinja expression ``'a ' ~ said.text``."""
-    parts = []
+    """Translate ``"a {input}"`` to the Jinja expression ``'a ' ~ said.text``."""
+    pieces = []
     for literal, field, *_ in Formatter().parse(text):
-        parts += [repr(literal)] if literal else []
-        parts += [] if field is None else [values[field]]
-    return " ~ ".join(parts)
+        pieces += [repr(literal)] if literal else []
+        pieces += [] if field is None else [values[field]]
+    return " ~ ".join(pieces)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -124,20 +124,21 @@ def _first_bos(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def without_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a tokenizer add no BOS, here and where it is loaded again."""
+    """Make a tokenizer add no BOS, now and after it is saved and loaded."""
     tokenizer.add_bos_token = tokenizer.init_kwargs["add_bos_token"] = False
-    if _adds_bos(tokenizer) and tokenizer.is_fast:  # no class of its own that knows the setting
+    if _adds_bos(tokenizer) and tokenizer.is_fast:  # its class does not know add_bos_token
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
 
 
 def _image(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before a chunk of text: nothing, or an image.
+    """Build the Jinja expression of what precedes a chunk of text: nothing, or an image.
 
-    Training tokenises the text behind an image as one that stands alone. Some LLaMA tokenizers
-    put a space before such a text, and none behind a special token.
+    Training tokenises the text after an image on its own. Some LLaMA tokenizers put a space before
+    such a text, but none after a special token.
     """
 
     def ids(text: str) -> list[int]:
+        """Tokenise a text without special tokens."""
         return tokenizer(text, add_special_tokens=False).input_ids
 
     alone = ids(DEFAULT_IMAGE_TOKEN) + ids("\na")
@@ -150,7 +151,7 @@ _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It 
 
 
 def _examples(sample_format: SampleFormat) -> dict[str, Record]:
-    """A caption, or conversations of one turn and of two, without an image and with one."""
+    """Make a caption, or conversations of one and two turns, with and without an image."""
     if sample_format == "caption":
         return {"an image": Record("", ("x",), None, ((DEFAULT_IMAGE_TOKEN, "A red balloon."),))}
     found = {}
@@ -168,14 +169,15 @@ def disagreements(
     exported: PreTrainedTokenizerBase,
     trained: PreTrainedTokenizerBase,
 ) -> list[str]:
-    """Kinds of prompts whose tokens are not those of training; none is as it should be.
+    """List the kinds of prompts whose tokens differ from those of training.
 
-    A template of XTuner's whose pieces are tokenised one by one can't always be said as one text,
-    and a slow tokenizer may give other tokens than the fast one that transformers loads.
+    There should be none. But training tokenises some of XTuner's templates piece by piece, which
+    one text can't always reproduce. And a slow tokenizer may give other tokens than the fast one
+    that transformers loads.
 
     Args:
         template: the training template.
-        sample_format: ``chat``, or ``caption``, where what stands before the caption is compared.
+        sample_format: ``chat``, or ``caption``, which compares what precedes the caption.
         exported: the tokenizer as transformers loads it, with its chat template.
         trained: the tokenizer of the training.
     """
@@ -199,7 +201,7 @@ def disagreements(
 
 
 def end_of_turn(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens that end an answer: the template's own first, the tokenizer's EOS last."""
+    """List the ids of tokens that end an answer: the template's first, the tokenizer's EOS last."""
     words = [template.get("SUFFIX") or "", *template.get("STOP_WORDS", ())]
     vocabulary = tokenizer.get_vocab()
     ids = [vocabulary[word.strip()] for word in words if word.strip() in vocabulary]

@@ -1,4 +1,4 @@
-"""One command: from a config's run to a folder that other programs open."""
+"""Exports a stage of a run to a folder that other programs can open."""
 
 import json
 import shlex
@@ -34,26 +34,25 @@ def export_config(
     work_dir: Path | None = None,
     options: dict | None = None,
 ) -> Path:
-    """Export what a stage of a config's run has trained, unless that is there already.
+    """Export what a stage of a config's run has trained, unless the export is up to date.
 
     Args:
         config: a DPA config.
-        stage: its stage.
+        stage: name of the stage.
         fmt: one of :data:`FORMATS`.
-        out: where to; ``<work dir>/<stage>/<format>`` where it is None.
+        out: target folder; None for ``<work dir>/<stage>/<format>``.
         checkpoint: a .pth file or DeepSpeed folder of the stage, in place of what it wrote.
-        dtype: of the weights: bfloat16, float16 or float32; what the stage computed in where it
-            is None.
-        work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
-        options: as of ``--cfg-options``.
+        dtype: dtype of the weights: bfloat16, float16 or float32; None for the stage's own.
+        work_dir: work dir of the run; None for ``work_dirs/<config's name>``.
+        options: settings as in ``--cfg-options``.
 
     Returns:
-        The folder, links resolved. Its ``dpa.json`` says what it was made from; while that is
-        so, and for the same format and dtype, a second call finds it and does nothing.
+        The folder, links resolved. Its ``dpa.json`` says what it was made from. A second call with
+        the same inputs, format and dtype does nothing.
 
     Raises:
-        DPAError: there is nothing to export, the format can't hold it, or the folder is
-            somebody else's, holds other files too, or is being written by another process.
+        DPAError: there is nothing to export, the format can't hold it, the folder is not an
+            earlier export, holds other files too, or another process is writing it.
     """
     for name, value, known in (("format", fmt, FORMATS), ("dtype", dtype, _DTYPES)):
         if value is not None and value not in known:
@@ -64,7 +63,7 @@ def export_config(
     out = (out or source.base / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
     if fmt == LLM and _is_written(source, out):
-        print_log(f"{out}, which stage {stage} wrote, is that folder", "current")
+        print_log(f"{out}, which stage {stage} wrote, is already that folder", "current")
         return out
     provenance = _provenance(source, fmt, dtype)
     if _is_fresh(out, provenance):
@@ -79,85 +78,87 @@ def export_config(
         about = _write(source, fmt, dtype, out, {"config": str(config), **provenance})
     finally:
         lock.release()
-    for line in _told(source, fmt, out, about):
+    for line in _messages(source, fmt, out, about):
         print_log(line, "current")
     return out
 
 
 def _write(
-    source: Source, fmt: str, dtype: str, out: Path, record: dict[str, Any]
+    source: Source, fmt: str, dtype: str, out: Path, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
         about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
-        known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
-        write_json(partial / PROVENANCE_FILE, record | about | known)
+        known = {"run": str(source.base.resolve()), "files": _file_sizes(partial)}
+        write_json(partial / PROVENANCE_FILE, provenance | about | known)
     return about
 
 
 def _provenance(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
     found = {"format": fmt, "dtype": dtype, "dpa_xtuner": dpa_xtuner.__version__}
-    return json.loads(json.dumps(found | source.provenance()))  # as it is read back: no tuples
+    found |= source.export_provenance()
+    return json.loads(json.dumps(found))  # as JSON reads it back: no tuples
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of each file but the record itself."""
+def _file_sizes(folder: Path) -> dict[str, int]:
+    """Measure each file but ``dpa.json``, in bytes."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     sizes.pop(PROVENANCE_FILE, None)
     return sizes
 
 
-def _record(out: Path) -> dict[str, Any]:
-    """What an earlier export says of itself; empty where there is none."""
+def _earlier_export(out: Path) -> dict[str, Any]:
+    """Read the ``dpa.json`` of an earlier export; return an empty dict if there is none."""
     try:
-        record = json.loads((out / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        found = json.loads((out / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) and {"format", "stage"} <= record.keys() else {}
+    return found if isinstance(found, dict) and {"format", "stage"} <= found.keys() else {}
 
 
 def _is_fresh(out: Path, provenance: dict[str, Any]) -> bool:
-    """Whether a folder was made from the same, and all that was written is still there."""
-    record = _record(out)
-    if not record or any(record.get(key) != provenance[key] for key in provenance):
+    """Tell whether a folder has this provenance and still has all files of the export."""
+    earlier = _earlier_export(out)
+    if not earlier or any(earlier.get(key) != provenance[key] for key in provenance):
         return False
-    return "files" in record and record["files"].items() <= _sizes(out).items()
+    return "files" in earlier and earlier["files"].items() <= _file_sizes(out).items()
 
 
 def _is_written(source: Source, out: Path) -> bool:
-    """Whether a folder is the LLM that the stage itself wrote, tokenizer included."""
+    """Tell whether a folder is the LLM that the stage itself wrote, tokenizer included."""
     written = source.written(LLM)
     is_there = written is not None and written.resolve() == out
     return is_there and (out / "tokenizer_config.json").is_file()
 
 
 def _refuse_to_replace(out: Path, source: Source) -> None:
-    """Refuse a folder that is not an earlier export of the same stage, and nothing else."""
+    """Refuse a folder unless it is an earlier export of the same run and stage, without more."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    record = _record(out)
-    if not record:
+    earlier = _earlier_export(out)
+    if not earlier:
         raise DPAError(
-            f"{out} exists, and is no earlier export. Remove it, or choose another folder with -o."
+            f"{out} exists, but is not an earlier export. Remove it, or choose another folder with "
+            f"-o."
         )
     run = source.base.resolve()
-    # A run that was moved takes the exports inside it along.
-    same_run = record.get("run") == str(run) or out.is_relative_to(run)
-    if not same_run or record["stage"] != source.stage.name:
+    # If a run was moved, the exports inside it moved along.
+    same_run = earlier.get("run") == str(run) or out.is_relative_to(run)
+    if not same_run or earlier["stage"] != source.stage.name:
         raise DPAError(
-            f"{out} is an export of stage {record['stage']} of {record.get('run', 'a run')}, not "
+            f"{out} is an export of stage {earlier['stage']} of {earlier.get('run', 'a run')}, not "
             f"of stage {source.stage.name} of {run}. Remove it, or choose another folder with -o."
         )
-    # The first version's exports list no files.
-    if others := sorted(_sizes(out).keys() - record.get("files", _sizes(out)).keys()):
+    # Exports of the first version list no files.
+    if others := sorted(_file_sizes(out).keys() - earlier.get("files", _file_sizes(out)).keys()):
         raise DPAError(
-            f"{out} holds files that are not of the export, and would be lost: "
+            f"{out} holds files that don't belong to the export and would be lost: "
             f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}. Move them away, or choose "
             f"another folder with -o."
         )
 
 
-def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[str]:
+def _messages(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[str]:
     lines = [f"Wrote {out}"]
     if fmt == "hf" and source.stage_settings.pad_image_to_square:
         lines.append(
@@ -166,18 +167,18 @@ def _told(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> list[st
         )
     if fmt == "xtuner" and not source.stage_settings.pad_image_to_square:
         lines.append(
-            "Images were not padded to a square in training, and xtuner chat pads every image: "
-            "only square ones are seen as in training"
+            "Images were not padded to a square in training, but xtuner chat pads every image: "
+            "only square images are seen as in training"
         )
     if about.get("template_differs"):
-        asker = "xtuner chat" if fmt == "xtuner" else "the exported chat template"
+        prompter = "xtuner chat" if fmt == "xtuner" else "the exported chat template"
         listed = ", ".join(about["template_differs"])
         lines.append(
-            f"Not the tokens of training, as {asker} asks: {listed}. The prompt template was "
-            f"tokenised in another way, or can't be said in full"
+            f"With {prompter}, these prompts don't have the tokens of training: {listed}. It "
+            f"tokenises the prompt template in another way, or can't express all of it"
         )
     if "llm_adapter_on" in about:
-        lines.append(f"llm_adapter belongs on {about['llm_adapter_on']}, not on the LLM alone")
+        lines.append(f"Load llm_adapter on {about['llm_adapter_on']}, not on the LLM alone")
     if fmt == LLM and (projector := source.written(PROJECTOR)):
         options = f"llm_name_or_path={out} tune.init_projector={projector.resolve()}"
         if encoder := source.written(VISUAL_ENCODER):

@@ -1,4 +1,4 @@
-"""XTuner's own LLaVA format, and a folder for each component."""
+"""Writes XTuner's own LLaVA format, or a folder for each component."""
 
 import copy
 import shutil
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dpa_xtuner.export.chat_template import chat_template
 from dpa_xtuner.export.hf import SHARD, load_tokenizer
-from dpa_xtuner.export.refusals import is_quantised, keeps_adapter
+from dpa_xtuner.export.refusals import has_quantised_llm, keeps_adapter
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
@@ -31,16 +31,23 @@ from dpa_xtuner.stages.components import (
 def write_xtuner(
     source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Write what ``xtuner chat --llava`` opens, as ``xtuner convert pth_to_hf`` does.
+    """Write the folder that ``xtuner chat --llava`` opens, as ``xtuner convert pth_to_hf`` does.
 
-    The projector always; the adapter where the published LLM and an adapter make the model, else
-    the LLM itself, at the top of the folder; the visual encoder where it was trained.
+    It always holds the projector. It holds the adapter if the model is the published LLM plus one
+    adapter, else the LLM itself, at the top of the folder. It holds the visual encoder if that was
+    trained.
+
+    Args:
+        source: what is exported.
+        weights: its weights.
+        folder: target folder; exists.
+        dtype: dtype of the weights.
 
     Returns:
-        The command that opens it, and how it asks otherwise than training.
+        The command that opens it, and how its prompts differ from training.
     """
-    own = not keeps_adapter(source)
-    if own:
+    writes_llm = not keeps_adapter(source)
+    if writes_llm:
         _write_llm(source, weights, folder, dtype)
     elif LLM_ADAPTER in source.inputs():
         _copy(source.inputs()[LLM_ADAPTER], folder / LLM_ADAPTER)
@@ -49,27 +56,33 @@ def write_xtuner(
     _write_projector(source, weights, folder / PROJECTOR, dtype)
     if weights.has_encoder:
         _write_encoder(source, weights, folder / VISUAL_ENCODER, dtype)
-    llm = None if own else LLM.name(source.settings)
+    llm = None if writes_llm else LLM.name(source.settings)
     return chat_command(source, llm, folder, weights.has_encoder)
 
 
 def write_parts(
     source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Write what the stage trained, each component a folder that its own library opens.
+    """Write each component that the stage trained into a folder that its own library opens.
 
-    The LLM is a whole ``from_pretrained`` folder with its tokenizer, an adapter added to it; the
-    adapter is that one as PEFT has it. A quantised LLM, to which no adapter can be added, is left
+    The LLM is a complete ``from_pretrained`` folder with its tokenizer; an adapter is added to it,
+    and also written in PEFT's format. A quantised LLM, to which no adapter can be added, is left
     out.
 
+    Args:
+        source: what is exported.
+        weights: its weights.
+        folder: target folder; exists.
+        dtype: dtype of the weights.
+
     Returns:
-        The components, and what the adapter belongs on where that is not the published LLM.
+        The components, and the base of the adapter if that is not the published LLM.
     """
     wanted, about = set(source.stage.trains), {}
     if weights.has_encoder:
         wanted.add(VISUAL_ENCODER)
     if LLM_ADAPTER in wanted:
-        if not is_quantised(source):
+        if not has_quantised_llm(source):
             wanted.add(LLM)
         if first := "".join(f" + {path}" for path in source.inputs().values()):
             about["llm_adapter_on"] = LLM.name(source.settings) + first
@@ -81,10 +94,16 @@ def write_parts(
 def write_llm(
     source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Write the LLM that the stage trained, its adapter added to it, as ``parts`` does.
+    """Write the LLM that the stage trained, with its adapter added, as ``parts`` does.
+
+    Args:
+        source: what is exported.
+        weights: its weights.
+        folder: target folder.
+        dtype: dtype of the weights.
 
     Returns:
-        Its fingerprint, by which a further round of tuning knows it.
+        Its fingerprint, by which a further round of tuning recognises it.
     """
     llm = _write_llm(source, weights, folder, dtype)
     return {trained_key(LLM): fingerprint(llm, source.precision.fingerprint_dtype)}
@@ -107,7 +126,7 @@ def _write_adapter(source: Source, weights: StageWeights, folder: Path, dtype: t
         _copy(written, folder)  # unchanged
     else:
         adapter = weights.adapter()
-        assert adapter is not None, "the stage trains one, and a missing one was refused"
+        assert adapter is not None, "weights.adapter() refuses a stage without one"
         adapter.save(folder, LLM.name(source.settings))
 
 

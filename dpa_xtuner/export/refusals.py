@@ -1,4 +1,4 @@
-"""What a format can't express, known before any weight is loaded."""
+"""Finds what a format can't express, before any weight is loaded."""
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -7,24 +7,24 @@ from xtuner.model.modules import ProjectorModel
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.configs import caps_attention
-from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.model.encoders import VisionEncoderSpec
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
 
 FORMATS = ("hf", "xtuner", "parts", LLM)
-"""hf: transformers' LLaVA; xtuner: XTuner's own; parts: what the stage trained, a folder each; llm:
-of that the LLM, to be tuned further."""
+"""hf: transformers' LLaVA; xtuner: XTuner's own format; parts: each trained component in a folder;
+llm: the trained LLM alone, for further tuning."""
 
-_QUANTISED = "the LLM is quantised, and an adapter added to such weights gives another model"
+_QUANTISED = "the LLM is quantised: adding an adapter to such weights gives another model"
 
 
 def refuse_inexpressible(source: Source, fmt: str) -> None:
-    """Refuse a format that would give another model than was trained.
+    """Refuse a format that can't hold the trained model.
 
     Raises:
-        DPAError: all reasons, a line each, and the formats that can.
+        DPAError: lists all reasons, one a line, and the formats that can hold it.
     """
     if reasons := inexpressible(source, fmt):
-        # llm leaves the projector out: it stands for no other format.
+        # Don't advise llm, which leaves the projector out.
         able = [other for other in FORMATS if other != LLM and not inexpressible(source, other)]
         listed = "\n".join(f"  {reason}" for reason in reasons)
         raise DPAError(
@@ -34,7 +34,7 @@ def refuse_inexpressible(source: Source, fmt: str) -> None:
 
 
 def inexpressible(source: Source, fmt: str) -> list[str]:
-    """Why a format can't hold the model; nothing where it can."""
+    """List the reasons why a format can't hold the model; empty if it can."""
     if fmt == "parts":
         return []
     if fmt == LLM:
@@ -44,24 +44,24 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
     reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
     if source.settings.max_tiles > 1:
         reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
-    if is_quantised(source) and (fmt == "hf" or not keeps_adapter(source)):
+    if has_quantised_llm(source) and (fmt == "hf" or not keeps_adapter(source)):
         reasons.append(_QUANTISED)
     if type(source.run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        reasons.append(f"the LLM's class is not one of transformers': {source.cfg.model.llm.type}")
+        reasons.append(f"the LLM's class is not part of transformers: {source.cfg.model.llm.type}")
     return reasons
 
 
-def is_quantised(source: Source) -> bool:
-    """Whether the LLM was quantised when it was trained."""
+def has_quantised_llm(source: Source) -> bool:
+    """Tell whether the LLM was quantised in training."""
     published = getattr(source.run.llm_config, "quantization_config", None)
     return bool(source.cfg.model.llm.get("quantization_config") or published)
 
 
 def keeps_adapter(source: Source) -> bool:
-    """Whether the published LLM and one adapter beside it are what was trained.
+    """Tell whether the published LLM plus at most one adapter gives the trained model.
 
-    The LLaMA names of an adapter are not those of InternLM's published weights, and published
-    weights of Gemma-2 are loaded without their cap on attention.
+    It does not for InternLM, whose published weights have other names than the adapter's LLaMA
+    layers, nor for Gemma-2, which xtuner loads without its cap on attention.
     """
     begun_or_trained = [*source.inputs(), *source.stage.trains]
     adapters, whole = begun_or_trained.count(LLM_ADAPTER), LLM in begun_or_trained
@@ -71,39 +71,39 @@ def keeps_adapter(source: Source) -> bool:
 
 
 def extra_tokens(source: Source) -> int:
-    """Tokens of the encoder that are no patches, such as a class token: counted without weights."""
-    config, kind = source.run.encoder_config, source.run.encoder_spec
-    size = kind.image_size(config)
+    """Count the encoder's tokens that are not patches, such as a class token, without weights."""
+    config, spec = source.run.encoder_config, source.run.encoder_spec
+    size = spec.image_size(config)
     with torch.device("meta"):
-        hidden = kind.hidden(kind.build(config), torch.zeros(1, 3, size, size))
-    return hidden.shape[1] - kind.tokens(config)
+        hidden = spec.hidden(spec.build(config), torch.zeros(1, 3, size, size))  # (1, T, C)
+    return hidden.shape[1] - spec.tokens(config)
 
 
 def _llm(source: Source) -> list[str]:
     if not {LLM, LLM_ADAPTER} & set(source.stage.trains):
         return [f"stage {source.stage.name} trains no LLM"]
-    return [_QUANTISED] if is_quantised(source) else []
+    return [_QUANTISED] if has_quantised_llm(source) else []
 
 
 def _encoder(source: Source, fmt: str) -> list[str]:
-    kind, config = source.run.encoder_spec, source.run.encoder_config
+    spec, config = source.run.encoder_spec, source.run.encoder_config
     name = f"encoder={source.settings.encoder['type']!r}"
     known = getattr(config, "model_type", None) in CONFIG_MAPPING and type(config) in MODEL_MAPPING
-    if not known or type(kind).features is not Encoder.features:
-        return [f"{name} is not a single encoder of transformers'"]
-    if fmt == "xtuner" and (config.model_type != "clip_vision_model" or kind.layer != -2):
-        return [f"{name}, layer {kind.layer}: xtuner chat reads CLIP's second-last layer alone"]
-    if kind.layer is None:
-        return [f"{name} gives what follows its final norm; LLaVA reads a layer (set layer=-2)"]
+    if not known or type(spec).features is not VisionEncoderSpec.features:
+        return [f"{name} is not a single encoder of transformers"]
+    if fmt == "xtuner" and (config.model_type != "clip_vision_model" or spec.layer != -2):
+        return [f"{name}, layer {spec.layer}: xtuner chat reads only CLIP's second-last layer"]
+    if spec.layer is None:
+        return [f"{name} gives the output of its final norm; LLaVA reads a layer (set layer=-2)"]
     if (extra := extra_tokens(source)) > 1:
-        return [f"{name} has {extra} tokens that are no patches; LLaVA leaves out one or none"]
+        return [f"{name} has {extra} tokens that are not patches; LLaVA skips at most one"]
     return []
 
 
 def _projector(source: Source, fmt: str) -> list[str]:
     projector = source.run.projector
     if not isinstance(projector, ProjectorModel):
-        return [f"projector={source.settings.projector['type']!r} is not an MLP patch by patch"]
+        return [f"projector={source.settings.projector['type']!r} is not an MLP on single patches"]
     if fmt == "hf" and projector.config.depth != 2:
-        return [f"projector.depth={projector.config.depth}: LLaVA's has two linear layers"]
+        return [f"projector.depth={projector.config.depth}: LLaVA's projector has two layers"]
     return []

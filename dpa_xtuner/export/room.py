@@ -1,4 +1,4 @@
-"""Whether there is room for what is about to be written."""
+"""Checks that the disk has room for weights."""
 
 import shutil
 from pathlib import Path
@@ -9,15 +9,15 @@ from dpa_xtuner.errors import DPAError
 
 
 def need_room(folder: Path, state: dict[str, Tensor]) -> None:
-    """Refuse to begin what a full disk would end.
+    """Refuse to write weights that the disk has no room for.
 
     Raises:
-        DPAError: the disk has less room than the weights take.
+        DPAError: the disk has less room than the weights need.
     """
     size = sum(weight.numel() * weight.element_size() for weight in state.values())
     free = shutil.disk_usage(folder).free
     if free < size:
         raise DPAError(
-            f"The weights take {size / 2**30:.1f} GB, and where {folder} is there are "
+            f"The weights take {size / 2**30:.1f} GB, but the disk of {folder} has "
             f"{free / 2**30:.1f} GB left. Make room, or export to another place with -o."
         )

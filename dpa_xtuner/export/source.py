@@ -23,16 +23,16 @@ from dpa_xtuner.stages.settings import (
 )
 from dpa_xtuner.stages.table import Stage, find_stage
 
-# Captions are learned as image, text, newline: a template without words of its own.
+# Captions are learned as image, text, newline: a template without words.
 _CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights are, and what is known of it before they are loaded.
+    """The source of an export: a stage of a run, before its weights are loaded.
 
     Attributes:
-        run: the run, its precision that of its first stage; bfloat16 where no state file says it.
+        run: the run; its precision is that of its first stage, or bfloat16 if no state file has it.
         stage: the row of the stage table.
         base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
@@ -45,7 +45,7 @@ class Source:
 
     @property
     def cfg(self) -> Config:
-        """The config, with how models are loaded filled in."""
+        """The config, with the loaders of the models filled in."""
         return self.run.cfg
 
     @property
@@ -69,30 +69,31 @@ class Source:
         return self.settings.template if self.stage.sample_format == "chat" else dict(_CAPTION)
 
     @property
-    def record(self) -> Path:
-        """The folder whose ``stage.json`` tells of the training."""
-        return _record(self.base, self.stage.name, self.checkpoint)
+    def state_folder(self) -> Path:
+        """The folder whose ``stage.json`` describes the training."""
+        return _state_folder(self.base, self.stage.name, self.checkpoint)
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """What the stage was trained from; empty for a checkpoint of which there is no record.
+    def stage_provenance(self) -> dict[str, Any]:
+        """What the stage was trained from; empty for a checkpoint without a ``stage.json``.
 
         Raises:
-            DPAError: the record does not say it, or is of another stage.
+            DPAError: the file does not say it, or belongs to another stage.
         """
-        state = read_state(self.record)
-        origin = state.get("origin", {} if self.checkpoint else None)
-        if not isinstance(origin, dict):
+        state = read_state(self.state_folder)
+        found = state.get("origin", {} if self.checkpoint else None)
+        if not isinstance(found, dict):
             raise DPAError(
-                f"{self.record / STATE_FILE} does not say what the stage was trained from "
-                f"(no origin in it). Restore it, or remove {self.record} to train the stage again."
+                f"{self.state_folder / STATE_FILE} does not say what the stage was trained from "
+                f"(no origin in it). Restore it, or remove {self.state_folder} to train the stage "
+                f"again."
             )
-        if origin.get("stage", self.stage.name) != self.stage.name:
+        if found.get("stage", self.stage.name) != self.stage.name:
             raise DPAError(
-                f"{self.checkpoint or self.record} is of stage {origin['stage']}, not of "
-                f"{self.stage.name}: give --stage {origin['stage']}."
+                f"{self.checkpoint or self.state_folder} is of stage {found['stage']}, not of "
+                f"{self.stage.name}: give --stage {found['stage']}."
             )
-        return origin
+        return found
 
     @property
     def sees_pictures(self) -> bool:
@@ -100,26 +101,29 @@ class Source:
         return self.stage.sees_pictures
 
     def written(self, component: str) -> Path | None:
-        """Where the stage wrote a component; None for a checkpoint, or what it did not train."""
+        """Return the folder of a component that the stage wrote; None if it did not.
+
+        It is None too for a checkpoint.
+        """
         if self.checkpoint is not None or component not in self.stage.writes:
             return None
         return self.base / self.stage.writes[component]
 
     def inputs(self) -> dict[str, Path]:
-        """What the stage started from besides published models, and did not train further."""
-        trains = {PROJECTOR, *self.stage.trains}  # a projector is trained wherever there is one
+        """Find the components that the stage loaded from earlier stages and did not train."""
+        trains = {PROJECTOR, *self.stage.trains}  # every stage with a projector trains it
         if LLM in trains:
-            trains.add(LLM_ADAPTER)  # in the LLM that was written
+            trains.add(LLM_ADAPTER)  # merged into the LLM that was written
         elif LLM_ADAPTER in trains:
-            trains.remove(LLM_ADAPTER)  # another, on top of the one it started from
+            trains.remove(LLM_ADAPTER)  # it trains a second adapter, on top of the loaded one
         return {
             component: self.base / folder
             for component, folder in self.stage.loads.items()
             if component not in trains
         }
 
-    def provenance(self) -> dict[str, Any]:
-        """What the exported weights and files follow from, for ``dpa.json``."""
+    def export_provenance(self) -> dict[str, Any]:
+        """Collect what the exported files are made from, for ``dpa.json``."""
         written = [folder for name in self.stage.writes if (folder := self.written(name))]
         folders = [*written, *self.inputs().values()]
         found = {
@@ -146,11 +150,12 @@ class Source:
 
 def _hashes(paths: list[Path]) -> dict[str, str]:
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    return {"/".join(file.parts[-3:]): file_sha256(file) for file in files}  # stage/part/file
+    # By stage/component/file.
+    return {"/".join(file.parts[-3:]): file_sha256(file) for file in files}
 
 
 def _published(cfg: Config) -> dict[str, list[int]]:
-    """Size and time of the files in the published models' folders, which are large to hash."""
+    """Note sizes and times of the published models' files, which are too large to hash."""
     loaders = [*(cfg.model[name] for name in PUBLISHED), cfg.tokenizer, cfg.image_processor]
     names = {str(loader.get("pretrained_model_name_or_path")) for loader in loaders}
     files = [file for name in names if Path(name).is_dir() for file in Path(name).iterdir()]
@@ -169,31 +174,31 @@ def read_source(
 
     Args:
         config: a DPA config.
-        stage: its stage.
-        work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
+        stage: name of the stage.
+        work_dir: work dir of the run; None for ``work_dirs/<config's name>``.
         checkpoint: export this in place of what the stage wrote.
-        options: as of ``--cfg-options``.
+        options: settings as in ``--cfg-options``.
 
     Raises:
-        DPAError: settings that can't be used or are not those of the run, an unknown or
-            unfinished stage, or a folder or checkpoint that is missing.
+        DPAError: settings can't be used or differ from those of the run, the stage is unknown or
+            unfinished, or a folder or checkpoint is missing.
     """
     cfg = config_from_file(config, options)
     settings = read_settings(cfg)
     row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
-    begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
+    begun = read_state(_state_folder(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
     source = Source(Run.of(cfg, settings, precision), row, base, checkpoint)
     _need_inputs(source)
     for component in PUBLISHED:
-        if component in row.builds:  # now, and not after a large file was read
+        if component in row.builds:  # fail now, before large files are read
             source.run.config_of(component)
     return source
 
 
-def _record(base: Path, stage: str, checkpoint: Path | None) -> Path:
-    # A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
+def _state_folder(base: Path, stage: str, checkpoint: Path | None) -> Path:
+    # The folder of the checkpoint; if the checkpoint was moved, that of the run.
     if checkpoint is not None and (checkpoint.parent / STATE_FILE).is_file():
         return checkpoint.parent
     return base / stage
@@ -202,19 +207,20 @@ def _record(base: Path, stage: str, checkpoint: Path | None) -> Path:
 def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.base
     if source.checkpoint is None:
-        _need_finished(base, name, f"what stage {name} wrote is exported")
+        _need_finished(base, name, f"the export reads what stage {name} wrote")
         needed = [folder for each in source.stage.writes if (folder := source.written(each))]
     else:
         if not source.checkpoint.exists():
             raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
         needed = []
-    if source.origin:
+    if source.stage_provenance:
         now = model_of(source.run, source.stage)
         known = source.stage_settings.names_changing("model")
-        trained = {key: value for key, value in source.origin.get("settings", {}).items()
-                   if key in known}  # fmt: skip
-        before = {key: source.origin.get(key) for key in now} | {"settings": trained}
-        refuse_changed(source.record, before, now, "Give them as in training, by --cfg-options.")
+        written = source.stage_provenance
+        trained = {key: value for key, value in written.get("settings", {}).items() if key in known}
+        before = {key: written.get(key) for key in now} | {"settings": trained}
+        way_out = "Give them as in training, by --cfg-options."
+        refuse_changed(source.state_folder, before, now, way_out)
     for component, folder in source.inputs().items():
         _need_finished(base, folder.parent.name, f"stage {name} starts from its {component}")
         needed.append(folder)
@@ -224,11 +230,11 @@ def _need_inputs(source: Source) -> None:
                 f"{folder}, which stage {folder.parent.name} wrote, is gone. Restore it, or remove "
                 f"{folder.parent} and train the stage again."
             )
-    _refuse_other_inputs(source, source.origin.get("loads", {}))
+    _refuse_other_inputs(source, source.stage_provenance.get("loads", {}))
 
 
 def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
-    """Refuse inputs that were trained anew, or replaced, after the stage had started from them."""
+    """Refuse inputs that were trained again or replaced after the stage had loaded them."""
     inputs = source.inputs()
     before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
     loads = {name: folder for name, folder in source.stage.loads.items() if name in inputs}
@@ -237,7 +243,7 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
         if before.get(name) != now.get(name):
             raise DPAError(
                 f"{inputs[name.split('/')[0]]} is not what stage {source.stage.name} was trained "
-                f"on: {name} has changed since. Put it back, or train {source.stage.name} again."
+                f"on: {name} has changed since. Restore it, or train {source.stage.name} again."
             )
 
 
@@ -247,8 +253,8 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
         return
     if not base.is_dir():
         raise DPAError(
-            f"There is no run in {base}. Train first, or say where it is with --work-dir."
+            f"There is no run in {base}. Train first, or give its folder with --work-dir."
         )
     found = newest_checkpoint(folder)
     advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
-    raise DPAError(f"Stage {stage} in {base} is not finished, and {why}. Train it{advice}.")
+    raise DPAError(f"Stage {stage} in {base} is not finished, but {why}. Train it{advice}.")

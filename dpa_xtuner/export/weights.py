@@ -1,4 +1,4 @@
-"""The weights of what is exported: the LLM with its adapters added, the encoder, the projector."""
+"""The weights to export: the LLM with its adapters added, the encoder, the projector."""
 
 import copy
 from functools import cached_property
@@ -30,10 +30,10 @@ from dpa_xtuner.stages.components import (
 
 
 class StageWeights:
-    """The weights that a stage left, each component's read when it is asked for.
+    """The weights that a stage left; each component is read on demand.
 
     Args:
-        source: from :func:`dpa_xtuner.export.source.read_source`.
+        source: the result of :func:`dpa_xtuner.export.source.read_source`.
     """
 
     def __init__(self, source: Source):
@@ -41,46 +41,46 @@ class StageWeights:
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
-        """The checkpoint's state dict, empty where there is none."""
+        """The checkpoint's state dict; empty if there is no checkpoint."""
         return {} if self.source.checkpoint is None else read_checkpoint(self.source.checkpoint)
 
     def _of(self, component: Component) -> dict[str, Tensor]:
-        """What the checkpoint holds of the module that a component is in."""
+        """Pick the checkpoint's weights of the module that holds a component."""
         prefix = f"{component.module}."
         found = {k.removeprefix(prefix): v for k, v in self._state.items() if k.startswith(prefix)}
         return {k.removeprefix("base_model.model."): v for k, v in found.items()}
 
     @property
     def has_encoder(self) -> bool:
-        """Whether the visual encoder was trained: by the stage, or as a checkpoint has it."""
+        """Whether the visual encoder was trained, by the stage table or by the checkpoint."""
         return VISUAL_ENCODER in self.source.stage.trains or bool(self._of(VISUAL_ENCODER))
 
     def projector(self) -> dict[str, Tensor]:
-        """Its state dict.
+        """Read the projector's state dict.
 
         Raises:
-            DPAError: the checkpoint has none, or it is not that of the config.
+            DPAError: the checkpoint has none, or it does not fit the config.
         """
         source = self.source
         if folder := source.written(PROJECTOR):
             state = load_file(folder / "model.safetensors")
         elif not (state := self._of(PROJECTOR)):
-            raise DPAError(f"{source.checkpoint} holds no projector: it is not of this stage.")
+            raise DPAError(f"{source.checkpoint} holds no projector: it is not from this stage.")
         empty = source.run.projector
-        own = {name: weight.shape for name, weight in empty.state_dict().items()}
+        expected = {name: weight.shape for name, weight in empty.state_dict().items()}
         given = {name: weight.shape for name, weight in state.items()}
-        if own != given:
+        if expected != given:
             raise DPAError(
-                f"The projector's weights are {given}, and projector={source.settings.projector} "
-                f"of this config has {own}: it was trained with another."
+                f"The projector's weights are {given}, but projector={source.settings.projector} "
+                f"of this config has {expected}: another projector was trained."
             )
         return state
 
     def adapter(self) -> Adapter | None:
-        """The adapter that the stage trained; None where it trained none.
+        """Read the adapter that the stage trained; None if it trained none.
 
         Raises:
-            DPAError: the checkpoint has none, or not all of it.
+            DPAError: the checkpoint lacks it, or a part of it.
         """
         source = self.source
         if folder := source.written(LLM_ADAPTER):
@@ -92,17 +92,17 @@ class StageWeights:
             found.refuse_other(empty)
             found.refuse_partial(empty, source.run.lora_targets)
         elif LLM_ADAPTER in source.stage.trains:
-            raise DPAError(f"{source.checkpoint} holds no adapter: it is not of this stage.")
+            raise DPAError(f"{source.checkpoint} holds no adapter: it is not from this stage.")
         return found
 
     def llm(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The LLM as the stage left it, its adapters added.
+        """Load the LLM as the stage left it, its adapters added.
 
-        What the stage started from is added up in the dtype it was trained in, what it
+        An adapter that the stage loaded is added in the dtype of the training, the one that it
         trained in ``dtype``.
 
         Raises:
-            DPAError: weights are missing, or the checkpoint is of another stage or model.
+            DPAError: weights are missing, or the checkpoint is from another stage or model.
         """
         source, inputs = self.source, self.source.inputs()
         if state := without_adapter(self._of(LLM)):
@@ -119,7 +119,7 @@ class StageWeights:
         return llm
 
     def visual_encoder(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The encoder, as published or as trained.
+        """Load the encoder, published or trained.
 
         Raises:
             DPAError: weights are missing.
@@ -127,7 +127,7 @@ class StageWeights:
         source, trained = self.source, self._of(VISUAL_ENCODER)
         encoder = self._loaded(VISUAL_ENCODER, dtype)
         if state := without_adapter(trained):
-            source.run.encoder_spec.freeze_unread(encoder)  # a checkpoint holds what learns
+            source.run.encoder_spec.freeze_unread(encoder)  # checkpoints lack frozen weights
             fill(encoder, state, str(source.checkpoint))
         encoder.to(dtype)
         lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
@@ -136,7 +136,7 @@ class StageWeights:
         return encoder
 
     def _loaded(self, component: Published, dtype: torch.dtype) -> PreTrainedModel:
-        """A component from the folder that a stage wrote, else as it was published."""
+        """Load a component from the folder that a stage wrote, else the published one."""
         source = self.source
         written = source.written(component)
         held = without_adapter(self._of(component))
@@ -147,22 +147,22 @@ class StageWeights:
                 f"{source.stage.name} trains in full.{lora * (component == LLM)}"
             )
         loader, folder = source.cfg.model[component], written or source.inputs().get(component)
-        place = {"pretrained_model_name_or_path": str(folder)} if folder else {}
+        name = {"pretrained_model_name_or_path": str(folder)} if folder else {}
         more: dict[str, Any] = {"torch_dtype": dtype} if written else {}
         if component in source.stage.trains and not written:
             more["torch_dtype"] = torch.float32  # as it was trained
         if component == LLM:
-            # Without use_cache, Gemma-2's generation settings are complained of.
-            config = read_config(component.setting, loader | place)
+            # Without use_cache, transformers warns of Gemma-2's generation settings.
+            config = read_config(component.setting, loader | name)
             config.use_cache = True
             more |= {"config": config, "low_cpu_mem_usage": True}
-        module = load_pretrained(loader | place, **more)
+        module = load_pretrained(loader | name, **more)
         if not folder:
             self._refuse_other(component, module)
         return module
 
     def _empty(self, component: Published) -> PreTrainedModel:
-        """A published model without memory."""
+        """Build a published model on the meta device."""
         source = self.source
         owner = model_class(source.cfg.model[component])
         config = copy.deepcopy(source.run.config_of(component))  # the model may change it
@@ -170,24 +170,25 @@ class StageWeights:
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 
     def _refuse_other(self, component: Published, module: nn.Module) -> None:
-        """Refuse a model whose weights are not those that the stage was trained with."""
-        trained = self.source.origin.get(component, {})
+        """Refuse a model whose weights have changed since the stage was trained."""
+        trained = self.source.stage_provenance.get(component, {})
         now = fingerprint(module, self.source.precision.fingerprint_dtype)
         if trained.get("fingerprint", "") not in ("", now):
             raise DPAError(
                 f"{component.name(self.source.settings)} holds other weights than "
-                f"{trained['name']} did when {self.source.record} was trained with it. Put them "
-                f"back, or set {component.setting} to that model."
+                f"{trained['name']} did when {self.source.state_folder} was trained with it. "
+                f"Restore them, or set {component.setting} to that model."
             )
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of a .pth file, or of a DeepSpeed folder (float32), frozen parts left out.
+    """Read the state dict of a .pth file or, in float32, of a DeepSpeed folder.
 
-    Neither is unpickled beyond tensors and plain values: no code in it is run.
+    A DeepSpeed folder's frozen weights are left out. Only tensors and plain values are unpickled:
+    no code in the file is run.
 
     Raises:
-        DPAError: it is none.
+        DPAError: it is neither.
     """
     try:
         if path.is_dir():
@@ -197,11 +198,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                 return get_fp32_state_dict_from_zero_checkpoint(
                     str(path.parent), path.name, exclude_frozen_parameters=True
                 )
-        zipped = is_zipfile(path)  # torch's old format is none, and can't be mapped
+        zipped = is_zipfile(path)  # torch's old format is no zip file, and can't be mapped
         content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except ImportError:
         raise DPAError(
-            f"{path} is a DeepSpeed checkpoint, and DeepSpeed is not installed: "
+            f"{path} is a DeepSpeed checkpoint, but DeepSpeed is not installed: "
             f"{install('deepspeed')}"
         ) from None
     except (RuntimeError, ValueError, LookupError, OSError, EOFError, PickleError) as error:
@@ -212,5 +213,5 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise DPAError(f"--checkpoint {path} holds no state dict: it is no checkpoint of a run.")
+        raise DPAError(f"--checkpoint {path} holds no state dict: it is not a run's checkpoint.")
     return state

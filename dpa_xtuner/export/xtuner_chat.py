@@ -1,4 +1,4 @@
-"""The ``xtuner chat`` command that asks an exported model as it was trained."""
+"""The ``xtuner chat`` command that prompts an exported model as in training."""
 
 import shlex
 from difflib import SequenceMatcher
@@ -19,16 +19,16 @@ _QUESTION = f"{DEFAULT_IMAGE_TOKEN}\nWhat is shown here?"
 def chat_command(
     source: Source, llm: str | None, folder: Path, has_encoder: bool
 ) -> dict[str, Any]:
-    """What opens an export in XTuner's format.
+    """Build the command that opens an export in XTuner's format.
 
     Args:
         source: what is exported.
-        llm: the published LLM; None where ``folder`` has it.
-        folder: the export, written.
+        llm: the published LLM; None if ``folder`` holds the LLM.
+        folder: the written export.
         has_encoder: whether it holds the visual encoder.
 
     Returns:
-        ``command``, the export's place given as FOLDER, and ``template_differs``: the kinds of
+        ``command``, with FOLDER for the export's path, and ``template_differs``: the kinds of
         prompts for which xtuner chat gives other tokens than training.
     """
     command = ["xtuner", "chat", llm or "FOLDER", "--llava", "FOLDER"]
@@ -43,7 +43,7 @@ def chat_command(
 
 
 def _prompt_options(source: Source, llm: str | Path) -> tuple[list[str], list[str]]:
-    """The options of xtuner chat that ask nearest to training, and what they ask otherwise."""
+    """Find the options of xtuner chat whose tokens are nearest to training, and what differs."""
     remote = source.cfg.tokenizer.get("trust_remote_code", False)
     loaded = AutoTokenizer.from_pretrained(
         llm, trust_remote_code=remote, encode_special_tokens=True
@@ -63,25 +63,25 @@ def _prompt_options(source: Source, llm: str | Path) -> tuple[list[str], list[st
 
 
 def _system(template: dict[str, Any], stock: dict[str, Any]) -> str | None:
-    """The system prompt with which XTuner's template writes the default one of ours, if any."""
+    """Find the system prompt that makes XTuner's template write our default one, if any."""
     if template.get("DEFAULT_SYSTEM") is None or "SYSTEM" not in template:
         return None
-    said = template["SYSTEM"].format(system=template["DEFAULT_SYSTEM"])
-    # XTuner's Vicuna says its own default itself; ours of Llama 3.1 has dates before any other.
-    before, _, behind = (stock.get("SYSTEM") or "{system}").partition("{system}")
-    return said.removeprefix(before).removesuffix(behind)
+    wanted = template["SYSTEM"].format(system=template["DEFAULT_SYSTEM"])
+    # XTuner's Vicuna writes its default itself; our Llama 3.1 writes dates before the prompt.
+    before, _, after = (stock.get("SYSTEM") or "{system}").partition("{system}")
+    return wanted.removeprefix(before).removesuffix(after)
 
 
 def _chat_tokens(
     tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], system: str | None
 ) -> list[int]:
-    """The first prompt of ``xtuner chat --image``, as xtuner.tools.chat (0.2.0) writes it."""
+    """Tokenise the first prompt of ``xtuner chat --image``, as xtuner.tools.chat (0.2.0) does."""
     before = ""
     if system is not None and "SYSTEM" in template:
         before = template["SYSTEM"].format(system=system, round=1, bot_name="BOT")
     asked = template["INSTRUCTION"].format(input=_QUESTION, round=1, bot_name="BOT")
-    first, behind = (before + asked).split(DEFAULT_IMAGE_TOKEN)
-    ids = tokenizer.encode(first), tokenizer.encode(behind, add_special_tokens=False)
+    first, after = (before + asked).split(DEFAULT_IMAGE_TOKEN)
+    ids = tokenizer.encode(first), tokenizer.encode(after, add_special_tokens=False)
     return [*ids[0], IMAGE_TOKEN_INDEX, *ids[1]]
 
 

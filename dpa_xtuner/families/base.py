@@ -1,4 +1,4 @@
-"""What a family of LLMs is."""
+"""The base class of LLM families, and how they are found."""
 
 from typing import Any, ClassVar, cast
 
@@ -10,14 +10,14 @@ LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 class Family:
-    """Knowledge about one family, as class attributes.
+    """One family of LLMs, described by class attributes.
 
     Attributes:
         llm: the config type of its loader, a ``...from_pretrained``.
-        model_types: the ``model_type`` of the configurations that the loader reads.
+        model_types: values of ``model_type`` in the configurations that the loader reads.
         template: its chat template, with the keys of :mod:`dpa_xtuner.data.templates`.
         tokenizer: the config type of its tokenizer's loader.
-        lora_targets: the linear layers that LoRA adapts: all but the head.
+        lora_targets: the linear layers that LoRA adapts; by default all but the head.
     """
 
     llm: ClassVar[str]
@@ -28,11 +28,10 @@ class Family:
 
 
 def find_family(name: str) -> type[Family]:
-    """Find the family of a name.
+    """Find a family by its name.
 
     Raises:
-        DPAError: unknown, and the message has the nearest and the known ones; or one that does
-            not say what a family must.
+        DPAError: it is unknown, or lacks a required attribute.
     """
     family, _ = find_named(FAMILIES, name)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
@@ -47,26 +46,25 @@ def known_families() -> dict[str, type[Family]]:
 
 
 def check_model_type(family: type[Family], model: str, found: str) -> None:
-    """Refuse a model that another family's loader reads.
+    """Refuse a model that the family's loader is not made for.
 
-    transformers only warns of it, and loads what has the same name.
+    transformers would only warn, and load the weights whose names match.
 
     Args:
-        family: the config's.
+        family: the family in the config.
         model: a folder or hub name, for the message.
         found: the ``model_type`` of its configuration, as the family's loader reads it.
 
     Raises:
-        DPAError: the configuration is of a type that the family does not load; the message
-            names the families that do.
+        DPAError: the family does not load this type; the message names the families that do.
     """
     if found in family.model_types:
         return
     known = known_families()
-    own = next((name for name, other in known.items() if other is family), family.__name__)
+    ours = next((name for name, other in known.items() if other is family), family.__name__)
     others = [name for name, other in known.items() if found in other.model_types]
     advice = f"Set family to one of: {', '.join(others)}" if others else "No family loads it"
     raise DPAError(
-        f"{model} is a model of type {found!r}, and family {own!r} loads "
+        f"{model} is a model of type {found!r}, but family {ours!r} loads "
         f"{', '.join(family.model_types)}. {advice}."
     )

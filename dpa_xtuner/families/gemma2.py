@@ -6,11 +6,11 @@ from dpa_xtuner.registry import FAMILIES
 
 @FAMILIES.register_module("gemma2")
 class Gemma2(Family):
-    """One BOS, ``<end_of_turn>`` behind every turn, no system prompt.
+    """One BOS, ``<end_of_turn>`` after every turn, no system prompt.
 
     The head is tied to the embeddings and its logits are soft-capped, which
-    :func:`dpa_xtuner.model.llm.head_log_probs` knows. The attention scores are capped too:
-    without FlashAttention-2 the eager attention is taken, since SDPA can't cap them.
+    :func:`dpa_xtuner.model.llm.head_log_probs` handles. The attention scores are capped too:
+    without FlashAttention-2 we use eager attention, since SDPA can't cap them.
     """
 
     llm = "transformers.Gemma2ForCausalLM.from_pretrained"

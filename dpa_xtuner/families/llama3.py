@@ -1,4 +1,4 @@
-"""Llama-3-Instruct and Llama-3.1-Instruct, which differ in what stands before the system prompt."""
+"""Llama-3-Instruct and Llama-3.1-Instruct, which differ in the text before the system prompt."""
 
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.registry import FAMILIES
@@ -26,9 +26,9 @@ class Llama3(Family):
 
 @FAMILIES.register_module("llama3_1")
 class Llama31(Llama3):
-    """Llama 3 with two dates in front of the system prompt, which is there even when empty.
+    """Llama 3 with two dates before the system prompt, which is written even if it is empty.
 
-    The second date is the one that the published template takes where it is given none.
+    The second date is the default of the published template.
     """
 
     template = dict(

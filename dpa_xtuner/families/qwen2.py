@@ -7,7 +7,7 @@ from dpa_xtuner.registry import FAMILIES
 
 @FAMILIES.register_module("qwen2")
 class Qwen2(Family):
-    """ChatML with a default system prompt and no BOS. Small ones tie the head to the embeddings."""
+    """ChatML with a default system prompt and no BOS; small models tie head and embeddings."""
 
     llm = "transformers.Qwen2ForCausalLM.from_pretrained"
     model_types = ("qwen2",)

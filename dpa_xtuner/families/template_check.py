@@ -1,4 +1,4 @@
-"""Holds a family's chat template against the one that a tokenizer was published with."""
+"""Compares a family's chat template with the one that a tokenizer was published with."""
 
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
@@ -20,20 +20,20 @@ _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It 
 def check_template(
     family: type[Family] | str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> None:
-    """Hold a chat template against the one that the tokenizer brings, token by token.
+    """Compare a chat template with that of the tokenizer, token by token.
 
-    A tokenizer without a chat template of its own passes. Compared are conversations of one
-    and of two turns, with a system prompt where both can say one, and each prompt without its
-    last answer.
+    A tokenizer without a chat template passes. The comparison uses conversations of one and two
+    turns, with a system prompt if both templates support one, and each prompt without its last
+    answer.
 
     Args:
-        family: a family, or a template as of ``resolve_template``.
-        tokenizer: the LLM's.
-        name: how the config calls the family or template, for the message.
+        family: a family, or a template for ``resolve_template``.
+        tokenizer: the LLM's tokenizer.
+        name: the config's name for the family or template, for the message.
 
     Raises:
-        DPAError: they differ; the message shows both renderings, and the families whose
-            template is the tokenizer's.
+        DPAError: they differ; the message shows both renderings, and a family whose template is
+            the tokenizer's.
     """
     if not getattr(tokenizer, "chat_template", None):
         return
@@ -69,7 +69,7 @@ def _difference(
 def _renderings(
     template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Render conversations by the tokenizer's own template and by ours, with and without answer."""
+    """Render conversations by the tokenizer's template and by ours, with and without answer."""
     says_system = template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")
     for turns in (_TURNS[:1], _TURNS):
         for system in (None, "Be brief.") if says_system else (None,):
@@ -84,10 +84,10 @@ def _renderings(
                 if system is None:
                     raise DPAError(
                         f"The chat template of the tokenizer of {tokenizer.name_or_path!r} can't "
-                        f"say a question and its answer ({error}). Mend it, or set "
-                        f"tokenizer.chat_template='' to go by prompt_template alone."
+                        f"render a question and its answer ({error}). Mend it, or set "
+                        f"tokenizer.chat_template='' to rely on prompt_template alone."
                     ) from None
-                continue  # it has no system prompt; XTuner's templates have one for any family
+                continue  # it supports no system prompt, though XTuner's templates always do
             encode = RecordTokenizer(tokenizer, "chat", 1, template, 2**20)
             encoded = encode([Record("", (), system, turns)])
             tokens, supervised = encoded.tokens.tolist(), encoded.supervised

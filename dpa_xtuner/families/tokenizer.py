@@ -1,3 +1,3 @@
-"""The former place of :class:`InternLMTokenizer`: configs may name it here."""
+"""The former module of :class:`InternLMTokenizer`, which configs may still name."""
 
 from dpa_xtuner.families.internlm.tokenizer import InternLMTokenizer as InternLMTokenizer

@@ -6,7 +6,7 @@ from dpa_xtuner.registry import FAMILIES
 
 @FAMILIES.register_module("vicuna")
 class Vicuna(Family):
-    """Roles as plain text, one BOS, an EOS behind every answer and nothing else between turns."""
+    """Roles as plain text, one BOS, an EOS after every answer and nothing else between turns."""
 
     llm = "transformers.LlamaForCausalLM.from_pretrained"
     model_types = ("llama",)

@@ -1,4 +1,4 @@
-"""What held-out captions cost a model, per token."""
+"""The cross entropy of held-out captions, per token."""
 
 from typing import Any, Protocol
 
@@ -12,8 +12,8 @@ from dpa_xtuner.loss.head import TokenLogProbs
 from dpa_xtuner.loss.objective import IGNORE_INDEX
 
 
-class LanguageModel(Protocol):
-    """What is asked of a model: both models of this package are one."""
+class HeldOutModel(Protocol):
+    """What the measurement asks of a model; both models of this package have it."""
 
     training: bool
     data_preprocessor: nn.Module
@@ -27,17 +27,17 @@ class LanguageModel(Protocol):
 
 @torch.no_grad()
 def cross_entropy_per_token(
-    model: LanguageModel, dataset, batch_size: int, amp: torch.autocast
+    model: HeldOutModel, dataset, batch_size: int, amp: torch.autocast
 ) -> float:
     """Average the cross entropy of a data set's supervised tokens, each sample's first left out.
 
-    Every rank takes its part, and all take the same number of batches, as ZeRO-3 needs.
+    Each rank takes its share of the batches, and all take the same number, as ZeRO-3 needs.
 
     Args:
-        model: not wrapped; left in the mode it was in.
+        model: not wrapped; keeps its mode.
         dataset: a :class:`dpa_xtuner.data.DPADataset`.
         batch_size: samples at a time on a device.
-        amp: the context to compute in.
+        amp: context to compute in.
 
     Returns:
         Nats per token over all ranks.

@@ -23,7 +23,7 @@ def supervised_mask(labels: Tensor) -> Tensor:
 
 
 class Objective:
-    """A weighting scheme, how its loss is normalised, and what it has seen of an optimizer step.
+    """A weighting scheme, the normalisation of its loss, and the sums of an optimizer step.
 
     Args:
         loss: see :func:`dpa_xtuner.loss.build_scheme`.
@@ -32,9 +32,9 @@ class Objective:
     Attributes:
         scheme: the weighting scheme.
         normalize: as given.
-        seen: the sums of :class:`dpa_xtuner.loss.RelevanceLoss`, and ``micro_batch_loss`` and
-            ``micro_batches``, of all micro-batches since it was last emptied, on this rank, for
-            :class:`dpa_xtuner.engine.hooks.OptimizerStepHook`.
+        seen: the sums of :class:`dpa_xtuner.loss.RelevanceLoss`, ``micro_batch_loss`` and
+            ``micro_batches`` over this rank's micro-batches of the current step;
+            :class:`dpa_xtuner.engine.hooks.OptimizerStepHook` reads and empties it.
 
     Raises:
         DPAError: one of the arguments can't be used.
@@ -51,8 +51,8 @@ class Objective:
         """Compute the loss and what goes into the log.
 
         Args:
-            log_probs: of the ordinary pass, for the batch's N supervised tokens.
-            no_image: of the contrast pass, if the scheme needs one.
+            log_probs: from the ordinary pass, for the batch's N supervised tokens.
+            no_image: from the contrast pass, if the scheme needs one.
             data: a batch of :func:`dpa_xtuner.data.collate`.
 
         Returns:
@@ -60,14 +60,14 @@ class Objective:
         """
         supervised = supervised_mask(data["labels"])
         if no_image is not None:
-            # In a sample without an image both passes are the same, to the last bit.
+            # Without an image both passes must agree to the last bit, so take the same numbers.
             has_image = data["image_mask"].any(1, keepdim=True)  # (B, 1)
             has_image = has_image.expand_as(supervised)[supervised]  # (N,)
             no_image = no_image.where(has_image, log_probs.detach())
         if not len(log_probs.cross_entropy) and data["ids"]:
             names = ", ".join(repr(name) for name in data["ids"])
             print_log(
-                f"No token of the samples {names} is supervised: they train nothing.",
+                f"The samples {names} have no supervised token: they train nothing.",
                 "current",
                 logging.WARNING,
             )

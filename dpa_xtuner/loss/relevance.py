@@ -16,10 +16,10 @@ NORMALIZE = ("micro_batch", "global")
 
 
 class RelevanceLoss(NamedTuple):
-    """The loss of a micro-batch and what it was made of.
+    """The loss of a micro-batch, its weights and its sums.
 
     Attributes:
-        loss: scalar with a graph.
+        loss: scalar, with a graph.
         weights: (N,), one per supervised token.
         sums: float64 scalars without a graph, over the tokens, for :func:`statistics`:
             ``supervised_tokens``, ``weight``, ``weighted`` (w CE) and ``cross_entropy``; from
@@ -42,14 +42,14 @@ def relevance_loss(
     """Compute sum_j w_j CE_j / (sum_j w_j + 1e-6) over N supervised tokens (arXiv 2509.14735).
 
     Args:
-        log_probs: of the ordinary pass; gradients flow through its cross entropy and nowhere else.
-        no_image: of the contrast pass; None for a scheme that needs none.
-        supervised: (B, T) bool with N true positions, the tokens' own, row by row.
+        log_probs: from the ordinary pass; gradients flow through its cross entropy only.
+        no_image: from the contrast pass; None for a scheme that needs none.
+        supervised: (B, T) bool, true at the N tokens, row by row.
         scheme: from :func:`dpa_xtuner.loss.build_scheme`.
         normalize: ``"micro_batch"`` divides by this micro-batch's own weights, so that a token
-            counts for more in a micro-batch of short answers. ``"global"``: the value is the
-            same, but the gradient is that of the sum alone, for whoever divides by the weights
-            of a whole optimizer step (:class:`dpa_xtuner.engine.hooks.OptimizerStepHook`).
+            counts for more in a micro-batch of short answers. ``"global"`` gives the same value,
+            but the gradient of the sum: :class:`dpa_xtuner.engine.hooks.OptimizerStepHook` divides
+            it by the weights of the whole optimizer step.
 
     Returns:
         The loss; without a supervised token exactly 0, with a graph.
@@ -58,8 +58,8 @@ def relevance_loss(
         DPAError: ``normalize`` is unknown.
     """
     check_normalize(normalize)
-    weights, relevance = scheme.weights(log_probs, no_image, supervised)
-    total = (weights * log_probs.cross_entropy).sum()
+    weights, relevance = scheme.weights(log_probs, no_image, supervised)  # (N,), (N,) or None
+    total = (weights * log_probs.cross_entropy).sum()  # scalar
     loss = total / (weights.sum() + EPS)
     if normalize == "global":  # the value of the quotient, the gradient of the sum
         loss = loss.detach() + (total - total.detach())
@@ -82,21 +82,21 @@ FIGURES = (
     "loss", "cross_entropy", "mean_weight", "supervised_tokens",
     "share_at_d_min", "share_at_d_max", "mean_p_difference",
 )  # fmt: skip
-"""All that :func:`statistics` can give."""
+"""All figures that :func:`statistics` can return."""
 
 
 def statistics(sums: dict) -> dict:
-    """Compute the log's figures of any number of micro-batches, from their added sums.
+    """Compute the log's figures from the sums of any number of micro-batches.
 
     Args:
-        sums: as of :class:`RelevanceLoss`, tensors or numbers.
+        sums: those of :class:`RelevanceLoss`, added up; tensors or numbers.
 
     Returns:
         ``loss`` (weighted, over all tokens), ``cross_entropy`` (unweighted mean, to compare
         with vanilla runs), ``mean_weight`` and ``supervised_tokens``; from a contrast pass also
         ``share_at_d_min``, ``share_at_d_max`` and ``mean_p_difference``.
     """
-    # Without a token every sum is 0, and so is every figure.
+    # Without a token every sum is 0: divide by 1, so that every figure is 0 too.
     tokens = sums["supervised_tokens"] + (sums["supervised_tokens"] == 0)
     figures = {
         "loss": sums["weighted"] / (sums["weight"] + EPS),
@@ -112,7 +112,7 @@ def statistics(sums: dict) -> dict:
 
 
 def check_normalize(normalize: str) -> None:
-    """Refuse what :func:`relevance_loss` does not know.
+    """Refuse a ``normalize`` that :func:`relevance_loss` does not know.
 
     Raises:
         DPAError: ``normalize`` is unknown.

@@ -18,7 +18,7 @@ class TokenWeights(NamedTuple):
     """A scheme's answer for N supervised tokens.
 
     Attributes:
-        values: (N,), what each token's cross entropy is multiplied by.
+        values: (N,), the factors of the tokens' cross entropies.
         relevance: (N,), the clamped difference before pooling, or None without a contrast pass.
     """
 
@@ -53,7 +53,7 @@ class WeightingScheme(Protocol):
         Args:
             log_probs: of N tokens, with the picture.
             no_image: of the same tokens without it; None where ``contrast`` is False.
-            supervised: (B, T) bool with N true positions, the tokens' own, row by row.
+            supervised: (B, T) bool, true at the N tokens, row by row.
 
         Returns:
             Weights without a graph.
@@ -63,7 +63,7 @@ class WeightingScheme(Protocol):
 @SCHEMES.register_module("uniform")
 @dataclass(frozen=True)
 class Uniform:
-    """Every token counts the same (vanilla); no contrast pass is run."""
+    """Every token counts the same (vanilla); needs no contrast pass."""
 
     contrast: ClassVar[bool] = False
     d_min: ClassVar[float] = 1.0
@@ -78,18 +78,17 @@ class Uniform:
 
 @dataclass(frozen=True)
 class ContrastScheme:
-    """Weights from what the picture changes; a scheme derives from it and says how to compare.
+    """Base of schemes that weigh tokens by what the picture changes; they define ``difference``.
 
-    The relevance of a token is the comparison, clamped. Its weight is the mean relevance over a
+    The relevance of a token is its difference, clamped. Its weight is the mean relevance over a
     window around it (average pool, stride 1, padding not counted).
 
     Args:
         d_min: lower bound of the relevance, at least 0.
         d_max: upper bound of the relevance, above 0.
         window: odd number of neighbouring positions; 1 for no pooling.
-        boundary: ``"sample"`` pools over the supervised tokens of the same sample alone;
-            ``"flat"`` over the flattened batch, where unsupervised positions count with
-            ``d_min``, as the authors' code does.
+        boundary: ``"sample"`` pools over the supervised tokens of one sample; ``"flat"`` over the
+            flattened batch, where unsupervised positions count as ``d_min`` (the authors' code).
 
     Raises:
         DPAError: an argument is out of range.
@@ -111,8 +110,8 @@ class ContrastScheme:
             )
         if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
             raise DPAError(
-                f"window={self.window!r} is not an odd whole number from 1 on; the paper's is 3, "
-                f"and 1 stands for no pooling."
+                f"window={self.window!r}: expected an odd whole number above 0. The paper uses 3; "
+                f"1 means no pooling."
             )
         if self.boundary not in BOUNDARIES:
             raise DPAError(
@@ -146,8 +145,9 @@ class ContrastScheme:
             return TokenWeights(pool(relevance, supervised), relevance)
 
     def _pool_sample(self, relevance: Tensor, supervised: Tensor) -> Tensor:
-        # Pooling the mask beside the values gives the number of supervised neighbours to divide by.
-        grid = relevance.new_zeros(supervised.shape).masked_scatter(supervised, relevance)
+        # Pooling the mask too gives the number of supervised neighbours, the divisor of the mean.
+        grid = relevance.new_zeros(supervised.shape)  # (B, T)
+        grid = grid.masked_scatter(supervised, relevance)
         both = torch.stack([grid, supervised.to(grid.dtype)], dim=1)  # (B, 2, T)
         pooled = avg_pool1d(both, self.window, stride=1, padding=self.window // 2)
         total, count = pooled.unbind(1)  # (B, T) each
@@ -161,13 +161,13 @@ class ContrastScheme:
 
 
 Contrast = ContrastScheme
-"""The name that schemes of users' own were written with before."""
+"""The former name; users' schemes may derive from it."""
 
 
 @SCHEMES.register_module("cmo")
 @dataclass(frozen=True)
 class CMO(ContrastScheme):
-    """Contrastive modality optimisation: by how much the picture raises the token's probability.
+    """Contrastive modality optimisation: how much the picture raises the token's probability.
 
     Bounds and window of arXiv 2509.14735.
     """
@@ -183,7 +183,7 @@ class CMO(ContrastScheme):
 @SCHEMES.register_module("cal")
 @dataclass(frozen=True)
 class CAL(ContrastScheme):
-    """Contrastive alignment: by how much the picture raises the token's logit.
+    """Contrastive alignment: how much the picture raises the token's logit.
 
     Bounds and window of arXiv 2405.17871.
     """
@@ -197,7 +197,7 @@ class CAL(ContrastScheme):
 
 
 def build_scheme(cfg: str | dict[str, Any]) -> WeightingScheme:
-    """Build the weighting scheme of a name or of ``dict(type=name, ...)``.
+    """Build a weighting scheme from its name or ``dict(type=name, ...)``.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.SCHEMES`, or a dict of one and its arguments.

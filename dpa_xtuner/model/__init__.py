@@ -1,1 +1,1 @@
-"""The models: XTuner's, with the loss, the adapter and the projector at their seams."""
+"""The models: XTuner's classes with our loss, adapter and projector."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: how they are read, checked, added to a model's weights, and written."""
+"""LoRA adapters: read, check, add to a model's weights, write."""
 
 import json
 import re
@@ -24,7 +24,7 @@ class Adapter(NamedTuple):
     Attributes:
         layers: a layer's name -> its A (r, in) and its B (out, r).
         r: the rank.
-        lora_alpha: the scale, times ``r``.
+        lora_alpha: the scale, multiplied by ``r``.
     """
 
     layers: dict[str, tuple[Tensor, Tensor]]
@@ -34,13 +34,13 @@ class Adapter(NamedTuple):
     def add_to(self, module: nn.Module) -> None:
         """Add B A alpha / r to the layers' weights, in float32, rounded once.
 
-        Every rank must call it, since ZeRO-3 gathers.
+        Every rank must call it, since ZeRO-3 gathers the weights.
 
         Args:
             module: the model that the adapter was trained on; changed in place.
 
         Raises:
-            DPAError: the module has no such layers, or of other sizes.
+            DPAError: the module lacks these layers, or their sizes differ.
         """
         self.refuse_other(module)
         for name, (a, b) in self.layers.items():
@@ -51,10 +51,10 @@ class Adapter(NamedTuple):
                 weight.data.copy_((weight.data.float() + delta).to(weight.dtype))
 
     def refuse_other(self, module: nn.Module) -> None:
-        """Refuse a module whose layers are not those that the adapter is for.
+        """Refuse a module that the adapter does not fit.
 
         Raises:
-            DPAError: it lacks layers, or they are of other sizes.
+            DPAError: the module lacks layers, or their sizes differ.
         """
         sizes = {
             name: tuple(getattr(weight, "ds_shape", weight.shape))
@@ -62,9 +62,9 @@ class Adapter(NamedTuple):
         }
         wrong = []
         for name, (a, b) in self.layers.items():
-            own = sizes.get(f"{name}.weight")
-            if own != (len(b), a.shape[1]) or len(a) != b.shape[1]:
-                wrong.append(f"  {name}: A {tuple(a.shape)}, B {tuple(b.shape)}, weight {own}")
+            size = sizes.get(f"{name}.weight")  # (out, in)
+            if size != (len(b), a.shape[1]) or len(a) != b.shape[1]:
+                wrong.append(f"  {name}: A {tuple(a.shape)}, B {tuple(b.shape)}, weight {size}")
         if wrong:
             more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise DPAError(
@@ -73,10 +73,10 @@ class Adapter(NamedTuple):
             )
 
     def refuse_partial(self, module: PreTrainedModel, targets: list[str] | None) -> None:
-        """Refuse an adapter that is not for all layers that a stage adapts.
+        """Refuse an adapter that lacks some of the layers that a stage adapts.
 
         Args:
-            module: the LLM; it may be without memory (on the meta device).
+            module: the LLM; may be on the meta device.
             targets: last names of the adapted layers; None for every linear one but the head.
 
         Raises:
@@ -94,8 +94,8 @@ class Adapter(NamedTuple):
         """Write a PEFT folder.
 
         Args:
-            folder: where to; made where it is missing.
-            base: name of the model that it belongs on.
+            folder: target folder; created if it is missing.
+            base: name of the model that it adapts.
         """
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -117,8 +117,8 @@ def read_adapter(folder: Path | str) -> Adapter:
     """Read a PEFT LoRA adapter folder.
 
     Raises:
-        DPAError: it holds no LoRA weights, half of a layer's weights is missing, or the rank is
-            not the one it says.
+        DPAError: it holds no LoRA weights, half of a layer's weights is missing, or the rank
+            differs from that of its config.
     """
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def read_adapter(folder: Path | str) -> Adapter:
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
     adapter = adapter_of(state, config["r"], config["lora_alpha"])
     if adapter is None:
-        raise DPAError(f"{folder} holds no LoRA weights: train the stage that writes it again.")
+        raise DPAError(f"{folder} holds no LoRA weights: train the stage again that writes it.")
     return adapter
 
 
@@ -134,15 +134,15 @@ def adapter_of(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter |
     """Find the adapter in a state dict.
 
     Args:
-        state: names as in the adapted model; other weights are left out.
-        r: the rank that the config says.
-        lora_alpha: its scale.
+        state: names as in the adapted model; other weights are ignored.
+        r: the rank in the config.
+        lora_alpha: the scale in the config.
 
     Returns:
         None where there is no adapter.
 
     Raises:
-        DPAError: half of a layer's weights is missing, or the rank is another.
+        DPAError: half of a layer's weights is missing, or the rank differs.
     """
     found = {m.groups(): t for name, t in state.items() if (m := _LORA.fullmatch(name))}
     names = sorted({name for name, _ in found})
@@ -152,12 +152,12 @@ def adapter_of(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter |
     layers = {name: (found[name, "A"], found[name, "B"]) for name in names}
     rank = len(next(iter(layers.values()))[0])
     if rank != r:
-        raise DPAError(f"The adapter has rank {rank}, and the config says {r}: set it as trained.")
+        raise DPAError(f"The adapter has rank {rank}, but the config says {r}: set it as trained.")
     return Adapter(layers, r, lora_alpha)
 
 
 def without_adapter(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a state dict that are no adapter's, named as in the model without one."""
+    """Return the weights that belong to no adapter, named as in the model without one."""
     return {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k}
 
 

@@ -1,4 +1,4 @@
-"""What is known of a Hugging Face model before its weights are loaded."""
+"""Reads the configuration of a Hugging Face model, before its weights are loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +23,15 @@ _SHAPE_KEYS = (
 
 
 class NotFound(DPAError):
-    """A model that is neither in a folder nor at the hub."""
+    """A model that is neither in a folder nor on the hub."""
 
 
 def model_class(cfg: dict) -> type[Any]:
-    """The class that a model config's ``type``, a ``...from_pretrained``, belongs to."""
+    """Return the class of a model config's ``type``, which names its ``from_pretrained``.
+
+    Raises:
+        DPAError: it does not.
+    """
     build = cfg["type"]
     if isinstance(build, str):
         build = get_object_from_string(build)
@@ -43,7 +47,7 @@ def read_config(setting: str, cfg: dict, local_only: bool = False) -> Pretrained
     Args:
         setting: the config key that names the model, for the message.
         cfg: its ``type``, ``pretrained_model_name_or_path`` and keyword arguments.
-        local_only: look in folders and the hub's cache, and not at the hub.
+        local_only: look only in folders and the hub's cache.
 
     Raises:
         NotFound: neither a folder nor a hub has it.
@@ -67,31 +71,31 @@ def read_config(setting: str, cfg: dict, local_only: bool = False) -> Pretrained
 
 @contextmanager
 def options_refused(side: str) -> Iterator[None]:
-    """What a model's loader can't take, said as a mistake in the config.
+    """Report errors of a model's loader as mistakes in the config.
 
     Args:
         side: the config's key that holds the loader, for the message.
 
     Raises:
-        DPAError: an argument of the loader, or its value.
+        DPAError: the loader does not take an argument or its value.
     """
     try:
         yield
     except DPAError:
         raise
     except (TypeError, ValueError, ImportError) as error:
-        raise DPAError(f"{side}: {error}. Check the keys beside its type in the config.") from error
+        raise DPAError(f"{side}: {error}. Check its other keys in the config.") from error
 
 
 def caps_attention(config: PretrainedConfig) -> bool:
-    """Whether an LLM's attention scores are capped, as Gemma-2's are.
+    """Tell whether an LLM caps its attention scores, as Gemma-2 does.
 
-    Such an LLM needs the eager attention or FlashAttention-2: SDPA, which transformers 4.48 would
-    choose, leaves the cap out.
+    Such an LLM needs eager attention or FlashAttention-2: SDPA, the default of transformers 4.48,
+    ignores the cap.
     """
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def architecture(config: PretrainedConfig) -> dict:
-    """The sizes that tell architectures apart, for records and comparisons."""
+    """Return the sizes that tell architectures apart."""
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}

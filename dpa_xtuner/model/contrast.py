@@ -1,4 +1,4 @@
-"""The contrast pass: what the LLM says of the same tokens when it has not seen the pictures."""
+"""The contrast pass: the log-probabilities of the same tokens without the pictures."""
 
 import math
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ def contrast_log_probs(llm: PreTrainedModel | PeftModel, data: dict) -> TokenLog
 
     The token after an image is predicted from the last text token before it. A token with no
     text before it gets the uniform probability 1 / V. Samples without an image are left out.
-    Every rank runs the pass once for each micro-batch, over a single token where nothing
-    is to be compared, so that ZeRO-3's collectives match.
+    Every rank runs the pass once for each micro-batch, over a single token if there is nothing to
+    compare, so that ZeRO-3's collectives match.
 
-    Dropout is off in this pass, LoRA's too, and so is gradient checkpointing: the LLM is put
-    in evaluation mode and back. In the ordinary pass dropout stays on, so with dropout p_w is
-    that of the network as thinned out, p_wo that of the whole one.
+    The LLM is in evaluation mode: no dropout, LoRA's included, and no gradient checkpointing. The
+    ordinary pass keeps its dropout, so p_w is then that of the thinned network and p_wo that of
+    the whole one.
 
     Args:
         llm: the LLM with the weights of the ordinary pass, wrapped by peft or not.
@@ -41,17 +41,18 @@ def contrast_log_probs(llm: PreTrainedModel | PeftModel, data: dict) -> TokenLog
     needs_contrast = data["image_mask"].any(1) & supervised.any(1)  # (B,)
     text = data["attention_mask"].bool() & ~data["image_mask"]  # (B, T)
     rows = needs_contrast.nonzero()[:, 0]  # (R,)
-    inputs, before = _text_only(base_model(llm).config, data, text, rows)
-    asked = supervised & needs_contrast.unsqueeze(1)
+    inputs, before = _text_only(base_model(llm).config, data, text, rows)  # (R, S), (B, T - 1)
+    asked = supervised & needs_contrast.unsqueeze(1)  # (B, T - 1)
     has_context = asked & (before >= 0)  # (B, T - 1), K true
     with _evaluating(llm):
         hidden = decode(llm, inputs)  # (R, S, H)
-        row = (needs_contrast.cumsum(0) - 1).unsqueeze(1).expand_as(supervised)
+        # Sample b is row (number of compared samples before b) of the decoder's inputs.
+        row = (needs_contrast.cumsum(0) - 1).unsqueeze(1).expand_as(supervised)  # (B, T - 1)
         hidden = hidden[row[has_context], before[has_context]]  # (K, H)
         check_finite(hidden, has_context, data["ids"], " without the images")
         found = head_log_probs(llm, hidden, labels[:, 1:][has_context])  # (K,)
     uniform = math.log(output_head(llm).out_features)
-    cross_entropy = asked.to(found.cross_entropy.dtype) * uniform
+    cross_entropy = asked.to(found.cross_entropy.dtype) * uniform  # (B, T - 1)
     cross_entropy = cross_entropy.masked_scatter(has_context, found.cross_entropy)
     logit = torch.zeros_like(cross_entropy).masked_scatter(has_context, found.logit)
     return TokenLogProbs(cross_entropy[supervised], logit[supervised])  # (N,)
@@ -63,34 +64,34 @@ def _text_only(
     """Select the text tokens (B, T) of some rows (R,).
 
     Returns:
-        The decoder's inputs (R, S); and for each position but the last, (B, T - 1), the column
-        in them of the last text token up to there, -1 where there is none.
+        The decoder's inputs (R, S); and (B, T - 1), for each position but the last, the column of
+        the last text token up to it, -1 if there is none.
     """
     length = text.shape[1]
     if _depends_on_length(config, length):
-        columns = torch.arange(length, device=text.device).expand_as(text)
-        before = torch.where(text, columns, -1).cummax(1).values
+        columns = torch.arange(length, device=text.device).expand_as(text)  # (B, T)
+        before = torch.where(text, columns, -1).cummax(1).values  # (B, T)
     else:
-        # Image positions that are masked out have no part in what text becomes. So the text
-        # tokens run alone, at the position ids they had: T text tokens in place of T + 576.
+        # Masked image positions don't influence the text. So the text tokens run alone, at their
+        # old position ids: T text tokens in place of T + 576.
         longest = max([1, *text.sum(1)[rows].tolist()])
-        columns = (~text).int().argsort(dim=1, stable=True)[:, :longest]  # text first, in order
-        before = text.cumsum(1) - 1
-    if not len(rows):  # a single token, so that this rank takes part
+        # A stable sort brings the text to the front, in order: (B, longest).
+        columns = (~text).int().argsort(dim=1, stable=True)[:, :longest]
+        before = text.cumsum(1) - 1  # (B, T)
+    if not len(rows):  # a single token, so that this rank joins the collectives
         rows, columns = rows.new_zeros(1), columns[:, :1]
     index = rows.unsqueeze(1), columns[rows]  # (R, 1), (R, S)
-    mask = text[index]
-    mask[:, 0] |= ~mask.any(1)  # a row of padding alone has to attend to something
+    mask = text[index]  # (R, S)
+    mask[:, 0] |= ~mask.any(1)  # a row of padding alone must attend to something, or it is NaN
     inputs = {key: data[key][index] for key in ("input_ids", "position_ids")}
     return inputs | {"attention_mask": mask.long()}, before[:, :-1]
 
 
 def _depends_on_length(config: PretrainedConfig, length: int) -> bool:
-    """Tell whether an LLM's answer depends on the length of the row that its tokens stand in.
+    """Tell whether an LLM's output depends on the length of the rows.
 
-    A sliding window counts positions in the sequence; and some rotary embeddings are stretched
-    by the last position of a batch where it is beyond what they were made for. There the images
-    keep their places, masked out.
+    A sliding window counts positions in the sequence. Some rotary embeddings stretch when the last
+    position of a batch exceeds their limit. For such LLMs the images keep their positions, masked.
     """
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and length > window:

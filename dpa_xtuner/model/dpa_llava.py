@@ -25,31 +25,31 @@ from dpa_xtuner.precision import Precision
 @BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class DPALLaVAModel(LLaVAModel):
-    """XTuner's LLaVA with a weighted loss, a merged adapter and encoders and projectors by name.
+    """XTuner's LLaVA with a weighted loss, a merged adapter, and named encoders and projectors.
 
     Args:
         llm: a config dict or a module.
-        visual_encoder: a config dict or a module, of the kind that ``encoder`` says.
+        visual_encoder: a config dict or a module, of the kind ``encoder``.
         encoder: the kind of visual encoder, by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.model.encoders.build_encoder`).
         projector: by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.model.projectors.build_projector`).
-        visual_select_layer: the encoder's layer in place of the kind's own.
+        visual_select_layer: the encoder's layer, in place of the default of its kind.
         loss: a weighting scheme, by name or as a dict of its name and arguments
             (:func:`dpa_xtuner.loss.build_scheme`).
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         precision: what the run computes in (:class:`dpa_xtuner.precision.Precision`).
-        merged_adapter: a PEFT adapter folder that is added to the LLM's weights
+        merged_adapter: a PEFT adapter folder, to be added to the LLM's weights
             (:func:`dpa_xtuner.model.llm.merge_adapter`).
         pretrained_projector: a folder written by the projector's ``save_pretrained``.
         freeze_projector: train no weight of the projector.
         use_activation_checkpointing: see :meth:`activation_checkpointing_enable`.
-        kwargs: of :class:`xtuner.model.LLaVAModel`.
+        kwargs: arguments of :class:`xtuner.model.LLaVAModel`.
 
     Attributes:
-        encoder_spec: what is known of the visual encoder's kind.
-        contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that is read in
-            place of the contrast pass, or None.
+        encoder_spec: the spec of the visual encoder's kind.
+        contrast_cache: a :class:`dpa_xtuner.model.contrast_cache.ContrastCache` that replaces the
+            contrast pass, or None.
     """
 
     llm: PreTrainedModel | PeftModel
@@ -73,7 +73,7 @@ class DPALLaVAModel(LLaVAModel):
     ):
         if "projector_depth" in kwargs:
             raise DPAError(
-                f"model.projector_depth={kwargs['projector_depth']} is not read: set "
+                f"model.projector_depth={kwargs['projector_depth']} has no effect: set "
                 f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
             )
         llm, visual_encoder = load(llm), load(visual_encoder)
@@ -87,7 +87,7 @@ class DPALLaVAModel(LLaVAModel):
         spec = build_encoder(encoder)
         if visual_select_layer is not None:
             spec.layer = visual_select_layer
-        # XTuner draws random numbers for a projector that ours replaces; ours starts from the same.
+        # XTuner draws random numbers for its own projector, which ours replaces: don't count them.
         with torch.random.fork_rng(devices=[]):
             super().__init__(
                 llm=llm,
@@ -121,10 +121,10 @@ class DPALLaVAModel(LLaVAModel):
     def activation_checkpointing_enable(self) -> None:
         """Recompute activations of the LLM, and of a trained encoder, in the backward pass.
 
-        The stock way of recomputing is reentrant, the only one that ZeRO-3 takes. It gives no
-        gradient to a module whose input needs none. The LLM's input needs one, and so does that
-        of a trained encoder's layers; the projector's may not. A frozen encoder has no backward
-        pass.
+        Stock checkpointing is reentrant, the only kind that ZeRO-3 supports. It gives no gradient
+        to a module whose input needs none. The inputs of the LLM and of a trained encoder's layers
+        need one; the projector's may not, so the projector is left out. A frozen encoder has no
+        backward pass.
         """
         for module in self._recomputed():
             module.gradient_checkpointing_enable()
@@ -140,11 +140,16 @@ class DPALLaVAModel(LLaVAModel):
         return [self.llm, encoder] if able and not self.freeze_visual_encoder else [self.llm]
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """What a checkpoint holds: the components that are trained, and no other."""
+        """Return what a checkpoint holds: the trained components only.
+
+        Args:
+            args: of PyTorch's method.
+            kwargs: of PyTorch's method.
+        """
         return _trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
-        """Switch the mode as any module does, but keep a frozen visual encoder evaluating."""
+        """Switch the mode, but keep a frozen visual encoder in evaluation mode."""
         super().train(mode)
         if self.freeze_visual_encoder:
             self.visual_encoder.eval()
@@ -160,26 +165,26 @@ class DPALLaVAModel(LLaVAModel):
             (N, image tokens, H of the LLM).
 
         Raises:
-            DPAError: the images are of another size than the encoder's.
+            DPAError: the images' size is not the encoder's.
         """
         size = self.encoder_spec.image_size(self.visual_encoder.config)
         if pixel_values.shape[-2:] != (size, size):
             height, width = pixel_values.shape[-2:]
             raise DPAError(
-                f"The images are {height} x {width}, and the visual encoder takes {size} x {size}. "
+                f"The images are {height} x {width}, but the visual encoder takes {size} x {size}. "
                 f"Give the data set the encoder's own image_processor."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_visual_encoder):
             patches = self.encoder_spec.features(
                 self.visual_encoder, pixel_values.to(self.visual_encoder.dtype)
             )  # (N, n, C)
-        return self.projector(patches.to(self.projector.dtype))
+        return self.projector(patches.to(self.projector.dtype))  # (N, image tokens, H)
 
     def splice(self, data: dict) -> dict[str, Tensor]:
         """Put the images' features into the text's embeddings.
 
-        A batch without an image runs the encoder on one blank picture whose features are
-        not used: every rank then calls the same modules, as ZeRO-3 and DDP need.
+        A batch without an image runs the encoder on one blank picture and ignores its features:
+        every rank then calls the same modules, as ZeRO-3 and DDP need.
 
         Args:
             data: a batch of :func:`dpa_xtuner.data.collate`; not changed.
@@ -189,17 +194,18 @@ class DPALLaVAModel(LLaVAModel):
             ``position_ids`` (B, T).
 
         Raises:
-            DPAError: the encoder gives another number of tokens than the data set foresaw.
+            DPAError: the encoder's number of tokens is not the data set's.
         """
         embeds = self.llm.get_input_embeddings()(data["input_ids"])  # (B, T, H)
         pixel_values = data.get("pixel_values")
         if pixel_values is None:
             size = self.encoder_spec.image_size(self.visual_encoder.config)
             features = self.encode_images(embeds.new_zeros(1, 3, size, size))  # (1, n, H)
+            # Times 0: the projector gets a gradient, of zeros.
             embeds = embeds + 0 * features.sum().to(embeds.dtype)
         else:
             features = self.encode_images(pixel_values).to(embeds.dtype)  # (N, n, H)
-            if self.is_first_iter:  # once, since asking a GPU for the count makes it wait
+            if self.is_first_iter:  # once, since reading the count makes the GPU wait
                 _check_image_tokens(data, features)
                 self.is_first_iter = False
             embeds = embeds.masked_scatter(data["image_mask"].unsqueeze(-1), features)
@@ -210,7 +216,7 @@ class DPALLaVAModel(LLaVAModel):
         }
 
     def log_probs(self, data: dict) -> TokenLogProbs:
-        """Compute those of the supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
+        """Compute the log-probabilities of the supervised tokens of a collated batch."""
         return supervised_log_probs(self.llm, self.splice(data), data)
 
     def forward(self, data: dict, data_samples=None, mode: str = "loss"):
@@ -222,8 +228,8 @@ class DPALLaVAModel(LLaVAModel):
         raise ValueError(f"mode={mode!r} is not one of 'loss', 'tensor'")
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """Compute the loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
-        # Before the contrast pass, so that the casts that autocast caches carry a graph.
+        """Compute the loss and the log's figures of a batch of :func:`dpa_xtuner.data.collate`."""
+        # Before the contrast pass, since autocast caches casts: the cached ones must carry a graph.
         log_probs = self.log_probs(data)
         no_image = None
         if self.objective.scheme.contrast and self.contrast_cache is not None:
@@ -234,20 +240,20 @@ class DPALLaVAModel(LLaVAModel):
 
 
 def _trained_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is trained, of the whole state dict, and the buffers beside it."""
+    """Keep the trained weights of a state dict, and the buffers of their components."""
     named = model.named_parameters(remove_duplicate=False)
     trains = {name: parameter.requires_grad for name, parameter in named}
     modules = {name.split(".")[0] for name, trained in trains.items() if trained}
     buffers = {name for name, _ in model.named_buffers() if name.split(".")[0] in modules}
-    # MMEngine sets an attribute of it, which a plain dict can't have.
+    # MMEngine sets an attribute on it, which a plain dict does not allow.
     return OrderedDict((k, v) for k, v in state.items() if trains.get(k, k in buffers))
 
 
 def _undo_dispatch(llm: nn.Module) -> None:
-    """Take XTuner's own forward passes off the LLM's layers.
+    """Remove XTuner's own forward methods from the LLM's layers.
 
-    They are for packed sequences and sequence parallelism. XTuner 0.2.0 puts them in
-    wherever FlashAttention-2 is installed, and without a process group they fail.
+    They are made for packed sequences and sequence parallelism. XTuner 0.2.0 installs them wherever
+    FlashAttention-2 is installed, and without a process group they fail.
     """
     for module in llm.modules():
         forward = getattr(module.__dict__.get("forward"), "__func__", None)

@@ -1,4 +1,4 @@
-"""A fingerprint of weights, to tell models apart and to see that frozen ones stay put."""
+"""A fingerprint of weights: it tells models apart, and shows that frozen weights don't change."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,21 +13,19 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """Hash the parameters of ``module``.
 
-    Two sums per parameter (plain, and weighted by position, both modulo 2**64) are formed
-    on the parameter's own device, so that nothing but 16 bytes per parameter leaves it;
-    SHA-256 over names, shapes and sums is the fingerprint. It does not depend on the
-    device. Under DeepSpeed ZeRO-3 every rank must call it, since partitioned parameters
-    are gathered one at a time.
+    Each parameter's device forms two sums (plain, and weighted by position, both modulo 2**64), so
+    that only 16 bytes per parameter leave it. The fingerprint is the SHA-256 of names, shapes and
+    sums. It does not depend on the device. Under DeepSpeed ZeRO-3 every rank must call it, since
+    partitioned parameters are gathered, one at a time.
 
     Args:
-        module: any module; peft's wrapping of names is not looked through.
-        dtype: cast to this first, so that the same published weights have the same
-            fingerprint whether they were loaded in float32 or bfloat16. None compares
-            the bits as they are.
+        module: any module; names include peft's prefixes.
+        dtype: cast to this dtype first, so that the same published weights have the same
+            fingerprint whether they were loaded in float32 or bfloat16. None hashes the weights
+            as loaded.
 
     Returns:
-        64 hexadecimal digits; nothing for a model without memory (the meta device, on
-        which ``xtuner convert`` builds).
+        64 hexadecimal digits; empty for a model on the meta device, which ``xtuner convert`` uses.
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return ""
@@ -41,10 +39,10 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def gathered(parameters: Sequence[Tensor], modify: bool = False):
-    """Give whole parameters inside the context, also where DeepSpeed ZeRO-3 has split them.
+    """Gather parameters that DeepSpeed ZeRO-3 has split, inside the context.
 
     Args:
-        parameters: the ones to gather; a collective where they are split.
+        parameters: the ones to gather; a collective if they are split.
         modify: keep what rank 0 writes to them.
 
     Returns:

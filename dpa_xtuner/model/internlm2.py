@@ -1,3 +1,3 @@
-"""The former place of :class:`InternLM2ForCausalLM`: configs may name it here."""
+"""The former module of :class:`InternLM2ForCausalLM`, which configs may still name."""
 
 from dpa_xtuner.families.internlm.llm import InternLM2ForCausalLM as InternLM2ForCausalLM

@@ -1,3 +1,3 @@
-"""The former place of :class:`InternLM3ForCausalLM`: configs may name it here."""
+"""The former module of :class:`InternLM3ForCausalLM`, which configs may still name."""
 
 from dpa_xtuner.families.internlm.llm import InternLM3ForCausalLM as InternLM3ForCausalLM

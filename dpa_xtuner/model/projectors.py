@@ -19,15 +19,15 @@ from dpa_xtuner.registry import PROJECTORS, build_named
 
 
 class Projector(nn.Module):
-    """A projector that is saved with its type and arguments; one of your own derives from it.
+    """Base class of projectors, which are saved with their type and arguments.
 
     The constructor takes ``visual_hidden_size`` and ``llm_hidden_size`` first, then whatever a
     config may set; ``forward`` takes (N, n, ``visual_hidden_size``), the patches row by row,
-    and returns (N, ``tokens(n)``, ``llm_hidden_size``). To count tokens ahead, one is built
-    without memory (on the meta device) and for an LLM of any width.
+    and returns (N, ``tokens(n)``, ``llm_hidden_size``). To count tokens before loading, a projector
+    is built on the meta device, for an LLM of any width.
 
     Attributes:
-        settings: ``type`` and all arguments, as :func:`build_projector` was given them.
+        settings: ``type`` and all arguments, as given to :func:`build_projector`.
     """
 
     settings: dict
@@ -38,7 +38,7 @@ class Projector(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of its weights."""
+        """The dtype of its weights."""
         return next(self.parameters()).dtype
 
     def save_pretrained(
@@ -47,9 +47,9 @@ class Projector(nn.Module):
         """Write ``config.json``, the settings, and ``model.safetensors``.
 
         Args:
-            folder: where to; made where it is missing.
-            state_dict: weights to write in place of its own, such as gathered ones.
-            _: what else transformers' models take; not used.
+            folder: target folder; created if it is missing.
+            state_dict: weights to write in place of the module's, such as gathered ones.
+            _: other arguments of transformers' ``save_pretrained``; not used.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,15 +65,15 @@ ProjectorModule: TypeAlias = Projector | ProjectorModel
 
 @PROJECTORS.register_module("mlp")
 def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> ProjectorModel:
-    """Build XTuner's projector, patch by patch: linear layers with a GELU between.
+    """Build XTuner's projector, patch by patch: linear layers with a GELU between them.
 
     Args:
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
-        depth: linear layers.
+        depth: number of linear layers.
 
     Raises:
-        DPAError: the depth is no whole number above 0.
+        DPAError: the depth is not above 0.
     """
     _check_number("depth", depth)
     return ProjectorModel(
@@ -85,7 +85,7 @@ def mlp(visual_hidden_size: int, llm_hidden_size: int, depth: int = 2) -> Projec
 
 def _check_number(name: str, value: int) -> None:
     if value < 1:
-        raise DPAError(f"projector.{name}={value!r} is not a whole number from 1 on.")
+        raise DPAError(f"projector.{name}={value!r} is not a whole number above 0.")
 
 
 def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
@@ -93,7 +93,7 @@ def _two_layers(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class _Blocks(Projector):
-    """A projector that makes one token of each block of ``factor`` x ``factor`` patches."""
+    """Base of projectors that turn each block of ``factor`` x ``factor`` patches into one token."""
 
     def __init__(self, factor: int):
         super().__init__()
@@ -101,7 +101,7 @@ class _Blocks(Projector):
         self.factor = factor
 
     def tokens(self, n: int) -> int:
-        """Count one for each block.
+        """Count one token for each block.
 
         Raises:
             DPAError: ``n`` patches can't be cut into blocks.
@@ -109,7 +109,7 @@ class _Blocks(Projector):
         side = math.isqrt(n)
         if side**2 != n:
             raise DPAError(
-                f"{type(self).__name__} needs a square of patches, and the encoder gives {n}. "
+                f"{type(self).__name__} needs a square of patches, but the encoder gives {n}. "
                 f"Take the projector mlp or resampler."
             )
         if side % self.factor:
@@ -121,24 +121,25 @@ class _Blocks(Projector):
         return (side // self.factor) ** 2
 
     def blocks(self, patches: Tensor) -> Tensor:
-        """Cut (N, n, C) into blocks (N, tokens, factor², C), row by row, as is each block."""
+        """Cut (N, n, C) into blocks (N, tokens, factor², C); blocks and patches go row by row."""
         (count, n, channels), factor = patches.shape, self.factor
         side = math.isqrt(self.tokens(n))
-        grid = patches.view(count, side, factor, side, factor, channels)  # row, in block, column
+        # (N, block row, row in block, block column, column in block, C)
+        grid = patches.view(count, side, factor, side, factor, channels)
         return grid.transpose(2, 3).reshape(count, side * side, factor * factor, channels)
 
 
 @PROJECTORS.register_module("pixel_shuffle")
 class PixelShuffle(_Blocks):
-    """Neighbouring patches side by side in one token, then a norm and an MLP, as InternVL 1.5.
+    """Concatenates the patches of a block, then applies a norm and an MLP, as InternVL 1.5.
 
     Args:
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
-        factor: patches of a block's side; tokens become fewer by its square.
+        factor: side of a block in patches; the tokens become fewer by its square.
 
     Raises:
-        DPAError: the factor is no whole number above 0.
+        DPAError: the factor is not above 0.
     """
 
     def __init__(self, visual_hidden_size: int, llm_hidden_size: int, factor: int = 2):
@@ -150,20 +151,20 @@ class PixelShuffle(_Blocks):
     def forward(self, patches: Tensor) -> Tensor:
         """Turn (N, n, C) into (N, n / factor², H)."""
         blocks = self.blocks(patches).flatten(2)  # (N, tokens, factor² C)
-        return self.model(self.norm(blocks))
+        return self.model(self.norm(blocks))  # (N, tokens, H)
 
 
 @PROJECTORS.register_module("avg_pool")
 class AveragePool(_Blocks):
-    """The mean of neighbouring patches, then an MLP.
+    """Averages the patches of a block, then applies an MLP.
 
     Args:
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
-        factor: patches of a block's side; tokens become fewer by its square.
+        factor: side of a block in patches; the tokens become fewer by its square.
 
     Raises:
-        DPAError: the factor is no whole number above 0.
+        DPAError: the factor is not above 0.
     """
 
     def __init__(self, visual_hidden_size: int, llm_hidden_size: int, factor: int = 2):
@@ -172,36 +173,36 @@ class AveragePool(_Blocks):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Turn (N, n, C) into (N, n / factor², H)."""
-        return self.model(self.blocks(patches).mean(2))
+        return self.model(self.blocks(patches).mean(2))  # (N, tokens, H)
 
 
 @PROJECTORS.register_module("resampler")
 class Resampler(Projector):
-    """A fixed number of learned queries that look at all patches, as Qwen-VL's, then an MLP.
+    """A fixed number of learned queries attend to all patches, as in Qwen-VL; then an MLP.
 
-    Where a patch lies is known from its features alone, which an encoder's position
-    embeddings have gone into; so any number and form of patches will do.
+    It adds no position embeddings: the encoder's are in the features. So any number of patches in
+    any shape will do.
 
     Args:
         visual_hidden_size: channels of a patch.
         llm_hidden_size: channels of an embedding.
-        queries: tokens that come out.
+        queries: number of queries, and so of tokens.
 
     Raises:
-        DPAError: no queries.
+        DPAError: the number of queries is not above 0.
     """
 
     def __init__(self, visual_hidden_size: int, llm_hidden_size: int, queries: int = 64):
         super().__init__()
         _check_number("queries", queries)
-        # 128 channels each, or the next larger number that divides them.
+        # Heads of 128 channels, or the next larger size that divides the width.
         most = max(1, llm_hidden_size // 128)
         self.heads = next(heads for heads in range(most, 0, -1) if llm_hidden_size % heads == 0)
         self.queries = nn.Parameter(torch.randn(queries, llm_hidden_size) * 0.02)
         self.norm_patches = nn.LayerNorm(visual_hidden_size)
         self.norm_queries = nn.LayerNorm(llm_hidden_size)
         # Not nn.MultiheadAttention: it reads its output layer's weight without calling the layer,
-        # so that ZeRO-3 would not have gathered it.
+        # so ZeRO-3 would not gather the weight.
         self.query = nn.Linear(llm_hidden_size, llm_hidden_size)
         self.key = nn.Linear(visual_hidden_size, llm_hidden_size)
         self.value = nn.Linear(visual_hidden_size, llm_hidden_size)
@@ -216,11 +217,11 @@ class Resampler(Projector):
     def forward(self, patches: Tensor) -> Tensor:
         """Turn (N, n, C) into (N, queries, H)."""
         patches = self.norm_patches(patches)
-        queries = self.query(self.norm_queries(self.queries)).expand(len(patches), -1, -1)
+        queries = self.query(self.norm_queries(self.queries)).expand(len(patches), -1, -1)  # NQH
         seen = functional.scaled_dot_product_attention(
             self._split(queries), self._split(self.key(patches)), self._split(self.value(patches))
         )  # (N, heads, queries, H / heads)
-        seen = self.queries + self.output(seen.transpose(1, 2).flatten(2))
+        seen = self.queries + self.output(seen.transpose(1, 2).flatten(2))  # (N, queries, H)
         return seen + self.model(self.norm_output(seen))
 
     def _split(self, tokens: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class Resampler(Projector):
 def build_projector(
     cfg: str | dict, visual_hidden_size: int, llm_hidden_size: int
 ) -> ProjectorModule:
-    """Build the projector of a name or of ``dict(type=name, ...)``, with random weights.
+    """Build a projector from its name or ``dict(type=name, ...)``, with random weights.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.PROJECTORS`, or a dict of one and its arguments.
@@ -242,7 +243,7 @@ def build_projector(
     """
     cfg = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
     projector = build_named(PROJECTORS, cfg, visual_hidden_size, llm_hidden_size)
-    if isinstance(projector, ProjectorModel):  # it has a configuration of its own
+    if isinstance(projector, ProjectorModel):  # XTuner's, which has its own configuration
         return projector
     name = cfg.pop("type")
     if not isinstance(projector, Projector):
@@ -253,8 +254,8 @@ def build_projector(
     unsaved = projector.state_dict().keys() ^ dict(projector.named_parameters()).keys()
     if unsaved:
         raise DPAError(
-            f"The projector {name!r} has state besides parameters of its own "
-            f"({', '.join(sorted(unsaved))}), and parameters alone are saved. Register buffers "
+            f"The projector {name!r} has state other than its own parameters "
+            f"({', '.join(sorted(unsaved))}), but only parameters are saved. Register buffers "
             f"with persistent=False, and share no weights."
         )
     given = signature(type(projector)).bind(visual_hidden_size, llm_hidden_size, **cfg)
@@ -264,12 +265,12 @@ def build_projector(
 
 
 def projected_tokens(cfg: str | dict, visual_hidden_size: int, n: int) -> int:
-    """Count the tokens that a projector makes of ``n`` patches, without its weights.
+    """Count the tokens that a projector makes of ``n`` patches, without loading weights.
 
     Raises:
-        DPAError: as :func:`build_projector`, or it does not take so many patches.
+        DPAError: as :func:`build_projector`, or it can't take ``n`` patches.
     """
-    with torch.device("meta"):  # the LLM's size does not matter for the count
+    with torch.device("meta"):  # the LLM's width does not change the count
         projector = build_projector(cfg, visual_hidden_size, visual_hidden_size)
     return projector.tokens(n) if isinstance(projector, Projector) else n
 
@@ -279,11 +280,11 @@ def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedC
 
     Args:
         encoder: a kind of encoder, by name or as a dict of its name and arguments.
-        projector: a projector, likewise.
+        projector: a projector, by name or as a dict of its name and arguments.
         config: the encoder's published configuration.
 
     Raises:
-        DPAError: an unknown name, or a projector that does not take the encoder's tokens.
+        DPAError: a name is unknown, or the projector can't take the encoder's tokens.
     """
     spec = build_encoder(encoder)
     return projected_tokens(projector, spec.hidden_size(config), spec.tokens(config))
@@ -294,7 +295,7 @@ def load_projector(projector: ProjectorModule, folder: str) -> None:
 
     Args:
         projector: the one to fill.
-        folder: where ``save_pretrained`` of such a projector wrote to.
+        folder: written by ``save_pretrained`` of such a projector.
 
     Raises:
         DPAError: as :func:`read_projector`.
@@ -303,26 +304,25 @@ def load_projector(projector: ProjectorModule, folder: str) -> None:
 
 
 def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]:
-    """Read the weights of a saved projector that must fit another.
+    """Read the weights of a saved projector, which must fit ``projector``.
 
     Args:
-        projector: the other one; it may be without memory (on the meta device).
-        folder: where ``save_pretrained`` of such a projector wrote to.
+        projector: the one to compare with; may be on the meta device.
+        folder: written by ``save_pretrained`` of such a projector.
 
     Raises:
-        DPAError: the saved one is of another type or has other arguments, or keys or shapes
-            differ; the message says what.
+        DPAError: type, arguments, keys or shapes differ; the message says which.
     """
     config, path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
-    # avg_pool's weights have the names and shapes of mlp's: they alone do not tell.
+    # avg_pool's weights have the same names and shapes as mlp's, so compare the settings too.
     written = _without_sizes(json.loads(config.read_text(encoding="utf-8")))
-    own = _without_sizes(
+    built = _without_sizes(
         projector.settings if isinstance(projector, Projector) else projector.config.to_dict()
     )
-    if written != own:
+    if written != built:
         raise DPAError(
-            f"{config} describes the projector {written}, and this model's is {own}. Set projector "
-            f"to the one that was trained, or train this one in a --work-dir of its own."
+            f"{config} describes the projector {written}, but this model's is {built}. Set "
+            f"projector to the one that was trained, or train this one in another --work-dir."
         )
     saved, model = load_file(path), projector.state_dict()
     wrong = [
@@ -340,7 +340,7 @@ def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
 
 
 def _without_sizes(settings: dict) -> dict:
-    """Keep type and own arguments: the weights' shapes tell better which sizes differ."""
+    """Drop the sizes: the shapes of the weights show better which ones differ."""
     if settings.get("model_type") == ProjectorConfig.model_type:
         settings = {"type": "mlp", "depth": settings["depth"]}
     sizes = ("visual_hidden_size", "llm_hidden_size")

@@ -1,4 +1,4 @@
-"""The proxy LLM: a language model that learns the captions' way of writing."""
+"""The proxy LLM: a language model that learns the style of the captions."""
 
 from mmengine.registry import MODELS
 from peft import PeftModel
@@ -17,14 +17,14 @@ from dpa_xtuner.precision import Precision
 @BUILDER.register_module()  # for xtuner convert
 @MODELS.register_module()
 class ProxyLLM(SupervisedFinetune):
-    """XTuner's text fine-tuning with the plain loss of this package at its seam.
+    """XTuner's text fine-tuning with this package's plain loss.
 
     Args:
         llm: a config dict or a module.
         lora: ``peft.LoraConfig`` or its config dict; None trains the whole LLM.
         normalize: see :func:`dpa_xtuner.loss.relevance_loss`.
         precision: what the run computes in (:class:`dpa_xtuner.precision.Precision`).
-        kwargs: of :class:`xtuner.model.SupervisedFinetune`.
+        kwargs: arguments of :class:`xtuner.model.SupervisedFinetune`.
     """
 
     llm: PreTrainedModel | PeftModel
@@ -44,17 +44,17 @@ class ProxyLLM(SupervisedFinetune):
         self.objective = Objective("uniform", normalize)
 
     def build_llm_from_cfg(self, llm_cfg, use_varlen_attn, max_position_embeddings):
-        """Take the module as it is: the stock method knows configs only."""
+        """Return the module: the stock method takes configs only."""
         return llm_cfg
 
     def _prepare_for_lora(self, peft_model=None, use_activation_checkpointing=True) -> None:
         self.llm = add_lora(self.llm, self.lora)
 
     def log_probs(self, data: dict) -> TokenLogProbs:
-        """Compute those of the supervised tokens of a batch of :func:`dpa_xtuner.data.collate`."""
+        """Compute the log-probabilities of the supervised tokens of a collated batch."""
         inputs = {key: data[key] for key in ("input_ids", "attention_mask", "position_ids")}
         return supervised_log_probs(self.llm, inputs, data)
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """Compute the loss of a batch of :func:`dpa_xtuner.data.collate`, and what it saw."""
+        """Compute the loss and the log's figures of a batch of :func:`dpa_xtuner.data.collate`."""
         return self.objective(self.log_probs(data), None, data)

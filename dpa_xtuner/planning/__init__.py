@@ -1,1 +1,1 @@
-"""What people do around a training: plan it, check its data, rehearse it, repeat it in a sweep."""
+"""Around a training: plan its memory, check its data, rehearse it, sweep over settings."""

@@ -1,7 +1,7 @@
-"""What a stage needs on each GPU: weights, gradients, optimizer states, activations.
+"""Computes the memory of a stage on each GPU: weights, gradients, optimizer states, activations.
 
-Nothing is loaded. Parameters are counted on models of the published size without memory (the
-meta device), and activations are computed by a formula.
+It loads no weights. It counts parameters of models on the meta device, in their published sizes,
+and computes activations by a formula.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -38,7 +38,7 @@ class Memory:
     Attributes:
         parameters: weights, trained and frozen; without DeepSpeed also the 16-bit copies of
             trained float32 weights that autocast keeps.
-        gradients: of the trained weights.
+        gradients: gradients of the trained weights.
         optimizer: AdamW's two moments, and with DeepSpeed the float32 weights.
         buffers: for reducing gradients, and with ZeRO-3 for gathered weights.
         activations: kept for the backward pass; with activation checkpointing, each layer's
@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of them; CUDA's own memory and fragmentation come on top."""
+        """Their sum; CUDA's own memory and fragmentation come on top."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -62,9 +62,9 @@ class Counts:
     """Parameters of a stage's model.
 
     Attributes:
-        trained: number of those with gradients.
-        frozen: number of the others.
-        frozen_bytes: what the others take.
+        trained: number of parameters with gradients.
+        frozen: number of the other parameters.
+        frozen_bytes: bytes of the frozen ones.
     """
 
     trained: int
@@ -82,29 +82,29 @@ def state_memory(counts: Counts, gpus: int, zero: int, element: int = 2) -> Memo
     | ZeRO-2                      | 2        | 2 / GPUs  | 12 / GPUs          |
     | ZeRO-3                      | 2 / GPUs | 2 / GPUs  | 12 / GPUs          |
 
-    In float32 each 2 with DeepSpeed is a 4, and without it there is no second copy of the
-    weights. ZeRO-3 shares out the frozen weights as well.
+    In float32, each 2 with DeepSpeed is a 4, and without it there is no second copy of the
+    weights. ZeRO-3 splits the frozen weights as well.
 
     Args:
-        counts: of the stage's model.
+        counts: parameters of the stage's model.
         gpus: number of processes.
         zero: DeepSpeed's ZeRO stage; 0 is training without DeepSpeed.
         element: bytes of a number in the run's precision.
     """
-    trained, share = counts.trained, 1 / gpus
+    trained, fraction = counts.trained, 1 / gpus
     if zero == 0:
-        copies = element % 4  # of autocast, which float32 does not need
-        buckets = 4 * trained if gpus > 1 else 0  # DistributedDataParallel's
+        copies = element % 4  # autocast's copies, which float32 does not need
+        buckets = 4 * trained if gpus > 1 else 0  # of DistributedDataParallel
         return Memory(
             (4 + copies) * trained + counts.frozen_bytes, 4 * trained, 8 * trained, buckets
         )
     parameters = element * trained + counts.frozen_bytes
-    gradients = element * trained * (share if zero > 1 else 1)
+    gradients = element * trained * (fraction if zero > 1 else 1)
     buffers = element * 2 * _BUCKET
     if zero == 3:
-        parameters *= share
+        parameters *= fraction
         buffers += element * _LIVE
-    return Memory(parameters, gradients, 12 * trained * share, buffers)
+    return Memory(parameters, gradients, 12 * trained * fraction, buffers)
 
 
 class StageModel:
@@ -112,22 +112,21 @@ class StageModel:
 
     Args:
         cfg: a DPA config.
-        settings: read from it.
+        settings: the settings of that config.
         stage: the row of the stage table.
 
     Attributes:
         counts: its parameters.
-        image_tokens: tokens that an image takes in the sequence; 0 where the stage has none.
+        image_tokens: tokens of an image in the sequence; 0 if the stage sees no images.
 
     Raises:
-        DPAError: a model is neither in a folder, nor at the hub, nor in the table of published
-            sizes.
+        DPAError: a model is neither in a folder, nor on the hub, nor in ``published.json``.
     """
 
     def __init__(self, cfg: Config, settings: Settings, stage: Stage):
         precision = Precision("fp32" if settings.precision == "fp32" else "bf16")
         self.element, self.stage = precision.dtype.itemsize, stage
-        self.settings, self.own = settings, getattr(settings, stage.name)
+        self.settings, self.stage_settings = settings, getattr(settings, stage.name)
         run = Run.of(cfg, settings, precision)
         cfg = run.cfg
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
@@ -155,30 +154,30 @@ class StageModel:
         linears = [m for m in llm.modules() if isinstance(m, nn.Linear) and m is not head]
         norms = [m for m in llm.modules() if type(m).__name__.endswith("Norm")]
         layers = config.num_hidden_layers
-        self.linears = len(linears) // layers  # of a layer
+        self.linears = len(linears) // layers  # in each decoder layer
         self.inputs = sum(m.in_features for m in linears) // layers
-        self.norms = (len(norms) - 1) // layers  # one comes last
+        self.norms = (len(norms) - 1) // layers  # the final norm belongs to no layer
         bits = _quantised_bits(loader.get("quantization_config"))
         self.quantised = bits is not None
         self.sizes = {} if bits is None else {id(m.weight): bits / 8 for m in linears}
         if LLM_ADAPTER in self.stage.trains:
-            lora = self.own.lora.model_dump()
+            lora = self.stage_settings.lora.model_dump()
             return add_lora(llm, LoraConfig(target_modules=run.lora_targets, **lora))
         return llm
 
     def _visual(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Build encoder and projector, and note what an image takes."""
-        kind, settings = build_encoder(self.settings.encoder), self.settings
-        config = _encoder_config(kind, settings.visual_encoder_name_or_path)
-        patches, width = kind.tokens(config), kind.hidden_size(config)
-        encoder = kind.build(config).to(dtype)
+        """Build encoder and projector, and note the tokens and bytes of an image."""
+        spec, settings = build_encoder(self.settings.encoder), self.settings
+        config = _encoder_config(spec, settings.visual_encoder_name_or_path)
+        patches, width = spec.tokens(config), spec.hidden_size(config)
+        encoder = spec.build(config).to(dtype)
         encoder.requires_grad_(VISUAL_ENCODER in self.stage.trains)
         if VISUAL_ENCODER in self.stage.trains:
-            kind.freeze_unread(encoder)
+            spec.freeze_unread(encoder)
         projector = build_projector(settings.projector, width, self.llm_config.hidden_size)
         self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
-        # The frozen encoder's hidden states, all there for a moment, and what goes into and
-        # comes out of the projector's layers.
+        # The frozen encoder's hidden states, which exist together for a moment, and the inputs and
+        # outputs of the projector's layers.
         states = (getattr(config, "num_hidden_layers", 0) + 1) * width
         linears = [m for m in projector.modules() if isinstance(m, nn.Linear)]
         kept = sum(m.in_features + m.out_features for m in linears)
@@ -186,18 +185,19 @@ class StageModel:
         return encoder, projector
 
     def memory(self, gpus: int, zero: int, length: int | None = None) -> Memory:
-        """Compute what the stage needs on each GPU.
+        """Compute the memory of the stage on each GPU.
 
-        Quantised weights are infinite under ZeRO-3, which can't share them out.
+        Quantised weights count as infinite under ZeRO-3, which can't split them.
 
         Args:
             gpus: number of processes.
             zero: DeepSpeed's ZeRO stage; 0 is training without DeepSpeed.
-            length: tokens of each sample, its images' among them; the stage's ``max_length``,
-                the most there can be, where it is None.
+            length: tokens of each sample, image tokens included; None for the largest number,
+                the stage's ``max_length``.
         """
-        length, layers = length or self.own.max_length, self.llm_config.num_hidden_layers
-        tokens = self.own.batch_size * length
+        length = length or self.stage_settings.max_length
+        layers = self.llm_config.num_hidden_layers
+        tokens = self.stage_settings.batch_size * length
         layer, boundary = self._layer_bytes(length, zero)
         kept = tokens * (layers * boundary + layer if self.checkpointing else layers * layer)
         memory = state_memory(self.counts, gpus, zero, self.element)
@@ -211,10 +211,10 @@ class StageModel:
         """Compute the bytes that one decoder layer keeps for each token, and those of its input.
 
         Equation 1 of Korthikanti et al. (arXiv 2205.05198) adds up what each operation of a GPT
-        layer keeps, ``s b h (34 + 5 a s / h)`` bytes for ``s b`` tokens, ``h`` channels and ``a``
-        heads; with checkpointing it is the layer's input alone, ``2 s b h`` (their table 2).
-        The same sum for a layer of our LLMs, which have no dropout but a gated MLP (``i``
-        channels) and a fused attention (``q`` channels in all heads), in numbers of ``e`` bytes:
+        layer keeps: ``s b h (34 + 5 a s / h)`` bytes for ``s b`` tokens, ``h`` channels and ``a``
+        heads; with checkpointing only the layer's input, ``2 s b h`` (their table 2). Below is the
+        same sum for our LLMs, in bytes. They have no dropout, a gated MLP (``i`` channels) and a
+        fused attention (``q`` channels in all heads); a number takes ``e`` bytes:
 
         ============  ==========================================================  ============
         norms         float32 input and deviation; the normed, if weights train   4 h + 4, e h
@@ -223,10 +223,10 @@ class StageModel:
         eager         weights in float32, rounded to 16 bit; scores if capped     6 a s, e a s
         MLP           gate, its SiLU, and what it is multiplied with              3 e i
         linears       their inputs, if they or LoRA train                         e (2 h + q + i)
-        LoRA          what is between its two matrices, in each linear layer      e r
+        LoRA          the output of its first matrix, in each linear layer        e r
         ============  ==========================================================  ============
 
-        Under autocast each linear layer has a 16-bit copy of its input for itself.
+        Under autocast, each linear layer keeps its own 16-bit copy of its input.
         """
         config, e, trains = self.llm_config, self.element, self.stage.trains
         h, i, a = config.hidden_size, config.intermediate_size, config.num_attention_heads
@@ -239,7 +239,7 @@ class StageModel:
         attention = 3 * e * q + (eager if self.eager else fused)
         shared = 2 * h + q + i if zero or e == 4 else self.inputs
         linears = e * shared * (full or adapter)
-        lora = e * self.own.lora.r * self.linears if adapter else 0
+        lora = e * self.stage_settings.lora.r * self.linears if adapter else 0
         return norms + attention + 3 * e * i + linears + lora, boundary
 
     def _head_bytes(self, tokens: int) -> float:
@@ -253,14 +253,15 @@ class StageModel:
 
     def _image_bytes(self) -> float:
         most = self.settings.max_tiles
-        return self.own.batch_size * (most + 1 if most > 1 else 1) * self.visual_bytes
+        pictures = most + 1 if most > 1 else 1  # the tiles and the thumbnail
+        return self.stage_settings.batch_size * pictures * self.visual_bytes
 
 
-def _encoder_config(kind: VisionEncoderSpec, name: str) -> PretrainedConfig:
+def _encoder_config(spec: VisionEncoderSpec, name: str) -> PretrainedConfig:
     try:
-        return kind.config(name)
+        return spec.config(name)
     except NotFound:
-        return published_config("visual_encoder_name_or_path", kind.loader(name))
+        return published_config("visual_encoder_name_or_path", spec.loader(name))
 
 
 def _quantised_bits(cfg: dict | None) -> float | None:

@@ -152,7 +152,7 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
 
 
 def _data_read(settings: Settings) -> list[str]:
-    """The settings of the data that the run's stages read."""
+    """Name the settings of the data that the run's stages read."""
     stages = stage_table(settings).values()
     read = [settings.data_of(stage.sample_format) for stage in stages]
     return [name for name in ("captions", "instructions") if getattr(settings, name) in read]
@@ -164,11 +164,11 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     Args:
         cfg: names the classes of the models.
         settings: names the user's data. Its first records are used if it exists.
-        folder: where to. Gets ``llm``, ``visual_encoder``, ``captions.json`` and
+        folder: target folder. Gets ``llm``, ``visual_encoder``, ``captions.json`` and
             ``instructions.json``; also ``images`` if data is generated, and ``projector`` if
             ``tune.init_projector`` is set.
     """
-    cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # published weights are
+    cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # the dtype of published weights
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / LLM)
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / LLM)
@@ -213,7 +213,7 @@ def users_files_named(base: Path) -> Iterator[None]:
     """Rename files in error messages: the user's file for the rehearsal's copy of it.
 
     Args:
-        base: the work dir. If it is not a rehearsal's, messages stay as they are.
+        base: the work dir. If it is not a rehearsal's, messages are not changed.
 
     Raises:
         DPAError: the error that was raised inside, with the user's file names.
@@ -260,33 +260,33 @@ def write_tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
         encoder: its kind, by name or as a dict of its name and arguments.
         name: folder or hub name of the real one. If this machine does not have it, the kind's
             default configuration is used.
-        folder: where to.
+        folder: target folder.
 
     Raises:
-        DPAError: an unknown kind, or one that has no default configuration.
+        DPAError: the kind is unknown, or has no default configuration.
     """
-    kind = build_encoder(encoder)
+    spec = build_encoder(encoder)
     try:
-        config = kind.config(name, local_only=True)
+        config = spec.config(name, local_only=True)
     except NotFound:
-        config = kind.default_config()
+        config = spec.default_config()
         print_log(f"{name} is not on this machine: rehearsing a {type(config).__name__}", "current")
-    kind.write_tiny(config, folder)
+    spec.write_tiny(config, folder)
 
 
 def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
-    kind = build_encoder(settings.encoder)
-    encoder = kind.config(str(folder / VISUAL_ENCODER))
+    spec = build_encoder(settings.encoder)
+    encoder = spec.config(str(folder / VISUAL_ENCODER))
     llm = json.loads((folder / LLM / "config.json").read_text())
-    projector = build_projector(settings.projector, kind.hidden_size(encoder), llm["hidden_size"])
+    projector = build_projector(settings.projector, spec.hidden_size(encoder), llm["hidden_size"])
     projector.save_pretrained(folder / PROJECTOR)
-    # Like a stage's file, but without an LLM or encoder that it would have to agree with.
-    origin = {
+    # Like the file of a stage, but without the LLM and encoder, which are not compared then.
+    provenance = {
         KIND: PROJECTOR,
         "encoder": settings.encoder,
         "visual_select_layer": cfg.model.get("visual_select_layer"),
     }
-    write_json(folder / PROJECTOR / PROVENANCE_FILE, origin)
+    write_json(folder / PROJECTOR / PROVENANCE_FILE, provenance)
 
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:

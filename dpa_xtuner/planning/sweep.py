@@ -19,14 +19,14 @@ from dpa_xtuner.layout import STAGE_NAMES
 from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.settings import Settings, config_from_file
 
-STATE_FILE = "sweep.json"
+SWEEP_FILE = "sweep.json"
 """In a sweep's folder: name of each run -> its settings, config and status."""
 
 _LONGEST_NAME = 120
 
 
 @dataclass(frozen=True)
-class Run:
+class SweepRun:
     """One run of a sweep.
 
     Attributes:
@@ -77,7 +77,7 @@ def read_list(path: str) -> list[dict[str, str]]:
     return [{key: str(value) for key, value in dict.items(run)} for run in runs]
 
 
-def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> list[Run]:
+def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> list[SweepRun]:
     """List the runs of a sweep, without duplicates.
 
     Settings that a run's method does not read are left out. In a grid over methods and the proxy's
@@ -88,7 +88,7 @@ def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> 
         wanted: the settings of each run.
         common: settings that all runs share.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, SweepRun] = {}
     for options in wanted:
         refused = ""
         try:
@@ -98,7 +98,7 @@ def plan(config: Path, wanted: list[dict[str, str]], common: dict[str, str]) -> 
             refused = str(error)
         content = "" if refused else _merged(config, common | options).dump()
         digest = hashlib.sha256(content.encode()).hexdigest()
-        runs.setdefault(_name(options), Run(_name(options), options, digest, refused))
+        runs.setdefault(_name(options), SweepRun(_name(options), options, digest, refused))
     return list(runs.values())
 
 
@@ -122,10 +122,10 @@ def read_runs(work_dir: Path) -> dict[str, dict]:
         DPAError: the file is broken.
     """
     advice = "Remove it: finished runs are then looked at again, which takes seconds each."
-    return read_json(work_dir / STATE_FILE, advice)
+    return read_json(work_dir / SWEEP_FILE, advice)
 
 
-def write_status(work_dir: Path, run: Run, status: str) -> None:
+def write_status(work_dir: Path, run: SweepRun, status: str) -> None:
     """Write down how far a run is.
 
     Args:
@@ -136,10 +136,10 @@ def write_status(work_dir: Path, run: Run, status: str) -> None:
     runs = read_runs(work_dir)
     runs[run.name] = {"options": run.options, "config": run.config, "status": status}
     work_dir.mkdir(parents=True, exist_ok=True)
-    write_json(work_dir / STATE_FILE, runs)
+    write_json(work_dir / SWEEP_FILE, runs)
 
 
-def is_finished(work_dir: Path, run: Run) -> bool:
+def is_run_finished(work_dir: Path, run: SweepRun) -> bool:
     """Tell whether a run has finished with its present config."""
     known = read_runs(work_dir).get(run.name, {})
     return known.get("status") == "finished" and known.get("config") == run.config

@@ -1,4 +1,4 @@
-"""What is in a stage's folder: how far it is, checkpoints, and the components that it wrote."""
+"""The content of a stage's folder: its state file, its checkpoints, the components it wrote."""
 
 import json
 import re
@@ -14,28 +14,28 @@ from dpa_xtuner.layout import PROVENANCE_FILE, STATE_FILE
 from dpa_xtuner.stages.components import Component
 
 KIND = "component"
-"""The provenance's key for the component that the folder holds."""
+"""The key of ``dpa.json`` for the component that the folder holds."""
 
 
 def read_state(folder: Path) -> dict:
-    """What the state file of a stage's folder says; empty where the stage has not begun.
+    """Read the state file of a stage's folder; return an empty dict if the stage has not begun.
 
     Raises:
-        DPAError: it is broken.
+        DPAError: the file is broken.
     """
     advice = f"Restore it, or remove {folder} to train the stage again."
     return read_json(folder / STATE_FILE, advice)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the stage of a folder is finished."""
+    """Tell whether the stage of a folder is finished."""
     return read_state(folder).get("status") == "finished"
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a stage.
+    """Find the newest complete checkpoint of a stage.
 
-    A checkpoint gets its name when all of it is on disk, so any that has it is whole.
+    A checkpoint gets its name once all of it is on disk, so every named one is complete.
     """
     found = [(int(m[1]), str(path)) for path in folder.glob("iter_*.pth")
              if (m := re.fullmatch(r"iter_(\d+)\.pth", path.name))]  # fmt: skip
@@ -43,23 +43,23 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 
 def trained_key(component: Component) -> str:
-    """The record's key for the fingerprint of a component as its stage left it."""
+    """Return the key of ``dpa.json`` for a component's fingerprint after its stage."""
     return f"trained_{component}"
 
 
 def save_component(
-    model: nn.Module, component: Component, folder: Path, origin: dict, companion: Any = None
+    model: nn.Module, component: Component, folder: Path, provenance: dict, companion: Any = None
 ) -> None:
-    """Write a trained component as its own library reads it, with its record.
+    """Write a trained component in the format of its own library, with its ``dpa.json``.
 
     Every rank must call it, since ZeRO-3 gathers; rank 0 writes. All weights are safetensors.
 
     Args:
         model: the stage's model, not wrapped by DDP or DeepSpeed.
-        component: what to write.
-        folder: where to; replaced where it exists.
-        origin: goes into the record beside the tensors' shapes.
-        companion: what is written beside the weights (:meth:`Component.companion`).
+        component: the component to write.
+        folder: target folder; replaced if it exists.
+        provenance: goes into ``dpa.json``, together with the tensors' shapes.
+        companion: written next to the weights (:meth:`Component.companion`).
     """
     state = component.state(model)
     if not is_main_process():
@@ -67,30 +67,30 @@ def save_component(
     with whole_folder(folder) as partial:
         component.write(model, state, partial, companion)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        write_json(partial / PROVENANCE_FILE, {KIND: component, **origin, "shapes": shapes})
+        write_json(partial / PROVENANCE_FILE, {KIND: component, **provenance, "shapes": shapes})
 
 
 def read_provenance(folder: Path, advice: str) -> dict:
-    """What the ``dpa.json`` of a folder says; empty where there is none.
+    """Read the ``dpa.json`` of a folder; return an empty dict if there is none.
 
     Args:
-        folder: a stage or an export wrote it.
-        advice: what to do where the file is broken.
+        folder: written by a stage or an export.
+        advice: what to do if the file is broken.
 
     Raises:
-        DPAError: it is broken.
+        DPAError: the file is broken.
     """
     found = read_json(folder / PROVENANCE_FILE, advice)
-    if "part" in found:  # the key's name in folders of older versions
+    if "part" in found:  # the name of the key in folders of older versions
         found[KIND] = found.pop("part")
     return found
 
 
-def read_origin(folder: Path) -> dict:
-    """What the ``dpa.json`` of a folder says that :func:`save_component` wrote.
+def read_component_provenance(folder: Path) -> dict:
+    """Read the ``dpa.json`` of a folder that :func:`save_component` wrote.
 
     Raises:
-        DPAError: the folder or its record is missing or broken.
+        DPAError: the folder or the file is missing or broken.
     """
     advice = f"Run the stage that writes it first: DPA_STAGE={folder.parent.name}."
     if not (found := read_provenance(folder, advice)):
@@ -98,28 +98,29 @@ def read_origin(folder: Path) -> dict:
     return found
 
 
-def refuse_foreign(folder: Path, origin: dict, own: dict, what: str) -> None:
+def refuse_foreign(folder: Path, provenance: dict, ours: dict, key: str) -> None:
     """Refuse a component that was trained on another LLM or encoder.
 
     Args:
-        folder: where the component lies, for the message.
-        origin: its record.
-        own: side -> this run's facts about it, ``{side: {"name": ..., "fingerprint": ...}}``.
-        what: the fact to compare, ``architecture`` or ``fingerprint``.
+        folder: folder of the component, for the message.
+        provenance: the content of its ``dpa.json``.
+        ours: the published components of this run,
+            ``{component: {"name": ..., "fingerprint": ...}}``.
+        key: what to compare, ``architecture`` or ``fingerprint``.
 
     Raises:
-        DPAError: they differ; both sides are named.
+        DPAError: they differ; the message names both.
     """
-    for side, facts in own.items():
-        theirs = origin.get(side)
-        if theirs is not None and theirs[what] != facts[what]:
+    for component, this in ours.items():
+        other = provenance.get(component)
+        if other is not None and other[key] != this[key]:
             raise DPAError(
-                f"{folder} belongs to another {side}: it was trained with "
-                f"{theirs['name']} ({what} {_short(theirs[what])}), this run uses "
-                f"{facts['name']} ({what} {_short(facts[what])}). Use the {side} it was trained "
+                f"{folder} belongs to another {component}: it was trained with "
+                f"{other['name']} ({key} {_short(other[key])}), this run uses "
+                f"{this['name']} ({key} {_short(this[key])}). Use the {component} it was trained "
                 f"with, or another --work-dir."
             )
 
 
-def _short(fact) -> str:
-    return fact[:12] if isinstance(fact, str) else json.dumps(fact)
+def _short(value) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""From a DPA config to the ordinary XTuner config of one of its stages."""
+"""Turns a DPA config into the ordinary XTuner config of one of its stages."""
 
 import copy
 import logging
@@ -25,19 +25,19 @@ CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
 
 FEW_STEPS = 20
-"""Fewer optimizer steps of a stage than these are warned of."""
+"""A stage with fewer optimizer steps logs a warning."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of a stage.
+    """The schedule of a stage, counted in steps.
 
     Attributes:
-        accumulative_counts: MMEngine's iterations (one micro-batch per device each) of an
-            optimizer step.
+        accumulative_counts: MMEngine's iterations (one micro-batch per device) in an optimizer
+            step.
         steps: optimizer steps of the whole stage.
-        warmup_steps: those of the warm-up.
-        save_steps: those between two checkpoints.
+        warmup_steps: optimizer steps of the warm-up.
+        save_steps: optimizer steps between two checkpoints.
     """
 
     accumulative_counts: int
@@ -47,12 +47,12 @@ class Schedule:
 
 
 def world_size(launcher: str) -> int:
-    """Processes of this run, known before they have met."""
+    """Count the processes of this run, before they have met."""
     return _from_launcher(launcher, "WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", alone=1)
 
 
 def global_rank(launcher: str) -> int:
-    """This process's rank, known before the processes have met."""
+    """Return the rank of this process, before the processes have met."""
     return _from_launcher(launcher, "RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", alone=0)
 
 
@@ -68,7 +68,12 @@ def _from_launcher(launcher: str, pytorch: str, slurm: str, mpi: str, alone: int
 
 
 def accumulative_counts(settings: StageSettings, world: int, stage: str) -> int:
-    """Micro-batches that make an optimizer step.
+    """Count the micro-batches of an optimizer step.
+
+    Args:
+        settings: settings of the stage.
+        world: number of processes.
+        stage: name of the stage, for messages.
 
     Raises:
         DPAError: the global batch can't be cut into whole micro-batches.
@@ -87,10 +92,10 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
     """Count a stage's steps.
 
     Args:
-        settings: of the stage.
-        samples: in its training set.
-        world: processes.
-        stage: its name, for messages.
+        settings: settings of the stage.
+        samples: samples in its training set.
+        world: number of processes.
+        stage: name of the stage, for messages.
 
     Raises:
         DPAError: the global batch can't be cut into whole micro-batches.
@@ -99,35 +104,35 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
     steps = math.ceil(samples / settings.global_batch_size) * settings.max_epochs
     if settings.max_steps is not None:
         steps = min(steps, settings.max_steps)
-    # As transformers' Trainer; but the first step of a warm-up has a rate of 0, so that one
-    # step is always left after it.
+    # As transformers' Trainer. The first step of a warm-up has a rate of 0, so always leave one
+    # step after the warm-up.
     warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
     return Schedule(accumulate, steps, warmup, settings.save_steps)
 
 
-def tell_schedule(settings: StageSettings, numbers: Schedule, samples: int, stage: str) -> None:
-    """Log the steps of a stage, how its last batch is formed, and whether they are too few.
+def log_schedule(settings: StageSettings, numbers: Schedule, samples: int, stage: str) -> None:
+    """Log the steps of a stage, the size of its last batch, and a warning if the steps are few.
 
     Args:
-        settings: of the stage.
+        settings: settings of the stage.
         numbers: counted by :func:`schedule`.
-        samples: in its training set.
-        stage: its name.
+        samples: samples in its training set.
+        stage: name of the stage.
     """
     batch = settings.global_batch_size
     per_epoch = math.ceil(samples / batch)
-    told = f"{samples} samples / global_batch_size {batch} = {_steps(per_epoch)} an epoch"
+    count = f"{samples} samples / global_batch_size {batch} = {_steps(per_epoch)} an epoch"
     if rest := samples % batch:
-        told += (
-            f"; the last is of {rest} samples, spread over all ranks and micro-batches: no sample "
-            f"is seen twice"
+        count += (
+            f"; the last one has {rest} samples, spread over all ranks and micro-batches, so that "
+            f"no sample is seen twice"
         )
-    print_log(f"Stage {stage}: {_steps(numbers.steps)} of the optimizer. {told}", "current")
+    print_log(f"Stage {stage}: {_steps(numbers.steps)} of the optimizer. {count}", "current")
     asked_for = settings.max_steps is not None and settings.max_steps == numbers.steps
     if numbers.steps < FEW_STEPS and not asked_for:
         print_log(
             f"Stage {stage} takes only {_steps(numbers.steps)}, which may train next to nothing: "
-            f"{told}. Lower {stage}.global_batch_size or raise {stage}.max_epochs "
+            f"{count}. Lower {stage}.global_batch_size or raise {stage}.max_epochs "
             f"(is {settings.max_epochs}).",
             "current",
             logging.WARNING,
@@ -139,23 +144,24 @@ def _steps(number: int) -> str:
 
 
 def check_ahead(run: Run, stages: list[Stage]) -> None:
-    """Find now what would stop a later stage after days of an earlier one.
+    """Find errors now that would stop a later stage after days of an earlier one.
 
     Args:
         run: the run.
-        stages: those that are to be run.
+        stages: the stages to run.
 
     Raises:
-        DPAError: arguments that nothing takes, batches that can't be cut, missing data, models
-            that are missing or don't fit.
+        DPAError: unknown arguments, batches that can't be cut, missing data, or models that are
+            missing or don't fit.
     """
     check_models(run, stages)
     for stage in stages:
-        own, data = run.settings.of_stage(stage.name), run.settings.data_of(stage.sample_format)
+        stage_settings = run.settings.of_stage(stage.name)
+        data = run.settings.data_of(stage.sample_format)
         model = _outline(run, stage).model.to_dict()
         wrong = problems([MODELS.get(model["type"])], model, ("type",))
         refuse(str(run.cfg.filename), {f"model.{key}": what for key, what in wrong})
-        accumulative_counts(own, world_size(run.cfg.launcher), stage.name)
+        accumulative_counts(stage_settings, world_size(run.cfg.launcher), stage.name)
         named = {"data_path": data.files}
         if stage.sees_pictures:
             named["image_folder"] = data.folders
@@ -169,7 +175,7 @@ def check_ahead(run: Run, stages: list[Stage]) -> None:
 
 
 def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
-    """The complete XTuner config of a stage.
+    """Build the complete XTuner config of a stage.
 
     Args:
         run: the run.
@@ -178,18 +184,18 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
             (:func:`dpa_xtuner.stages.provenance.provenance_of`).
 
     Returns:
-        A new config with no key but MMEngine's own, which explains itself when dumped.
+        A new config that has MMEngine's keys only.
     """
-    own = run.settings.of_stage(stage.name)
+    stage_settings = run.settings.of_stage(stage.name)
     config = _outline(run, stage)
     built = usable_data(run, stage)
     if "held_out" in config.train_dataloader.dataset:
         config.train_dataloader.dataset.held_out = built.encoding["held_out"]
     dataset = config.train_dataloader.dataset.to_dict()
-    numbers = schedule(own, len(built), world_size(run.cfg.launcher), stage.name)
+    numbers = schedule(stage_settings, len(built), world_size(run.cfg.launcher), stage.name)
     if global_rank(run.cfg.launcher) == 0:
-        tell_schedule(own, numbers, len(built), stage.name)
-    _set_schedule(config, own, numbers, run.deepspeed)
+        log_schedule(stage_settings, numbers, len(built), stage.name)
+    _set_schedule(config, stage_settings, numbers, run.deepspeed)
     _set_precision(config, run.deepspeed)
     config.custom_hooks = config.custom_hooks + _hooks(
         run, stage, dataset, built.fingerprint, provenance
@@ -201,7 +207,7 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
 
 
 def _outline(run: Run, stage: Stage) -> Config:
-    """What is known of a stage's config without reading its data."""
+    """Build the part of a stage's config that does not depend on its data."""
     config = _without_settings(run.cfg)
     config.work_dir = str(run.work_dir / stage.name)
     config.model = model_config(run, stage)
@@ -212,7 +218,7 @@ def _outline(run: Run, stage: Stage) -> Config:
 
 
 def usable_data(run: Run, stage: Stage) -> DPADataset:
-    """A stage's data set, of which a sample of images was opened.
+    """Build a stage's data set, and open the images of some samples.
 
     At most a tenth of the records is held out.
 
@@ -227,8 +233,8 @@ def usable_data(run: Run, stage: Stage) -> DPADataset:
         how["held_out"] = min(asked, records // 10)
         if how["held_out"] < asked and global_rank(run.cfg.launcher) == 0:
             print_log(
-                f"captions.held_out={asked}, but there are only {records} records: a tenth, "
-                f"{how['held_out']}, is held out",
+                f"captions.held_out={asked}, but there are only {records} records: holding out a "
+                f"tenth, {how['held_out']}",
                 "current",
             )
     built = DATASETS.build(how)
@@ -243,17 +249,19 @@ def _without_settings(cfg: Config) -> Config:
     return Config(copy.deepcopy(kept), filename=cfg.filename)
 
 
-def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspeed: bool) -> None:
-    """Batches, learning rate, accumulation, warm-up, length and checkpoints of a stage."""
+def _set_schedule(
+    config: Config, settings: StageSettings, numbers: Schedule, deepspeed: bool
+) -> None:
+    """Set batches, accumulation, warm-up, length and checkpoints of a stage."""
     config.train_dataloader.update(
-        batch_size=own.batch_size,
+        batch_size=settings.batch_size,
         sampler=dict(
             type="GroupedSampler",
             length_property="modality_length",
-            per_device_batch_size=own.batch_size * numbers.accumulative_counts,
-            # As LLaVA: sorted within one global batch, for less padding; under
-            # normalize="global" the order in it changes nothing else. Stock sorts fifty at a
-            # time, so that lengths come in waves.
+            per_device_batch_size=settings.batch_size * numbers.accumulative_counts,
+            # As LLaVA: sort within one global batch, for less padding; under normalize="global"
+            # that order changes nothing else. Stock XTuner sorts fifty batches at a time, so that
+            # lengths come in waves.
             mega_batch_mult=1,
         ),
         collate_fn=dict(type="dpa_collate"),
@@ -261,7 +269,7 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     if deepspeed:
         config.strategy.update(
             gradient_accumulation_steps=numbers.accumulative_counts,
-            train_micro_batch_size_per_gpu=own.batch_size,
+            train_micro_batch_size_per_gpu=settings.batch_size,
         )
     else:
         config.optim_wrapper.accumulative_counts = numbers.accumulative_counts
@@ -278,11 +286,11 @@ def _set_schedule(config: Config, own: StageSettings, numbers: Schedule, deepspe
     config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.steps * counts)
     config.default_hooks.checkpoint.interval = numbers.save_steps * counts
     if (logger := config.default_hooks.get("logger")) is not None:
-        # At the end of a step: before it, the log would repeat the figures of the step before.
+        # Log at the end of a step: within one, the log would repeat the figures of the last step.
         logger.interval = math.ceil(logger.get("interval", 10) / counts) * counts
 
 
-# Float32 weights that are trained pass under autocast: bfloat16's needs no scaled loss.
+# Trained float32 weights run under autocast. Autocast to bfloat16 needs no scaled loss.
 _OPTIM_WRAPPERS = {
     "bf16": dict(type="Bf16OptimWrapper"),
     "fp16": dict(type="AmpOptimWrapper", dtype="float16", loss_scale="dynamic"),
@@ -291,45 +299,46 @@ _OPTIM_WRAPPERS = {
 
 
 def _set_precision(config: Config, deepspeed: bool) -> None:
-    """What the optimizer's wrapper, or DeepSpeed's engine, computes in."""
+    """Set the dtype of the optimizer's wrapper or of DeepSpeed's engine."""
     precision = config.model.precision
     if not deepspeed:
         config.optim_wrapper.update(_OPTIM_WRAPPERS[precision])
         return
-    for name in ("bf16", "fp16"):  # its float16 scales the loss by itself
+    for name in ("bf16", "fp16"):  # DeepSpeed's float16 scales the loss itself
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
 
 
 def _set_optimizer(config: Config, run: Run, stage: Stage) -> None:
-    wrapper, rates = config.optim_wrapper, _own_rates(run, stage)
+    wrapper, rates = config.optim_wrapper, _component_rates(run, stage)
     wrapper.optimizer.lr = run.settings.of_stage(stage.name).lr
     if (constructor := constructor_of(run, stage)) is not None:
         wrapper.constructor = constructor
     if rates:
         wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), **rates}
-    if run.deepspeed:  # which clips by strategy.gradient_clipping
+    if run.deepspeed:  # DeepSpeed clips by strategy.gradient_clipping
         if "clip_grad" in wrapper and wrapper.clip_grad is None:
-            config.strategy.gradient_clipping = 0.0  # XTuner takes 1.0 where nothing is said
+            config.strategy.gradient_clipping = 0.0  # XTuner's default is 1.0
         wrapper.pop("clip_grad", None)
 
 
-def _own_rates(run: Run, stage: Stage) -> dict[str, float]:
-    """The learning rates of the components that a stage trains, by the setting's name."""
-    own = run.settings.of_stage(stage.name)
+def _component_rates(run: Run, stage: Stage) -> dict[str, float]:
+    """Collect the learning rates of single components, by the setting's name."""
+    stage_settings = run.settings.of_stage(stage.name)
     names = [c.rate for c in COMPONENTS if c.rate is not None and c in stage.trains]
-    given = {name: getattr(own, name, None) for name in names}
+    given = {name: getattr(stage_settings, name, None) for name in names}
     return {name: rate for name, rate in given.items() if rate is not None}
 
 
 def constructor_of(run: Run, stage: Stage) -> str | None:
-    """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
+    """Choose what builds a stage's optimizer: the config's constructor, ours, or None (MMEngine's).
 
-    Ours is taken where parameters differ: by a component's own rate, by a weight decay that norms
-    and biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
+    Ours is chosen if options differ between parameters: a component has its own learning rate,
+    weight decay is on (norms and biases don't decay), or ``paramwise_cfg`` is set (MMEngine's
+    constructor can't apply it to tied weights).
     """
     wrapper = run.cfg.optim_wrapper
     decays = wrapper.optimizer.get("weight_decay") != 0
-    differ = _own_rates(run, stage) or decays or wrapper.get("paramwise_cfg")
+    differ = _component_rates(run, stage) or decays or wrapper.get("paramwise_cfg")
     return wrapper.get("constructor") or ("DPAOptimWrapperConstructor" if differ else None)
 
 
@@ -344,7 +353,7 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
         hooks.append(dict(type="ContrastCacheHook", folder=cache, files=files, precision=precision))
     hooks.append(dict(type="SkippedSamplesHook", limit=limit))
     if dataset.get("held_out"):
-        assert stage.held_out is not None, "what holds captions out measures them"
+        assert stage.held_out is not None, "a stage that holds captions out measures them"
         how, data = asdict(stage.held_out), dict(dataset, split="held_out")
         hooks.append(dict(type="HeldOutHook", data=data, precision=precision, **how))
     hand_over = dict(
@@ -354,18 +363,18 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
         loads={name: str(base / folder) for name, folder in stage.loads.items()},
         writes={name: str(base / folder) for name, folder in stage.writes.items()},
         guards=[name for name in stage.guards if name not in stage.trains],
-        origin=provenance,
+        provenance=provenance,
         samples=samples,
     )
     return [*hooks, hand_over]
 
 
 def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
-    # On all ranks: they draw the same samples, and stop together.
+    # On all ranks: they draw the same samples, so they stop together.
     report = check_dataset(dataset, sample=CHECKED_AT_START)
     if speak and not report.ok:
-        print_log(f"Of {files}, these can't be used:\n{report}", "current", logging.WARNING)
-    # So few samples say little about a share of 1 %, but much about one several times that.
+        print_log(f"Some records of {files} can't be used:\n{report}", "current", logging.WARNING)
+    # So few samples say little about a fraction of 1 %, but much about several times that.
     if len(report.image_problems) > 5 * dataset.skip_limit * report.checked:
         raise DPAError(
             f"{len(report.image_problems)} of {report.checked} samples drawn from {files} have no "
@@ -375,13 +384,13 @@ def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
 
 
 def dataset_config(run: Run, stage: Stage) -> dict:
-    """The config of a stage's :class:`dpa_xtuner.data.DPADataset`.
+    """Build the config of a stage's :class:`dpa_xtuner.data.DPADataset`.
 
     Args:
         run: the run.
         stage: the row of the stage table.
     """
-    own, cfg = run.settings.of_stage(stage.name), run.cfg
+    stage_settings, cfg = run.settings.of_stage(stage.name), run.cfg
     sees = stage.sees_pictures
     dataset = dict(
         type="DPADataset",
@@ -389,8 +398,8 @@ def dataset_config(run: Run, stage: Stage) -> dict:
         tokenizer=cfg.tokenizer.to_dict(),
         image_processor=cfg.image_processor.to_dict() if sees else None,
         sample_format=stage.sample_format,
-        max_length=own.max_length,
-        pad_image_to_square=own.pad_image_to_square,
+        max_length=stage_settings.max_length,
+        pad_image_to_square=stage_settings.pad_image_to_square,
     )
     if stage.sample_format == "chat":
         dataset["prompt_template"] = run.settings.template
@@ -398,17 +407,17 @@ def dataset_config(run: Run, stage: Stage) -> dict:
 
 
 def model_config(run: Run, stage: Stage) -> dict:
-    """The config of a stage's model.
+    """Build the config of a stage's model.
 
     Args:
         run: the run.
         stage: the row of the stage table.
     """
-    own = run.settings.of_stage(stage.name)
-    # Whatever else the config says of the model goes to its class, which knows its arguments.
-    model = {**run.cfg.model.to_dict(), "type": "ProxyLLM", "normalize": own.normalize}
-    if isinstance(own, PictureSettings):
-        model |= {"type": "DPALLaVAModel", "loss": own.loss}
+    stage_settings = run.settings.of_stage(stage.name)
+    # The config's other keys of the model go to its class, which knows its arguments.
+    model = {**run.cfg.model.to_dict(), "type": "ProxyLLM", "normalize": stage_settings.normalize}
+    if isinstance(stage_settings, PictureSettings):
+        model |= {"type": "DPALLaVAModel", "loss": stage_settings.loss}
     plan = ModelPlan(
         cfg=run.cfg,
         settings=run.settings,

@@ -23,11 +23,11 @@ from dpa_xtuner.stages.settings import Settings
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What the components of a stage's model need to know before it is built.
+    """The plan of a stage's model, from which its components configure themselves.
 
     Attributes:
         cfg: the config, filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
-        settings: read from it.
+        settings: the settings of that config.
         stage: name of the stage.
         builds: components that the model has.
         loads: component -> folder that it is loaded from.
@@ -52,14 +52,14 @@ class ModelPlan:
 
 
 class Component(str):
-    """A component of a model. It is its own name, in the table, in records and for folders.
+    """A component of a model. As a string, it is its name in the table, in files and of folders.
 
     Attributes:
-        label: what people call it.
+        label: its name for people.
         module: the attribute of the model that holds it.
-        loaded_as: the key of the model's config that takes the folder it is loaded from.
-        settings: settings of a stage that matter only where the stage trains it.
-        rate: of these, the one that is its own learning rate.
+        loaded_as: the key of the model's config for the folder it is loaded from.
+        settings: settings of a stage that have no effect unless the stage trains it.
+        rate: the one of these settings that is its own learning rate.
     """
 
     label: str
@@ -69,48 +69,48 @@ class Component(str):
     rate: str | None = None
 
     def of(self, model: nn.Module) -> Any:
-        """The module of a stage's model that holds it."""
+        """Return the module of a stage's model that holds it."""
         return getattr(model, self.module)
 
     def owns(self, parameter: str) -> bool:
-        """Whether a parameter of a model is one of its own, by the parameter's name."""
+        """Tell by a parameter's name whether it belongs to this component."""
         return parameter.startswith(f"{self.module}.")
 
     def configure(self, model: dict, plan: ModelPlan) -> None:
-        """Say in the config of a stage's model how this component is built, loaded and frozen.
+        """Set in a model's config how this component is built, loaded and frozen.
 
         Args:
             model: the config; changed in place.
-            plan: of the stage.
+            plan: the plan of the model.
         """
         if self in plan.loads:
             model[self.loaded_as] = plan.loads[self]
 
     def companion(self, cfg: Config) -> Any:
-        """What is written beside the weights, such as a tokenizer; None for nothing."""
+        """Build what is written next to the weights, such as a tokenizer; None for nothing."""
         return None
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is written of it, on the CPU of rank 0.
+        """Collect the weights to write, on the CPU of rank 0.
 
         Every rank must call it, since ZeRO-3 gathers; other ranks get an empty dict.
         """
-        return _whole(dict(self.of(model).named_parameters()))
+        return _gathered_on_cpu(dict(self.of(model).named_parameters()))
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
-        """Write it as its own library reads it.
+        """Write it in the format of its own library.
 
         Args:
             model: the stage's model, not wrapped.
-            state: from :meth:`state`.
-            folder: where to; exists.
-            companion: from :meth:`companion`.
+            state: the result of :meth:`state`.
+            folder: target folder; exists.
+            companion: the result of :meth:`companion`.
         """
         self.of(model).save_pretrained(folder, state_dict=state)
 
 
 class Published(Component):
-    """A component that a run begins with as it was published: records hold what it was."""
+    """A component that a run loads as it was published; ``dpa.json`` says which model it was."""
 
     @property
     def setting(self) -> str:
@@ -118,7 +118,7 @@ class Published(Component):
         return f"{self}_name_or_path"
 
     def name(self, settings: Settings) -> str:
-        """The published model that a run begins with."""
+        """Return the folder or hub name of the published model."""
         return getattr(settings, self.setting)
 
     def configure(self, model: dict, plan: ModelPlan) -> None:
@@ -127,8 +127,7 @@ class Published(Component):
         if self in plan.loads:
             loader["pretrained_model_name_or_path"] = plan.loads[self]
         if trained and not plan.deepspeed:
-            # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
-            # its own float32 copies.
+            # Trained weights are float32, under autocast. DeepSpeed keeps its own float32 copies.
             loader["torch_dtype"] = "torch.float32"
         model[self] = loader
         if plan.sees_pictures:
@@ -139,15 +138,15 @@ class _LLM(Published):
     label, module = "LLM", "llm"
 
     def owns(self, parameter: str) -> bool:
-        """All of the LLM's but adapters."""
+        """Tell whether a parameter is the LLM's, adapters left out."""
         return super().owns(parameter) and ".lora_" not in parameter
 
     def companion(self, cfg: Config) -> Any:
-        """Its tokenizer."""
+        """Build its tokenizer."""
         return BUILDER.build(cfg.tokenizer.to_dict())
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
-        """As a ``from_pretrained`` folder with its tokenizer."""
+        """Write a ``from_pretrained`` folder with its tokenizer."""
         save_llm(self.of(model), companion, folder, state_dict=state)
 
 
@@ -155,38 +154,38 @@ class _LLMAdapter(Component):
     label, module, loaded_as, settings = "LLM's adapter", "llm", "merged_adapter", ("lora",)
 
     def owns(self, parameter: str) -> bool:
-        """The LoRA weights of the LLM."""
+        """Tell whether a parameter is one of the LLM's LoRA weights."""
         return super().owns(parameter) and ".lora_" in parameter
 
     def configure(self, model: dict, plan: ModelPlan) -> None:
         """See :meth:`Component.configure`.
 
         Raises:
-            DPAError: the stage trains an adapter, and has no settings for it.
+            DPAError: the stage trains an adapter, but has no settings for it.
         """
         super().configure(model, plan)
         key, lora = "llm_lora" if plan.sees_pictures else "lora", None
         if self in plan.trains:
-            own = getattr(plan.settings.of_stage(plan.stage), "lora", None)
-            if own is None:
+            settings = getattr(plan.settings.of_stage(plan.stage), "lora", None)
+            if settings is None:
                 raise DPAError(
-                    f"Stage {plan.stage} trains {self}, and {plan.stage}.lora is no setting: give "
-                    f"its class of settings the field lora."
+                    f"Stage {plan.stage} trains {self}, but {plan.stage}.lora is not a setting: "
+                    f"add the field lora to its class of settings."
                 )
             lora = dict(
-                type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.model_dump(),
+                type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **settings.model_dump(),
                 target_modules=plan.lora_targets,
             )  # fmt: skip
         model[key] = lora
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights that are trained, as peft names them."""
+        """Collect the trained weights, under peft's names."""
         named = self.of(model).named_parameters()
-        return _whole({name: p for name, p in named if p.requires_grad})
+        return _gathered_on_cpu({name: p for name, p in named if p.requires_grad})
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
-        """As a PEFT folder."""
-        # peft would look for the base model's config on a hub.
+        """Write a PEFT folder."""
+        # Without save_embedding_layers=False, peft would look for the base model on the hub.
         self.of(model).save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
@@ -204,18 +203,18 @@ class _VisualEncoder(Published):
         model["encoder"] = plan.settings.encoder
 
     def companion(self, cfg: Config) -> Any:
-        """Its image processor."""
+        """Build its image processor."""
         return BUILDER.build(cfg.image_processor.to_dict())
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Parameters, also those that its features don't read, and buffers such as a norm's."""
+        """Collect all parameters, also unused ones, and persistent buffers, such as a norm's."""
         module = self.of(model)
         kept = module.state_dict().keys()
         buffers = {name: b for name, b in module.named_buffers() if name in kept}
-        return super().state(model) | (_whole(buffers) if buffers else {})
+        return super().state(model) | (_gathered_on_cpu(buffers) if buffers else {})
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
-        """As a ``from_pretrained`` folder with its image processor."""
+        """Write a ``from_pretrained`` folder with its image processor."""
         spec = cast(DPALLaVAModel, model).encoder_spec
         spec.save(self.of(model), folder, state, companion)
 
@@ -241,12 +240,12 @@ PROJECTOR = _Projector(layout.PROJECTOR)
 COMPONENTS = (LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR)
 """Every component that a stage may build, in the order of the log."""
 PUBLISHED = (LLM, VISUAL_ENCODER)
-"""Those that a run begins with as they were published. Records hold their names, architectures and
-fingerprints."""
+"""The components that a run loads as they were published. State files and ``dpa.json`` hold their
+names, architectures and fingerprints."""
 
 
 def find_component(name: str) -> Component:
-    """The component of a name.
+    """Find a component by its name.
 
     Raises:
         DPAError: there is none.
@@ -261,7 +260,7 @@ def find_component(name: str) -> Component:
 
 
 def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:
-    """Trainable and frozen parameters of each component, ZeRO-3's split ones counted whole."""
+    """Count trainable and frozen parameters of each component; ZeRO-3's split ones count whole."""
     counts: dict[Component, tuple[int, int]] = {}
     for component in COMPONENTS:
         sizes = [0, 0]
@@ -274,7 +273,7 @@ def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:
     return counts
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gathered_on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {}
     for name, tensor in tensors.items():
         with gathered([tensor]):

@@ -1,4 +1,4 @@
-"""What a stage begins with: what earlier stages wrote, or a projector that the config gives."""
+"""Checks the inputs of a stage: components of earlier stages, or a projector from the config."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.stages.artifacts import (
     KIND,
     is_finished,
-    read_origin,
+    read_component_provenance,
     read_provenance,
     refuse_foreign,
     trained_key,
@@ -23,27 +23,27 @@ _FILES = (PROVENANCE_FILE, "config.json", "model.safetensors")
 
 
 def check_inputs(run: Run, stage: Stage) -> None:
-    """Refuse what a stage would begin with if it is missing, or belongs to other models.
+    """Refuse inputs of a stage that are missing or belong to other models.
 
     Args:
         run: the run.
         stage: the row of the stage table.
 
     Raises:
-        DPAError: an earlier stage has not written it, ``tune.init_projector`` is no projector that
-            a stage wrote, or it was made for another visual encoder, LLM or projector.
+        DPAError: an earlier stage has not written an input, ``tune.init_projector`` is not a
+            projector of a stage, or an input belongs to another visual encoder, LLM or projector.
     """
-    own = {component: run.facts(component) for component in PUBLISHED if component in stage.builds}
-    for component, place in stage.loads.items():
-        folder, given = run.work_dir / place, Path(place).is_absolute()
+    ours = {name: run.provenance(name) for name in PUBLISHED if name in stage.builds}
+    for component, path in stage.loads.items():
+        folder, given = run.work_dir / path, Path(path).is_absolute()
         if given:  # by tune.init_projector
             _refuse_no_projector(folder)
         else:
             _refuse_unfinished(stage, component, folder)
-        record = record_of_loaded(folder, run.settings.llm_name_or_path)
-        refuse_foreign(folder, record, own, "architecture")
+        provenance = provenance_of_loaded(folder, run.settings.llm_name_or_path)
+        refuse_foreign(folder, provenance, ours, "architecture")
         if given:
-            _refuse_other_kind(run, folder, record)
+            _refuse_other_kind(run, folder, provenance)
 
 
 def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
@@ -56,12 +56,12 @@ def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
         )
 
 
-def _refuse_other_kind(run: Run, folder: Path, record: dict) -> None:
+def _refuse_other_kind(run: Run, folder: Path, provenance: dict) -> None:
     now = {
         "encoder": run.settings.encoder,
         "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
-    before = {key: record.get(key.removeprefix("model.")) for key in now}
+    before = {key: provenance.get(key.removeprefix("model.")) for key in now}
     changes = [f"{key}: was {old}, is {new}" for key, old, new in differences(before, now)]
     if changes:
         raise DPAError(
@@ -87,58 +87,59 @@ def _refuse_no_projector(folder: Path) -> None:
         raise DPAError(f"{where} holds {holds or 'an export'}, not a projector. {advice}")
 
 
-def record_of_loaded(folder: Path, llm: str) -> dict:
-    """The record of a component that a stage begins with, naming the models that belong to it.
+def provenance_of_loaded(folder: Path, llm: str) -> dict:
+    """Read the provenance of an input, with the LLM and the encoder that belong to it.
 
-    Those are the LLM and the encoder it was trained on. Only a projector of tune was trained while
-    they changed: to it belong those that the same stage trained. An LLM's own record has to say
-    so; an encoder is known by its fingerprint.
+    A component belongs to the models it was trained on. A projector of tune was trained while these
+    changed, so it belongs to the models that the same stage trained. The ``dpa.json`` of the LLM
+    must say so; an encoder is known by its fingerprint.
 
     Args:
-        folder: of the component, as a stage wrote it.
+        folder: folder of the component, written by a stage.
         llm: the run's ``llm_name_or_path``.
 
     Raises:
-        DPAError: there is no record, or the LLM was not tuned together with the projector.
+        DPAError: there is no ``dpa.json``, or the LLM was not tuned together with the projector.
     """
-    record = read_origin(folder)
-    if record.get(KIND) != PROJECTOR or "train_llm" not in record.get("settings", {}):
-        return record
-    tuned, together = _record_of_llm(llm), folder.parent / LLM
-    if reason := _not_together(folder, record, llm, tuned):
-        by = f", which python tools/export.py {record['config']} --format llm writes"
+    provenance = read_component_provenance(folder)
+    if provenance.get(KIND) != PROJECTOR or "train_llm" not in provenance.get("settings", {}):
+        return provenance
+    tuned, together = _provenance_of_llm(llm), folder.parent / LLM
+    if reason := _not_together(folder, provenance, llm, tuned):
+        by = f", which python tools/export.py {provenance['config']} --format llm writes"
         raise DPAError(
-            f"The projector {folder} was tuned together with an LLM, and llm_name_or_path={llm!r} "
+            f"The projector {folder} was tuned together with an LLM, but llm_name_or_path={llm!r} "
             f"is not that LLM: {reason}. Set llm_name_or_path to {together}"
-            f"{by * (record['settings']['train_llm'] == 'lora')}."
+            f"{by * (provenance['settings']['train_llm'] == 'lora')}."
         )
-    left = {component: record.get(trained_key(component)) for component in PUBLISHED}
-    left[LLM] = tuned[trained_key(LLM)]  # a record of an adapter says nothing of the LLM
-    return record | {
-        component: record[component]
+    left = {component: provenance.get(trained_key(component)) for component in PUBLISHED}
+    # A LoRA stage trained an adapter: only the LLM's own dpa.json has the LLM's fingerprint.
+    left[LLM] = tuned[trained_key(LLM)]
+    return provenance | {
+        component: provenance[component]
         | {"name": str(folder.parent / component), "fingerprint": trained}
         for component, trained in left.items()
         if trained is not None
     }
 
 
-def _record_of_llm(llm: str) -> dict:
+def _provenance_of_llm(llm: str) -> dict:
     return read_provenance(Path(llm), "Restore it, or write the LLM again.")
 
 
-def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
-    """Why an LLM is not the one that a projector was tuned with; nothing where it is."""
-    began = f"the projector's began as {record[LLM]['name']}"
+def _not_together(folder: Path, projector: dict, llm: str, tuned: dict) -> str:
+    """Say why an LLM is not the one that a projector was tuned with; nothing if it is."""
+    began = f"the projector's began as {projector[LLM]['name']}"
     if not tuned:
         return f"it has no {PROVENANCE_FILE} of a stage that tuned it ({began})"
     if tuned.get(KIND) == LLM:
-        own, its = ({k: v for k, v in one.items() if k not in (KIND, "shapes")}
-                    for one in (tuned, record))  # fmt: skip
-        if changes := differences(own, its):
+        llms, projectors = ({k: v for k, v in one.items() if k not in (KIND, "shapes")}
+                            for one in (tuned, projector))  # fmt: skip
+        if changes := differences(llms, projectors):
             listed = "; ".join(f"{key}: {a}, the projector's {b}" for key, a, b in changes[:3])
             return f"stage {tuned.get('stage')} of another run or step wrote it ({listed})"
     elif tuned.get("format") == LLM:
-        name = f"{record['stage']}/{PROJECTOR}/model.safetensors"
+        name = f"{projector['stage']}/{PROJECTOR}/model.safetensors"
         digest = file_sha256(folder / "model.safetensors")
         if tuned.get("weights", {}).get(name) != digest:
             return f"it was exported from another run or checkpoint, {tuned.get('run')} ({began})"
@@ -148,20 +149,20 @@ def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
     if trained_key(LLM) not in tuned:
         return (
             f"its {PROVENANCE_FILE} is of an older version and does not say which weights were "
-            f"trained; write it again with python tools/export.py {record['config']} --format llm "
-            f"-o FOLDER"
+            f"trained; write it again with python tools/export.py {projector['config']} "
+            f"--format llm -o FOLDER"
         )
     return ""
 
 
 def lineage(folder: Path, llm: str) -> dict:
-    """What a further round begins with, and what that was made from, back to the first round.
+    """Collect the provenance of a further round's inputs, back to the first round.
 
     Args:
-        folder: of the projector.
+        folder: folder of the projector.
         llm: the run's ``llm_name_or_path``.
     """
-    projector, tuned = read_origin(folder), _record_of_llm(llm)
+    projector, tuned = read_component_provenance(folder), _provenance_of_llm(llm)
     return {
         PROJECTOR: {key: value for key, value in projector.items() if key != "shapes"},
         LLM: {key: tuned[key] for key in (trained_key(LLM), "weights") if key in tuned},
@@ -169,7 +170,7 @@ def lineage(folder: Path, llm: str) -> dict:
 
 
 def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
-    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
+    """Hash (SHA-256) the weight files that a stage loads from earlier ones, by component/file."""
     return {
         f"{component}/{file.name}": file_sha256(file)
         for component, folder in stage.loads.items()

@@ -1,4 +1,4 @@
-"""The methods by name: which stages each has, and how its loss weighs the tokens."""
+"""The methods by name: the stages and the loss of each."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from dpa_xtuner.errors import DPAError, nearest
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is made of.
+    """A method.
 
     Attributes:
-        proxy: whether a proxy LLM is trained, for align to start from; without one there are
-            the stages align and tune alone, and align starts from the original LLM.
-        loss: weighting scheme of align and tune, where they name none.
+        proxy: whether a proxy LLM is trained, from which align starts. Without one there are only
+            the stages align and tune, and align starts from the original LLM.
+        loss: weighting scheme of align and tune, unless they name one.
     """
 
     proxy: bool
@@ -29,10 +29,10 @@ METHODS = {
 
 
 def find_method(name: str) -> Method:
-    """A method by name.
+    """Find a method by its name.
 
     Raises:
-        DPAError: there is none of that name.
+        DPAError: there is none.
     """
     if name not in METHODS:
         raise DPAError(

@@ -1,4 +1,4 @@
-"""Which stage comes next."""
+"""Finds the next stage, and the checkpoint it resumes from."""
 
 import os
 from pathlib import Path
@@ -26,23 +26,23 @@ from dpa_xtuner.stages.table import Stage, find_stage
 
 _ANEW = "Use another --work-dir, or remove that folder to train the stage again."
 DATA_CHECKED = "DPA_DATA_CHECKED"
-"""Names, for the next stage's process, the work dir whose stages' data was all looked at."""
+"""Environment variable for the next stage's process: the work dir whose data was all checked."""
 
 
 def next_stage(cfg: Config) -> Config | None:
-    """The config of the first unfinished stage, set to resume where it stopped.
+    """Build the config of the first unfinished stage, set to resume where it stopped.
 
-    Reads ``DPA_STAGE`` (that stage alone) from the environment.
+    The environment variable ``DPA_STAGE`` restricts this to one stage.
 
     Args:
         cfg: a DPA config as ``xtuner train`` hands it to the runner.
 
     Returns:
-        None when everything that was asked for is finished.
+        None if all wanted stages are finished.
 
     Raises:
-        DPAError: settings that can't be used, a stage that needs another first, or a
-            finished or started stage that the config no longer describes.
+        DPAError: settings can't be used, a stage needs another one first, or the config no longer
+            describes a stage that has begun.
     """
     settings = read_settings(cfg)
     run = Run.of(cfg, settings, run_precision(Path(cfg.work_dir), settings))
@@ -73,18 +73,18 @@ def _log(run: Run, text: str) -> None:
 
 
 def run_precision(base: Path, settings: Settings) -> Precision:
-    """What all stages of a run compute in: what the first began with, or what fits the device.
+    """Choose the precision of a run: that of its first stage, or what fits the device.
 
-    Weights are told apart by their digits, which another type would round otherwise, so that
-    stages of one run must not differ.
+    All stages must agree: fingerprints are taken of rounded weights, and another precision rounds
+    differently.
 
     Args:
         base: the work dir.
-        settings: the method's.
+        settings: the settings of the run.
 
     Raises:
         DPAError: the run began with another precision than the settings name, or the device
-            can't compute in it.
+            does not support it.
     """
     device = get_device()
     for name in STAGE_NAMES:
@@ -94,23 +94,24 @@ def run_precision(base: Path, settings: Settings) -> Precision:
         if settings.precision not in ("auto", begun):
             raise DPAError(
                 f"precision={settings.precision!r}, but {base / name} began in {begun!r}, and a "
-                f"run keeps its precision. Set precision={begun!r}, or use another --work-dir."
+                f"run can't change its precision. Set precision={begun!r}, or use another "
+                f"--work-dir."
             )
         return choose_precision(begun, device, f"stage {name} began in it")
     return choose_precision(settings.precision, device)
 
 
 def _check_later_data(run: Run, stages: list[Stage]) -> None:
-    """Make the data sets of later stages now, which they then find on disk."""
-    if os.environ.get(DATA_CHECKED) == str(run.work_dir):  # by the stage that went on with this
+    """Build the data sets of later stages now; these then find them on disk."""
+    if os.environ.get(DATA_CHECKED) == str(run.work_dir):  # the previous stage has done so
         return
     for stage in stages:
         if not is_finished(run.work_dir / stage.name):
             usable_data(run, stage)
 
 
-def run_facts(config: Config) -> dict:
-    """What a checkpoint's iteration count and optimizer state depend on."""
+def resume_key(config: Config) -> dict:
+    """Collect what a checkpoint's iteration count and optimizer state depend on."""
     zero = config.strategy.config["zero_optimization"]["stage"] if "strategy" in config else None
     return {
         "processes": world_size(config.launcher),
@@ -120,7 +121,7 @@ def run_facts(config: Config) -> dict:
 
 
 def samples_of(config: Config) -> str:
-    """The fingerprint of the samples that a stage's config trains on."""
+    """Return the fingerprint of the samples that a stage's config trains on."""
     return next(h["samples"] for h in config.custom_hooks if h["type"] == "HandOverHook")
 
 
@@ -132,7 +133,7 @@ def _wanted(run: Run) -> list[Stage]:
 
 
 def _checkpoint(run: Run, stage: Stage) -> str | None:
-    """The checkpoint that a stage resumes from: the one that ``--resume`` names, or the newest."""
+    """Find the checkpoint that a stage resumes from: that of ``--resume``, or the newest."""
     folder, cfg = run.work_dir / stage.name, run.cfg
     asked = cfg.get("load_from") if cfg.get("resume") else None
     if asked is not None and Path(asked).resolve().parent != folder.resolve():
@@ -144,28 +145,28 @@ def _checkpoint(run: Run, stage: Stage) -> str | None:
 
 
 def _resume(config: Config, checkpoint: str | None, state: dict) -> None:
-    """Set a stage's config to go on from a checkpoint, if there is one; refuse one of another run.
+    """Set a stage's config to resume from a checkpoint; refuse a checkpoint of another run.
 
     Args:
-        config: the stage's; changed in place.
-        checkpoint: what to go on from.
-        state: what the stage's state file says.
+        config: config of the stage; changed in place.
+        checkpoint: the checkpoint; None to begin the stage.
+        state: content of the stage's state file.
     """
     config.resume, config.load_from = checkpoint is not None, checkpoint
     if checkpoint is None:
         return
-    folder, facts = Path(config.work_dir), run_facts(config)
-    if (before := state.get("run", {})) != facts:
+    folder, now = Path(config.work_dir), resume_key(config)
+    if (before := state.get("run", {})) != now:
         raise DPAError(
-            f"{checkpoint} was written by a run with {before}, this one has {facts}: its optimizer "
+            f"{checkpoint} was written by a run with {before}, this one has {now}: its optimizer "
             f"state and sample order don't fit. Start it as before, or remove {folder}."
         )
     if state.get("samples") != samples_of(config):
         raise DPAError(
-            f"The data files and settings of stage {folder.name} are those that {checkpoint} was "
-            f"trained on, and yet they give other samples: the tokenizer has changed, or images "
-            f"that could not be read when the data was tokenised can be read by now (with "
-            f"max_tiles above 1, an image's size decides its tokens). Remove {folder} to train the "
-            f"stage again; to go on, put back what was there and give an empty DPA_CACHE."
+            f"Stage {folder.name} has the data files and settings that {checkpoint} was trained "
+            f"on, but they now give other samples: the tokenizer has changed, or images can be "
+            f"read that could not be read when the data was tokenised (with max_tiles above 1, an "
+            f"image's size decides its tokens). Remove {folder} to train the stage again; to "
+            f"continue, restore the old files and set DPA_CACHE to an empty folder."
         )
-    print_log(f"Stage {folder.name} goes on from {checkpoint}", "current")
+    print_log(f"Stage {folder.name} resumes from {checkpoint}", "current")

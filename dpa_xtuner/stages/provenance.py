@@ -1,4 +1,4 @@
-"""What a stage's weights are made from: written into its state file, and compared later."""
+"""The provenance of a stage's weights: written into its state file, and compared later."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dpa_xtuner.stages.table import Stage
 
 
 def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
-    """What the weights of a stage are made from, as far as it is known before it starts.
+    """Collect what the weights of a stage are made from, before the stage starts.
 
     Args:
         run: the run.
@@ -25,7 +25,8 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
         DPAError: the LLM, the encoder or a given projector can't be found.
     """
     cfg, settings = run.cfg, run.settings
-    own, data = settings.of_stage(stage.name), settings.data_of(stage.sample_format)
+    stage_settings = settings.of_stage(stage.name)
+    data = settings.data_of(stage.sample_format)
     wrapper = cfg.optim_wrapper
     found = {
         "stage": stage.name,
@@ -41,16 +42,16 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
     }
     for component in PUBLISHED:
         if component in stage.builds:
-            found[component] = run.facts(component)
-    if (given := getattr(own, "init_projector", None)) is not None:
+            found[component] = run.provenance(component)
+    if (given := getattr(stage_settings, "init_projector", None)) is not None:
         found["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
     model = model_of(run, stage)
     found["settings"] |= model.pop("settings")
-    return json.loads(json.dumps(found | model))  # as it is read back: no tuples
+    return json.loads(json.dumps(found | model))  # as JSON reads it back: no tuples
 
 
 def model_of(run: Run, stage: Stage) -> dict[str, Any]:
-    """The settings that a stage's training and its export must agree on.
+    """Collect the settings that a stage's training and its export must agree on.
 
     Args:
         run: the run.
@@ -74,26 +75,26 @@ def _of_stage(run: Run, stage: Stage, change: Change) -> dict[str, Any]:
 
 
 def refuse_changed(folder: Path, before: dict, now: dict, way_out: str) -> None:
-    """Refuse to take a stage for one that was trained with other settings.
+    """Refuse a stage that was trained with other settings.
 
     Args:
-        folder: the stage's, for the message.
-        before: what its state file says, of which what ``now`` has is compared.
-        now: as of :func:`provenance_of` or :func:`model_of`.
+        folder: folder of the stage, for the message.
+        before: the provenance in its state file.
+        now: the result of :func:`provenance_of` or :func:`model_of`.
         way_out: what to do, for the message.
 
     Raises:
-        DPAError: they differ; each difference on a line of its own.
+        DPAError: they differ; lists the differences, one a line.
     """
     changes = [
         f"  {key}: was {old}, is {new}"
         for key, old, new in differences(before, now)
-        # Where the config file lies changes no weight, and what was measured is no setting.
+        # The place of the config file changes no weight, and a fingerprint is not a setting.
         if key != "config" and not key.endswith(".fingerprint")
     ]
     if changes:
         raise DPAError(
-            f"{folder} was trained with other settings than the config has:\n"
+            f"{folder} was trained with settings that differ from the config's:\n"
             + "\n".join(changes)
             + f"\n{way_out}"
         )

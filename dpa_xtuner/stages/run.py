@@ -1,4 +1,4 @@
-"""A run, resolved once from its config: whatever is known before its weights are loaded."""
+"""A run, resolved once from its config: all that is known before weights are loaded."""
 
 import copy
 from collections.abc import Callable
@@ -20,24 +20,24 @@ from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.families.template_check import check_template
 from dpa_xtuner.model.configs import architecture, read_config
-from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.model.encoders import VisionEncoderSpec
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 
-# What takes the keywords of a from_pretrained that it hands on.
+# The methods to which a from_pretrained passes its keywords.
 _LOADING = ("from_pretrained", "_from_pretrained", "from_dict", "get_image_processor_dict")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a config stands for. Each model's configuration and the tokenizer are read once.
+    """A run. It reads each model's configuration and the tokenizer once.
 
     Attributes:
         cfg: the config, filled in by :func:`fill_in_loaders`.
-        settings: read from it.
+        settings: the settings of that config.
         precision: what all stages compute in.
     """
 
@@ -47,15 +47,15 @@ class Run:
 
     @classmethod
     def of(cls, cfg: Config, settings: Settings, precision: Precision) -> "Run":
-        """The run of a config.
+        """Resolve the run of a config.
 
         Args:
             cfg: a DPA config; not changed.
-            settings: read from it.
+            settings: the settings of that config.
             precision: what all stages compute in.
 
         Raises:
-            DPAError: the LLM has two places.
+            DPAError: the config names two LLMs.
         """
         return cls(fill_in_loaders(cfg, settings, precision), settings, precision)
 
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def deepspeed(self) -> bool:
-        """Whether DeepSpeed trains it."""
+        """Whether DeepSpeed trains the run."""
         return "strategy" in self.cfg
 
     @cached_property
@@ -84,8 +84,8 @@ class Run:
         return read_config("llm_name_or_path", self.cfg.model.llm)
 
     @cached_property
-    def encoder_spec(self) -> Encoder:
-        """What is known of the visual encoder's kind, with the layer that the config sets."""
+    def encoder_spec(self) -> VisionEncoderSpec:
+        """The spec of the visual encoder's kind, with the layer that the config sets."""
         spec = copy.copy(find_encoder_spec(self.settings.encoder))
         if (layer := self.cfg.model.get("visual_select_layer")) is not None:
             spec.layer = layer
@@ -96,20 +96,20 @@ class Run:
         """The visual encoder's published configuration.
 
         Raises:
-            DPAError: neither a folder nor the hub has it, or it is another kind's.
+            DPAError: neither a folder nor the hub has it, or it belongs to another kind.
         """
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
 
     def config_of(self, component: Published) -> PretrainedConfig:
-        """The published configuration of the LLM or of the visual encoder.
+        """Return the published configuration of the LLM or of the visual encoder.
 
         Raises:
             DPAError: neither a folder nor the hub has it.
         """
         return self.llm_config if component == LLM else self.encoder_config
 
-    def facts(self, component: Published) -> dict[str, Any]:
-        """Name and architecture of a published model, as records have them.
+    def provenance(self, component: Published) -> dict[str, Any]:
+        """Return name and architecture of a published model, for ``stage.json`` and ``dpa.json``.
 
         Raises:
             DPAError: neither a folder nor the hub has it.
@@ -119,14 +119,14 @@ class Run:
 
     @cached_property
     def projector(self) -> ProjectorModule:
-        """The projector without memory, on the meta device."""
+        """The projector, on the meta device."""
         width = self.encoder_spec.hidden_size(self.encoder_config)
         with torch.device("meta"):
             return build_projector(self.settings.projector, width, self.llm_config.hidden_size)
 
     @cached_property
     def tiles(self) -> dict[str, int]:
-        """How many tokens an image or tile takes, how large it is, and how many there may be."""
+        """The tokens of an image or tile, its size, and the largest number of tiles."""
         tokens = self.encoder_spec.tokens(self.encoder_config)
         if isinstance(self.projector, Projector):
             tokens = self.projector.tokens(tokens)
@@ -141,24 +141,24 @@ class Run:
         """The LLM's tokenizer.
 
         Raises:
-            DPAError: it can't be loaded, or is given keys that it does not take.
+            DPAError: it can't be loaded, or the config gives it unknown keys.
         """
-        return _loaded("tokenizer", "llm_name_or_path", self.cfg)
+        return _load("tokenizer", "llm_name_or_path", self.cfg)
 
     @cached_property
     def image_processor(self) -> Any:
         """The visual encoder's image processor.
 
         Raises:
-            DPAError: it can't be loaded, or is given keys that it does not take.
+            DPAError: it can't be loaded, or the config gives it unknown keys.
         """
-        return _loaded("image_processor", "visual_encoder_name_or_path", self.cfg)
+        return _load("image_processor", "visual_encoder_name_or_path", self.cfg)
 
     @property
     def lora_targets(self) -> list[str] | None:
         """The layers that LoRA adapts; None for every linear layer but the head.
 
-        They are the family's, where its loader is used.
+        They are the family's, if its loader is used.
         """
         family = self.settings.llm_family
         if family is None or self.cfg.model[LLM].type != family.llm:
@@ -167,31 +167,32 @@ class Run:
 
 
 def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Config:
-    """Fill in how the models, the tokenizer and the image processor are loaded, and from where.
+    """Fill in how models, tokenizer and image processor are loaded, and from where.
 
     Args:
-        cfg: a DPA config; not changed. What it says of them itself is kept.
-        settings: read from it.
-        precision: what the models' weights are loaded in.
+        cfg: a DPA config; not changed. The result keeps the keys that it sets itself.
+        settings: the settings of that config.
+        precision: dtype of the models' weights.
 
     Raises:
-        DPAError: an encoder's image processor can't be known, or the LLM has two places.
+        DPAError: the image processor is unknown, or the config names two LLMs.
     """
     cfg = copy.deepcopy(cfg)
     llm, encoder = settings.llm_name_or_path, settings.visual_encoder_name_or_path
     family, spec = settings.llm_family, find_encoder_spec(settings.encoder)
-    place = {"pretrained_model_name_or_path": llm}
+    name = {"pretrained_model_name_or_path": llm}
     for path, given in (("model.llm", cfg.model.llm), ("tokenizer", cfg.get("tokenizer", {}))):
-        if (other := {**place, **given}["pretrained_model_name_or_path"]) != llm:
+        if (other := {**name, **given}["pretrained_model_name_or_path"]) != llm:
             raise DPAError(
-                f"{path}.pretrained_model_name_or_path={other!r} is not read: set llm_name_or_path."
+                f"{path}.pretrained_model_name_or_path={other!r} has no effect: set "
+                f"llm_name_or_path."
             )
     loader = {"type": family.llm} if family else {}
     tokenizer = {"type": family.tokenizer if family else Family.tokenizer}
     dtype = {"torch_dtype": str(precision.dtype)}
     cfg.model.precision = precision.name
-    cfg.model.llm = {**loader, **cfg.model.llm, **place, **dtype}
-    cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **place}
+    cfg.model.llm = {**loader, **cfg.model.llm, **name, **dtype}
+    cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **name}
     cfg.model.visual_encoder = {
         **spec.loader(encoder), **cfg.model.get(VISUAL_ENCODER, {}), **dtype
     }  # fmt: skip
@@ -202,20 +203,20 @@ def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Co
 
 
 def check_models(run: Run, stages: list[Stage]) -> None:
-    """Refuse models that don't fit what the config says of them.
+    """Refuse models that don't fit the config.
 
     Args:
         run: the run.
-        stages: those that are to be run.
+        stages: the stages to run.
 
     Raises:
-        DPAError: a model is missing, is of another family or kind, has another chat template,
-            does not fit the projector, or is quantised and would have to be changed.
+        DPAError: a model is missing, has another family, kind or chat template, does not fit the
+            projector, or is quantised although a stage would change its weights.
     """
     cfg, settings = run.cfg, run.settings
     check_loader("model.llm", cfg.model.llm.to_dict(), run.llm_config)
     name, family = settings.llm_name_or_path, settings.llm_family
-    if getattr(run.llm_config, "quantization_config", None):  # published so
+    if getattr(run.llm_config, "quantization_config", None):  # it was published quantised
         refuse(str(cfg.filename), settings.quantised(f"The config.json of {name}"))
     if family is not None and cfg.model.llm.type == family.llm:
         check_model_type(family, name, run.llm_config.model_type)
@@ -228,37 +229,37 @@ def check_models(run: Run, stages: list[Stage]) -> None:
         config = run.encoder_config
         check_loader("model.visual_encoder", cfg.model.visual_encoder.to_dict(), config)
         run.encoder_spec.check_layer(config)
-        _ = run.image_processor, run.tiles  # they raise what is wrong with them
+        _ = run.image_processor, run.tiles  # building them raises what is wrong
 
 
-def _loaded(part: str, setting: str, cfg: Config) -> Any:
-    """A tokenizer or image processor; a message that names its settings where it can't be had."""
-    how = cfg[part].to_dict()
-    loader = _loader(part, how)
+def _load(key: str, setting: str, cfg: Config) -> Any:
+    """Load a tokenizer or image processor, or name the setting that is wrong."""
+    how = cfg[key].to_dict()
+    loader = _loader(key, how)
     try:
         built = BUILDER.build(dict(how))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise DPAError(
-            f"The {part} of {setting}={cfg[setting]!r} can't be loaded ({reason}). Give a local "
+            f"The {key} of {setting}={cfg[setting]!r} can't be loaded ({reason}). Give a local "
             f"folder that has it with --cfg-options {setting}=FOLDER, or connect to the hub."
         ) from None
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise DPAError(f"{part}: {error}. Check its keys in the config.") from None
-    _check_keywords(part, how, loader, type(built), set(dir(type(built))))
+        raise DPAError(f"{key}: {error}. Check its keys in the config.") from None
+    _check_keywords(key, how, loader, type(built), set(dir(type(built))))
     return built
 
 
 def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
-    """Hold an LLM's or encoder's keywords against what loads it, before its weights are read.
+    """Check the keywords of an LLM's or encoder's loader, before its weights are read.
 
     Args:
         side: the config's key that holds them.
         how: the loader's type and keywords.
-        config: the model's published configuration, whose keys transformers takes as keywords too.
+        config: the model's published configuration; transformers takes its keys as keywords too.
 
     Raises:
-        DPAError: keywords that nothing takes, or values that can't be used.
+        DPAError: unknown keywords, or values that can't be used.
     """
     known = {*dir(config), *config.to_dict()}
     _check_keywords(side, how, _loader(side, how), PreTrainedModel, known)
@@ -271,28 +272,29 @@ def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
         )
 
 
-def _loader(part: str, how: dict) -> Callable:
+def _loader(key: str, how: dict) -> Callable:
     found = how["type"]
     if isinstance(found, str) and (found := get_object_from_string(found)) is None:
-        raise DPAError(f"{part}.type={how['type']!r} can't be imported: mend it, or leave it out.")
+        raise DPAError(f"{key}.type={how['type']!r} can't be imported: mend it, or leave it out.")
     return found
 
 
-def _check_keywords(part: str, how: dict, loader: Callable, kind: type, others: set[str]) -> None:
-    """Refuse keywords that neither a ``from_pretrained`` nor what it makes takes.
+def _check_keywords(where: str, how: dict, loader: Callable, made: type, others: set[str]) -> None:
+    """Refuse keywords that neither a ``from_pretrained`` nor the class it builds takes.
 
     Args:
-        part: the config's key that holds them, for the message.
+        where: the config's key that holds them, for the message.
         how: the loader's type and keywords.
         loader: the ``from_pretrained``.
-        kind: the class of what it makes.
-        others: names of other keywords that are taken.
+        made: the class that it builds.
+        others: names of other valid keywords.
     """
-    calls = [loader, kind, *(getattr(kind, name) for name in _LOADING if hasattr(kind, name))]
+    calls = [loader, made, *(getattr(made, name) for name in _LOADING if hasattr(made, name))]
     known = {"type", "trust_remote_code"}.union(others, *map(taken, calls))
-    wrong = {f"{part}.{key}": f"not a known key{nearest(key, known)}" for key in how.keys() - known}
-    typed = dict(problems([kind], how, ("type",)))
-    wrong |= {f"{part}.{key}": what for key, what in typed.items() if key in known}
-    if not isinstance(trust := how.get("trust_remote_code", False), bool):  # any text would be yes
-        wrong[f"{part}.trust_remote_code"] = f"expected True or False (got {trust!r})"
-    refuse(f"The loader of {part}", wrong)
+    unknown = how.keys() - known
+    wrong = {f"{where}.{key}": f"not a known key{nearest(key, known)}" for key in unknown}
+    typed = dict(problems([made], how, ("type",)))
+    wrong |= {f"{where}.{key}": what for key, what in typed.items() if key in known}
+    if not isinstance(trust := how.get("trust_remote_code", False), bool):  # any text is true
+        wrong[f"{where}.trust_remote_code"] = f"expected True or False (got {trust!r})"
+    refuse(f"The loader of {where}", wrong)

@@ -1,6 +1,6 @@
-"""The method's settings: each declared once, with its type, limits, help and what it changes.
+"""The settings, each declared once: its type, its limits, its help and what it changes.
 
-:mod:`dpa_xtuner.stages.settings_table` writes the table of all of them.
+:mod:`dpa_xtuner.stages.settings_table` writes the table of all settings.
 """
 
 from collections.abc import Callable, Set
@@ -30,9 +30,9 @@ from dpa_xtuner.stages.methods import METHODS, Method, find_method
 from dpa_xtuner.stages.signatures import config_problems
 
 Change = Literal["model", "weights", "speed", "nothing"]
-"""What a change of a setting changes: ``model``, what the trained weights mean, so that training
-and export must agree; ``weights``, how they are trained, so that a stage that has begun keeps it;
-``speed``, so that a stage that resumes from a checkpoint keeps it; ``nothing`` of a result."""
+"""What a setting affects. ``model``: the meaning of the trained weights; training and export must
+agree on it. ``weights``: how they are trained; a stage that has begun keeps it. ``speed``: a stage
+that resumes from a checkpoint keeps it. ``nothing``: it may change at any time."""
 
 
 def setting(
@@ -41,32 +41,33 @@ def setting(
     """Declare a setting.
 
     Args:
-        about: what it is, for the table in the docs.
-        changes: what a change of it changes. ``model`` and ``weights`` of a stage's settings are
-            written into its state file and compared on resuming.
-        default: required where it is left out.
-        sets: keys of MMEngine's, separated by spaces, that a stage sets from it, so that a config
-            must not.
-        limits: pydantic's, such as ``gt=0``.
+        about: its help, for the table in the docs.
+        changes: what it affects. Settings of ``model`` and ``weights`` are written into the state
+            file and compared on resuming.
+        default: its default; without one it is required.
+        sets: MMEngine's keys, separated by spaces, that a stage sets from it; a config must not
+            set them.
+        limits: limits of pydantic, such as ``gt=0``.
     """
     extra: dict[str, Any] = {"changes": changes, "sets": sets.split()}
     return Field(default, description=about, json_schema_extra=extra, **limits)
 
 
 def declaration(field: FieldInfo) -> dict[str, Any]:
-    """What :func:`setting` declared of a field besides pydantic's: ``changes`` and ``sets``."""
+    """Return what :func:`setting` added to a field: ``changes`` and ``sets``."""
     return cast("dict[str, Any]", field.json_schema_extra)
 
 
 def built_once(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Let what a config names be built once in a process.
+    """Cache a builder, so that each object is built once in a process.
 
     Args:
-        build: gives the object of ``dict(type=name, ...)``.
+        build: builds the object of ``dict(type=name, ...)``.
     """
     known: dict[str, Any] = {}
 
     def find(cfg: Any) -> Any:
+        """Return the object of a config, built at the first call."""
         if repr(cfg) not in known:
             known[repr(cfg)] = build(cfg)
         return known[repr(cfg)]
@@ -78,11 +79,11 @@ find_scheme = built_once(build_scheme)
 """The weighting scheme of a complete ``loss``."""
 
 find_encoder_spec = built_once(build_encoder)
-"""What is known of the visual encoders of a kind. Copy it to change its layer."""
+"""The spec of a kind of visual encoder. Copy it to change its layer."""
 
 
-def _whole(value: Any) -> Any:
-    """Of a number such as 1e3, which the command line gives as a float, the whole number."""
+def _whole_number(value: Any) -> Any:
+    """Turn a float such as 1e3, which the command line gives, into a whole number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -95,7 +96,7 @@ def _by_type(name: Any) -> Any:
 
 
 def _passes(check: Callable[[Any], Any]) -> AfterValidator:
-    """Let ``check`` raise where it does not like a value; None passes."""
+    """Validate a value by ``check``, which raises; None passes."""
 
     def checked(value: Any) -> Any:
         if value is not None:
@@ -107,31 +108,31 @@ def _passes(check: Callable[[Any], Any]) -> AfterValidator:
 
 _Item = TypeVar("_Item")
 _List = Annotated[list[_Item], BeforeValidator(_list)]
-_Whole = Annotated[int, BeforeValidator(_whole)]
+_Whole = Annotated[int, BeforeValidator(_whole_number)]
 _Named = Annotated[dict[str, Any], BeforeValidator(_by_type)]
 _Scheme = Annotated[dict[str, Any], _passes(find_scheme)]
 _Encoder = Annotated[_Named, _passes(find_encoder_spec)]
-# The sizes, its first two arguments, are the models'.
-_Projector = Annotated[_Named, _passes(lambda cfg: find_named(PROJECTORS, cfg, 2))]
+# 2: the first two arguments, the sizes, come from the models.
+_ProjectorConfig = Annotated[_Named, _passes(lambda cfg: find_named(PROJECTORS, cfg, 2))]
 _Template = Annotated[str | dict[str, Any] | None, _passes(resolve_template)]
 
 
 class _Settings(BaseModel):
-    # Strict: True is no number, and neither is "3".
+    # Strict: neither True nor "3" is a number.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @classmethod
     def names_changing(cls, change: Change) -> set[str]:
-        """Names of the settings whose change changes this; see :func:`setting`."""
+        """Name the settings that affect ``change``; see :func:`setting`."""
         fields = cls.model_fields.items()
         return {name for name, field in fields if declaration(field)["changes"] == change}
 
     def changing(self, change: Change, leave_out: Set[str] = frozenset()) -> dict[str, Any]:
-        """The settings whose change changes this, where they are not at their default.
+        """Collect the settings that affect ``change`` and are not at their default.
 
         Args:
             change: see :func:`setting`.
-            leave_out: names of others.
+            leave_out: names of settings to leave out.
         """
         names = self.names_changing(change) - leave_out
         return self.model_dump(include=names, exclude_defaults=True)
@@ -143,10 +144,12 @@ class DataSettings(_Settings):
     data_path: str | _List[str] = setting("JSON or JSONL file, or a list of files, a mixture")
     image_folder: str | _List[str] = setting("folder of the images, or one for each file")
     weights: _List[Annotated[float, Field(gt=0)]] | None = setting(
-        "parts of an epoch that the files give", default=None
+        "fractions of an epoch that the files give", default=None
     )
-    share: float = setting("part of the data that is used", default=1.0, gt=0, le=1)
-    skip_limit: float = setting("part that may be unusable", "nothing", default=0.01, ge=0, le=1)
+    share: float = setting("fraction of the data to use", default=1.0, gt=0, le=1)
+    skip_limit: float = setting(
+        "fraction that may be unusable", "nothing", default=0.01, ge=0, le=1
+    )
 
     @property
     def files(self) -> list[str]:
@@ -182,10 +185,10 @@ class CaptionSettings(DataSettings):
 
 
 class LoRASettings(_Settings):
-    """The low-rank adapter, by peft's names."""
+    """The low-rank adapter, under peft's names."""
 
     r: _Whole = setting("rank", "model", gt=0)
-    lora_alpha: float = setting("scale; the adapter counts lora_alpha / r", "model", gt=0)
+    lora_alpha: float = setting("scale: the adapter counts lora_alpha / r", "model", gt=0)
     lora_dropout: float = setting("dropout before the adapter", "model", ge=0, lt=1)
 
 
@@ -193,8 +196,8 @@ class StageSettings(_Settings):
     """How one stage is trained."""
 
     lr: float = setting("peak learning rate", gt=0, sets="optim_wrapper.optimizer.lr auto_scale_lr")
-    # Under normalize="micro_batch" it changes weights too; a finished stage is free of it all the
-    # same, for a run that goes on with other GPUs or less memory.
+    # Under normalize="micro_batch" it changes weights too. A finished stage ignores it all the
+    # same, so that a run can continue with other GPUs or less memory.
     batch_size: _Whole = setting(
         "samples on a device at a time",
         "speed",
@@ -206,17 +209,17 @@ class StageSettings(_Settings):
         gt=0,
         sets="train_dataloader.sampler optim_wrapper.accumulative_counts",
     )
-    max_epochs: _Whole = setting("times that the data is seen", gt=0, sets="train_cfg")
+    max_epochs: _Whole = setting("passes over the data", gt=0, sets="train_cfg")
     max_steps: _Whole | None = setting(
-        "optimizer steps after which the stage ends at the latest",
+        "largest number of optimizer steps",
         default=None,
         gt=0,
         sets="train_cfg train_dataloader.num_batch_per_epoch",
     )
     max_length: _Whole = setting("tokens of a sample, images included; the rest is cut off", gt=1)
-    pad_image_to_square: bool = setting("pad images in the mean colour", "model")
+    pad_image_to_square: bool = setting("pad images to a square in the mean colour", "model")
     warmup_ratio: float = setting(
-        "part of the steps in which lr rises", ge=0, lt=1, sets="param_scheduler"
+        "fraction of the steps in which lr rises", ge=0, lt=1, sets="param_scheduler"
     )
     save_steps: _Whole = setting(
         "optimizer steps between checkpoints",
@@ -225,13 +228,13 @@ class StageSettings(_Settings):
         sets="default_hooks.checkpoint.interval",
     )
     normalize: Literal["micro_batch", "global"] = setting(
-        "the loss is divided by the weights of a micro-batch, or of the whole step",
+        "divide the loss by the weights of a micro-batch, or of the whole step",
         sets="model.normalize",
     )
 
 
 class LLMSettings(StageSettings):
-    """A stage that trains its LLM: all of it, or a LoRA on it."""
+    """A stage that trains its LLM, in full or by LoRA."""
 
     train_llm: Literal["full", "lora"] = setting(
         "train the whole LLM, or an adapter", "model", sets="model.freeze_llm"
@@ -242,7 +245,7 @@ class LLMSettings(StageSettings):
 
 
 class ProxySettings(LLMSettings):
-    """Stage proxy, whose loss is plain cross entropy."""
+    """Stage proxy; its loss is plain cross entropy."""
 
 
 class PictureSettings(StageSettings):
@@ -254,7 +257,7 @@ class PictureSettings(StageSettings):
 
 
 class AlignSettings(PictureSettings):
-    """Stage align, whose LLM is frozen."""
+    """Stage align; its LLM is frozen."""
 
     contrast_cache: str | None = setting(
         "folder to keep the contrast pass in", "nothing", default=None
@@ -271,7 +274,7 @@ class TuneSettings(PictureSettings, LLMSettings):
     """Stage tune."""
 
     start_from: Literal["target", "proxy"] = setting(
-        "begin with the original LLM or the proxy", "model"
+        "start from the original LLM or the proxy", "model"
     )
     projector_lr: float | None = setting(
         "learning rate of the projector; None: lr", default=None, gt=0
@@ -283,29 +286,29 @@ class TuneSettings(PictureSettings, LLMSettings):
         "learning rate of a trained visual encoder; None: lr", default=None, gt=0
     )
     init_projector: str | None = setting(
-        "folder of a projector to begin with; the run is this stage alone", default=None
+        "folder of a projector to start from; the run is this stage alone", default=None
     )
 
 
 class Settings(_Settings):
     """All settings of the method; every other key of a config is MMEngine's.
 
-    ``align.loss`` and ``tune.loss`` are complete here: in a config, None or an empty dict
-    means the scheme of the method, a dict without ``type`` that scheme with other arguments,
-    and a name the scheme of that name. ``encoder`` and ``projector`` are dicts with ``type``.
+    ``align.loss`` and ``tune.loss`` are complete here. In a config, None or an empty dict means
+    the scheme of the method, a dict without ``type`` that scheme with other arguments, and a name
+    the scheme of that name. ``encoder`` and ``projector`` are dicts with ``type``.
     """
 
     method: Annotated[str, _passes(find_method)] = setting(
         f"{', '.join(METHODS)}: which stages there are, and their loss"
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = setting(
-        "what is computed in; auto: what fits the device",
+        "precision of the computation; auto: what fits the device",
         default="auto",
         sets="model.precision model.llm.torch_dtype model.visual_encoder.torch_dtype",
     )
     llm_name_or_path: str = setting("the LLM: a folder or a hub name")
     family: Annotated[str | None, _passes(find_family)] = setting(
-        "kind of LLM: loader, tokenizer, template, LoRA's layers", default=None
+        "kind of LLM: its loader, tokenizer, template and LoRA layers", default=None
     )
     prompt_template: _Template = setting(
         "chat template, by XTuner's name or a dict; None: the family's", "model", default=None
@@ -314,10 +317,10 @@ class Settings(_Settings):
     encoder: _Encoder = setting(
         "kind of visual encoder, by name or a dict with arguments", "model", sets="model.encoder"
     )
-    projector: _Projector = setting(
+    projector: _ProjectorConfig = setting(
         "kind of projector, by name or a dict with arguments", "model", sets="model.projector"
     )
-    max_tiles: _Whole = setting("tiles of an image at most; 1: none", "model", ge=1)
+    max_tiles: _Whole = setting("largest number of tiles of an image; 1: no tiles", "model", ge=1)
     captions: CaptionSettings = setting("data of proxy and align", sets="train_dataloader.dataset")
     instructions: DataSettings = setting("data of tune", sets="train_dataloader.dataset")
     proxy: ProxySettings | None = setting("stage proxy; None where the method has none")
@@ -344,16 +347,16 @@ class Settings(_Settings):
         """The chat template: the config's own, or the family's."""
         if self.prompt_template is None:
             family = self.llm_family
-            assert family is not None, "from_config refuses a config with neither"
+            assert family is not None, "from_config refuses a config without both"
             return dict(family.template)
         return resolve_template(self.prompt_template)
 
     def of_stage(self, name: str) -> StageSettings:
-        """The settings of one stage."""
+        """Return the settings of one stage."""
         return getattr(self, name)
 
     def data_of(self, sample_format: str) -> DataSettings:
-        """The data of a stage that sees it in this format (:class:`Stage`)."""
+        """Return the data of a stage by its sample format (:class:`Stage`)."""
         return self.instructions if sample_format == "chat" else self.captions
 
     @property
@@ -377,7 +380,7 @@ class Settings(_Settings):
     @model_validator(mode="before")
     @classmethod
     def _complete_losses(cls, given: dict) -> dict:
-        known = METHODS.get(given.get("method", ""))  # an unknown one is told of by its own field
+        known = METHODS.get(given.get("method", ""))  # the field's own check reports an unknown one
         scheme = known.loss if known else "uniform"
         completed = {
             name: {**given[name], "loss": _complete_loss(given[name].get("loss"), scheme)}
@@ -390,7 +393,7 @@ class Settings(_Settings):
     def _proxy_is_trained(self) -> "Settings":
         if self.tune.start_from == "proxy" and self.tune.init_projector is not None:
             raise ValueError(
-                "tune.start_from='proxy' needs a stage proxy, and with tune.init_projector the run "
+                "tune.start_from='proxy' needs a stage proxy, but with tune.init_projector the run "
                 "has the stage tune alone: set start_from to 'target'"
             )
         if self.has_proxy and self.proxy is None:
@@ -400,44 +403,44 @@ class Settings(_Settings):
             )
         if self.tune.start_from == "proxy" and not self.recipe.proxy:
             raise ValueError(
-                f"tune.start_from='proxy' needs a stage proxy, which method={self.method!r} has "
-                f"not: set it to 'target', or choose one of {_methods(proxy=True)}"
+                f"tune.start_from='proxy' needs a stage proxy, which method={self.method!r} does "
+                f"not have: set it to 'target', or choose one of {_methods(proxy=True)}"
             )
         return self
 
     @classmethod
     def from_config(cls, cfg: Config) -> "Settings":
-        """Read and check them, and all other keys of a config.
+        """Read and check the settings, and check all other keys of a config.
 
         Raises:
-            DPAError: keys that nothing reads or that stages set themselves, missing ones, or
-                values that can't be used, each on a line of its own.
+            DPAError: keys are unknown, missing, or set by the stages themselves, or values can't be
+                used; lists all of them, one a line.
         """
         given = _plain(cfg._cfg_dict)
         wrong = config_problems(given, set(cls.model_fields), owned_keys())
         settings = None
         try:
-            own = {name: given[name] for name in cls.model_fields if name in given}
-            settings = cls.model_validate(own)
+            ours = {name: given[name] for name in cls.model_fields if name in given}
+            settings = cls.model_validate(ours)
         except ValidationError as error:
             for where, what in map(_explain, error.errors()):
                 wrong[where] = f"{wrong[where]} or {what}" if where in wrong else what
         if settings is not None and not wrong:
             wrong = settings._conflicts(given)
         refuse(f"{cfg.filename} (or --cfg-options)", wrong)
-        assert settings is not None, "what is wrong with them was refused"
+        assert settings is not None, "refuse() has raised if they are wrong"
         return settings
 
     def _conflicts(self, cfg: dict) -> dict[str, str]:
-        """Settings that other keys of the config make impossible: where, and what to say."""
+        """Find settings that conflict with other keys of the config: key -> message."""
         found = {}
         llm = cfg.get("model", {}).get("llm", {})
         if self.family is None and not ("type" in llm and self.prompt_template is not None):
             FAMILIES.import_from_location()
             found["family"] = (
                 f"the config does not say what kind of LLM {self.llm_name_or_path!r} is: set "
-                f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; or, for another, both "
-                f"its loader (model.llm.type) and its chat template (prompt_template)"
+                f"family, one of {', '.join(sorted(FAMILIES.module_dict))}; for another family, "
+                f"set both the loader (model.llm.type) and the chat template (prompt_template)"
             )
         if llm.get("quantization_config"):
             found |= self.quantised("model.llm.quantization_config")
@@ -445,12 +448,13 @@ class Settings(_Settings):
         for rate in ("projector_lr", "visual_encoder_lr") if constructor is not None else ():
             if getattr(self.tune, rate) is not None:
                 found[f"tune.{rate}"] = (
-                    f"optim_wrapper.constructor={constructor!r} knows none: leave out either"
+                    f"optim_wrapper.constructor={constructor!r} does not know it: leave out one "
+                    f"of them"
                 )
         return found
 
     def quantised(self, where: str) -> dict[str, str]:
-        """Settings that would change the weights of an LLM that is quantised, and what to do.
+        """Find settings that would change the weights of a quantised LLM: key -> message.
 
         Args:
             where: what says that the LLM is quantised.
@@ -475,7 +479,7 @@ def _methods(proxy: bool) -> str:
     return ", ".join(name for name, method in METHODS.items() if method.proxy == proxy)
 
 
-# What every stage sets, whatever the settings say.
+# Keys that every stage sets, whatever the settings are.
 _STAGES_OWN = (
     "data_preprocessor",
     "default_hooks.checkpoint.by_epoch",
@@ -490,7 +494,7 @@ _STAGES_OWN = (
 
 
 def owned_keys() -> dict[str, str]:
-    """Keys of MMEngine's that the stages set themselves: the way out of each."""
+    """Collect MMEngine's keys that the stages set themselves: key -> what to do instead."""
     owners: dict[type[BaseModel], str] = {Settings: ""}
     owners |= dict.fromkeys((LLMSettings, AlignSettings, TuneSettings), "<stage>.")
     found: dict[str, dict[str, None]] = {}
@@ -504,16 +508,16 @@ def owned_keys() -> dict[str, str]:
 
 
 def settings_in(annotation: Any) -> type[BaseModel] | None:
-    """The class of settings that an annotation such as ``ProxySettings | None`` names."""
+    """Find the class of settings in an annotation such as ``ProxySettings | None``."""
     either = (annotation, *get_args(annotation))
     return next((each for each in either if hasattr(each, "model_fields")), None)
 
 
 def config_from_file(path: Path | str, options: dict | None = None) -> Config:
-    """Read a config file, and change it as ``--cfg-options`` say.
+    """Read a config file, and apply ``--cfg-options``.
 
     Raises:
-        DPAError: it can't be carried out, or an option does not fit into it.
+        DPAError: the file can't be executed, or an option does not fit into it.
     """
     try:
         cfg = Config.fromfile(path)
@@ -535,10 +539,10 @@ def read_settings(cfg: Config) -> Settings:
 
 
 def refuse_unused_options(cfg: Config, settings: Settings) -> None:
-    """Refuse ``--cfg-options`` that have no effect; a file may set what its method leaves out.
+    """Refuse ``--cfg-options`` that have no effect; in a file, such settings are allowed.
 
     Raises:
-        DPAError: there are some, each on a line of its own.
+        DPAError: there are some; lists them, one a line.
     """
     if cfg.filename is None:
         return
@@ -549,13 +553,13 @@ def refuse_unused_options(cfg: Config, settings: Settings) -> None:
         for prefix, reason in settings.unused_settings.items()
         if path.startswith(prefix)
     }
-    if file.get("launcher") not in (None, cfg.get("launcher")):  # XTuner has overwritten it
+    if file.get("launcher") not in (None, cfg.get("launcher")):  # XTuner overwrites it
         wrong["launcher"] = f"{file['launcher']!r} has no effect: give --launcher"
     refuse(f"{cfg.filename} (or --cfg-options)", wrong)
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """What differs in nested dicts: path, value before (None where there was none), value now."""
+    """Compare nested dicts: path, value before (None if there was none), value now."""
     found = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -573,7 +577,7 @@ def _plain(value: Any) -> Any:
 
 
 def _explain(problem: ErrorDetails) -> tuple[str, str]:
-    """Where a problem is, and what it is."""
+    """Turn an error of pydantic into the place of the problem and a message."""
     owner: type[BaseModel] | None = Settings
     path, unknown = [], None
     for part in problem["loc"]:
@@ -582,13 +586,13 @@ def _explain(problem: ErrorDetails) -> tuple[str, str]:
             owner = settings_in(fields[part].annotation)
         elif owner is not None:
             unknown = nearest(str(part), fields)
-        elif isinstance(part, str):  # pydantic's name of one of several types
+        elif isinstance(part, str):  # pydantic's name for one of several types
             continue
         path.append(str(part))
     where = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return where, f"not a setting{unknown}"
-    if problem["type"] == "value_error":  # our own, which name the value themselves
+    if problem["type"] == "value_error":  # ours; the message names the value
         return where, str(problem["ctx"]["error"])
     given = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
     return where, f"{problem['msg']}{given}"

@@ -11,26 +11,26 @@ from dpa_xtuner import tables
 from dpa_xtuner.stages.settings import Settings, declaration, settings_in
 
 FILE = Path(__file__).parents[2] / "docs" / "settings.md"
-"""Where the table goes."""
+"""The file of the table."""
 
 _TOP = """# Settings
 
 Written by `python -m dpa_xtuner.stages.settings_table` from `dpa_xtuner/stages/settings.py`.
 
-A setting stands in a config, or on the command line: `--cfg-options align.lr=1e-3`. Those without
-a default here get their value in [`configs/_base_/dpa.py`](../configs/_base_/dpa.py).
+Set a setting in a config, or on the command line: `--cfg-options align.lr=1e-3`. Settings without
+a default here get their value from [`configs/_base_/dpa.py`](../configs/_base_/dpa.py).
 
-The column *changes* says what a change of the setting changes, and so when it may be changed:
+The column *changes* says what the setting affects, and so when you may change it:
 
-- `model`: what the trained weights mean. A stage that has begun keeps it, and so does an export.
+- `model`: the meaning of the trained weights. A stage that has begun keeps it; so must an export.
 - `weights`: how they are trained. A stage that has begun keeps it.
 - `speed`: a stage that resumes from a checkpoint keeps it.
-- `nothing`: it may be changed at any time.
+- `nothing`: you may change it at any time.
 """
 
 
 def settings_table() -> str:
-    """The content of :data:`FILE`."""
+    """Write the content of :data:`FILE`."""
     columns = ["setting", "type", "default", "changes", "what it is"]
     return f"{_TOP}\n{tables.markdown(columns, list(_rows(Settings)), numbers=False)}\n"
 
@@ -47,7 +47,7 @@ def _rows(owner: type[BaseModel], prefix: str = "") -> Iterator[list[str]]:
 
 
 def _type(kind: Any) -> str:
-    """A type as people write it: ``'full' or 'lora'``, ``str or list of str``."""
+    """Write a type as people do: ``'full' or 'lora'``, ``str or list of str``."""
     inner = get_args(kind)
     if get_origin(kind) is Annotated:
         return _type(inner[0])

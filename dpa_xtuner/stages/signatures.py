@@ -1,4 +1,4 @@
-"""Holds the keys of a config against what takes them, before anything is built."""
+"""Checks the keys of a config against the classes that take them, before anything is built."""
 
 import copy
 import logging
@@ -33,13 +33,13 @@ _CLIP.register_module("value", module=clip_grad_value_)
 
 @dataclass(frozen=True)
 class Place:
-    """A dict of a config, and what its keys are for.
+    """A dict of a config, and what takes its keys.
 
     Attributes:
-        known: where what its ``type`` names is registered.
-        type: that name, where the config gives none.
-        calls: what takes its keys, after what the type names where both are there.
-        also: keys that MMEngine takes out before.
+        known: the registry of its ``type``.
+        type: its default type.
+        calls: callables that take its keys, after the one that the type names.
+        also: keys that MMEngine removes first.
         optional: whether it may be None.
     """
 
@@ -54,14 +54,14 @@ def _nothing() -> None:
     """Take no argument."""
 
 
-# MMEngine's, which its constructor looks up where it takes them.
+# The keys of paramwise_cfg: string constants in the code of MMEngine's constructor.
 _PARAMWISE = tuple(
     name
     for name in DefaultOptimWrapperConstructor.add_params.__code__.co_consts
     if isinstance(name, str) and name.endswith(("_mult", "_keys", "_duplicate"))
 )
 _HOOK = Place(registry.HOOKS, also=("priority",), optional=True)
-# By path, where * stands for any key or place in a list.
+# By path; * stands for any key or any index of a list.
 _PLACES = {
     "custom_hooks.*": _HOOK,
     "custom_imports": Place(),
@@ -95,9 +95,9 @@ _PLACES = {
     "visualizer": Place(registry.VISUALIZERS, "Visualizer", optional=True),
     "visualizer.vis_backends.*": Place(registry.VISBACKENDS),
 }
-# Of a config beside its settings and what MMEngine's runner takes.
+# Top-level keys that are neither settings nor arguments of MMEngine's runner.
 _OTHERS = {"_scope_", "custom_imports", "image_processor", "runner_type", "strategy", "tokenizer"}
-# Values of keys that stages set, where the base config has to have one for XTuner.
+# Keys that the stages set, but that XTuner requires: their values in the base config.
 _BASE = {
     "default_hooks.checkpoint.interval": -1,
     "optim_wrapper.optimizer.lr": 0.0,
@@ -106,15 +106,16 @@ _BASE = {
 
 
 def config_problems(config: dict, settings: set[str], owned: Mapping[str, str]) -> dict[str, str]:
-    """What is wrong with the keys of a config that are no settings: dotted key -> what to say.
+    """Check the keys of a config that are not settings; return dotted key -> message.
 
-    Checked are the names of types and arguments, the types of values where they are declared, and
-    what MMEngine's own hooks and log processor, the optimizer and the data loader say of them.
+    This checks the names of types and arguments and the declared types of values. It also builds
+    MMEngine's own hooks and log processor, the optimizer and the data loader, and reports their
+    errors.
 
     Args:
         config: a DPA config as plain dicts.
-        settings: its top-level keys that others check.
-        owned: keys that the stages set -> the way out.
+        settings: its top-level keys that are checked elsewhere.
+        owned: keys that the stages set -> what to do instead.
     """
     found = {
         key: f"each stage sets it; {way_out}"
@@ -122,7 +123,7 @@ def config_problems(config: dict, settings: set[str], owned: Mapping[str, str]) 
         if not _is_unset(_at(config, key), _BASE.get(key))
     }
     for key, what in problems([Runner], config, settings | _OTHERS):
-        if _place(key) is None:  # else it is told when that is visited
+        if _place(key) is None:  # else the visit below reports it
             found.setdefault(key, what)
     for key, what in _ruled(config):
         if not any(key == other or key.startswith(f"{other}.") for other in found):
@@ -139,7 +140,7 @@ def _is_unset(value: Any, base: Any) -> bool:
 
 
 def _at(config: dict, path: str) -> Any:
-    """The value at a dotted path, None where there is none."""
+    """Return the value at a dotted path, None if there is none."""
     node: Any = config
     for key in path.split("."):
         node = dict.get(node, key) if isinstance(node, dict) else None
@@ -156,8 +157,8 @@ def _one_of(known: Iterable[str]) -> tuple[Callable[[Any], bool], str, Iterable[
 
 _ABOVE_ZERO = (_above_zero, "expected a number above 0", ())
 _CONSTRUCTORS = registry.OPTIM_WRAPPER_CONSTRUCTORS
-# What no signature tells: which values are right (None is for a key that is not there), what to say
-# of others, and which names are known.
+# Rules that no signature shows: a test of the value (None for a missing key), the message, and the
+# known names.
 _RULES: dict[str, tuple[Callable[[Any], Any], str, Iterable[str]]] = {
     "default_hooks.checkpoint.max_keep_ckpts": (
         lambda number: number not in (0, 1),
@@ -189,7 +190,7 @@ _RULES: dict[str, tuple[Callable[[Any], Any], str, Iterable[str]]] = {
 
 
 def _ruled(config: dict) -> Iterator[tuple[str, str]]:
-    """What is wrong by rules that no signature tells."""
+    """Report what breaks :data:`_RULES` and the rules that involve several keys."""
     for key, (is_right, expected, known) in _RULES.items():
         around = _at(config, key.rpartition(".")[0]) if "." in key else config
         if isinstance(around or {}, dict) and not is_right(value := _at(config, key)):
@@ -216,19 +217,19 @@ def _ruled(config: dict) -> Iterator[tuple[str, str]]:
 
 
 class _Visit:
-    """Goes through a config and notes what is wrong.
+    """Walks through a config and collects what is wrong.
 
     Args:
-        config: the whole of it.
-        found: what is known to be wrong, which is extended; such keys are not looked into.
+        config: the whole config.
+        found: known problems, extended in place; their keys are not visited.
     """
 
     def __init__(self, config: dict, found: dict[str, str]):
         self.config, self.found = config, found
 
     def __call__(self, node: Any, path: str) -> None:
-        """Look at what stands at a dotted path."""
-        if path in self.found or self._is_anothers(path):
+        """Check the value at a dotted path."""
+        if path in self.found or self._belongs_to_user(path):
             return
         place = _place(path)
         if isinstance(node, dict):
@@ -241,8 +242,8 @@ class _Visit:
         elif what := _wrong_number(node, path):
             self.found[path] = what
 
-    def _is_anothers(self, path: str) -> bool:
-        """Whether a constructor of the user's reads it, which takes what it likes."""
+    def _belongs_to_user(self, path: str) -> bool:
+        """Tell whether the user's own optimizer constructor reads it; that may take any key."""
         ours = (None, "DefaultOptimWrapperConstructor", "DPAOptimWrapperConstructor")
         constructor = _at(self.config, "optim_wrapper.constructor")
         return path == "optim_wrapper.paramwise_cfg" and constructor not in ours
@@ -256,12 +257,12 @@ class _Visit:
         call = None if kind is None else _find(kind, place.known)
         if call is None and kind == node.get("type", place.type) and place.known is not None:
             names = sorted(place.known.module_dict)
-            said = f"{kind!r} is not a known {place.known.name}" if kind else "it is missing"
-            self.found[f"{path}.type"] = said + nearest(str(kind), names)
+            message = f"{kind!r} is not a known {place.known.name}" if kind else "it is missing"
+            self.found[f"{path}.type"] = message + nearest(str(kind), names)
         calls = [call, *place.calls] if call is not None else list(place.calls)
         whole = place.known is registry.HOOKS
         for key, what in problems(calls, given, place.also, whole=whole) if calls else ():
-            if _place(f"{path}.{key}") is None:  # else it is told when that is visited
+            if _place(f"{path}.{key}") is None:  # else the visit below reports it
                 self.found[f"{path}.{key}"] = what
         for key, value in dict.items(node):
             self(value, f"{path}.{key}")
@@ -272,9 +273,9 @@ class _Visit:
             self._build(path, calls[0], copy.deepcopy(options))
 
     def _build(self, path: str, call: Callable, given: dict) -> None:
-        """Ask MMEngine's and torch's own parts that do nothing but look at their arguments.
+        """Build those objects of MMEngine and torch whose constructors only check arguments.
 
-        Parts of others are left alone: they may do more, such as load a model.
+        Other classes are not built: they may do more, such as load a model.
         """
         module = getattr(call, "__module__", "")
         if call is DataLoader:
@@ -289,7 +290,7 @@ class _Visit:
     def _try(self, path: str, build: Callable[[], Any]) -> None:
         try:
             build()
-        except Exception as error:  # whatever it is, the run would end by it
+        except Exception as error:  # whatever it is, it would end the run
             self.found[path] = str(error) or type(error).__name__
 
 
@@ -298,7 +299,7 @@ def _wrong_number(value: Any, path: str) -> str:
     if path.startswith("optim_wrapper.paramwise_cfg.") and key.endswith(("_mult", "lr")):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return "" if number and value >= 0 else f"expected a number from 0 on (got {value!r})"
-    # A norm to clip by may be infinite: gradients are measured, and not clipped.
+    # The norm to clip by may be infinite: gradients are then measured, but not clipped.
     may_be_infinite = path.startswith("optim_wrapper.clip_grad.")
     if not isinstance(value, float) or math.isfinite(value) or (value > 0 and may_be_infinite):
         return ""
@@ -316,16 +317,15 @@ def _place(path: str) -> Place | None:
 
 
 def _find(kind: Any, known: Registry | None) -> Callable | None:
-    """What a type is, by name or itself; None where it can't be found."""
+    """Find the callable of a type, given by name or itself; None if it can't be found."""
     if isinstance(kind, LazyObject):
         return kind.build()
     if not isinstance(kind, str):
         return kind if callable(kind) else None
     if known is not None and kind in known.module_dict:
         return known.module_dict[kind]
-    if (
-        known is registry.OPTIMIZERS
-    ):  # those that MMEngine registers when DeepSpeed's strategy is built
+    # MMEngine registers DeepSpeed's optimizers only when it builds DeepSpeed's strategy.
+    if known is registry.OPTIMIZERS:
         for module in ("ops.adam", "ops.lamb", "runtime.fp16.onebit"):
             if (found := get_object_from_string(f"deepspeed.{module}.{kind}")) is not None:
                 return found

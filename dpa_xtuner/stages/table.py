@@ -22,19 +22,19 @@ class HeldOut:
     """How a stage is measured on held-out captions.
 
     Attributes:
-        start: name of what is measured before the first step.
-        end: name of what is measured from then on.
-        shown: what the log shows, by name, as far as it was measured.
-        meaning: of the figures, for the log.
-        beside: meaning of those that the earlier stage measured, for the log.
-        earlier: the stage whose figures are shown beside its own.
+        start: name of the figure that is measured before the first step.
+        end: name of the figure that is measured from then on.
+        shown: names of the figures that the log shows once they are measured.
+        meaning: meaning of the figures, for the log.
+        earlier_meaning: meaning of the earlier stage's figures, for the log.
+        earlier: the stage whose figures are shown too.
     """
 
     start: str
     end: str
     shown: tuple[str, ...]
     meaning: str
-    beside: str = ""
+    earlier_meaning: str = ""
     earlier: str | None = None
 
 
@@ -43,19 +43,19 @@ class Stage:
     """A row of the table, in components (:data:`dpa_xtuner.stages.components.COMPONENTS`).
 
     Attributes:
-        name: one of :data:`dpa_xtuner.layout.STAGE_NAMES`, and its folder below the work dir.
-        sample_format: how it sees the data (:mod:`dpa_xtuner.data.templates`).
+        name: one of :data:`dpa_xtuner.layout.STAGE_NAMES`; also its folder below the work dir.
+        sample_format: the format of its samples (:mod:`dpa_xtuner.data.templates`).
         builds: components that its model has.
         loads: component -> folder below the work dir that an earlier stage wrote, or the absolute
-            path of one that the config gives.
+            path of a folder that the config names.
         trains: components that get gradients.
         writes: component -> folder below the work dir.
-        guards: components whose weights must end as they began, to the bit, where they are frozen.
-        held_out: how it is measured, where captions are held out.
+        guards: components whose weights must not change by a bit while they are frozen.
+        held_out: how it is measured, if captions are held out.
 
     Raises:
-        DPAError: an unknown component, or one that is trained and not built, written and not
-            trained, or trained in two ways.
+        DPAError: a component is unknown, trained but not built, written but not trained, or
+            trained in two ways.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Stage:
 
 
 def stage_table(settings: Settings) -> dict[str, Stage]:
-    """The rows of a run's stages, which depend on what trains its LLM in full or by LoRA."""
+    """Build the table of a run: the row of each of its stages, by name."""
     if settings.tune.init_projector is not None:
         given: dict[str, str] = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
         return {TUNE: _tune(settings, given)}
@@ -116,8 +116,8 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
     earlier: dict[str, str] = {}
     if settings.has_proxy:
         floor = ("floor",)
-        meaning = "and the floor without: below it the picture is used"
-        earlier = {"earlier": PROXY, "beside": meaning}
+        meaning = "and the floor without: below it, the picture is used"
+        earlier = {"earlier": PROXY, "earlier_meaning": meaning}
     align = Stage(
         name=ALIGN,
         sample_format="caption",
@@ -134,11 +134,11 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
 
 
 def find_stage(settings: Settings, name: str, given: str) -> Stage:
-    """The row of one stage.
+    """Find the row of one stage.
 
     Args:
-        settings: the method's.
-        name: the stage's.
+        settings: the settings of the run.
+        name: name of the stage.
         given: what named it, for the message, such as ``"--stage "`` or ``"DPA_STAGE="``.
 
     Raises:
@@ -177,5 +177,5 @@ def _unique(*components: Component) -> tuple[Component, ...]:
 
 
 def _places(stage: str, components: tuple[Component, ...]) -> dict[str, str]:
-    """Where a stage writes its components: each in a folder of its name."""
+    """Give each component that a stage writes a folder of its name."""
     return {component: f"{stage}/{component}" for component in components}

@@ -65,7 +65,7 @@ def test_what_llava_cant_express_is_said_before_any_work(changed, options, reaso
 @pytest.mark.parametrize(
     ("kind", "registers", "reason"),
     [
-        (dict(type="dinov2", image_size=16), False, "follows its final norm"),
+        (dict(type="dinov2", image_size=16), False, "the output of its final norm"),
         (dict(type="dinov2", image_size=16, layer=-2), True, "5 tokens that are no patches"),
         (dict(type="internvit", trust_remote_code=True), False, "not a single encoder"),
     ],
@@ -91,7 +91,10 @@ def test_two_encoders_and_other_formats(changed, qwen, tmp_path):
         assert "not a single encoder" in message and message.endswith("--format parts can.")
     siglip = encoder_folders.siglip(tmp_path / "siglip")
     message = changed("xtuner", visual_encoder_name_or_path=siglip, encoder=dict(type="siglip"))
-    assert "xtuner chat reads CLIP's" in message and "--format hf or --format parts can" in message
+    assert (
+        "xtuner chat reads only CLIP's" in message
+        and "--format hf or --format parts can" in message
+    )
     message = changed("xtuner", **{"model.visual_select_layer": -1})
     assert "layer -1: xtuner chat reads CLIP's second-last layer alone" in message
 
@@ -106,16 +109,16 @@ def test_names_and_places_that_are_wrong(qwen, tmp_path):
     message = refused(qwen, stage="tuen")
     assert "--stage 'tuen' is not a stage of method='dpa'; did you mean 'tune'?" in message
     assert "--format 'hff' is not known; did you mean 'hf'?" in refused(qwen, fmt="hff")
-    with pytest.raises(DPAError, match=r"There is no run in .*Train first, or say where it is"):
+    with pytest.raises(DPAError, match=r"There is no run in .*Train first, or give its folder"):
         export_config(qwen.config, work_dir=tmp_path / "nowhere")
     message = refused(qwen, projector=dict(type="resampler"))
     assert "projector.type: was mlp, is resampler" in message
     assert "settings.lora.r: was 4, is 8" in refused(qwen, **{"tune.lora.r": 8})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
-    with pytest.raises(DPAError, match="mine exists, and is no earlier export"):
+    with pytest.raises(DPAError, match="mine exists, but is not an earlier export"):
         export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "mine")
-    with pytest.raises(DPAError, match="llm_adapter exists, and is no earlier export"):
+    with pytest.raises(DPAError, match="llm_adapter exists, but is not an earlier export"):
         export_config(qwen.config, work_dir=qwen.work_dir, out=qwen.work_dir / "tune/llm_adapter")
 
 
@@ -188,7 +191,7 @@ def test_what_an_export_does_not_replace(qwen, tmp_path):
     copied = shutil.copytree(qwen.work_dir, tmp_path / "copied")
     assert f"not of stage tune of {copied}" in export(work_dir=copied)
     (out / "notes.txt").write_text("mine")
-    assert "holds files that are not of the export, and would be lost: notes.txt" in export()
+    assert "holds files that don't belong to the export and would be lost: notes.txt" in export()
     (out / "notes.txt").unlink()
     export_config(qwen.config, out=out, work_dir=qwen.work_dir, dtype="float16")
     assert runs.record(out)["dtype"] == "float16"
@@ -232,7 +235,7 @@ def test_models_and_parts_that_changed_in_place(run, tmp_path):
 
 def test_mistakes_are_told_without_a_traceback(qwen, tmp_path, monkeypatch):
     message = refused(qwen, **{"model.llm.attn_implementation": "bogus"})
-    assert "bogus" in message and "Check the keys beside its type in the config" in message
+    assert "bogus" in message and "Check its other keys in the config" in message
     (tmp_path / "broken.py").write_text("a = (\n")
     with pytest.raises(DPAError, match=r"The config .*broken.py can't be read: .*never closed"):
         export_config(tmp_path / "broken.py")

@@ -67,7 +67,7 @@ def test_where_it_goes(run):
     assert export_config(made.config, fmt="llm", work_dir=made.work_dir) == out
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
     (out / "tokenizer_config.json").unlink()  # as earlier versions wrote it
-    with pytest.raises(DPAError, match="llm exists, and is no earlier export"):
+    with pytest.raises(DPAError, match="llm exists, but is not an earlier export"):
         export_config(made.config, fmt="llm", work_dir=made.work_dir)
 
 

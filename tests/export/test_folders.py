@@ -75,8 +75,9 @@ def test_what_xtuner_chat_does_otherwise_is_said(run, monkeypatch):
     # XTuner's template says Vicuna's default prompt itself, and a newline behind it.
     assert asked[asked.index("--system") + 1] == ""
     assert runs.record(out)["template_differs"] == ["1 turn(s) with an image"]
-    assert "not padded to a square in training, and xtuner chat pads every image" in told[1]
-    assert "Not the tokens of training, as xtuner chat asks: 1 turn(s) with an image" in told[2]
+    assert "not padded to a square in training, but xtuner chat pads every image" in told[1]
+    assert "With xtuner chat, these prompts" in told[2]
+    assert "tokens of training: 1 turn(s) with an image" in told[2]
     assert told[3] == f"Open it: {runs.record(out)['command'].replace('FOLDER', str(out))}"
 
 

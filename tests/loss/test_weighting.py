@@ -162,7 +162,7 @@ def test_weights_carry_no_gradient_and_nothing_is_changed():
         (dict(type="cmo", d_max=float("inf")), "d_max=inf"),
         (dict(type="cmo", d_min=float("nan")), "d_min=nan"),
         (dict(type="cmo", d_min="small"), r"d_min: expected float \(got 'small'\)"),
-        (dict(type="cmo", window=-3), "window=-3 is not an odd whole number.* 1 stands for no"),
+        (dict(type="cmo", window=-3), "window=-3: expected an odd whole number.* 1 means no"),
         (dict(type="cmo", window=4), "window=4 is not"),
         (dict(type="cmo", window=0), "window=0 is not"),
         (dict(type="cmo", window=3.0), r"window: expected int \(got 3.0\)"),

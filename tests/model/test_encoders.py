@@ -399,7 +399,7 @@ def test_a_rehearsal_needs_no_published_configuration(cfg, tmp_path):
 
 
 def test_a_rehearsal_of_remote_code_needs_its_folder(tmp_path):
-    with pytest.raises(DPAError, match=r"does not say what to rehearse.*Give a local folder"):
+    with pytest.raises(DPAError, match=r"has no default configuration.*Give a local folder"):
         write_tiny_encoder(INTERNVIT, "no/where", tmp_path)
 
 

@@ -18,7 +18,7 @@ from dpa_xtuner.model.projectors import (
     projected_tokens,
 )
 from dpa_xtuner.registry import PROJECTORS
-from dpa_xtuner.stages.artifacts import read_origin, save_component
+from dpa_xtuner.stages.artifacts import read_component_provenance, save_component
 from dpa_xtuner.stages.components import PROJECTOR
 
 C, H = 6, 8
@@ -122,7 +122,7 @@ def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     save_component(
         SimpleNamespace(projector=written), PROJECTOR, tmp_path / "p", {"stage": "align"}
     )
-    assert read_origin(tmp_path / "p")["component"] == "projector"
+    assert read_component_provenance(tmp_path / "p")["component"] == "projector"
     read = build_projector(cfg, C, H)
     load_projector(read, str(tmp_path / "p"))
     pairs = zip(written.state_dict().items(), read.state_dict().items(), strict=True)
@@ -231,5 +231,5 @@ def test_one_that_can_not_be_saved_is_refused(register):
 
     with pytest.raises(DPAError, match=r"'Plain' is a Plain.*Derive its class from .*Projector"):
         build(register(Plain))
-    with pytest.raises(DPAError, match=r"\(scale\), and parameters alone are saved"):
+    with pytest.raises(DPAError, match=r"\(scale\), but only parameters are saved"):
         build(register(Buffered))

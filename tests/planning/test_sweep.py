@@ -99,9 +99,9 @@ def write_stage(folder: Path, measured: dict, *logged: dict) -> None:
 
 def test_the_table_holds_what_each_run_measured(tmp_path):
     runs = {
-        "a": sweep.Run("a", {"method": "dpa", "proxy.lora.r": "8", "align.lr": "1"}, "", ""),
-        "b": sweep.Run("b", {"method": "vanilla", "align.lr": "1"}, "", ""),
-        "c": sweep.Run("c", {"method": "cmo", "align.lr": "1"}, "", "no"),
+        "a": sweep.SweepRun("a", {"method": "dpa", "proxy.lora.r": "8", "align.lr": "1"}, "", ""),
+        "b": sweep.SweepRun("b", {"method": "vanilla", "align.lr": "1"}, "", ""),
+        "c": sweep.SweepRun("c", {"method": "cmo", "align.lr": "1"}, "", "no"),
     }
     for name, status in {"a": "finished", "b": "failed (exit code 1)", "c": "refused"}.items():
         sweep.write_status(tmp_path, runs[name], status)

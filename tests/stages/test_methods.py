@@ -204,7 +204,7 @@ def test_a_full_proxy_that_is_killed_ends_with_the_same_bits(full_proxy, tmp_pat
     prepare = harness.die_at_change(work_dir, 26)
     code, output = harness.run("proxy", work_dir, *FULL_PROXY, prepare=prepare)
     assert code == -9, output[-3000:]
-    assert "goes on from" in harness.finish("proxy", work_dir, *FULL_PROXY)
+    assert "resumes from" in harness.finish("proxy", work_dir, *FULL_PROXY)
     whole = {k: v for k, v in harness.weights(full_proxy).items() if k.startswith("proxy/")}
     assert harness.differing(whole, harness.weights(work_dir)) == []
 

@@ -151,10 +151,10 @@ def test_resuming_with_a_mended_image_that_changes_the_samples_is_refused(tiny, 
 
     image.write_bytes(whole)
     message = harness.refusal("align", tmp_path / "run", *options)
-    assert "yet they give other samples" in message and "iter_12.pth" in message
+    assert "they now give other samples" in message and "iter_12.pth" in message
     image.write_bytes(b"")
     env = {"DPA_CACHE": str(tmp_path / "cache")}
-    assert "goes on from" in harness.finish("align", tmp_path / "run", *options, env=env)
+    assert "resumes from" in harness.finish("align", tmp_path / "run", *options, env=env)
 
 
 @pytest.mark.parametrize("stage", ["align", "tune"])

@@ -333,7 +333,7 @@ def test_a_stopped_second_round_goes_on_and_ends_the_same(train_llm, rounds, tmp
         None, tmp_path / "run", *first.options(**{"tune.init_projector": copied})
     )
     assert f"settings.init_projector: was {first.projector}, is {copied}" in message
-    assert "goes on from" in harness.finish(None, tmp_path / "run", *first.options())
+    assert "resumes from" in harness.finish(None, tmp_path / "run", *first.options())
     own = harness.weights(second.work_dir)
     if train_llm == "lora":  # the export
         own = {k: v for k, v in own.items() if not k.startswith("tune/llm/")}

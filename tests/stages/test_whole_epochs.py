@@ -67,7 +67,7 @@ def test_each_epoch_passes_each_sample_once_at_its_steps_rate(
         part = slice(epoch * 2 * accumulate, (epoch + 1) * 2 * accumulate)
         ids = [name for batches in seen for batch in batches[part] for name in batch]
         assert sorted(ids) == sorted(harness.held_out_split(tiny)[1])
-    assert "is supervised: they train nothing" not in output
+    assert "no supervised token: they train nothing" not in output
 
     (file,) = (work_dir / "align").glob("*/vis_data/scalars.json")
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -14,7 +14,7 @@ from dpa_xtuner.layout import ALIGN
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import (
-    read_origin,
+    read_component_provenance,
     read_state,
     refuse_foreign,
     save_component,
@@ -28,25 +28,25 @@ from dpa_xtuner.stages.components import (
     count_parameters,
     find_component,
 )
-from dpa_xtuner.stages.inputs import record_of_loaded
-from dpa_xtuner.stages.pipeline import run_facts
+from dpa_xtuner.stages.inputs import provenance_of_loaded
+from dpa_xtuner.stages.pipeline import resume_key
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])
 class HandOverHook(Hook):
     """Checks what a stage begins with, guards what is frozen, writes what the stage has trained.
 
-    The priority is below the checkpoint hook's, so that the last checkpoint is on disk
-    before a stage is called finished.
+    The priority is below that of the checkpoint hook, so that the last checkpoint is on disk
+    before a stage is marked finished.
 
     Args:
-        stage: its name.
+        stage: name of the stage.
         stages: names of all stages of the method.
         loads: component -> folder that the model was built from.
         writes: component -> folder to write when the stage is done.
         guards: components whose weights must end as they began.
-        origin: what the stage is trained from, for the records.
-        samples: fingerprint of the data set, which a resumed run has to find again.
+        provenance: what the stage is trained from, for ``stage.json`` and ``dpa.json``.
+        samples: fingerprint of the data set; a resumed run must have the same.
     """
 
     priority = "LOWEST"
@@ -58,18 +58,18 @@ class HandOverHook(Hook):
         loads: dict,
         writes: dict,
         guards: list[str],
-        origin: dict,
+        provenance: dict,
         samples: str,
     ):
         self.stage, self.stages = stage, stages
         self.loads: dict[str, str] = dict(loads)
         self.writes = {find_component(name): folder for name, folder in writes.items()}
         self.guards = [find_component(name) for name in guards]
-        self.origin, self.samples = origin, samples
-        self.precision = Precision(origin["precision"])
+        self.provenance, self.samples = provenance, samples
+        self.precision = Precision(provenance["precision"])
 
     def before_train(self, runner) -> None:
-        """Check what was loaded, log the stage's table, and call the stage running.
+        """Check what was loaded, log the stage's table, and mark the stage running.
 
         Raises:
             DPAError: a loaded component was trained on another LLM or encoder.
@@ -79,15 +79,15 @@ class HandOverHook(Hook):
         self.companions = {component: component.companion(runner.cfg) for component in self.writes}
         before = read_state(folder).get("origin", {}) if runner.iter else {}
         for side, value in model.fingerprints.items():
-            self.origin[side]["fingerprint"] = value
-            if side in self.loads:  # what an earlier stage made it from is in its record
-                made_from = read_origin(Path(self.loads[side]))[side]
-                self.origin[side]["fingerprint"] = made_from["fingerprint"]
-        own = {side: self.origin[side] for side in model.fingerprints}
-        refuse_foreign(folder, before, own, "fingerprint")
-        for place in map(Path, self.loads.values()):
-            record = record_of_loaded(place, self.origin[LLM]["name"])
-            refuse_foreign(place, record, own, "fingerprint")
+            self.provenance[side]["fingerprint"] = value
+            if side in self.loads:  # its dpa.json says which published weights it was made from
+                published = read_component_provenance(Path(self.loads[side]))[side]
+                self.provenance[side]["fingerprint"] = published["fingerprint"]
+        ours = {side: self.provenance[side] for side in model.fingerprints}
+        refuse_foreign(folder, before, ours, "fingerprint")
+        for loaded in map(Path, self.loads.values()):
+            theirs = provenance_of_loaded(loaded, self.provenance[LLM]["name"])
+            refuse_foreign(loaded, theirs, ours, "fingerprint")
         runner.logger.info(self._table(model))
         if PROJECTOR in self.loads:
             runner.logger.info(f"Stage {self.stage} begins from {self._start()}")
@@ -97,17 +97,17 @@ class HandOverHook(Hook):
             runner.state_file.write(self._state("running", runner, runner.iter))
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Note how far the stage is, whenever a checkpoint is due."""
+        """Write how far the stage is, whenever a checkpoint is due."""
         interval = runner.cfg.default_hooks.checkpoint.interval
         last = batch_idx + 1 == runner.max_iters
         if not last and self.every_n_train_iters(runner, interval) and is_main_process():
             runner.state_file.write(self._state("running", runner, batch_idx + 1))
 
     def after_train(self, runner) -> None:
-        """Check that frozen means frozen, write the components, call the stage finished.
+        """Check that frozen weights are unchanged, write the components, mark the stage finished.
 
         Raises:
-            DPAError: a component that the stage guards has changed.
+            DPAError: a guarded component has changed.
         """
         model = unwrap(runner.model)
         for component, before in self.frozen.items():
@@ -117,13 +117,13 @@ class HandOverHook(Hook):
                     f"{before[:12]} at the start, {now[:12]} at the end. Nothing was written; "
                     f"please report this."
                 )
-        record = self.origin | {"step": steps_done(runner.cfg, runner.iter)}
+        written = self.provenance | {"step": steps_done(runner.cfg, runner.iter)}
         for component in PUBLISHED:
             if component in self.writes:
                 value = fingerprint(component.of(model), self.precision.fingerprint_dtype)
-                record[trained_key(component)] = value
+                written[trained_key(component)] = value
         for component, folder in self.writes.items():
-            save_component(model, component, Path(folder), record, self.companions[component])
+            save_component(model, component, Path(folder), written, self.companions[component])
             runner.logger.info(f"Wrote {component} to {folder}")
         barrier()
         if is_main_process():
@@ -133,8 +133,8 @@ class HandOverHook(Hook):
     def _state(self, status: str, runner, iterations: int) -> dict:
         state = {
             "status": status,
-            "origin": self.origin,
-            "run": run_facts(runner.cfg),
+            "origin": self.provenance,
+            "run": resume_key(runner.cfg),
             "samples": self.samples,
             "measured": runner.state_file.measured,
             "steps": steps_done(runner.cfg, iterations),
@@ -142,9 +142,9 @@ class HandOverHook(Hook):
         return state | {"writes": self.writes} if status == "finished" else state
 
     def _start(self) -> str:
-        llm = self.origin[LLM]
+        llm = self.provenance[LLM]
         weights = f"weights: {llm['name']}, fingerprint {llm['fingerprint'][:12]}"
-        if "initialised_from" in self.origin:
+        if "initialised_from" in self.provenance:
             return f"given {weights}, and the {PROJECTOR} {self.loads[PROJECTOR]}"
         from_proxy = self.loads.keys() & {LLM, LLM_ADAPTER}
         return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in {ALIGN}"
@@ -154,13 +154,13 @@ class HandOverHook(Hook):
         rows = [f"Stage {self.stage} ({number} of {len(self.stages)})"]
         rows.append(f"  {'component':<15}{'trainable':>16}{'frozen':>16}  loaded from, written to")
         counts = count_parameters(model)
-        # Merged into the LLM; a quantised one keeps the proxy's adapter beside its weights.
-        beside = LLM_ADAPTER in counts and not counts[LLM_ADAPTER][0]
+        # An adapter is merged into the LLM; a quantised LLM keeps it apart from its weights.
+        kept_apart = LLM_ADAPTER in counts and not counts[LLM_ADAPTER][0]
         for component, (trainable, frozen) in counts.items():
-            source = self.loads.get(component) or self.origin.get(component, {}).get("name")
-            if component == LLM and LLM_ADAPTER in self.loads and not beside:
+            source = self.loads.get(component) or self.provenance.get(component, {}).get("name")
+            if component == LLM and LLM_ADAPTER in self.loads and not kept_apart:
                 source += f" + {self.loads[LLM_ADAPTER]}"
-            if (component == LLM_ADAPTER and not beside) or source is None:
+            if (component == LLM_ADAPTER and not kept_apart) or source is None:
                 source = "new"
             target = f" -> {self.writes[component]}" if component in self.writes else ""
             rows.append(f"  {component:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")

@@ -19,18 +19,18 @@ from dpa_xtuner.stages.table import HeldOut
 class HeldOutHook(Hook):
     """Logs the cross entropy per token of held-out captions, as the stage table says.
 
-    In ``proxy``: text only, under the original LLM and under the proxy. The second is the *floor*
-    that a frozen proxy reaches without looking. In ``align``: the same captions with their
-    pictures beside that floor, if the method has one. The first token of a caption is left out
-    of both, since without BOS the text-only format can't predict it.
+    In ``proxy``: text only, under the original LLM and under the proxy. The second figure is the
+    *floor* that a frozen proxy reaches without looking. In ``align``: the same captions with their
+    pictures, next to that floor if the method has one. Both leave out the first token of a
+    caption, since without BOS the text-only format can't predict it.
 
-    The figures go into the stage's ``stage.json``. The priority is that of :class:`HandOverHook`,
-    which stands behind this hook and writes that file.
+    The figures go into the stage's ``stage.json``. The priority equals that of
+    :class:`HandOverHook`, which runs after this hook and writes that file.
 
     Args:
         data: config of the held-out captions.
         precision: what the run computes in.
-        how: of :class:`dpa_xtuner.stages.table.HeldOut`.
+        how: the fields of :class:`dpa_xtuner.stages.table.HeldOut`.
     """
 
     priority = "LOWEST"
@@ -39,16 +39,16 @@ class HeldOutHook(Hook):
         self.data, self.precision, self.how = data, Precision(precision), HeldOut(**how)
 
     def before_train(self, runner) -> None:
-        """Read what the earlier stage, and this one before it was stopped, have measured."""
+        """Read what the earlier stage measured, and this stage before it was interrupted."""
         folder = Path(runner.work_dir)
         earlier = self.how.earlier
         self.before = {} if earlier is None else _measured(folder.parent / earlier)
-        own = _measured(folder) if runner.iter > 0 else {}
-        runner.state_file.measured = self.before | own
+        resumed = _measured(folder) if runner.iter > 0 else {}
+        runner.state_file.measured = self.before | resumed
         self.held_out = DATASETS.build(self.data)
 
     def before_train_epoch(self, runner) -> None:
-        """Measure the start; a resumed run has done so."""
+        """Measure the start, unless the run is resumed."""
         if runner.iter == 0:
             self._measure(runner, self.how.start)
             if is_main_process():
@@ -66,17 +66,17 @@ class HeldOutHook(Hook):
 
     def _measure(self, runner, name: str) -> None:
         model, measured = unwrap(runner.model), runner.state_file.measured
-        # DeepSpeed's weights are of that type themselves.
+        # DeepSpeed's weights have that dtype already.
         amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
         size = runner.train_dataloader.batch_size
         measured[name] = cross_entropy_per_token(model, self.held_out, size, amp)
         shown = {key: measured[key] for key in self.how.shown if key in measured}
-        beside = [key for key in shown if key in self.before]
-        meaning = f"{self.how.meaning}, {self.how.beside}" if beside else self.how.meaning
+        earlier = [key for key in shown if key in self.before]
+        meaning = f"{self.how.meaning}, {self.how.earlier_meaning}" if earlier else self.how.meaning
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
         step = steps_done(runner.cfg, runner.iter)
-        for key in (name, *beside):
+        for key in (name, *earlier):
             runner.visualizer.add_scalar(f"held_out/{key}", measured[key], step=step)
 
 

@@ -1,4 +1,4 @@
-"""What only a whole optimizer step knows: the divisor of its gradients, and the log's figures."""
+"""Normalises the gradients of a whole optimizer step, and logs the figures of whole steps."""
 
 import torch
 from mmengine.dist import all_reduce
@@ -15,22 +15,22 @@ from dpa_xtuner.loss.relevance import EPS, FIGURES
 class OptimizerStepHook(Hook):
     """Makes ``normalize="global"`` true, however a batch is cut, and logs whole steps.
 
-    The weights of a step are only known after its last micro-batch has passed, so each
-    micro-batch gives the gradient of its sum, and before the optimizer's step we divide by the
-    weights of all ranks and micro-batches. We divide ``p.grad``; DeepSpeed hides its gradients,
-    so there we raise its loss scale for one step, which it divides by before clipping.
+    The sum of a step's weights is known only after its last micro-batch. So each micro-batch gives
+    the gradient of its sum, and before the optimizer's step we divide by the weights of all ranks
+    and micro-batches. We divide ``p.grad``. DeepSpeed hides its gradients, so we raise its loss
+    scale for one step; DeepSpeed divides by it before clipping.
 
-    The log gets the figures of the whole step, at its end. The priority is above that of
-    MMEngine's hook that writes them down.
+    The log gets the figures of the whole step, at its end. The priority is above that of the
+    MMEngine hook that logs them.
     """
 
     priority = "HIGHEST"
 
     def before_train(self, runner) -> None:
-        """Put the exchange between the ranks, and the division, in front of the optimizer's step.
+        """Exchange sums between the ranks, and divide, before each optimizer step.
 
         Raises:
-            DPAError: this optimizer has no place for it.
+            DPAError: this DeepSpeed optimizer has no loss scale.
         """
         self.objective = unwrap(runner.model).objective
         self.sums: dict[str, float] | None = None  # of a whole step, until they are logged
@@ -41,7 +41,7 @@ class OptimizerStepHook(Hook):
             self._scale_deepspeed_loss(runner.optim_wrapper, engine)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Replace the micro-batch's figures by the step's, at its end; before it there are none."""
+        """Log the figures of the step at its end, and none of single micro-batches."""
         if outputs is None:
             return
         for name in FIGURES:
@@ -56,6 +56,7 @@ class OptimizerStepHook(Hook):
         take_step = wrapper.step
 
         def step(**kwargs) -> None:
+            """Divide the gradients of the step, then take it."""
             factor = 1 / self._finish_sums()
             if factor != 1:
                 for group in wrapper.param_groups:
@@ -77,6 +78,7 @@ class OptimizerStepHook(Hook):
             )
 
         def step(**kwargs) -> None:
+            """Take the step at a raised loss scale; nothing changes between two steps."""
             if not engine.is_gradient_accumulation_boundary():
                 take_step(**kwargs)
                 return
@@ -87,23 +89,23 @@ class OptimizerStepHook(Hook):
             optimizer.loss_scale *= divisor
             try:
                 take_step(**kwargs)
-            finally:  # fp16's scale may have been adapted by the step: undo our factor only
+            finally:  # the step may have adapted fp16's scale: undo our factor only
                 optimizer.loss_scale /= divisor
 
         wrapper.step = step
 
     def _finish_sums(self) -> float:
-        """Keep the sums of the step for the log, and return what its gradients are divided by."""
+        """Keep the step's sums for the log, and return the divisor of its gradients."""
         self.sums = self._exchange()
         if self.objective.normalize != "global":
             return 1.0
-        # Gradients come as means over ranks and micro-batches, and should be sums.
+        # Gradients arrive as means over ranks and micro-batches; we want sums.
         return (self.sums["weight"] + EPS) / self.sums["micro_batches"]
 
     def _exchange(self) -> dict[str, float]:
-        """The sums of the step over all ranks: one collective, and one wait for the device."""
+        """Add up the step's sums over all ranks: one collective, one wait for the device."""
         names, values = zip(*self.objective.seen.items(), strict=True)
-        sums = torch.stack(values)
+        sums = torch.stack(values)  # (number of sums,)
         all_reduce(sums)
         self.objective.seen = {}
         return dict(zip(names, sums.tolist(), strict=True))

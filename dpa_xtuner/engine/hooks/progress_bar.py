@@ -1,4 +1,4 @@
-"""How far a stage is, and how long it will take."""
+"""Shows how far a stage is, and how long it will take."""
 
 import time
 from pathlib import Path
@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 @HOOKS.register_module()
 class ProgressBarHook(Hook):
-    """Shows how far a stage is, where a person looks on (a terminal, rank 0).
+    """Shows the progress of a stage in a terminal, on rank 0.
 
-    On a CPU, where a stage may take minutes or months, one line says so once a step was timed.
+    On a CPU, a stage may take minutes or months: one line gives an estimate after the first steps.
     """
 
     def before_train(self, runner) -> None:
-        """Begin where a resumed run begins."""
+        """Start the bar at the first iteration of this run."""
         self.first = runner.iter
         self.bar = tqdm(
             total=runner.max_iters,
@@ -28,7 +28,7 @@ class ProgressBarHook(Hook):
         )
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
-        """Note when the iteration began."""
+        """Start the clock of the iteration."""
         self.began = time.monotonic()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:

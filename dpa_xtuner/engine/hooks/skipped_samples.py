@@ -11,12 +11,12 @@ _INFO = "skipped_samples"
 
 @HOOKS.register_module()
 class SkippedSamplesHook(Hook):
-    """Warn about each skipped sample of any rank; stop where they are more than ``limit``.
+    """Warns about each skipped sample of any rank; stops the run at more than ``limit``.
 
-    The list goes with the checkpoints, so that a resumed run goes on counting.
+    Checkpoints hold the list, so that a resumed run keeps counting.
 
     Args:
-        limit: share of the data set.
+        limit: fraction of the data set.
         interval: iterations between two exchanges between the ranks.
     """
 
@@ -26,15 +26,15 @@ class SkippedSamplesHook(Hook):
         self.skipped: dict[str, str] = {}
 
     def before_train(self, runner) -> None:
-        """Go on counting where a checkpoint says so."""
+        """Take over the list of the checkpoint."""
         if _INFO in runner.message_hub.runtime_info:
             self.skipped = dict(runner.message_hub.get_info(_INFO))
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Count what the batch says it lacks.
+        """Count the samples that the batch lacks.
 
         Raises:
-            DPAError: more than the limit, with the list; on all ranks.
+            DPAError: more samples than the limit were skipped; lists them, on all ranks.
         """
         self.new += data_batch["data"]["skipped"]
         saves = runner.cfg.default_hooks.checkpoint.interval
@@ -43,7 +43,7 @@ class SkippedSamplesHook(Hook):
             self._exchange(runner)
 
     def after_train(self, runner) -> None:
-        """Say how many there were."""
+        """Log how many samples were skipped."""
         if self.skipped:
             runner.logger.warning(f"{len(self.skipped)} samples were skipped in this stage.")
 

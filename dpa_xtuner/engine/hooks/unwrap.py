@@ -1,4 +1,4 @@
-"""The model inside its wrappers."""
+"""Finds the model inside its wrappers."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from dpa_xtuner.model.proxy_llm import ProxyLLM
 
 
 def unwrap(model: nn.Module) -> DPALLaVAModel | ProxyLLM:
-    """Our model, without what DDP or DeepSpeed and MMEngine put around it."""
+    """Return our model without the wrappers of DDP, DeepSpeed and MMEngine."""
     inner: Any = model
     while is_model_wrapper(inner) or not hasattr(inner, "objective"):
         inner = inner.module if hasattr(inner, "module") else inner.model

@@ -7,7 +7,7 @@ from dpa_xtuner.registry import FAMILIES
 
 @FAMILIES.register_module("internlm2")
 class InternLM2(Family):
-    """InternLM2 and 2.5: ChatML without a default system prompt, behind one BOS.
+    """InternLM2 and 2.5: ChatML without a default system prompt, after one BOS.
 
     The tokenizer's EOS is ``</s>``; a turn ends with ``<|im_end|>``.
     """

@@ -1,8 +1,8 @@
-"""Loaders of InternLM2 and InternLM3, which are LLaMA under other names.
+"""Loads InternLM2 and InternLM3, which are LLaMA under other names, as ``LlamaForCausalLM``.
 
-What they give is a ``LlamaForCausalLM``. InternLM3 has LLaMA's weights and a configuration of its
-own. InternLM2 has other names, too, and q, k and v in one weight, ``wqkv``: for each head of k and
-v, the heads of q that share it, then that k, then that v.
+InternLM3 has LLaMA's weights, but its own configuration. InternLM2 has other names too, and packs
+q, k and v into one weight, ``wqkv``: for each head of k and v, the heads of q that share it, then
+that k, then that v.
 """
 
 import re
@@ -49,7 +49,7 @@ _NAME = re.compile(r"(model\.layers\.\d+\.)?(.+)\.(\w+)")  # layer, module, weig
 class LlamaLikeConfig(LlamaConfig):
     """Reads a configuration of another model type as that of a LLaMA.
 
-    ``from_pretrained`` gives a :class:`LlamaConfig`; a LLaMA's own is read as it is.
+    ``from_pretrained`` returns a :class:`LlamaConfig`, and reads that of a LLaMA unchanged.
     Subclasses name their ``foreign_type`` and override :meth:`as_llama`.
     """
 
@@ -62,7 +62,12 @@ class LlamaLikeConfig(LlamaConfig):
 
     @classmethod
     def get_config_dict(cls, name: str, **kwargs) -> tuple[dict, dict]:
-        """Read it as any configuration, and translate it."""
+        """Read a configuration, and translate it.
+
+        Args:
+            name: a folder or a hub name.
+            kwargs: arguments of transformers' method.
+        """
         values, rest = super().get_config_dict(name, **kwargs)
         if values.get("model_type") == cls.foreign_type:
             # Neither the remote code nor the classes of the foreign model belong to a LLaMA.
@@ -73,7 +78,12 @@ class LlamaLikeConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, values: dict, **kwargs) -> LlamaConfig:
-        """Make a plain LlamaConfig, so that nothing of the foreign type is saved."""
+        """Make a plain LlamaConfig, so that nothing of the foreign type is saved.
+
+        Args:
+            values: the translated configuration.
+            kwargs: arguments of transformers' method.
+        """
         return LlamaConfig.from_dict(values, **kwargs)
 
 
@@ -84,7 +94,7 @@ class InternLM2Config(LlamaLikeConfig):
 
     @classmethod
     def as_llama(cls, values: dict) -> dict:
-        """Rename ``bias``, that of the attention's linear layers; all else has LLaMA's names."""
+        """Rename ``bias``, which means the attention's linear layers; the rest is LLaMA's."""
         bias = values.pop("bias", True)  # the default of InternLM2's own configuration
         return {**values, "attention_bias": bias}
 
@@ -96,10 +106,10 @@ class InternLM3Config(LlamaLikeConfig):
 
     @classmethod
     def as_llama(cls, values: dict) -> dict:
-        """Rename ``qkv_bias`` and ``bias`` (of all other linear layers) to LLaMA's two.
+        """Rename ``qkv_bias`` and ``bias`` (of all other linear layers) to LLaMA's two keys.
 
         Raises:
-            DPAError: they differ, which no LLaMA has.
+            DPAError: they differ, which LLaMA can't express.
         """
         qkv_bias, bias = values.pop("qkv_bias", False), values.pop("bias", False)
         if qkv_bias != bias:
@@ -113,7 +123,7 @@ class InternLM3Config(LlamaLikeConfig):
 
 
 class LlamaLike:
-    """A loader: called with a configuration, or as ``from_pretrained``, it gives a LLaMA.
+    """A loader: its call with a configuration and its ``from_pretrained`` return a LLaMA.
 
     Subclasses name their ``config_class``.
     """
@@ -122,7 +132,7 @@ class LlamaLike:
     _supports_flash_attn_2 = LlamaForCausalLM._supports_flash_attn_2
 
     def __new__(cls, config: LlamaConfig) -> LlamaForCausalLM:
-        """Build a LLaMA of random weights."""
+        """Build a LLaMA with random weights."""
         return LlamaForCausalLM(config)
 
     @classmethod
@@ -133,15 +143,14 @@ class LlamaLike:
 
         Args:
             pretrained_model_name_or_path: a folder or a hub name.
-            kwargs: of ``LlamaForCausalLM.from_pretrained``.
+            kwargs: arguments of ``LlamaForCausalLM.from_pretrained``.
 
         Returns:
-            The model; with ``output_loading_info=True`` also what was missing, unexpected or
-            of another shape.
+            The model; with ``output_loading_info=True`` also the keys that were missing, unexpected
+            or of another shape.
 
         Raises:
-            DPAError: its configuration can't be that of a LLaMA, or a weight's shape does not
-                fit it.
+            DPAError: LLaMA can't express its configuration, or the shape of a weight does not fit.
             OSError: neither a folder nor the hub has it.
         """
         name = pretrained_model_name_or_path
@@ -164,7 +173,12 @@ class InternLM2ForCausalLM(LlamaLike):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, **kwargs
     ) -> LlamaForCausalLM | tuple[LlamaForCausalLM, dict]:
-        """Load as :meth:`LlamaLike.from_pretrained`, and translate the weights."""
+        """Load as :meth:`LlamaLike.from_pretrained`, and translate the weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a hub name.
+            kwargs: arguments of ``LlamaForCausalLM.from_pretrained``.
+        """
         name, hub = pretrained_model_name_or_path, hub_options(kwargs)
         values, _ = LlamaConfig.get_config_dict(name, **hub)
         if values.get("model_type") != InternLM2Config.foreign_type:  # saved as a LLaMA
@@ -172,9 +186,9 @@ class InternLM2ForCausalLM(LlamaLike):
         config = InternLM2Config.from_pretrained(name, **hub)
         options = {"config": config, **kwargs}
         options = {key: value for key, value in options.items() if key not in hub}
-        with suppress(OSError):  # it has none
+        with suppress(OSError):  # some have none
             options.setdefault("generation_config", GenerationConfig.from_pretrained(name, **hub))
-        if not is_deepspeed_zero3_enabled():  # the weights read become the model's, uncopied
+        if not is_deepspeed_zero3_enabled():  # use the weights without copying them
             options.setdefault("low_cpu_mem_usage", True)
         weights = to_llama(read_weights(name, **hub), config)
         loaded = LlamaForCausalLM.from_pretrained(None, state_dict=weights, **options)
@@ -184,21 +198,21 @@ class InternLM2ForCausalLM(LlamaLike):
 
 
 def to_llama(weights: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
-    """Translate weights of InternLM2 to LLaMA's names, with q, k and v apart.
+    """Translate weights of InternLM2 to LLaMA's names, and unpack q, k and v.
 
     Args:
-        weights: as published; not changed.
-        config: that of the LLaMA.
+        weights: published weights; not changed.
+        config: configuration of the LLaMA.
 
     Raises:
-        DPAError: a packed weight does not have the shape that ``config`` says.
+        DPAError: a packed weight does not have the shape that ``config`` implies.
     """
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     groups = heads // kv_heads
     renamed = {}
     for name, weight in weights.items():
         if name.endswith("rotary_emb.inv_freq"):
-            continue  # a buffer that older files hold; LLaMA computes it
+            continue  # a buffer in older files; LLaMA computes it
         match = _NAME.fullmatch(name)
         assert match is not None, f"a weight without a module: {name}"
         layer, module, kind = match.groups("")
@@ -211,26 +225,27 @@ def to_llama(weights: dict[str, Tensor], config: LlamaConfig) -> dict[str, Tenso
                 f"{name} has {len(weight)} rows; {heads} heads, {kv_heads} of k and v, of size "
                 f"{size} make {rows}. Do config.json and the weights belong to the same model?"
             )
-        packed = weight.unflatten(0, (kv_heads, groups + 2, size))  # and (hidden size,) or ()
+        # (kv heads, groups + 2, size, hidden size); a bias has no last dimension.
+        packed = weight.unflatten(0, (kv_heads, groups + 2, size))
         split = {"q": packed[:, :groups].flatten(0, 1), "k": packed[:, -2], "v": packed[:, -1]}
-        for part, values in split.items():  # (heads, size, ...)
-            renamed[f"{layer}self_attn.{part}_proj.{kind}"] = values.flatten(0, 1)
+        for letter, values in split.items():  # (heads, size, ...)
+            renamed[f"{layer}self_attn.{letter}_proj.{kind}"] = values.flatten(0, 1)
     return renamed
 
 
 def hub_options(kwargs: dict) -> dict:
-    """Pick those arguments of a ``from_pretrained`` that say where its files come from."""
+    """Pick the arguments of a ``from_pretrained`` that say where its files come from."""
     return {key: value for key, value in kwargs.items() if key in _HUB}
 
 
 def read_weights(name: str, **hub) -> dict[str, Tensor]:
-    """Read all weights of a folder or hub name, of safetensors or PyTorch files, sharded or not.
+    """Read all weights of a model: safetensors or PyTorch files, sharded or not.
 
     Files are mapped into memory, so that ranks on one machine share them.
 
     Args:
         name: a folder or hub name.
-        hub: of ``transformers.utils.cached_file``.
+        hub: arguments of ``transformers.utils.cached_file``.
 
     Raises:
         DPAError: it has no weights.

@@ -1,8 +1,8 @@
-"""The tokenizers of InternLM2 and InternLM3, published as code in their repositories.
+"""Loads the tokenizers of InternLM2 and InternLM3 without the code in their repositories.
 
-Both split a text at its special tokens and give the stretches between them to
-SentencePiece. That is what a LLaMA tokenizer does, so a LLaMA tokenizer is built from their
-``tokenizer.model`` and ``tokenizer_config.json``.
+Both split a text at its special tokens, and tokenise the text between them by SentencePiece. A
+LLaMA tokenizer does the same, so we build one from their ``tokenizer.model`` and
+``tokenizer_config.json``.
 """
 
 import json
@@ -30,11 +30,11 @@ class InternLMTokenizer:
 
         Args:
             pretrained_model_name_or_path: a folder or a hub name.
-            kwargs: of ``AutoTokenizer.from_pretrained``.
+            kwargs: arguments of ``AutoTokenizer.from_pretrained``.
 
         Returns:
-            A LLaMA tokenizer with the published token ids; a folder with a tokenizer of another
-            class gives what ``AutoTokenizer`` makes of it.
+            A LLaMA tokenizer with the published token ids; for a tokenizer of another class, the
+            result of ``AutoTokenizer``.
 
         Raises:
             OSError: neither a folder nor the hub has it.
@@ -48,11 +48,11 @@ class InternLMTokenizer:
             int(index): AddedToken(**token)
             for index, token in config.pop("added_tokens_decoder", {}).items()
         }
-        # Of the published configuration, what speaks of the text; the rest is of its own class.
+        # Drop the keys that only the published class knows.
         for key in ("auto_map", "tokenizer_class", "sp_model_kwargs", "decode_with_prefix_space"):
             config.pop(key, None)
-        own = (*hub, "trust_remote_code", "use_fast")
-        config |= {key: value for key, value in kwargs.items() if key not in own}
+        loading = (*hub, "trust_remote_code", "use_fast")
+        config |= {key: value for key, value in kwargs.items() if key not in loading}
         tokenizer = backend(pieces, added)
         return LlamaTokenizerFast(
             tokenizer_object=tokenizer, legacy=True, name_or_path=name, **config
@@ -60,12 +60,12 @@ class InternLMTokenizer:
 
 
 def backend(pieces: str | Path, added: dict[int, AddedToken]) -> Tokenizer:
-    """Build a fast tokenizer that does what SentencePiece does with a BPE model.
+    """Build a fast tokenizer that equals SentencePiece with a BPE model.
 
     Args:
         pieces: a SentencePiece file with a BPE model with byte fallback.
-        added: special tokens by id. Their ids may be those of pieces, which they replace:
-            InternLM2 put its chat tokens in the place of unused pieces.
+        added: special tokens by id. If an id is that of a piece, the token replaces it: InternLM2
+            put its chat tokens in the place of unused pieces.
     """
     model = SentencePieceProcessor(model_file=str(pieces))
     texts = [model.id_to_piece(i) for i in range(len(model))]

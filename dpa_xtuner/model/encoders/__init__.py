@@ -1,4 +1,4 @@
-"""Kinds of visual encoders, by name, and what each knows about itself."""
+"""Kinds of visual encoders, by name: the spec of each."""
 
 from dpa_xtuner.model.encoders.base import (
     Encoder,

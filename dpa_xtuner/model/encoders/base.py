@@ -1,4 +1,4 @@
-"""What is to be known of a kind of visual encoder, with the answers of an ordinary ViT."""
+"""The spec of a kind of visual encoder; the defaults are those of an ordinary ViT."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,40 +18,40 @@ SETTING = "visual_encoder_name_or_path"
 
 
 class VisionEncoder(Protocol):
-    """What is asked of a visual encoder's module, whatever its kind."""
+    """The interface of a visual encoder's module, whatever its kind."""
 
     config: PretrainedConfig
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of its weights."""
+        """The dtype of its weights."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights."""
+        """Iterate over its weights."""
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """Encode images (N, 3, H, W) of that dtype; only its spec reads what comes out."""
+        """Encode images (N, 3, H, W) of that dtype; only the spec reads the output."""
 
 
 class VisionEncoderSpec:
     """A kind of visual encoder: how it is loaded, and which of its outputs are the patches.
 
-    A kind of one's own derives from it, names its classes, and overrides what differs from
-    a ViT of transformers, whose patch tokens come last in its sequence.
+    To add a kind, derive from this class, name its classes, and override what differs from a ViT
+    of transformers, whose patch tokens come last in its sequence.
 
     Args:
         layer: index into the module's ``hidden_states`` (0 is the embeddings, -1 the last
-            layer); the kind's own where it is None.
+            layer); None for the default of the kind.
 
     Attributes:
         model: the ``from_pretrained`` of the module, as a config's ``type``.
-        image_processor: that of its image processor.
-        layer: the layer whose output are the features; None for ``last_hidden_state``,
-            which follows the final norm where the model has one.
-        model_types: values of ``model_type`` in the published configurations that it loads;
-            any where it is empty.
-        tiny_config: changes to a configuration that make it tiny, for rehearsals; those keys
-            that the configuration has.
+        image_processor: the same of its image processor.
+        layer: the layer whose output is the features; None for ``last_hidden_state``,
+            which follows the final norm if the model has one.
+        model_types: values of ``model_type`` in the configurations that it can load; empty for
+            any.
+        tiny_config: changes that make a configuration tiny, for rehearsals; keys that the
+            configuration lacks are ignored.
     """
 
     model: str
@@ -76,7 +76,7 @@ class VisionEncoderSpec:
         return {"type": self.model, "pretrained_model_name_or_path": name}
 
     def processor(self, name: str) -> dict:
-        """Return the config that builds its image processor: one size, its own normalisation."""
+        """Return the config that builds its image processor: one size and one normalisation."""
         return {"type": self.image_processor, "pretrained_model_name_or_path": name}
 
     def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
@@ -84,41 +84,41 @@ class VisionEncoderSpec:
 
         Args:
             name: a local folder or a hub name.
-            local_only: look in folders and the hub's cache, and not at the hub.
+            local_only: look only in folders and the hub's cache.
 
         Raises:
-            DPAError: it can't be had, or is another kind's.
+            DPAError: it can't be found, or belongs to another kind.
         """
         config = read_config(SETTING, self.loader(name), local_only)
-        # A class of transformers reads any configuration, and keeps the type written there.
+        # A class of transformers reads any configuration, and keeps the type written in it.
         if self.model_types and config.model_type not in self.model_types:
             raise DPAError(
-                f"{SETTING}={name!r} is a model of type {config.model_type!r}, and the encoder "
+                f"{SETTING}={name!r} is a model of type {config.model_type!r}, but the encoder "
                 f"{type(self).__name__} loads {', '.join(self.model_types)}. Set encoder to "
                 f"the kind that loads it; known: {', '.join(sorted(ENCODERS.module_dict))}."
             )
         return config
 
     def default_config(self) -> PretrainedConfig:
-        """Make a configuration for rehearsals where the published one is not on this machine.
+        """Make a configuration for rehearsals, used if the published one is not on this machine.
 
         Raises:
-            DPAError: the kind has none.
+            DPAError: the kind has no default configuration.
         """
         owner = model_class({"type": self.model})
         if getattr(owner, "config_class", None) is None:
             raise DPAError(
-                f"{SETTING} is not on this machine, and {self.model} does not say what to "
-                f"rehearse in its place. Give a local folder."
+                f"{SETTING} is not on this machine, and {self.model} has no default configuration "
+                f"to rehearse with. Give a local folder."
             )
         return owner.config_class()
 
     def build(self, config: PretrainedConfig) -> Any:
-        """Build the module of a configuration, with random weights."""
+        """Build the module from a configuration, with random weights."""
         return model_class({"type": self.model})(config)
 
     def image_size(self, config: PretrainedConfig) -> int:
-        """Return height and width of the images (or tiles) that it takes."""
+        """Return the height and width of its images (or tiles)."""
         return config.image_size
 
     def tokens(self, config: PretrainedConfig) -> int:
@@ -126,7 +126,7 @@ class VisionEncoderSpec:
         return (self.image_size(config) // config.patch_size) ** 2
 
     def hidden_size(self, config: PretrainedConfig) -> int:
-        """Return the channels of a token."""
+        """Return the number of channels of a token."""
         return config.hidden_size
 
     def features(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class VisionEncoderSpec:
             (N, tokens, hidden size), the patches row by row.
         """
         hidden = self.hidden(module, pixel_values)  # (N, T, C), the patches last
-        return hidden[:, hidden.shape[1] - self.tokens(module.config) :]
+        return hidden[:, hidden.shape[1] - self.tokens(module.config) :]  # (N, tokens, C)
 
     def hidden(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
         """Compute all tokens (N, T, C) of the features' layer.
@@ -155,21 +155,21 @@ class VisionEncoderSpec:
         return states[self.layer]
 
     def freeze_unread(self, module: VisionEncoder) -> None:
-        """Freeze parameters that the features don't depend on, such as layers behind theirs.
+        """Freeze parameters that the features don't depend on, such as later layers.
 
-        They would get no gradient, at which DistributedDataParallel stops.
+        They would get no gradient, which DistributedDataParallel refuses.
 
         Args:
-            module: to be trained; the others of its parameters are left as they are.
+            module: the module to train; its other parameters are not changed.
         """
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         size, like = self.image_size(module.config), parameters[0]
         with gathered(list(module.parameters())), torch.enable_grad():
             blank = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
-            features = self.features(module, blank)
-            slopes = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        for parameter, slope in zip(parameters, slopes, strict=True):
-            parameter.requires_grad_(slope is not None)
+            features = self.features(module, blank)  # (1, tokens, C)
+            gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def save(
         self,
@@ -178,26 +178,26 @@ class VisionEncoderSpec:
         state: dict[str, Tensor] | None = None,
         processor: Any = None,
     ) -> None:
-        """Write a module as :meth:`loader` loads it, with its image processor.
+        """Write a module so that :meth:`loader` can load it, with its image processor.
 
         Args:
             module: loaded by this kind.
-            folder: where to; exists.
-            state: weights to write in place of its own, such as gathered ones.
-            processor: the image processor, as a run has it.
+            folder: target folder; exists.
+            state: weights to write in place of the module's, such as gathered ones.
+            processor: the image processor of the run.
         """
         module.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
 
     def check_layer(self, config: PretrainedConfig, chosen: int | None = None) -> None:
-        """Check ahead that the module will have the features' layer.
+        """Check before loading that the module will have the features' layer.
 
         Args:
-            config: the published configuration; one that tells no number of layers passes.
-            chosen: the ``visual_select_layer`` of a stock config, which goes before the own.
+            config: the published configuration; passes if it has no number of layers.
+            chosen: the ``visual_select_layer`` of a stock config; replaces :attr:`layer`.
 
         Raises:
-            DPAError: it will not.
+            DPAError: it has no such layer.
         """
         layer = self.layer if chosen is None else chosen
         layers = getattr(config, "num_hidden_layers", None)
@@ -208,11 +208,11 @@ class VisionEncoderSpec:
         """Write a tiny module of random weights, and its image processor, for a rehearsal.
 
         Args:
-            config: of the architecture; not changed.
-            folder: where to; made where it is missing.
+            config: configuration of the architecture; not changed.
+            folder: target folder; created if it is missing.
         """
         changes = {k: v for k, v in self.tiny_config.items() if hasattr(config, k)}
-        # Names of the layers, which some configurations hold, follow from their number.
+        # Some configurations name their layers; the names follow from the number of layers.
         named = ("stage_names", "out_features", "out_indices")
         kept = {k: v for k, v in config.to_dict().items() if k not in named}
         config = type(config).from_dict(kept | changes)
@@ -229,17 +229,17 @@ class VisionEncoderSpec:
 def _check_layer(layer: int, states: int, name: str) -> None:
     if type(layer) is not int or not -states <= layer < states:
         raise DPAError(
-            f"The feature layer {layer!r} is not one of the {states} hidden states of {name}; give "
+            f"The feature layer {layer!r} is not one of the {states} hidden states of {name}; set "
             f"a layer from {-states} to {states - 1}."
         )
 
 
 Encoder = VisionEncoderSpec
-"""The name that kinds of users' own were written with before."""
+"""The former name; users' kinds may derive from it."""
 
 
 def build_encoder(cfg: str | dict) -> VisionEncoderSpec:
-    """Build what is known of the kind of encoder of a name or of ``dict(type=name, ...)``.
+    """Build the spec of a kind of encoder from its name or ``dict(type=name, ...)``.
 
     Args:
         cfg: a name in :data:`dpa_xtuner.registry.ENCODERS`, or a dict of one and its arguments.

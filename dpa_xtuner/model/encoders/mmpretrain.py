@@ -18,7 +18,7 @@ from dpa_xtuner.errors import DPAError, install, nearest
 from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
-# Sizes for rehearsals, by backbone; others are rehearsed at their own size.
+# Sizes for rehearsals, by backbone; other backbones are rehearsed at full size.
 _VIT = {"embed_dims": 32, "num_layers": 2, "num_heads": 2, "feedforward_channels": 64}
 _TINY = {
     "VisionTransformer": _VIT,
@@ -29,19 +29,19 @@ _TINY = {
 
 
 class MMPretrainConfig(PretrainedConfig):
-    """What is known of a backbone without its weights.
+    """The configuration of a backbone of MMPretrain.
 
     Args:
-        backbone: MMPretrain's config of it.
+        backbone: MMPretrain's config of the backbone.
         image_size: height and width of the images.
-        image_mean: of the colours red, green, blue, from 0 to 1.
-        image_std: of the same.
-        checkpoint: where MMPretrain publishes its weights.
-        kwargs: of :class:`transformers.PretrainedConfig`.
+        image_mean: mean of the colours red, green, blue, from 0 to 1.
+        image_std: their standard deviations.
+        checkpoint: address of the weights that MMPretrain publishes.
+        kwargs: arguments of :class:`transformers.PretrainedConfig`.
 
     Attributes:
         hidden_size: channels of the last feature map.
-        grid: its height and width.
+        grid: height and width of the last feature map.
     """
 
     model_type = "mmpretrain"
@@ -56,17 +56,21 @@ class MMPretrainConfig(PretrainedConfig):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.backbone: Any = backbone  # a dict, but in the empty one
+        self.backbone: Any = backbone  # None only in the empty configuration
         self.image_size = image_size
         self.image_mean = image_mean
         self.image_std = image_std
         self.checkpoint = checkpoint
-        if backbone is not None:  # transformers makes an empty one to compare with
+        if backbone is not None:  # transformers builds an empty configuration to compare with
             self.hidden_size, *self.grid = _feature_map(backbone, image_size)
 
     @classmethod
     def from_pretrained(cls, name: str, **kwargs) -> "MMPretrainConfig":
         """Read it from a folder, or from the config that MMPretrain ships under a name.
+
+        Args:
+            name: the folder or the name.
+            kwargs: arguments of transformers' method.
 
         Raises:
             DPAError: MMPretrain is not installed or has no such config, or its backbone gives
@@ -102,7 +106,7 @@ class MMPretrainConfig(PretrainedConfig):
 class MMPretrainModel(nn.Module):
     """A backbone whose last feature map is a sequence of tokens.
 
-    It is no model of transformers: these rename weights that are called ``gamma``, as
+    It does not derive from transformers' class, which renames weights called ``gamma``, as
     ConvNeXt's are.
     """
 
@@ -116,11 +120,11 @@ class MMPretrainModel(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Turn (N, 3, H, W) into (N, tokens, hidden size), the feature map row by row."""
         maps = self.backbone(pixel_values)  # the last is (N, C, h, w)
-        return maps[-1].flatten(2).transpose(1, 2)
+        return maps[-1].flatten(2).transpose(1, 2)  # (N, h w, C)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of its weights."""
+        """The dtype of its weights."""
         return next(self.parameters()).dtype
 
     def save_pretrained(
@@ -129,8 +133,8 @@ class MMPretrainModel(nn.Module):
         """Write ``config.json`` and ``model.safetensors``.
 
         Args:
-            folder: where to.
-            state_dict: weights to write in place of its own, such as gathered ones.
+            folder: target folder.
+            state_dict: weights to write in place of the module's, such as gathered ones.
         """
         self.config.save_pretrained(folder)
         file = Path(folder) / "model.safetensors"
@@ -151,9 +155,8 @@ class MMPretrainModel(nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder or the name of a config.
-            checkpoint: file or address of a named config's weights; where MMPretrain publishes
-                them if it is None.
-            torch_dtype: of the weights.
+            checkpoint: file or address of a named config's weights; None for MMPretrain's.
+            torch_dtype: dtype of the weights.
             output_loading_info: return (module, its ``missing_keys``) in place of the module.
 
         Raises:
@@ -179,19 +182,19 @@ class MMPretrainModel(nn.Module):
             ) from None
         state = state.get("state_dict", state)
         prefix = "backbone."
-        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        return self.backbone.load_state_dict(own or state, strict=False).missing_keys
+        inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        return self.backbone.load_state_dict(inner or state, strict=False).missing_keys
 
 
 @ENCODERS.register_module("mmpretrain")
 class MMPretrain(VisionEncoderSpec):
     """A backbone of MMPretrain (EVA-02, ViT, Swin, ConvNeXt, ...): its last feature map.
 
-    ``visual_encoder_name_or_path`` is the name of a config of MMPretrain's, or a folder that
+    ``visual_encoder_name_or_path`` is the name of an MMPretrain config, or a folder that
     ``MMPretrainModel.save_pretrained`` wrote.
 
     Args:
-        checkpoint: file of a named config's weights, where they are not to be downloaded.
+        checkpoint: file of a named config's weights; None downloads them.
     """
 
     model = "dpa_xtuner.model.encoders.mmpretrain.MMPretrainModel.from_pretrained"
@@ -207,13 +210,13 @@ class MMPretrain(VisionEncoderSpec):
         return super().loader(name) | ({"checkpoint": self.checkpoint} if self.checkpoint else {})
 
     def processor(self, name: str) -> dict:
-        """Take a named config's size and normalisation; scale without cutting borders off."""
+        """Use a named config's size and normalisation; scale the whole image, crop nothing."""
         if Path(name).is_dir():
             return super().processor(name)
         return {"type": "transformers.CLIPImageProcessor", **_preparation(self.config(name))}
 
     def default_config(self) -> PretrainedConfig:
-        """Refuse: MMPretrain ships the configs, and a folder brings its own.
+        """Refuse: MMPretrain ships the configs, and a folder has its own.
 
         Raises:
             DPAError: always.
@@ -221,14 +224,14 @@ class MMPretrain(VisionEncoderSpec):
         raise DPAError(f"{SETTING} is neither a folder nor the name of an MMPretrain config.")
 
     def tokens(self, config: MMPretrainConfig) -> int:
-        """Count the places of the feature map."""
+        """Count the positions of the feature map."""
         return config.grid[0] * config.grid[1]
 
     def hidden(self, module: VisionEncoder, pixel_values: Tensor) -> Tensor:
         """Compute the feature map as tokens.
 
         Raises:
-            DPAError: a layer was chosen.
+            DPAError: a layer is set.
         """
         if self.layer is not None:
             raise DPAError(
@@ -238,7 +241,7 @@ class MMPretrain(VisionEncoderSpec):
         return module(pixel_values)
 
     def write_tiny(self, config: MMPretrainConfig, folder: Path) -> None:
-        """Write a backbone of the same class, tiny where its class is known here."""
+        """Write a backbone of the same class, tiny if :data:`_TINY` has its class."""
         arch = _TINY.get(config.backbone["type"])
         backbone = config.backbone | ({"arch": arch} if arch else {})
         torch.manual_seed(0)
@@ -276,23 +279,23 @@ def _build(backbone: dict) -> nn.Module:
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         owner = MODELS.get(backbone["type"])
         arguments = {name for c in owner.__mro__ for name in signature(c.__init__).parameters}
-        # Feature maps, where a classifier asks for a class token or a mean.
+        # A classifier asks for a class token or a mean: ask for feature maps instead.
         maps = {"out_type": "featmap", "gap_before_final_norm": False}
         return MODELS.build(backbone | {k: v for k, v in maps.items() if k in arguments})
 
 
 def _feature_map(backbone: dict, image_size: int) -> tuple[int, int, int]:
-    """Find channels, height and width of the last output, without memory for weights."""
+    """Find channels, height and width of the last output, without allocating weights."""
     with init_empty_weights():
         module = _build(backbone)
-    module.eval()  # which does not return it
+    module.eval()  # not chained: MMPretrain's eval() returns nothing
     module.to("meta")  # buffers
     outputs = module(torch.empty(1, 3, image_size, image_size, device="meta"))
     shape = outputs[-1].shape if isinstance(outputs, (tuple, list)) else ()
     if len(shape) != 4:
         raise DPAError(
-            f"The backbone {backbone['type']} gives no feature map (N, C, H, W), but "
-            f"{tuple(shape) or type(outputs).__name__}. Take another config."
+            f"The backbone {backbone['type']} gives {tuple(shape) or type(outputs).__name__}, not "
+            f"a feature map (N, C, H, W). Take another config."
         )
     return tuple(shape[1:])
 

@@ -21,12 +21,12 @@ class PairConfig(PretrainedConfig):
     """The configurations of two encoders.
 
     Args:
-        first: of the first.
-        second: of the second.
-        colours: mean and standard deviation of the colours (red, green, blue) that the
-            first's image processor subtracts and divides by, and those of the second's.
-        kwargs: of :class:`transformers.PretrainedConfig`; ``hidden_size`` and ``image_size``
-            are the pair's.
+        first: configuration of the first encoder.
+        second: configuration of the second encoder.
+        colours: mean and standard deviation of the colours (red, green, blue), by which the
+            first image processor normalises, then those of the second.
+        kwargs: arguments of :class:`transformers.PretrainedConfig`; ``hidden_size`` and
+            ``image_size`` are those of the pair.
     """
 
     model_type = "pair"
@@ -43,7 +43,7 @@ class PairConfig(PretrainedConfig):
 
 
 class PairModel(nn.Module):
-    """Two modules, and the pair's configuration."""
+    """Two encoder modules, and the configuration of the pair."""
 
     config_class = PairConfig
     name_or_path: str
@@ -60,13 +60,13 @@ class PairModel(nn.Module):
         output_loading_info: bool = False,
         **kwargs,
     ):
-        """Load both.
+        """Load both encoders.
 
         Args:
-            pretrained_model_name_or_path: of both; see :class:`Pair`.
-            kinds: of the two, for :func:`build_encoder`.
+            pretrained_model_name_or_path: the name of the pair; see :class:`Pair`.
+            kinds: the two kinds, for :func:`build_encoder`.
             output_loading_info: return (module, its ``missing_keys``) in place of the module.
-            kwargs: of either's ``from_pretrained``.
+            kwargs: arguments of both ``from_pretrained``.
         """
         pair, modules, missing = Pair(*kinds), [], []
         names = split_name(pretrained_model_name_or_path)
@@ -81,25 +81,25 @@ class PairModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first's weights."""
+        """The dtype of the first encoder's weights."""
         return self.first.dtype
 
 
 @ENCODERS.register_module("pair")
 class Pair(VisionEncoderSpec):
-    """Two encoders that see the same image; a token's channels are the first's, then the second's.
+    """Two encoders that see the same image; their channels are concatenated.
 
     ``visual_encoder_name_or_path`` is ``'NAME + NAME'``, or a folder with the subfolders
-    ``first`` and ``second``. The image is prepared for the first; the second gets the same
-    pixels in its own size and normalisation. The second's features are interpolated to the
-    first's grid where theirs is another.
+    ``first`` and ``second``. The image is prepared for the first encoder; the second gets the same
+    pixels, scaled and normalised for it. The second's features are interpolated to the first's
+    grid.
 
     Args:
         first: a kind of encoder, by name or as a dict of its name and arguments.
-        second: another.
+        second: the other kind.
 
     Raises:
-        DPAError: a half is not known.
+        DPAError: one of them is unknown.
     """
 
     model = "dpa_xtuner.model.encoders.pair.PairModel.from_pretrained"
@@ -112,26 +112,26 @@ class Pair(VisionEncoderSpec):
         self.image_processor = self.specs[0].image_processor
 
     def loader(self, name: str) -> dict:
-        """Add the kinds of the halves."""
-        # A list, since XTuner's builder would build dicts with a type that are values.
+        """Add the two kinds."""
+        # A list: as values of keys, XTuner's builder would build these dicts, which have a type.
         return super().loader(name) | {"kinds": self.halves}
 
     def processor(self, name: str) -> dict:
-        """Return the first's."""
+        """Return the config of the first encoder's image processor."""
         return self.specs[0].processor(split_name(name)[0])
 
     def config(self, name: str, local_only: bool = False) -> PairConfig:
         """Read both published configurations, and the colours of their image processors.
 
         Raises:
-            DPAError: as the halves', or a grid that is not square has to be changed.
+            DPAError: as for either kind, or the grids differ and are not square.
         """
         halves = list(zip(self.specs, split_name(name), strict=True))
         configs = [spec.config(half, local_only) for spec, half in halves]
         return self._pair(configs, [_colours(spec.processor(half)) for spec, half in halves])
 
     def default_config(self) -> PairConfig:
-        """Make one of both kinds' own."""
+        """Make a pair of both kinds' default configurations."""
         grey = [[0.5] * 3, [0.5] * 3]
         return self._pair([spec.default_config() for spec in self.specs], [grey, grey])
 
@@ -140,8 +140,8 @@ class Pair(VisionEncoderSpec):
         counts = [spec.tokens(config) for spec, config in halves]
         if counts[0] != counts[1] and any(math.isqrt(n) ** 2 != n for n in counts):
             raise DPAError(
-                f"The encoders of the pair give {counts[0]} and {counts[1]} tokens, and only "
-                f"square grids can be made equal. Change the image size of one."
+                f"The encoders of the pair give {counts[0]} and {counts[1]} tokens, but only "
+                f"square grids can be interpolated. Change the image size of one."
             )
         first, second = configs
         return PairConfig(
@@ -158,7 +158,7 @@ class Pair(VisionEncoderSpec):
         return PairModel(config, first.build(config.first), second.build(config.second))
 
     def tokens(self, config: PairConfig) -> int:
-        """Count the first's."""
+        """Count the tokens of the first encoder."""
         return self.specs[0].tokens(config.first)
 
     def features(  # type: ignore[override]  # a kind is given its own modules alone
@@ -167,7 +167,7 @@ class Pair(VisionEncoderSpec):
         """See :meth:`VisionEncoderSpec.features`.
 
         Raises:
-            DPAError: one layer was chosen for both.
+            DPAError: a layer is set for the whole pair.
         """
         if self.layer is not None:
             raise DPAError(
@@ -176,13 +176,15 @@ class Pair(VisionEncoderSpec):
             )
         one, other = self.specs
         first = one.features(module.first, pixel_values)  # (N, n, C1)
-        second = other.features(module.second, self._for_second(module.config, pixel_values))
+        pixels = self._for_second(module.config, pixel_values)  # (N, 3, H2, W2)
+        second = other.features(module.second, pixels)  # (N, m, C2)
         return torch.cat([first, _regrid(second, first.shape[1])], dim=-1)  # (N, n, C1 + C2)
 
     def _for_second(self, config: PairConfig, pixel_values: Tensor) -> Tensor:
         pixels = pixel_values.float()
         colours = pixels.new_tensor(config.colours)[..., None, None]  # (2, 2, 3, 1, 1)
         (mean, std), (new_mean, new_std) = colours
+        # Undo the first encoder's normalisation, then apply the second's.
         pixels = (pixels * std + mean - new_mean) / new_std  # (N, 3, H, W)
         size = self.specs[1].image_size(config.second)
         if pixels.shape[-1] != size:
@@ -190,19 +192,20 @@ class Pair(VisionEncoderSpec):
         return pixels.to(pixel_values.dtype)
 
     def save(self, module: PairModel, folder: Path, state=None, processor=None) -> None:
-        """Both, in subfolders; the second's image processor is the one that it was published with.
+        """Write both, in subfolders; see :meth:`VisionEncoderSpec.save`.
 
-        See :meth:`VisionEncoderSpec.save`.
+        The second encoder's image processor is the published one.
         """
         second = _built(self.specs[1].processor(split_name(module.name_or_path)[1]))
-        for half, spec, own in zip(HALVES, self.specs, (processor, second), strict=True):
+        processors = processor, second
+        for half, spec, half_processor in zip(HALVES, self.specs, processors, strict=True):
             inner = None if state is None else {
                 key.removeprefix(f"{half}."): tensor
                 for key, tensor in state.items()
                 if key.startswith(f"{half}.")
             }  # fmt: skip
             (folder / half).mkdir()
-            spec.save(getattr(module, half), folder / half, inner, own)
+            spec.save(getattr(module, half), folder / half, inner, half_processor)
 
     def write_tiny(self, config: PairConfig, folder: Path) -> None:
         """Write both, in subfolders."""

@@ -1,4 +1,4 @@
-"""Vision transformers that transformers loads."""
+"""Vision transformers of Hugging Face transformers."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from dpa_xtuner.registry import ENCODERS
 
 @ENCODERS.register_module("clip")
 class CLIP(VisionEncoderSpec):
-    """CLIP's vision transformer; features of its second-last layer, as LLaVA 1.5 takes them."""
+    """CLIP's vision transformer; features of the second-last layer, as in LLaVA 1.5."""
 
     model = "transformers.CLIPVisionModel.from_pretrained"
     image_processor = "transformers.CLIPImageProcessor.from_pretrained"
@@ -24,7 +24,7 @@ class CLIP(VisionEncoderSpec):
 class SigLIP(VisionEncoderSpec):
     """SigLIP, and SigLIP 2 at a fixed resolution, which is published as a SigLIP.
 
-    It has no class token. Features of the second-last layer, as LLaVA-OneVision takes them.
+    It has no class token. Features of the second-last layer, as in LLaVA-OneVision.
     """
 
     model = "transformers.SiglipVisionModel.from_pretrained"
@@ -34,21 +34,20 @@ class SigLIP(VisionEncoderSpec):
 
 @ENCODERS.register_module("dinov2")
 class DINOv2(VisionEncoderSpec):
-    """DINOv2, with or without register tokens; its last layer after the final norm.
+    """DINOv2, with or without register tokens; features of the last layer, after the final norm.
 
     Args:
         image_size: the images' height and width, a multiple of the patch size. The published
-            image processors cut out 224 (of an image scaled to 256; ours scales to the size
-            itself, so that nothing is cut off a padded square); the model interpolates its
-            position embeddings to other sizes.
+            image processors scale to 256 and crop 224; ours scales to this size and crops nothing.
+            The model interpolates its position embeddings to other sizes.
         layer: see :class:`VisionEncoderSpec`.
     """
 
-    model = "transformers.AutoModel.from_pretrained"  # two classes, told apart by the config
+    model = "transformers.AutoModel.from_pretrained"  # the config tells the two classes apart
     image_processor = "transformers.BitImageProcessor.from_pretrained"
     layer = None
     model_types = ("dinov2", "dinov2_with_registers")
-    # Image and patch size stay, since the images' size is set for them.
+    # Image and patch size stay, since the user sets the images' size for them.
     tiny_config = {  # noqa: RUF012
         "hidden_size": 32,
         "mlp_ratio": 2,
@@ -66,7 +65,7 @@ class DINOv2(VisionEncoderSpec):
         return super().processor(name) | dict(zip(("size", "crop_size"), sizes, strict=True))
 
     def config(self, name: str, local_only: bool = False) -> PretrainedConfig:
-        """See :meth:`VisionEncoderSpec.config`; the image size is held against the patch size."""
+        """Read the configuration, and check the image size against the patch size."""
         config = super().config(name, local_only)
         if self.size < 1 or self.size % config.patch_size:
             raise DPAError(
@@ -76,25 +75,25 @@ class DINOv2(VisionEncoderSpec):
         return config
 
     def default_config(self) -> PretrainedConfig:
-        """Make that of DINOv2 base."""
+        """Make the configuration of DINOv2 base."""
         return Dinov2Config(image_size=518, patch_size=14)
 
     def build(self, config: PretrainedConfig) -> nn.Module:
-        """Build the module of either class, with random weights."""
+        """Build the module of the config's class, with random weights."""
         return AutoModel.from_config(config)
 
     def image_size(self, config: PretrainedConfig) -> int:
-        """Return the size asked for: a published one is that of the position embeddings."""
+        """Return the size that is set: the published one is that of the position embeddings."""
         return self.size
 
 
 @ENCODERS.register_module("internvit")
 class InternViT(VisionEncoderSpec):
-    """InternViT, whose code lies beside its weights; its last layer, as InternVL 1.5 on.
+    """InternViT, which needs its remote code; features of the last layer, as in InternVL 1.5.
 
     Args:
-        trust_remote_code: has to be True: loading it runs code of its repository.
-        layer: see :class:`VisionEncoderSpec`; InternViT-6B-448px-V1-2 takes -4.
+        trust_remote_code: must be True, since loading runs code from its repository.
+        layer: see :class:`VisionEncoderSpec`; InternViT-6B-448px-V1-2 needs -4.
 
     Raises:
         DPAError: ``trust_remote_code`` is not True.
@@ -108,26 +107,26 @@ class InternViT(VisionEncoderSpec):
     def __init__(self, trust_remote_code: bool = False, layer: int | None = None):
         if trust_remote_code is not True:
             raise DPAError(
-                "The encoder 'internvit' runs code from its repository, which has to be chosen: "
+                "The encoder 'internvit' runs code from its repository, which you must allow: "
                 "encoder=dict(type='internvit', trust_remote_code=True)."
             )
         super().__init__(layer)
 
     def loader(self, name: str) -> dict:
-        """Add the remote code that was chosen."""
+        """Add ``trust_remote_code``."""
         return super().loader(name) | {"trust_remote_code": True}
 
     def build(self, config: PretrainedConfig) -> nn.Module:
-        """Build the remote class's module, with random weights."""
+        """Build the module of the remote class, with random weights."""
         return AutoModel.from_config(config, trust_remote_code=True)
 
     def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
-        """See :meth:`VisionEncoderSpec.write_tiny`; a local folder's code goes along."""
+        """Write a tiny module, and copy the code of a local folder."""
         super().write_tiny(config, folder)
         _copy_code(config, folder)
 
     def save(self, module: nn.Module, folder: Path, state=None, processor=None) -> None:
-        """See :meth:`VisionEncoderSpec.save`; a local folder's code goes along."""
+        """Write the module, and copy the code of a local folder."""
         super().save(module, folder, state, processor)
         _copy_code(module.config, folder)
 
