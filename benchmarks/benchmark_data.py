@@ -6,8 +6,6 @@ tokenizer and image processor:
     python benchmarks/benchmark_data.py --records 50000 --json benchmark.json
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

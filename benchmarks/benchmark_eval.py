@@ -9,8 +9,6 @@ questions, greedily, in turn:
     python benchmarks/benchmark_eval.py work_dirs/dpa_smollm2_135m_openmoji/tune/hf --out docs
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -5,8 +5,6 @@ A step is forward, backward and the projector's optimizer step, on a random LLM 
     python benchmarks/benchmark_step.py --head --growth --out docs
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

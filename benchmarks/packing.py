@@ -58,9 +58,9 @@ class Sample(NamedTuple):
     """Tokens of a sample.
 
     Attributes:
-        prompt: Text tokens that are not supervised.
-        supervised: Text tokens that are.
-        images: Image tokens.
+        prompt: text tokens that are not supervised.
+        supervised: text tokens that are.
+        images: image tokens.
     """
 
     prompt: int
@@ -77,8 +77,8 @@ class Cost(NamedTuple):
     """Operations of a decoder pass over rows of equal width.
 
     Attributes:
-        per_token: Of the linear layers, for each position.
-        per_pair: Of the attention, for each pair of positions of a row.
+        per_token: of the linear layers, for each position.
+        per_pair: of the attention, for each pair of positions of a row.
     """
 
     per_token: float
@@ -93,10 +93,10 @@ class Stage(NamedTuple):
     """Operations of a stage's passes.
 
     Attributes:
-        main: Of the decoder in the ordinary pass, with recomputation and gradients.
-        head: For each supervised token.
-        image: Of the encoder, for each image.
-        contrast: Of the decoder in the contrast pass; None where there is none.
+        main: of the decoder in the ordinary pass, with recomputation and gradients.
+        head: for each supervised token.
+        image: of the encoder, for each image.
+        contrast: of the decoder in the contrast pass; None where there is none.
     """
 
     main: Cost
@@ -112,8 +112,8 @@ def draw(stage: str, count: int) -> list[Sample]:
     of the answers has 2 - 4 tokens, a third 15 - 59, a third 120 - 400; a fifth has no image.
 
     Args:
-        stage: Of which the data is.
-        count: Of samples.
+        stage: of which the data is.
+        count: of samples.
     """
     rng = random.Random(0)
     if stage != TUNE:
@@ -134,10 +134,10 @@ def micro_batches(samples: list[Sample], batch_size: int, ranks: int, per_step: 
     """Form an epoch's micro-batches, of all ranks, by the sampler of training.
 
     Args:
-        samples: Of the data set.
-        batch_size: Samples of a micro-batch.
-        ranks: How many there are.
-        per_step: The global batch size.
+        samples: of the data set.
+        batch_size: samples of a micro-batch.
+        ranks: how many there are.
+        per_step: the global batch size.
     """
     # Samples without an image have a negative length; they come in batches of their own.
     data = _Lengths([s.text + s.images if s.images else -s.text for s in samples])
@@ -169,8 +169,8 @@ def pack(lengths: list[int], cost: Cost) -> float:
     from the longest sample's to twice that at which rows come out full.
 
     Args:
-        lengths: Tokens of each sample.
-        cost: Of a pass.
+        lengths: tokens of each sample.
+        cost: of a pass.
     """
     longest, total = max(lengths), sum(lengths)
     widths = {min(max(longest, -(-total // rows)), 2 * longest) for rows in range(1, len(lengths))}
@@ -191,7 +191,7 @@ def fit(count: Callable[[int, int], int]) -> Cost:
     """Find the cost of a pass from counts at two widths, and check it at a third.
 
     Args:
-        count: Counts the operations of so many rows of a width.
+        count: counts the operations of so many rows of a width.
     """
     (narrow, wide), (few, many) = (64, 128), (count(1, 64), count(1, 128))
     per_pair = (many / wide - few / narrow) / (wide - narrow)
@@ -211,7 +211,7 @@ def measure(stage: str) -> Stage:
     """Count the operations of a stage's passes on tensors without memory.
 
     Args:
-        stage: Trains the LLM by LoRA (proxy), in full (tune), or not at all (align).
+        stage: trains the LLM by LoRA (proxy), in full (tune), or not at all (align).
     """
     with torch.device("meta"):
         llm: nn.Module = LlamaForCausalLM(LLM).requires_grad_(stage == TUNE)
@@ -250,8 +250,8 @@ def savings(cost: Stage, batches: Iterator[list[Sample]]) -> dict[str, float]:
     """Add up the operations of a stage, and what shared rows save of them.
 
     Args:
-        cost: Of its passes.
-        batches: Its micro-batches.
+        cost: of its passes.
+        batches: its micro-batches.
     """
     sums = dict.fromkeys(("all", "main", "contrast", "places", "padding"), 0.0)
     for batch in batches:

@@ -124,7 +124,7 @@ def test_a_signal_to_the_command_ends_all_its_processes(command, number, start):
         run.process.send_signal(number)
     code = run.ends()
     told = run.output()[before:]
-    assert told.count("call the same command again") == 1 and "Traceback" not in told, told
+    assert told.count("run the same command again") == 1 and "Traceback" not in told, told
     if command is TOOL:
         assert code == 128 + number
     assert state(run.work_dir)["status"] == "stopped"

@@ -1,7 +1,5 @@
 """Find configs by name and print text, without importing torch."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import sys

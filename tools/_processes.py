@@ -1,7 +1,5 @@
 """Run a training as a child process, and end all its processes when this one is told to end."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -8,8 +8,6 @@ Keys that are not taken over are printed, and listed at the top of the new file:
         -o my_config.py
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

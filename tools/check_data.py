@@ -3,8 +3,6 @@
 Exit code 1 if anything can't be used.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -92,7 +92,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     for module in arguments.modules:
         _import(module)
-    texts, names = text.choose(arguments.benchmarks)
+    texts, names = text.split_names(arguments.benchmarks)
     benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
     models = [_model(name) for name in arguments.models]
     check_installed("eval", "opencompass", "vlmeval")
@@ -166,11 +166,11 @@ def _show(
 ) -> int:
     """Save and print the table, draw wrong answers; exit code 1 if something failed."""
     from dpa_xtuner.evaluation import show
-    from dpa_xtuner.evaluation.report import save
+    from dpa_xtuner.evaluation.report import save_report
     from dpa_xtuner.files import write_text
 
     folder = arguments.work_dir
-    print(f"\n{save(report, folder, table)}\n{folder / f'{table}.md'}")
+    print(f"\n{save_report(report, folder, table)}\n{folder / f'{table}.md'}")
     if arguments.show:
         write_text(folder / page, show.page(details, arguments.show))
         print(folder / page)

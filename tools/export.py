@@ -6,8 +6,6 @@ writes work_dirs/dpa_internlm2_7b/tune/hf, which transformers loads:
 LlavaForConditionalGeneration and its processor, with the chat template of the training.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ NAME.partial and resumed. Text-only data sets come in archives, which are unpack
 network, put the listed files into the folder by other means, and run the command again.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import os
@@ -62,7 +60,7 @@ def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
     Raises:
         DPAError: a name is unknown.
     """
-    texts, names = text.choose(names)
+    texts, names = text.split_names(names)
     benchmarks = [*find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS)), *texts]
     if texts:
         check_installed("eval", "opencompass")

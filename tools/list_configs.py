@@ -1,7 +1,5 @@
 """List the configs whose names hold a pattern, like ``xtuner list-cfg``."""
 
-from __future__ import annotations
-
 import argparse
 
 from _configs import config_names, say

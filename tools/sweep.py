@@ -8,8 +8,6 @@ sweep.csv. If a run fails, the others still run. After an interruption, run the 
 again: finished runs are skipped. All other arguments are passed to tools/train.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ It takes all arguments of ``xtuner train``, and reads the same environment varia
 NPROC_PER_NODE, NNODES, NODE_RANK, PORT, ADDR.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

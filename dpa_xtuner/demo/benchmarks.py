@@ -1,11 +1,9 @@
 """Held-out OpenMoji questions as benchmarks: files in VLMEvalKit's format.
 
-No drawing in them was seen in training. A pair asks one question of two pictures, a group two
-questions of two, and the answers differ: as in MMVP and NaturalBench, who does not look is right
-about half of the answers and about no pair and no group.
+Training has seen none of their drawings. A pair asks one question about two pictures, a group two
+questions about two, and the answers differ. So without looking, as in MMVP and NaturalBench, half
+of the answers are right, but no pair and no group.
 """
-
-from __future__ import annotations
 
 import base64
 import csv
@@ -23,19 +21,19 @@ from dpa_xtuner.evaluation.benchmarks import Benchmark, DataFile, register_bench
 from dpa_xtuner.files import whole_folder
 
 COMPARED = tuple(ANSWERS)
-# How often each answer is right. Colours, the best seen, are asked for more often.
+# How often each answer is right. Colours, which the model sees best, are asked more often.
 SHORT = {"kind": 1, "colour": 2}
 COUNT = {"count": 6}
 
-Row = dict[str, str | int]
+TableRow = dict[str, str | int]
 
 
-def _row(scene: Scene, asked: Question, /, **columns: str) -> Row:
+def _row(scene: Scene, asked: Question, /, **columns: str) -> TableRow:
     """Make one line: VLMEvalKit's columns, with the picture as base64 of a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(draw(scene)).save(buffer, "PNG")
     picture = base64.b64encode(buffer.getvalue()).decode()
-    row: Row = {"image": picture, "question": asked.text, "answer": asked.answer}
+    row: TableRow = {"image": picture, "question": asked.text, "answer": asked.answer}
     return row | {"category": asked.kind} | columns
 
 
@@ -50,8 +48,8 @@ def _contrast(sampler: Sampler, kind: str) -> tuple[tuple[Scene, Question], ...]
                     return (one, first), (other, second)
 
 
-def choice(sampler: Sampler) -> list[Row]:
-    """60 questions with four options; the right one and its letter take turns."""
+def choice(sampler: Sampler) -> list[TableRow]:
+    """Make 60 questions with four options; the right one and its letter take turns."""
     rows = []
     for number in range(60):
         kind = COMPARED[number % 3]
@@ -64,8 +62,8 @@ def choice(sampler: Sampler) -> list[Row]:
     return rows
 
 
-def pairs(sampler: Sampler) -> list[Row]:
-    """30 pairs of lines in MMVP's manner: one yes/no question, two pictures, options A and B."""
+def pairs(sampler: Sampler) -> list[TableRow]:
+    """Make 30 pairs of lines like MMVP's: one yes/no question, two pictures, options A and B."""
     rows = []
     for number in range(30):
         options = ("Yes", "No") if number % 2 else ("No", "Yes")
@@ -73,16 +71,16 @@ def pairs(sampler: Sampler) -> list[Row]:
         text = scenes[0][1].checked(scenes[0][1].answer)
         pair = [
             _row(
-                *asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(said)]
+                *asked, question=text, A=options[0], B=options[1], answer="AB"[options.index(right)]
             )
-            for asked, said in zip(scenes, ("Yes", "No"), strict=True)
+            for asked, right in zip(scenes, ("Yes", "No"), strict=True)
         ]
         rows += sampler.rng.sample(pair, 2)
     return rows
 
 
-def groups(sampler: Sampler) -> list[Row]:
-    """15 groups of four lines in NaturalBench's manner, in its order.
+def groups(sampler: Sampler) -> list[TableRow]:
+    """Make 15 groups of four lines like NaturalBench's, in its order.
 
     Question 0 of picture 0 (yes) and of picture 1 (no), question 1 of picture 0 (no) and of
     picture 1 (yes).
@@ -93,20 +91,20 @@ def groups(sampler: Sampler) -> list[Row]:
         for _, asked in scenes:
             text = asked.checked(asked.answer)
             for scene, shown in scenes:
-                said = "Yes" if shown is asked else "No"
-                rows.append(_row(scene, shown, question=text, answer=said, type="yes_no"))
+                right = "Yes" if shown is asked else "No"
+                rows.append(_row(scene, shown, question=text, answer=right, type="yes_no"))
     return rows
 
 
-def _short(times: dict[str, int], sampler: Sampler) -> list[Row]:
-    """Questions as they are asked in training, to be answered by a word or two."""
+def _short(times: dict[str, int], sampler: Sampler) -> list[TableRow]:
+    """Make questions like those of training, with answers of a word or two."""
     kinds = [kind for kind, count in times.items() for _ in range(count)]
     asked = [sampler.scene_with(kind, answer) for kind in kinds for answer in ANSWERS[kind]]
     sampler.rng.shuffle(asked)
     return [_row(scene, question) for scene, question in asked]
 
 
-FILES: dict[str, Callable[[Sampler], list[Row]]] = {
+FILES: dict[str, Callable[[Sampler], list[TableRow]]] = {
     "OpenMojiChoice": choice,
     "OpenMojiPairs": pairs,
     "OpenMojiGroups": groups,
@@ -120,8 +118,8 @@ def _short_chance(times: dict[str, int]) -> float:
     return 100 * sum(times.values()) / rows
 
 
-# Scores, 0 - 100, of picking among the possible answers at random: one of four options, both of a
-# pair, all of a group, one of `ANSWERS`.
+# Scores, 0 - 100, of choosing at random: one of four options, both of a pair, all of a group, one
+# of ``ANSWERS``.
 CHANCE = {
     "openmoji-choice": 100 / 4,
     "openmoji-pairs": 100 / 2**2,
@@ -145,15 +143,15 @@ _register("short", "general", scale=1)
 _register("count", "vision-centric", scale=1)
 
 
-def write(folder: Path, seed: int) -> bool:
+def write_benchmarks(folder: Path, seed: int) -> bool:
     """Write the files, all or none.
 
     Args:
-        folder: Folder to make, in the folder of the demo's data.
-        seed: Seed of every choice.
+        folder: folder to create, in the folder of the demo's data.
+        seed: seed of every choice.
 
     Returns:
-        True if the files were made, False if the folder was there already.
+        True if the files were made, False if the folder existed already.
     """
     if folder.is_dir():
         return False

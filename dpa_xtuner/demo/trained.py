@@ -1,4 +1,4 @@
-"""The demo's model before and after training, and what it answers."""
+"""The demo's model before and after training, and its answers."""
 
 import math
 from pathlib import Path
@@ -31,7 +31,7 @@ def print_report(root: Path, work_dir: Path) -> None:
     trained since.
 
     Args:
-        root: where :func:`dpa_xtuner.demo.prepare.prepare` put models and data.
+        root: folder of :func:`dpa_xtuner.demo.prepare.prepare`.
         work_dir: folder of the training.
 
     Raises:
@@ -41,8 +41,8 @@ def print_report(root: Path, work_dir: Path) -> None:
     if not table.is_file() or _changed(work_dir / TUNE / STATE_FILE) > _changed(table):
         after = after_training(root, work_dir)
         questions = report.load_questions(root / DATA_FOLDER / "heldout_questions.json")
-        before = report.evaluate(before_training(root), questions)
-        answered = report.evaluate(after, questions)
+        before = report.ask_questions(before_training(root), questions)
+        answered = report.ask_questions(after, questions)
         report.draw_answers(questions, answered.answers, picture)
         write_text(table, report.compare(before, answered))
     print(f"\n{table.read_text(encoding='utf-8')}\n\n{picture.resolve()}")
@@ -53,10 +53,10 @@ def _changed(file: Path) -> float:
 
 
 def before_training(root: Path) -> Parts:
-    """The original LLM with a projector as it is initialised.
+    """Load the original LLM with a freshly initialised projector.
 
     Args:
-        root: where :func:`dpa_xtuner.demo.prepare.prepare` put the models.
+        root: folder of :func:`dpa_xtuner.demo.prepare.prepare`.
     """
     llm, vit = _llm(root / LLM_FOLDER), CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
     torch.manual_seed(0)
@@ -69,7 +69,11 @@ def before_training(root: Path) -> Parts:
 
 
 def after_training(root: Path, work_dir: Path) -> Parts:
-    """What stage tune wrote.
+    """Load what stage tune wrote.
+
+    Args:
+        root: folder of :func:`dpa_xtuner.demo.prepare.prepare`.
+        work_dir: folder of the training.
 
     Raises:
         DPAError: the stage is not finished.

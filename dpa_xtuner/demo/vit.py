@@ -1,12 +1,10 @@
 """A small CLIP-type vision transformer, trained on OpenMoji drawings and their names.
 
-The registry has no pretrained vision transformer, so this one was made here
-(`python -m dpa_xtuner.demo vit`) and its weights are shipped with this file. Two contrasts train
-it: the picture against the words for its content, as in CLIP, and every patch against the words
-for the drawing it lies on, since the projector reads patches and not the class token.
+The demo uses no hub, so it ships the weights of this model; ``python -m dpa_xtuner.demo vit``
+trains them again. Two contrasts train it: the picture against the words for its content, as in
+CLIP, and every patch against the words for its drawing, since the projector reads patches and not
+the class token.
 """
-
-from __future__ import annotations
 
 import random
 from collections.abc import Sequence
@@ -36,19 +34,19 @@ from dpa_xtuner.precision import choose_precision
 PATCH_SIZE = 16
 GRID = PICTURE_SIZE // PATCH_SIZE
 EMBEDDING = 128
-NOTHING = "nothing"
+BACKGROUND = "nothing"
 IGNORED = -100
-# Distortions of one drawing: without them the model learns a thousand drawings by heart and says
-# nothing of the ones it has not seen.
+# Distortions of one drawing: without them the model learns a thousand drawings by heart and does
+# not generalise.
 SMALL_VARIANTS = 16
 LARGE_VARIANTS = 6
-# Brings the features from a spread of 2.5 to 0.6, so that a freshly made projector puts out vectors
-# about as long as the LLM's word embeddings and not four times as long: cross entropy in the first
-# ten steps of align fell from 1.33 to 1.02. A power of two, so rounding loses nothing.
+# Scales the spread of the features from 2.5 to 0.6. The outputs of a new projector are then about as
+# long as the LLM's word embeddings, not four times as long: cross entropy in the first ten steps of
+# align fell from 1.33 to 1.02. A power of two, so rounding loses nothing.
 FEATURE_SCALE = 0.25
 # How the shipped weights were trained.
 SEED = 0
-STEPS = 1000
+TRAINING_STEPS = 1000
 BATCH_SIZE = 96
 LEARNING_RATE = 7e-4
 
@@ -69,7 +67,7 @@ def new_vit() -> CLIPVisionModel:
 
 
 def new_processor() -> CLIPImageProcessor:
-    """Return the processor that goes with the model: 96 pixels, values in -1 to 1."""
+    """Return the processor of the model: 96 pixels, values in -1 to 1."""
     return CLIPImageProcessor(
         size={"shortest_edge": PICTURE_SIZE},
         crop_size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
@@ -81,12 +79,12 @@ def new_processor() -> CLIPImageProcessor:
 class NameTower(nn.Module):
     """The text side: the mean of a language model's token embeddings, projected.
 
-    Names are too few to learn a text model from; a language model's embeddings already put a
+    There are too few names to train a text model; a language model's embeddings already put a
     dolphin near a whale.
 
     Args:
-        llm: Any language model; its input embeddings are copied and stay frozen.
-        tokenizer: Its tokenizer.
+        llm: any language model; its input embeddings are copied and stay frozen.
+        tokenizer: its tokenizer.
     """
 
     table: Tensor
@@ -104,7 +102,7 @@ class NameTower(nn.Module):
         return functional.normalize(torch.stack([self.table[row].mean(0) for row in ids]), dim=-1)
 
     def forward(self, bags: Tensor) -> Tensor:
-        """Project mean embeddings (texts, LLM width) to unit vectors (texts, `EMBEDDING`)."""
+        """Project mean embeddings (texts, LLM width) to unit vectors (texts, ``EMBEDDING``)."""
         return functional.normalize(self.project(bags), dim=-1)
 
 
@@ -112,8 +110,8 @@ class DrawingClip(nn.Module):
     """Vision transformer, name tower and the contrasts between them.
 
     Args:
-        tower: The text side.
-        names: Every concept name to tell apart in training.
+        tower: the text side.
+        names: every concept name to tell apart in training.
     """
 
     count_bags: Tensor
@@ -132,7 +130,7 @@ class DrawingClip(nn.Module):
         self.picture_head = nn.Linear(width, EMBEDDING, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(2.5))
         self.banks = {
-            "kind": [*sorted(KINDS), NOTHING],
+            "kind": [*sorted(KINDS), BACKGROUND],
             "colour": list(COLOURS),
             "name": list(names),
             "count": list(COUNTS),
@@ -141,7 +139,7 @@ class DrawingClip(nn.Module):
             self.register_buffer(f"{bank}_bags", tower.bag(texts), persistent=False)
 
     def text(self, bank: str) -> Tensor:
-        """Return the unit vectors of a bank's texts, (texts, `EMBEDDING`)."""
+        """Return the unit vectors of a bank's texts, (texts, ``EMBEDDING``)."""
         return self.tower(getattr(self, f"{bank}_bags"))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,9 +164,9 @@ class DrawingClip(nn.Module):
         """Compute the contrasts over one batch.
 
         Args:
-            pixels: As in `forward`.
-            targets: From `Batches`: "kind", "colour", "name" (B, 36) and "count" (B,), indices
-                into the banks or `IGNORED`; "words" (B, LLM width), the bag of all words for a
+            pixels: as in ``forward``.
+            targets: from ``Batches``: "kind", "colour", "name" (B, 36) and "count" (B,), indices
+                into the banks or ``IGNORED``; "words" (B, LLM width), the bag of all words for a
                 picture.
 
         Returns:
@@ -178,6 +176,7 @@ class DrawingClip(nn.Module):
         scale = self.log_scale.exp()
 
         def against(bank: str, vectors: Tensor) -> Tensor:
+            """Contrast unit vectors (N, D) with the texts of a bank."""
             logits = scale * vectors @ self.text(bank).T
             return functional.cross_entropy(logits, targets[bank].flatten(), ignore_index=IGNORED)
 
@@ -227,8 +226,8 @@ class Batches:
     """Makes batches of distorted training scenes with the indices of their words.
 
     Args:
-        model: Whose banks the indices point into.
-        seed: Seed of every choice.
+        model: whose banks the indices point into.
+        seed: seed of every choice.
     """
 
     def __init__(self, model: DrawingClip, seed: int) -> None:
@@ -264,7 +263,7 @@ class Batches:
             }
 
         grids = {bank: np.full((GRID, GRID), IGNORED) for bank in ("kind", "colour", "name")}
-        grids["kind"][:] = self.index["kind"][NOTHING]
+        grids["kind"][:] = self.index["kind"][BACKGROUND]
         step = CELL_SIZE // PATCH_SIZE
         where: tuple[slice, slice]
         for drawing, cell in zip(scene.drawings, scene.cells, strict=True):
@@ -291,7 +290,7 @@ class Batches:
         return torch.stack(bags).mean(0)
 
     def next(self, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return pixels and targets of a batch, as `DrawingClip.losses` takes them."""
+        """Return pixels and targets of a batch, as ``DrawingClip.losses`` takes them."""
         scenes = [self.sampler.scene() for _ in range(size)]
         pixels = to_pixels(np.stack([self._draw(scene) for scene in scenes]))
         grids = [self._patch_targets(scene) for scene in scenes]
@@ -354,11 +353,11 @@ def train(model: DrawingClip, batches: Batches, steps: int, batch_size: int, rat
     """Train all weights but the frozen word embeddings, with a progress bar.
 
     Args:
-        model: Changed in place.
-        batches: Source of the data.
-        steps: Optimizer steps; the learning rate follows one cosine after 10 % of warm-up.
-        batch_size: Pictures a step.
-        rate: Highest learning rate.
+        model: changed in place.
+        batches: source of the data.
+        steps: optimizer steps; the learning rate follows one cosine after 10 % of warm-up.
+        batch_size: pictures a step.
+        rate: highest learning rate.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -387,8 +386,8 @@ def scale_features(vit: CLIPVisionModel, factor: float) -> None:
     is enough to scale what is written to the stream.
 
     Args:
-        vit: Changed in place; its pooled output stays the same.
-        factor: What to multiply by.
+        vit: changed in place; its pooled output stays the same.
+        factor: what to multiply by.
     """
     written = [vit.vision_model.pre_layrnorm]
     for layer in vit.vision_model.encoder.layers:
@@ -398,12 +397,12 @@ def scale_features(vit: CLIPVisionModel, factor: float) -> None:
         module.bias *= factor
 
 
-def save(model: DrawingClip, folder: Path) -> None:
-    """Write the vision side alone, as `transformers` loads it.
+def save_vit(model: DrawingClip, folder: Path) -> None:
+    """Write the vision side alone, as ``transformers`` loads it.
 
     Args:
         model: A trained model; its vision side is scaled and turned into float16 in place.
-        folder: Folder to write.
+        folder: folder to write.
     """
     scale_features(model.vit, FEATURE_SCALE)
     model.vit.to(torch.float16).save_pretrained(folder)
@@ -414,15 +413,15 @@ def train_shipped(llm_folder: Path, out: Path) -> None:
     """Train the shipped encoder, print its held-out retrieval accuracy, and write its weights.
 
     Args:
-        llm_folder: Language model whose word embeddings stand for the names.
-        out: Folder to write.
+        llm_folder: language model whose word embeddings stand for the names.
+        out: folder to write.
     """
     torch.manual_seed(SEED)
     llm = AutoModelForCausalLM.from_pretrained(llm_folder)
     tower = NameTower(llm, AutoTokenizer.from_pretrained(llm_folder))
     names = sorted({drawing.name for drawing in catalogue() if not drawing.held_out})
     model = DrawingClip(tower, names)
-    train(model, Batches(model, SEED), STEPS, BATCH_SIZE, LEARNING_RATE)
+    train(model, Batches(model, SEED), TRAINING_STEPS, BATCH_SIZE, LEARNING_RATE)
     for label, accuracy in held_out_retrieval(model).items():
         print(f"held-out retrieval, {label}: {accuracy:.1%}")
-    save(model, out)
+    save_vit(model, out)

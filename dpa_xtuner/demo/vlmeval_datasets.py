@@ -2,10 +2,8 @@
 
 VLMEvalKit takes a file of an unknown name for multiple choice and can score nothing else of ours.
 The classes build the prompts of the classes they come from and score by VLMEvalKit's functions.
-This module is apart from `dpa_xtuner.demo.benchmarks` because importing VLMEvalKit takes seconds.
+This module is apart from ``dpa_xtuner.demo.benchmarks`` because importing VLMEvalKit takes seconds.
 """
-
-from __future__ import annotations
 
 from typing import Any, ClassVar
 

@@ -1,4 +1,4 @@
 """Evaluation through OpenCompass and VLMEvalKit: from a LLaVA folder to the paper's table.
 
-Nothing in here imports XTuner or DeepSpeed, nor this package's parts that need them.
+Nothing here imports XTuner or DeepSpeed, nor a module that needs them.
 """

@@ -1,10 +1,8 @@
 """The table of benchmarks: their data files, and how VLMEvalKit's numbers become one score.
 
-Light: neither OpenCompass nor VLMEvalKit is imported. File names, md5 and URLs are those of
-VLMEvalKit (``DATASET_URL`` and ``DATASET_MD5`` of ms-vlmeval 0.0.20; a test compares them).
+It imports neither OpenCompass nor VLMEvalKit. File names, md5 and URLs are those of VLMEvalKit
+(``DATASET_URL`` and ``DATASET_MD5`` of ms-vlmeval 0.0.20; a test compares them).
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,9 +15,9 @@ from dpa_xtuner.evaluation.cache_key import file_digest
 
 NO_ANSWER = "\ue0d0" * 3
 """The answer of a sample that has none: characters of Unicode's private use. It holds no option, no
-"yes" or "no" and no word, so no benchmark takes it for right (tested for each)."""
+"yes" or "no" and no word, so no benchmark counts it as right (tested for each)."""
 
-KINDS = _GENERAL, _VISION = "general", "vision-centric"
+BENCHMARK_KINDS = _GENERAL, _VISION = "general", "vision-centric"
 CIRCULAR = "circular"
 
 
@@ -27,7 +25,7 @@ def failed_samples(indices: Iterable, answers: Iterable) -> list[dict[str, Any]]
     """List ``index`` and ``reason`` of samples without an answer.
 
     Args:
-        indices: of all samples.
+        indices: indices of all samples.
         answers: one for each; a failed one is empty, or ``NO_ANSWER`` and ``: reason``.
     """
     failed = []
@@ -44,10 +42,10 @@ class DataFile:
     """A file of the data folder: a data set of VLMEvalKit, or an archive of OpenCompass.
 
     Attributes:
-        dataset: VLMEvalKit's name of the data set, or the folder that is in the archive.
-        md5: of the file; empty if any content will do.
-        url: where to fetch it; empty if nowhere.
-        ending: of the file's name: ``tsv``, or ``zip`` for an archive.
+        dataset: VLMEvalKit's name of the data set, or the folder in the archive.
+        md5: the file's md5; empty if any content will do.
+        url: address of the file; empty if it can't be fetched.
+        ending: ending of the file's name: ``tsv``, or ``zip`` for an archive.
     """
 
     dataset: str
@@ -71,11 +69,11 @@ class Missing:
     """A data file that can't be used.
 
     Attributes:
-        title: of the benchmark that needs it.
-        file: what to fetch.
-        path: of the file that is missing or wrong.
+        title: title of the benchmark that needs it.
+        file: the file to fetch.
+        path: path of the file that is missing or wrong.
         problem: what is wrong with it, and what to do.
-        md5: of a file whose md5 differs from the expected one; else empty.
+        md5: the file's md5 if it is not the expected one; else empty.
     """
 
     title: str
@@ -94,22 +92,23 @@ class Benchmark:
     """A column of the table.
 
     Attributes:
-        name: what a user types.
-        title: what the table says.
-        kind: one of ``KINDS``.
+        name: its name on the command line.
+        title: its title in the table.
+        kind: one of ``BENCHMARK_KINDS``.
         files: its data sets. The benchmark's score is the mean of theirs.
-        metric: which of VLMEvalKit's numbers is a data set's score.
-        scale: makes 0 - 100 of VLMEvalKit's numbers: 100 for fractions, 1 for percentages.
+        metric: the number of VLMEvalKit that is a data set's score.
+        scale: factor that turns VLMEvalKit's numbers into 0 - 100: 100 for fractions, 1 for
+            percentages.
         group: rows that are right or wrong together: this many neighbours in the order of their
             index, or ``CIRCULAR`` for one question with its options rotated, as in any data set
             whose name holds "mmbench" or "circular".
-        answer_tokens: the longest answer: an option, "yes", a few words; fields of forms and
-            formulas take more. VLMEvalKit gives XTuner's LLaVA 5 for choices and 512 else; an
-            answer also ends where the turn ends.
-        judge: what replaces the judge model where VLMEvalKit would ask one.
-        module: imported before a data set is built; may put classes of VLMEvalKit's kind into
+        answer_tokens: tokens of the longest answer: an option, "yes", a few words; fields of forms
+            and formulas need more. VLMEvalKit allows XTuner's LLaVA 5 for choices and 512
+            otherwise. An answer also ends where the turn ends.
+        judge: what replaces the judge model that VLMEvalKit would ask.
+        module: imported before a data set is built; may add classes to
             ``vlmeval.dataset.DATASET_CLASSES``. If its file changes, the benchmark is asked again.
-        chance: the score, 0 - 100, of answering at random; None if the table need not say it.
+        chance: the score, 0 - 100, of answering at random; None if the table does not show it.
     """
 
     name: str
@@ -125,10 +124,10 @@ class Benchmark:
     chance: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a kind that the table has no place for."""
-        if self.kind not in KINDS:
+        """Refuse an unknown kind."""
+        if self.kind not in BENCHMARK_KINDS:
             raise DPAError(
-                f"kind={self.kind!r} of benchmark {self.name!r}; expected one of {KINDS}."
+                f"kind={self.kind!r} of benchmark {self.name!r}; expected one of {BENCHMARK_KINDS}."
             )
 
     @property
@@ -137,7 +136,7 @@ class Benchmark:
         return tuple(file.dataset for file in self.files)
 
     def missing(self, root: Path) -> list[Missing]:
-        """List the data files that can't be used: not there, or of another md5."""
+        """List the data files that can't be used: missing, or with another md5."""
         missing = []
         for file in self.files:
             path = root / file.name
@@ -147,7 +146,7 @@ class Benchmark:
             elif file.md5 and (found := file_digest(path)) != file.md5:
                 problem = (
                     f"its md5 is {found}, expected {file.md5}: cut short, or another version. "
-                    f"Move it away and get it again: {get}; or evaluate it as it is: "
+                    f"Move it away and get it again: {get}; or evaluate it all the same: "
                     f"tools/eval.py --ignore-md5"
                 )
             else:
@@ -156,7 +155,7 @@ class Benchmark:
         return missing
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """Return the benchmark's score: the mean of its data sets', all of which must be there."""
+        """Return the benchmark's score: the mean over all its data sets."""
         return sum(scores[dataset] for dataset in self.datasets) / len(self.datasets)
 
     def config(
@@ -166,12 +165,12 @@ class Benchmark:
         limit: int | None = None,
         images: str | Path | None = None,
     ) -> dict:
-        """Make OpenCompass's config of one of the data sets, all but its ``abbr``.
+        """Make OpenCompass's config of one of the data sets, without its ``abbr``.
 
-        The evaluation task must be given ``dump_details=True`` to keep the samples' details.
+        Give the evaluation task ``dump_details=True`` to keep the samples' details.
 
         Args:
-            dataset: VLMEvalKit's name of it.
+            dataset: VLMEvalKit's name of the data set.
             data_root: folder of the data file.
             limit: the number of questions to ask, see ``EvaluationDataset``.
             images: folder to unpack its pictures to; by default one in ``data_root``.
@@ -228,7 +227,7 @@ def _files(*datasets: str) -> tuple[DataFile, ...]:
 
 _EXACT = "exact matching"
 _TABLE = (
-    # A question counts if it is answered rightly in each rotation of its options.
+    # A question counts if each rotation of its options is answered correctly.
     Benchmark(
         "mmbench", "MMBench", _GENERAL, _files("MMBench_DEV_EN"), group=CIRCULAR, judge=_EXACT
     ),
@@ -241,16 +240,16 @@ _TABLE = (
         answer_tokens=256,
     ),
     # Cambrian-1 (arXiv 2406.16860, appendix C): the mean of 2D and 3D, and 2D the mean of its two
-    # sources, ADE20K and COCO. VLMEvalKit gives only these two parts. The fraction of all 2,638
+    # sources, ADE20K and COCO. VLMEvalKit gives only these two splits. The fraction of all 2,638
     # questions would be another number: 1,438 of them are 2D.
     Benchmark(
         "cvbench", "CV-Bench", _VISION, _files("CV-Bench-2D", "CV-Bench-3D"), judge=_EXACT
     ),
     # "Overall" counts pairs with two right answers, "Average" answers.
     Benchmark("mmvp", "MMVP", _VISION, _files("MMVP"), group=2, judge=_EXACT),
-    # The group accuracy, G_Acc, is what its authors rank models by (arXiv 2410.14669). A group is
-    # two questions to two pictures: without looking, half of the answers are right but no group.
-    # Q_Acc, I_Acc and Acc (which VLMEvalKit would take) are kept among the metrics.
+    # The authors rank models by the group accuracy, G_Acc (arXiv 2410.14669). A group is two
+    # questions about two pictures: without looking, half of the answers are right, but no group.
+    # The metrics also have Q_Acc, I_Acc and Acc (VLMEvalKit's choice).
     Benchmark(
         "naturalbench", "NaturalBench", _VISION, _files("NaturalBenchDataset"), "G_Acc", group=4
     ),
@@ -264,13 +263,12 @@ PAPER = tuple(BENCHMARKS)
 
 
 def register_benchmark(benchmark: Benchmark) -> None:
-    """Add a benchmark of your own to ``BENCHMARKS``.
+    """Add a benchmark to ``BENCHMARKS``.
 
-    Its ``module``, if none is given, is the module that calls. The same benchmark may be added
-    twice.
+    Without a ``module``, it gets the calling module. The same benchmark may be added twice.
 
     Raises:
-        DPAError: there is another benchmark of that name.
+        DPAError: another benchmark has that name.
     """
     caller = sys._getframe(1).f_globals["__name__"]
     if benchmark.module is None and caller != "__main__":
@@ -283,11 +281,11 @@ def find_benchmarks(names: Iterable[str], also: Iterable[str] = ()) -> list[Benc
     """Look names up, in the table's order; "all" stands for the paper's seven.
 
     Args:
-        names: of benchmarks.
+        names: names of benchmarks.
         also: further names that the caller knows, for the message.
 
     Raises:
-        DPAError: a name is unknown; the message has the nearest and the known ones.
+        DPAError: a name is unknown.
     """
     found = dict.fromkeys(n for name in names for n in (PAPER if name == "all" else (name,)))
     for name in found:

@@ -1,6 +1,4 @@
-"""The key of a cached answer or score: a short hash of all that it depends on."""
-
-from __future__ import annotations
+"""The key of a cached answer or score: a short hash of everything it depends on."""
 
 import functools
 import hashlib
@@ -18,9 +16,9 @@ _PACKAGES = ("opencompass", "ms-vlmeval", "transformers")
 
 
 def cache_key(files: Iterable[Path], *settings: object) -> str:
-    """Hash names and contents of files, settings, and the versions of ours and other packages.
+    """Hash names and contents of files, settings, and the versions of this and other packages.
 
-    A change of code within a version is not seen: ``tools/eval.py --fresh`` is for that.
+    The hash does not see a change of code within a version: use ``tools/eval.py --fresh`` then.
 
     Returns:
         Eight hexadecimal digits.

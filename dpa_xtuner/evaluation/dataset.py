@@ -1,7 +1,5 @@
 """VLMEvalKit's data sets for OpenCompass: whole groups under a limit, and no row lost."""
 
-from __future__ import annotations
-
 import ast
 import base64
 import importlib
@@ -27,8 +25,8 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import CIRCULAR
 
 _ASKED = ("question", "hint", "prompt", *string.ascii_uppercase)  # columns that make a prompt
-_TEXTS = ("question", "prompt", "answer")  # text, even where each one looks like a number
-_LONGEST_REFERENCE = 64  # characters: a longer text is a picture, as VLMEvalKit takes it
+_TEXTS = ("question", "prompt", "answer")  # text, even if every value looks like a number
+_LONGEST_REFERENCE = 64  # characters; a longer text is a picture, as in VLMEvalKit
 
 compat.vlmeval_literals()
 
@@ -37,11 +35,11 @@ compat.vlmeval_literals()
 class EvaluationDataset(BaseDataset):
     """A data set of VLMEvalKit, with its prompts.
 
-    The rows come longest prompt first, always in the same order: trouble with memory shows early,
-    and a batch has prompts of similar lengths. No row of the file is lost. One without picture or
-    question has the empty path or text in its prompt, one with a broken picture has the path of
-    the broken file, so that the model fails on that sample alone. One without a right answer has
-    None.
+    The rows are sorted by length, the longest prompt first, always in the same order: memory
+    problems show early, and a batch has prompts of similar lengths. No row of the file is lost. A
+    row without picture or question has an empty path or text in its prompt, and one with a broken
+    picture the path of that file, so that the model fails on that sample alone. A row without a
+    right answer has None.
     """
 
     @staticmethod
@@ -58,7 +56,7 @@ class EvaluationDataset(BaseDataset):
         Args:
             dataset_name: VLMEvalKit's name.
             data_root: folder of the file.
-            images: folder to unpack its pictures to. Pictures that are there are not written again.
+            images: folder to unpack its pictures to. Existing pictures are not written again.
             limit: the number of questions to ask, evenly spread over the file. Rows that belong
                 together (MMBench's rotations of a question, a pair of MMVP, a group of
                 NaturalBench) count as one question. None for all.
@@ -70,7 +68,7 @@ class EvaluationDataset(BaseDataset):
             file's row without pictures, as JSON.
 
         Raises:
-            DPAError: there is no such file, it has no rows, an index is missing or there twice, a
+            DPAError: there is no such file, it has no rows, an index is missing or occurs twice, a
                 group is incomplete, or the limit is below 1.
         """
         data = read_rows(Path(data_root, f"{dataset_name}.tsv"), limit, group)
@@ -92,11 +90,11 @@ class EvaluationDataset(BaseDataset):
 
 
 def vlmeval_dataset(name: str, data: pd.DataFrame, module: str | None, root: str | Path) -> Any:
-    """Make VLMEvalKit's data set of rows that are given: it reads and fetches no file.
+    """Make VLMEvalKit's data set from given rows; it reads and fetches no file.
 
     Args:
-        name: a name that VLMEvalKit knows, or that ``module`` makes known. Any other is taken for
-            multiple choice, as VLMEvalKit does.
+        name: a name that VLMEvalKit knows, or that ``module`` registers. Any other means multiple
+            choice, as in VLMEvalKit.
         data: its rows, without pictures.
         module: imported first.
         root: an existing folder that VLMEvalKit may write to; else it makes one in the home.
@@ -106,7 +104,7 @@ def vlmeval_dataset(name: str, data: pd.DataFrame, module: str | None, root: str
     classes = (c for c in known.DATASET_CLASSES if name in c.supported_datasets())
     kind = next(classes, ImageMCQDataset)
     if not issubclass(kind, ImageBaseDataset):
-        raise DPAError(f"{name!r} is no data set of single pictures.")
+        raise DPAError(f"{name!r} is not a data set of pictures.")
     dataset = kind.__new__(kind)
     dataset.load_data = lambda _: data.drop(columns="image_path", errors="ignore")
     with patch.dict(os.environ, LMUData=str(root)):
@@ -119,13 +117,13 @@ def read_rows(file: Path, limit: int | None = None, group: int | str = 1) -> pd.
     """Read a data file of VLMEvalKit; see ``EvaluationDataset.load``.
 
     Returns:
-        The chosen rows in the order of the questions. ``image`` holds lists of base64 texts, the
-        empty text for a picture that is missing.
+        The chosen rows in the order of the questions. ``image`` holds lists of base64 texts, an
+        empty text for a missing picture.
     """
     if not file.is_file():
         raise DPAError(f"{file} is not there; see tools/get_benchmarks.py.")
     try:
-        # Without converters "None" and "NA" would be read as missing.
+        # Without converters, pandas would read "None" and "NA" as missing.
         data = pd.read_csv(file, sep="\t", converters=dict.fromkeys(_TEXTS, str))
     except pd.errors.EmptyDataError:
         data = pd.DataFrame()
@@ -152,7 +150,7 @@ def read_rows(file: Path, limit: int | None = None, group: int | str = 1) -> pd.
 
 
 def group_keys(data: pd.DataFrame, group: int | str) -> pd.Series:
-    """Say which rows belong together: a number for each row, its group's in file order."""
+    """Say which rows belong together: the number of its group for each row, in file order."""
     if group == CIRCULAR:
         if "g_index" in data:
             return data["g_index"].astype(int)
@@ -201,12 +199,12 @@ def _pictures(cell: str, others: dict[str, str]) -> list[str]:
 
 
 def _unpack(data: pd.DataFrame, folder: Path) -> list[list[str]]:
-    """Write pictures as they are in the file, and return their paths, row by row."""
+    """Write the pictures of the file unchanged, and return their paths, row by row."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for index, pictures in zip(data["index"], data["image"], strict=True):
         numbers = [f"_{n}" for n in range(len(pictures))] if len(pictures) > 1 else [""]
-        stems = [quote(f"{index}{number}", safe="") for number in numbers]  # may hold "../"
+        stems = [quote(f"{index}{number}", safe="") for number in numbers]  # an index may be "../"
         paths.append([_write(*pair, folder) for pair in zip(pictures, stems, strict=True)])
     return paths
 
@@ -219,7 +217,7 @@ def _write(picture: str, stem: str, folder: Path) -> str:
         try:
             content = base64.b64decode(picture)
         except ValueError:
-            content = picture.encode()  # no picture either: the model says so
+            content = picture.encode()  # not a picture: the model reports that
         partial = folder / f".{path.name}.{os.getpid()}.partial"
         partial.write_bytes(content)
         os.replace(partial, path)
@@ -227,7 +225,7 @@ def _write(picture: str, stem: str, folder: Path) -> str:
 
 
 def _prompt(dataset: Any, line: pd.Series) -> list[dict]:
-    """Build VLMEvalKit's prompt as messages; its text is empty where a part of it is missing."""
+    """Build VLMEvalKit's prompt as messages; a missing text becomes an empty one."""
     unasked = pd.isna(line.get("question", ""))
     parts = dataset.build_prompt(line.fillna({"question": ""}) if unasked else line)
     for part in parts:

@@ -1,7 +1,5 @@
 """One evaluation: models by benchmarks, from OpenCompass's results to a report."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +21,11 @@ class Options:
 
     Attributes:
         limit: the number of questions or groups to ask of each data set; None for all.
-        gpus: how many answer at a time; 0 for the CPU.
+        gpus: number of GPUs that answer at a time; 0 for the CPU.
         batch_size: samples in a batch.
-        fresh: whether to ask again what has been answered.
-        left_out: lines for the report, see there.
-        other_files: lines for the report, see there.
+        fresh: whether to ask questions again that have an answer.
+        left_out: lines for :class:`Report`.
+        other_files: lines for :class:`Report`.
     """
 
     limit: int | None = None
@@ -48,11 +46,11 @@ class Model:
     """A model to evaluate.
 
     Attributes:
-        label: the table's row.
-        folder: of the model.
-        config: OpenCompass's; its ``abbr`` holds a cache key.
+        label: its row in the table.
+        folder: folder of the model.
+        config: OpenCompass's config; its ``abbr`` holds a cache key.
         reference: label of the model that it is compared to; empty for the first.
-        note: what a reader of the table should know of it.
+        note: a note for readers of the table.
     """
 
     label: str
@@ -68,13 +66,13 @@ def evaluate(
     work_dir: Path,
     options: Options,
 ) -> tuple[Report, Details]:
-    """Evaluate models on benchmarks whose files are there.
+    """Evaluate models on benchmarks whose files exist.
 
     Args:
         models: the table's rows, from ``visual`` or ``text``.
         asked: the table's columns and their data sets, from the same module.
-        work_dir: where everything goes, and a rerun continues.
-        options: see there.
+        work_dir: folder of all files; a rerun continues there.
+        options: how to evaluate.
 
     Returns:
         The report; and the samples, see ``BenchmarkEvaluator.score``.
@@ -109,14 +107,14 @@ def result_of(benchmark: Benchmark | TextBenchmark, found: Mapping[str, dict | s
     """Sum up a benchmark's data sets.
 
     Args:
-        benchmark: the table's column.
-        found: for each data set what the evaluator found, or where it failed.
+        benchmark: the benchmark.
+        found: for each data set the evaluator's result, or where it failed.
     """
     errors = [f"failed, see {error}" for error in found.values() if isinstance(error, str)]
     results = {name: result for name, result in found.items() if isinstance(result, dict)}
     mute = [name for name, result in results.items() if len(result["failed"]) == result["samples"]]
-    # A limit may leave one question of each of MMLU's 57 data sets, and a single failure is then
-    # all of its data set.
+    # A limit may leave one question of each of MMLU's 57 data sets; then a single failure is a
+    # whole data set.
     if mute and (isinstance(benchmark, Benchmark) or len(mute) == len(results)):
         failed = results[mute[0]]["failed"]
         reason = failed[0]["reason"] if failed else "there are none"
@@ -138,9 +136,9 @@ def opencompass_model(kind: str, abbr: str, folder: Path, options: Options, **mo
 
     Args:
         kind: dotted name of its class.
-        abbr: OpenCompass's name of it.
-        folder: of the model.
-        options: see there.
+        abbr: OpenCompass's name of the model.
+        folder: folder of the model.
+        options: how to evaluate.
         more: further arguments of the class.
     """
     return {

@@ -1,6 +1,4 @@
-"""OpenCompass's evaluator of pictures' questions: VLMEvalKit's score, and each sample's fate."""
-
-from __future__ import annotations
+"""OpenCompass's evaluator of questions about pictures: VLMEvalKit's score, and every sample."""
 
 import json
 import shutil
@@ -18,20 +16,20 @@ from dpa_xtuner.evaluation.benchmarks import NO_ANSWER, failed_samples
 from dpa_xtuner.evaluation.dataset import group_keys, vlmeval_dataset
 from dpa_xtuner.evaluation.scoring import score
 
-_NO_GOLD = "['no answer in the data file']"  # any rule takes it, and no answer is equal to it
+_NO_GOLD = "['no answer in the data file']"  # valid for any rule, and equal to no answer
 _NO_QUESTION = "no question in the data file"
 
 
 @ICL_EVALUATORS.register_module()
 class BenchmarkEvaluator(BaseEvaluator):
-    """Score a data set by VLMEvalKit's functions, without a judge model.
+    """Scores a data set by VLMEvalKit's functions, without a judge model.
 
     Args:
         dataset_name: VLMEvalKit's name.
-        group: see ``Benchmark``, as all that follow.
-        module: imported first.
+        group: see ``Benchmark``.
+        module: imported first; see ``Benchmark``.
         metric: VLMEvalKit's name of the number that is the score.
-        scale: makes 0 - 100 of VLMEvalKit's numbers.
+        scale: factor that turns VLMEvalKit's numbers into 0 - 100.
     """
 
     def __init__(
@@ -47,7 +45,14 @@ class BenchmarkEvaluator(BaseEvaluator):
         self.metric, self.scale = metric, scale
 
     def evaluate(self, k: Any, n: Any, original_dataset: Dataset, **arguments: Any) -> dict:
-        """Call ``score``, without the base class's statistics over repeated runs."""
+        """Call ``score``, without the base class's statistics over repeated runs.
+
+        Args:
+            k: not used.
+            n: not used.
+            original_dataset: not used.
+            arguments: arguments of ``score``.
+        """
         return self.score(**arguments)
 
     def score(self, predictions: Sequence[str | None], test_set: Dataset) -> dict[str, Any]:
@@ -55,12 +60,12 @@ class BenchmarkEvaluator(BaseEvaluator):
 
         Args:
             predictions: an answer for each row of ``test_set``. A sample whose answer is empty or
-                begins with ``NO_ANSWER`` has failed and counts as wrong, and so does any sample
-                whose row has no right answer.
+                begins with ``NO_ANSWER`` has failed and counts as wrong. So does a sample whose
+                row has no right answer.
             test_set: the rows of ``EvaluationDataset`` that were asked.
 
         Returns:
-            ``score`` (0 - 100), ``samples`` (how many rows), ``metrics`` (VLMEvalKit's numbers by
+            ``score`` (0 - 100), ``samples`` (number of rows), ``metrics`` (VLMEvalKit's numbers by
             name, fractions as 0 - 100), ``failed`` (``index`` and ``reason`` of each) and
             ``details`` (of each row: index, question, image (path), answer, prediction, correct, as
             in ``Scored``, and group: the same for rows that are right or wrong together, None
@@ -69,18 +74,18 @@ class BenchmarkEvaluator(BaseEvaluator):
         data = pd.DataFrame([json.loads(row) for row in test_set["row"]])
         golds = data.get("answer", pd.Series(_NO_GOLD, index=data.index))
         given = [
-            f"{NO_ANSWER}: no right answer is given" if gold is None else said
-            for gold, said in zip(golds, predictions, strict=True)
+            f"{NO_ANSWER}: no right answer is given" if gold is None else answer
+            for gold, answer in zip(golds, predictions, strict=True)
         ]
         failed = failed_samples(test_set["index"], given)
         lost = {sample["index"] for sample in failed}
         data["answer"] = golds.fillna(_NO_GOLD)
         data["prediction"] = [
-            NO_ANSWER if index in lost else said
-            for index, said in zip(test_set["index"], given, strict=True)
+            NO_ANSWER if index in lost else answer
+            for index, answer in zip(test_set["index"], given, strict=True)
         ]
         keys = group_keys(data, self.group_rows)
-        if "question" in data:  # those of a pair of MMVP must be the same
+        if "question" in data:  # both rows of a pair of MMVP must have the same question
             others = data["question"].groupby(keys).transform("first")
             data["question"] = data["question"].fillna(others).fillna(_NO_QUESTION)
         right, metrics = self._scored(data)
@@ -91,32 +96,32 @@ class BenchmarkEvaluator(BaseEvaluator):
             "metrics": metrics,
             "failed": failed,
             "details": [
-                _detail(row, said, correct, group)
-                for row, said, correct, group in zip(
+                _detail(row, answer, correct, group)
+                for row, answer, correct, group in zip(
                     test_set, predictions, right, groups, strict=True
                 )
             ],
         }
 
     def _scored(self, data: pd.DataFrame) -> tuple[list[bool | float | None], dict[str, float]]:
-        """Score rows in the order of their index, and return what is right in theirs."""
+        """Score rows in the order of their index, and return the results in the given order."""
         ordered = data.sort_values("index")
-        places = ordered.index
+        positions = ordered.index
         ordered = ordered.reset_index(drop=True)
         folder = Path(self.output_dir)
-        # A class would use the files that an earlier evaluation left.
+        # VLMEvalKit's classes would use files of an earlier evaluation.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         dataset = vlmeval_dataset(self.dataset_name, ordered, self.module, folder)
         right, metrics = score(dataset, ordered, self.group_rows, folder)
-        by_place = dict(zip(places, right, strict=True))
+        by_position = dict(zip(positions, right, strict=True))
         return (
-            [by_place[place] for place in range(len(data))],
+            [by_position[position] for position in range(len(data))],
             {str(name): float(value) * self.scale for name, value in metrics.items()},
         )
 
     def _headline(self, metrics: dict[str, float]) -> float:
-        """Pick the number that is the score; where there are several splits, their mean."""
+        """Pick the number that is the score; with several splits, their mean."""
         found = [v for name, v in metrics.items() if name.rpartition("|")[2] == self.metric]
         if not found:
             raise DPAError(
@@ -126,7 +131,7 @@ class BenchmarkEvaluator(BaseEvaluator):
         return sum(found) / len(found)
 
 
-def _detail(row: dict, said: str | None, correct: bool | float | None, group: Any) -> dict:
+def _detail(row: dict, answer: str | None, correct: bool | float | None, group: Any) -> dict:
     blocks = [block for message in row["prompt"] for block in message["content"]]
     images = [block["image_url"] for block in blocks if block["type"] == "image"]
     return {
@@ -134,7 +139,7 @@ def _detail(row: dict, said: str | None, correct: bool | float | None, group: An
         "question": "\n".join(block["text"] for block in blocks if block["type"] == "text"),
         "image": images[0] if images else None,
         "answer": row["answer"],
-        "prediction": said,
+        "prediction": answer,
         "correct": correct,
         "group": None if group is None else int(group),
     }

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: which files an evaluation reads, and what they say, without torch."""
+"""A Hugging Face folder: the files that an evaluation reads, and their content, without torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ADVICE = "Copy or export the folder again."
 
 
 def files_read(folder: Path) -> list[Path]:
-    """List the files that transformers may read, sorted; no README, log or folder beside them.
+    """List the files that transformers may read, sorted; no README, log or folder.
 
-    ``dpa.json`` is not among them: all that counts of it is ``pads_pictures``.
+    ``dpa.json`` is left out: only its ``pads_pictures`` matters.
     """
     return sorted(
         path for path in folder.iterdir()
@@ -37,18 +37,18 @@ def files_read(folder: Path) -> list[Path]:
 
 
 def pads_pictures(folder: str | Path) -> bool:
-    """Say whether the model was trained on pictures that were padded to a square."""
+    """Tell whether the model was trained on pictures that were padded to a square."""
     return bool(read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("pad_image_to_square"))
 
 
 def computing_dtype(folder: str | Path, device: str) -> torch.dtype:
-    """Return the type that a folder's model computes in: its config's, or float32 without one.
+    """Return the dtype that a folder's model computes in: its config's, or float32 without one.
 
-    A type that the device only emulates is replaced, see
+    A dtype that the device only emulates is replaced, see
     :func:`dpa_xtuner.precision.runnable_dtype`.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         device: the device's type, ``"cuda"`` or ``"cpu"``.
     """
     import torch
@@ -60,28 +60,28 @@ def computing_dtype(folder: str | Path, device: str) -> torch.dtype:
 
 
 def has_chat_template(folder: Path) -> bool:
-    """Say whether a LLaVA's processor or tokenizer has a chat template."""
+    """Tell whether a LLaVA's processor or tokenizer has a chat template."""
     if any((folder / f"chat_template.{kind}").is_file() for kind in ("json", "jinja")):
         return True
     return "chat_template" in read_json(folder / "tokenizer_config.json", _ADVICE)
 
 
 def check_llava(folder: Path) -> None:
-    """Refuse a folder that transformers could not open as a LLaVA, before anything is loaded.
+    """Refuse a folder that transformers can't open as a LLaVA, before anything is loaded.
 
     Raises:
-        DPAError: the folder is not there or is no LLaVA; the message says what is missing.
+        DPAError: the folder does not exist or is not a LLaVA; the message says what is missing.
     """
     expected = "expected the folder of a LlavaForConditionalGeneration and its processor"
     if not (folder / "config.json").is_file():
         raise DPAError(
-            f"{folder} has no config.json; {expected}. To make one of a run of ours: python "
+            f"{folder} has no config.json; {expected}. To make one from a run: python "
             f"tools/export.py CONFIG"
         )
     config = read_json(folder / "config.json", _ADVICE)
     for name in ("vision_config", "text_config"):
         if not isinstance(config.get(name) or {}, dict):
-            raise DPAError(f"{folder / 'config.json'} is broken ({name} is no object). {_ADVICE}")
+            raise DPAError(f"{folder / 'config.json'} is broken ({name} is not a dict). {_ADVICE}")
     vision = (config.get("vision_config") or {}).get("model_type")
     if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
         kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
@@ -94,18 +94,17 @@ def check_llava(folder: Path) -> None:
 
 
 def run_of_export(folder: Path) -> Path | None:
-    """Find the run whose export a folder is, ``<run>/<stage>/hf``; None for any other folder."""
-    for place in (Path(os.path.abspath(folder)), folder.resolve()):  # it may be a link
-        if place.name == HF_FOLDER and (place.parent / STATE_FILE).is_file():
-            return place.parents[1]
+    """Find the run of an export, ``<run>/<stage>/hf``; None for any other folder."""
+    for path in (Path(os.path.abspath(folder)), folder.resolve()):  # it may be a link
+        if path.name == HF_FOLDER and (path.parent / STATE_FILE).is_file():
+            return path.parents[1]
     return None
 
 
 def labels(folders: list[Path]) -> list[str]:
-    """Make short, distinct names of folders: the fewest last parts of their paths that differ.
+    """Make short, distinct labels of folders: as few last parts of their paths as differ.
 
-    ``hf``, the name of an exported folder, does not count as a part, and a stage's name alone is
-    not enough.
+    ``hf``, the name of exported folders, is skipped, and the name of a stage alone is not enough.
     """
     parts = [
         [part for part in Path(os.path.abspath(folder)).parts if part != HF_FOLDER]
@@ -117,6 +116,7 @@ def labels(folders: list[Path]) -> list[str]:
             break
     found: list[str] = []
     for label in (re.sub(r"[^\w.-]", "_", label) for label in short):
-        others = (f"{label}-{number}" for number in itertools.count(2))  # x and x/hf, "a b" and a_b
+        # Two paths may still have one label, such as x and x/hf, or "a b" and a_b.
+        others = (f"{label}-{number}" for number in itertools.count(2))
         found.append(next(n for n in itertools.chain([label], others) if n not in found))
     return found

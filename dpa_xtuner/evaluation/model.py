@@ -1,7 +1,5 @@
 """A Hugging Face LLaVA folder as an OpenCompass model: batched greedy generation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,13 +24,13 @@ from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.folder import computing_dtype, pads_pictures
 from dpa_xtuner.model.configs import caps_attention
 
-LLAVA_1_5 = (  # of llava-v1.5 (conv_vicuna_v1), whose first folders came without a template
+LLAVA_1_5 = (  # llava-v1.5's template (conv_vicuna_v1): its first folders have none
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions.{% for message in messages %}"
     "{{ ' ' + {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(message['role'], '') }}"
     "{{ message['content'] }}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
-_LITERAL = "\ue0d1\ue0d2"  # stands for '<image>' written in a question; a template leaves it alone
+_LITERAL = "\ue0d1\ue0d2"  # replaces '<image>' in the text of a question; no template changes it
 _LONGEST_REASON = 300
 
 
@@ -42,13 +40,13 @@ class ChatModel(BaseModel):
     Attributes:
         model: a causal language model of transformers, or a LLaVA, in evaluation mode.
         tokenizer: its tokenizer.
-        longest: the number of positions of the LLM; None for any.
+        longest: the number of positions of the LLM; None for no limit.
         template: the chat template.
-        as_text: whether the template takes a message as text with image tokens in it, as that of
-            an LLM's tokenizer does; that of a processor takes a list of pictures and texts.
+        as_text: whether the template takes a message as text with image tokens in it, as the
+            template of an LLM's tokenizer does; that of a processor takes pictures and texts.
         image_token: the text that stands for a picture in a prompt.
-        image_id: its token; -1 for a model without pictures.
-        image_tokens: the number of tokens that a picture takes in the prompt.
+        image_id: id of that token; -1 for a model without pictures.
+        image_tokens: the number of tokens of a picture in the prompt.
     """
 
     image_token, image_id, image_tokens = "<image>", -1, 0
@@ -60,13 +58,13 @@ class ChatModel(BaseModel):
     def set_up(
         self, model: PreTrainedModel, llm_config: Any, tokenizer: Any, processor: Any = None
     ) -> None:
-        """Keep what was loaded.
+        """Set up the model with its tokenizer and processor.
 
         Args:
-            model: is moved to the device.
-            llm_config: of the LLM, for its positions.
-            tokenizer: the LLM's.
-            processor: image processor and tokenizer; its chat template comes before the
+            model: moved to the device.
+            llm_config: config of the LLM, for its number of positions.
+            tokenizer: the LLM's tokenizer.
+            processor: image processor and tokenizer; its chat template is preferred to the
                 tokenizer's.
         """
         self.model = model.to(self.device).eval()
@@ -81,11 +79,11 @@ class ChatModel(BaseModel):
             return template, False
         if template := _unnamed(self.tokenizer.chat_template):
             return template, "image" not in template
-        get_logger().warning(f"{self.path} has no chat template: LLaVA-1.5's is taken.")
+        get_logger().warning(f"{self.path} has no chat template: using LLaVA-1.5's.")
         return LLAVA_1_5, True
 
     def parse_template(self, prompt_template: Any, mode: str) -> Any:
-        """Return the messages as they are: ``generate`` applies the folder's chat template."""
+        """Return the messages unchanged: ``generate`` applies the folder's chat template."""
         return list(prompt_template) if isinstance(prompt_template, tuple) else prompt_template
 
     def get_token_len(self, prompt: str) -> int:
@@ -95,30 +93,30 @@ class ChatModel(BaseModel):
     def generate(self, inputs: Sequence[list[dict] | str], max_out_len: int) -> list[str]:
         """Answer a batch of prompts, greedily.
 
-        A sample that fails, or gets an empty answer, has an answer that begins with ``NO_ANSWER``
-        and goes on with ``: reason``; the others of its batch are not affected. A batch that runs
-        out of memory, or raises, is halved until the culprit is alone.
+        The answer of a sample that fails, or gets an empty answer, is ``NO_ANSWER`` followed by
+        ``: reason``; the other samples of its batch are not affected. A batch that runs out of
+        memory, or raises, is halved until the culprit is alone.
 
         Args:
-            inputs: prompts as ``encode_messages`` takes them.
-            max_out_len: the number of tokens that an answer may have.
+            inputs: prompts for ``encode_messages``.
+            max_out_len: the largest number of tokens of an answer.
 
         Returns:
             The answers, stripped, in order.
 
         Raises:
-            RuntimeError: the GPU is in a state that no later sample would survive.
+            RuntimeError: the GPU is in a state in which every later sample would fail.
         """
         answers = [""] * len(inputs)
         prepared = []
-        for place, messages in enumerate(inputs):
+        for position, messages in enumerate(inputs):
             try:
-                prepared.append((place, *self.encode_messages(messages)))
-            except Exception as error:  # whatever is wrong with a sample, it costs that sample
-                answers[place] = failure(error)
+                prepared.append((position, *self.encode_messages(messages)))
+            except Exception as error:  # any error fails this sample only
+                answers[position] = failure(error)
         texts = in_halves(lambda some: self._generate(some, max_out_len), prepared)
-        for (place, *_), text in zip(prepared, texts, strict=True):
-            answers[place] = text or f"{NO_ANSWER}: empty answer"
+        for (position, *_), text in zip(prepared, texts, strict=True):
+            answers[position] = text or f"{NO_ANSWER}: empty answer"
         return answers
 
     def _generate(self, prepared: Sequence[tuple], max_out_len: int) -> list[str]:
@@ -146,7 +144,7 @@ class ChatModel(BaseModel):
         return [text.strip() for text in texts]
 
     def padded_batch(self, rows: list[list[int]], side: str) -> dict[str, Tensor]:
-        """Make ``input_ids`` and ``attention_mask`` (B, T) of token ids, padded at a side."""
+        """Make ``input_ids`` and ``attention_mask`` (B, T) from token ids, padded on one side."""
         tokens = [torch.tensor(row) for row in rows]
         ones = [torch.ones_like(row) for row in tokens]
         ids = pad_sequence(tokens, True, padding_value=self.pad_id, padding_side=side)
@@ -156,20 +154,20 @@ class ChatModel(BaseModel):
     def encode_messages(self, messages: list[dict] | str) -> tuple[list[int], list[Tensor]]:
         """Turn messages into token ids and pixels.
 
-        ``<image>`` in a question is text, no picture: it is cut in two before it reaches the
-        tokenizer.
+        ``<image>`` in a question is text, not a picture: it is cut in two before the tokenizer
+        sees it.
 
         Args:
-            messages: as OpenCompass's VLMEvalKit bridge makes them, a list of ``{"role": ...,
-                "content": [{"type": "text", "text": ...}, {"type": "image", "image_url": path}]}``;
-                or a text, which is a user's message.
+            messages: a list of ``{"role": ..., "content": [{"type": "text", "text": ...}, {"type":
+                "image", "image_url": path}]}``, as OpenCompass's VLMEvalKit bridge makes them; or a
+                text, for a user's message.
 
         Returns:
             Token ids, with ``image_tokens`` image tokens for each picture; and the pictures' pixel
             values (1, 3, H, W), in order.
 
         Raises:
-            DPAError: a picture or the question is not given, the template does not show each
+            DPAError: a picture or the question is missing, the template does not show each
                 picture once, or the prompt is longer than the model's positions.
             OSError: a picture is missing or broken.
         """
@@ -211,10 +209,11 @@ class ChatModel(BaseModel):
         pieces = prompt.split(_LITERAL)
         bos = self.tokenizer.bos_token
         ids: list[int] = []
-        for place, text in enumerate(pieces):
-            text = self.image_token[cut:] * (place > 0) + text
-            text += self.image_token[:cut] * (place < len(pieces) - 1)
-            has_bos = place > 0 or (bool(bos) and text.startswith(bos))
+        for number, text in enumerate(pieces):
+            # Each piece gets its half of the '<image>' that was cut.
+            text = self.image_token[cut:] * (number > 0) + text
+            text += self.image_token[:cut] * (number < len(pieces) - 1)
+            has_bos = number > 0 or (bool(bos) and text.startswith(bos))
             ids += self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
         return ids
 
@@ -225,9 +224,9 @@ class ChatModel(BaseModel):
 class LlavaFolder(ChatModel):
     """A folder that transformers' ``LlavaForConditionalGeneration`` and ``AutoProcessor`` open.
 
-    It computes in ``computing_dtype``. The LLM's attention is FlashAttention-2 where that is
-    installed on a GPU. Otherwise it is transformers' choice, or the eager one if the scores are
-    capped (Gemma-2), since SDPA would leave the cap out.
+    It computes in ``computing_dtype``. The LLM's attention is FlashAttention-2 on a GPU where that
+    is installed. Otherwise it is transformers' choice, or eager if the scores are capped (Gemma-2),
+    since SDPA ignores the cap.
 
     Attributes:
         pads: whether pictures are padded to a square, in the processor's mean colour, as training
@@ -239,10 +238,10 @@ class LlavaFolder(ChatModel):
 
         Args:
             path: the folder.
-            device: where to; None for the first GPU, or the CPU if there is none.
+            device: the device; None for the first GPU, or the CPU if there is none.
 
         Raises:
-            DPAError: it is no LLaVA folder, its tokenizer knows no image token, or weights are
+            DPAError: it is not a LLaVA folder, its tokenizer has no image token, or weights are
                 missing.
         """
         super().__init__(path, device)
@@ -259,9 +258,9 @@ class LlavaFolder(ChatModel):
             )
         self.pads = pads_pictures(path)
         dtype = computing_dtype(path, self.device.type)
-        for part in (config.text_config, config.vision_config):
-            # transformers 4.48 saves this with some models, and then takes the eager attention.
-            part._attn_implementation_autoset = False
+        for inner in (config.text_config, config.vision_config):
+            # transformers 4.48 saves this key with some models, and then uses eager attention.
+            inner._attn_implementation_autoset = False
         model = load_whole(
             LlavaForConditionalGeneration,
             path,
@@ -284,7 +283,7 @@ class LlavaFolder(ChatModel):
         processor = self.processor.image_processor
         if self.pads:
             picture = padded(picture, tuple(int(x * 255) for x in processor.image_mean))
-        # transformers can't tell the channels' side if the picture is 1 or 3 pixels high.
+        # transformers can't tell the channel dimension if the picture is 1 or 3 pixels high.
         pixels = processor(
             np.array(picture), input_data_format="channels_last", return_tensors="pt"
         )
@@ -292,9 +291,9 @@ class LlavaFolder(ChatModel):
 
 
 def padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Return the picture in the middle of a square, as XTuner's ``expand2square`` puts it.
+    """Put a picture into the middle of a square, as XTuner's ``expand2square`` does.
 
-    If the margins can't be equal, the left or upper one is the smaller.
+    If the margins can't be equal, the left or upper one is smaller.
     """
     side = max(picture.size)
     square = Image.new("RGB", (side, side), colour)
@@ -316,9 +315,9 @@ def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:
     transformers would initialise missing weights at random.
 
     Args:
-        kind: class of transformers' models, or an auto class.
+        kind: a model class of transformers, or an auto class.
         path: the folder.
-        options: as ``from_pretrained`` takes them.
+        options: arguments of ``from_pretrained``.
 
     Raises:
         DPAError: weights are missing, or have another shape than the config says.
@@ -326,7 +325,7 @@ def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:
     model, found = kind.from_pretrained(
         path, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
-    # On the meta device transformers takes weights of one size for tied, and does not miss them.
+    # On the meta device, transformers treats weights of equal size as tied, and misses none.
     left = [name for name, weight in model.state_dict().items() if weight.is_meta]
     lost = dict.fromkeys(sorted({*found["missing_keys"], *left}), "is missing")
     for name, there, wanted in found["mismatched_keys"]:
@@ -338,14 +337,14 @@ def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:
         )
     if unknown := found["unexpected_keys"]:
         get_logger().warning(
-            f"{path}: {len(unknown)} weights belong to no part of the model and are left out, the "
+            f"{path}: {len(unknown)} weights belong to no module of the model and are ignored, the "
             f"first: {min(unknown)}."
         )
     return model
 
 
 def _unnamed(template: str | dict | list | None) -> str | None:
-    """Return a chat template: of several with names the default, or else the first."""
+    """Return a chat template; of several named ones the default, else the first."""
     if isinstance(template, list):
         template = {named["name"]: named["template"] for named in template}
     if isinstance(template, dict):
@@ -358,13 +357,13 @@ def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
 
     Args:
         run: takes some of the samples and returns a result for each.
-        samples: all of them.
+        samples: all samples.
 
     Returns:
         The results in order; that of a culprit is its ``failure``.
 
     Raises:
-        RuntimeError: the GPU is in a state that no later sample would survive.
+        RuntimeError: the GPU is in a state in which every later sample would fail.
     """
     if not samples:
         return []
@@ -375,14 +374,14 @@ def in_halves(run: Callable[[Sequence], Sequence], samples: Sequence) -> list:
             raise
         if len(samples) == 1:
             return [failure(error)]
-    # Out of the except block, so that the failed attempt's tensors are freed.
+    # Outside the except block, so that the tensors of the failed attempt are freed.
     torch.cuda.empty_cache()
     half = len(samples) // 2
     return in_halves(run, samples[:half]) + in_halves(run, samples[half:])
 
 
 def failure(error: Exception) -> str:
-    """Make the answer that stands for none: ``NO_ANSWER`` and the reason."""
+    """Make the answer of a failed sample: ``NO_ANSWER`` and the reason."""
     reason = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
     return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]

@@ -1,6 +1,4 @@
-"""The table: models by benchmarks in the paper's column order, means, and the paper's own rows."""
-
-from __future__ import annotations
+"""The table: models by benchmarks in the paper's order, their means, and the paper's own rows."""
 
 import csv
 import io
@@ -10,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpa_xtuner import tables
-from dpa_xtuner.evaluation.benchmarks import KINDS, PAPER, Benchmark
+from dpa_xtuner.evaluation.benchmarks import BENCHMARK_KINDS, PAPER, Benchmark
 from dpa_xtuner.evaluation.folder import run_of_export
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_KINDS, TextBenchmark
 from dpa_xtuner.files import read_json, write_json, write_text
@@ -23,22 +21,22 @@ PAPER_MEANS = {
 """Means over the seven benchmarks as reported (arXiv 2509.14735), captions from ShareGPT4V-PT."""
 
 OWN_METRIC = "its metric"
-"""Stands for the judge of a benchmark that never needs one."""
+"""Replaces the judge of a benchmark that needs none."""
 
 Details = dict[tuple[str, str], list[dict]]
 """(model's label, data set) -> samples, as the evaluators list them."""
 
 LISTED = 20
-"""Failed samples of a benchmark that the Markdown lists; the JSON has all."""
+"""Failed samples of a benchmark that the Markdown lists at most; the JSON has all."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a model got on a benchmark.
+    """A model's result on a benchmark.
 
     Attributes:
         score: 0 - 100; None if a task failed.
-        samples: how many were asked.
+        samples: number of samples asked.
         failed: samples without an answer, which count as wrong: ``dataset``, ``index`` and
             ``reason`` of each.
         metrics: the evaluator's numbers by data set.
@@ -61,10 +59,10 @@ class Report:
         models: label -> benchmark's name -> result.
         benchmarks: the columns, in order.
         limit: the number of questions or groups asked of each data set; None for all.
-        left_out: lines on benchmarks that were asked for and have no files.
+        left_out: lines on wanted benchmarks that have no files.
         other_files: lines on data files that are not the published ones.
-        notes: other lines for who reads the table.
-        sources: label -> ``folder``, and ``abbr``, OpenCompass's name of it.
+        notes: other lines for readers of the table.
+        sources: label -> ``folder``, and ``abbr``, OpenCompass's name of the model.
         compared: label -> label of the model that it is compared to; the first by default.
     """
 
@@ -78,31 +76,31 @@ class Report:
     compared: dict[str, str] = field(default_factory=dict)
 
     def columns(self) -> dict[str, list[Benchmark | TextBenchmark]]:
-        """Return titles, and the benchmarks whose mean each shows: one, a kind's, or all.
+        """Return titles, and the benchmarks whose mean each shows: one, those of a kind, or all.
 
-        Answers and likelihoods have no common mean: what counts is their difference.
+        Answers and likelihoods have no common mean: their difference is what matters.
         """
         columns: dict[str, list[Benchmark | TextBenchmark]] = {}
-        for kind in (*KINDS, *TEXT_KINDS):
+        for kind in (*BENCHMARK_KINDS, *TEXT_KINDS):
             of_kind = [b for b in self.benchmarks if b.kind == kind]
             columns |= {b.title: [b] for b in of_kind}
             if len(of_kind) > 1:
                 columns[f"{kind} ({len(of_kind)})"] = of_kind
-        if {b.kind for b in self.benchmarks} == set(KINDS):
+        if {b.kind for b in self.benchmarks} == set(BENCHMARK_KINDS):
             columns[f"all ({len(self.benchmarks)})"] = list(self.benchmarks)
         return columns
 
     def is_papers(self) -> bool:
-        """Return whether the paper's means are of the same benchmarks, asked in full."""
+        """Tell whether the paper's means are of the same benchmarks, asked in full."""
         whole = self.limit is None and not self.other_files
         return whole and {b.name for b in self.benchmarks} == set(PAPER)
 
     def reference(self, label: str) -> str:
-        """Return the model that another is compared to, which may be that one itself."""
+        """Return the model that a model is compared to; it may be itself."""
         return self.compared.get(label, next(iter(self.models)))
 
     def results(self) -> Iterable[tuple[str, str, Result]]:
-        """Return label, benchmark's name and result of all cells."""
+        """Return label, benchmark's name and result of each cell."""
         return (
             (label, name, result)
             for label, results in self.models.items()
@@ -110,7 +108,7 @@ class Report:
         )
 
     def failures(self) -> list[str]:
-        """Return why the command should fail: a line for each model and benchmark in trouble."""
+        """Return why the command should fail: a line for each model and benchmark that failed."""
         found = self.results()
         return [f"{label}, {name}: {result.error}" for label, name, result in found if result.error]
 
@@ -122,7 +120,7 @@ def mean(scores: Iterable[float | None]) -> float | None:
     return sum(known) / len(scores) if len(known) == len(scores) else None
 
 
-def rows(report: Report) -> list[dict[str, Any]]:
+def report_rows(report: Report) -> list[dict[str, Any]]:
     """Return a row for each model and column: model, benchmark, score, difference, samples, ..."""
     found = []
     for label, results in report.models.items():
@@ -150,15 +148,15 @@ def rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def markdown(report: Report) -> str:
+def report_markdown(report: Report) -> str:
     """Return the report as Markdown, for the screen and for a file."""
     columns = report.columns()
-    table, found = [], rows(report)
+    table, found = [], report_rows(report)
     for label in report.models:
-        own = [row for row in found if row["model"] == label]
-        table.append([label, *(_shown(row["score"], "failed") for row in own)])
+        cells = [row for row in found if row["model"] == label]
+        table.append([label, *(_shown(cell["score"], "failed") for cell in cells)])
         if report.reference(label) != label:
-            table.append(["difference", *(_shown(row["difference"], "", "+") for row in own)])
+            table.append(["difference", *(_shown(cell["difference"], "", "+") for cell in cells)])
     if all(benchmark.chance is not None for benchmark in report.benchmarks):
         chances = [mean(benchmark.chance for benchmark in asked) for asked in columns.values()]
         table.append(["chance", *(_shown(chance, "") for chance in chances)])
@@ -177,7 +175,7 @@ def _shown(number: float | None, missing: str, sign: str = "") -> str:
 
 
 def _asked(report: Report) -> str:
-    """Make the table of what was asked: a row for each benchmark."""
+    """Make the table of the samples asked: a row for each benchmark."""
     table = []
     for benchmark in report.benchmarks:
         found = [results[benchmark.name] for results in report.models.values()]
@@ -191,13 +189,13 @@ def _asked(report: Report) -> str:
 def _lines(report: Report) -> list[str]:
     lines = []
     if report.limit is not None:
-        lines.append(f"Of each data set {report.limit} questions or groups at most were asked.")
+        lines.append(f"At most {report.limit} questions or groups of each data set were asked.")
         if any(benchmark.kind in TEXT_KINDS for benchmark in report.benchmarks):
-            lines.append("These are the first ones; of MMLU at least one of each subject is asked.")
+            lines.append("They are the first ones; MMLU has at least one of each subject.")
     if any(benchmark.judge for benchmark in report.benchmarks):
         lines.append(
-            "No judge model is asked: where VLMEvalKit would ask one to find the chosen option "
-            "in an answer, only what its exact matching finds counts."
+            "No judge model is asked. VLMEvalKit would ask one to find the chosen option in an "
+            "answer; here only its exact matching counts."
         )
     if report.is_papers():
         lines.append(
@@ -217,9 +215,9 @@ def _lines(report: Report) -> list[str]:
     return lines
 
 
-def save(report: Report, folder: Path, name: str = "table") -> str:
+def save_report(report: Report, folder: Path, name: str = "table") -> str:
     """Write ``<name>.md``, ``<name>.csv`` and ``<name>.json``, and return the Markdown."""
-    text, found = markdown(report), rows(report)
+    text, found = report_markdown(report), report_rows(report)
     write_text(folder / f"{name}.md", text)
     table = io.StringIO()
     writer = csv.DictWriter(table, list(found[0]), lineterminator="\n")
@@ -241,8 +239,8 @@ def save(report: Report, folder: Path, name: str = "table") -> str:
 def save_beside_runs(report: Report) -> None:
     """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
 
-    Nothing is written for other folders. Scores of the same model on benchmarks that were not asked
-    this time are kept.
+    Nothing is written for other folders. The file keeps scores of the same model on benchmarks
+    that were not asked this time.
     """
     for label, source in report.sources.items():
         if run := run_of_export(Path(source["folder"])):

@@ -1,9 +1,7 @@
-"""OpenCompass's tasks for models and data sets, in a folder in which a rerun continues.
+"""Runs OpenCompass's tasks for models and data sets, in a folder in which a rerun continues.
 
-Answers and scores are kept under names that hold a ``cache_key``, so none comes from a stale cache.
+The names of answers and scores hold a ``cache_key``, so none comes from a stale cache.
 """
-
-from __future__ import annotations
 
 import gc
 import itertools
@@ -24,10 +22,10 @@ RUN = "results"
 """OpenCompass's folder below the work dir."""
 
 PARTS = 8
-"""Parts that a data set is cut into for several GPUs. The same for any number of GPUs, since parts
-of different cuts can't be joined."""
+"""Parts that a data set is cut into for several GPUs. The number is fixed, since parts of different
+cuts can't be joined."""
 
-Pair = tuple[str, str]
+ModelAndData = tuple[str, str]
 """OpenCompass's names (``abbr``) of a model and of a data set."""
 
 _LOADED: dict[str, Any] = {}  # the one model that this process holds, by its abbr
@@ -35,18 +33,18 @@ _LOADED: dict[str, Any] = {}  # the one model that this process holds, by its ab
 
 def run(
     models: list[dict], data_sets: list[dict], work_dir: Path, workers: int = 1, fresh: bool = False
-) -> dict[Pair, dict | str]:
+) -> dict[ModelAndData, dict | str]:
     """Answer and score what is missing.
 
     Args:
-        models: OpenCompass's configs of models, each with an abbr that holds a cache key.
-        data_sets: the same of data sets.
-        work_dir: where everything goes; one evaluation at a time.
-        workers: processes that answer at a time, each on a GPU of its own; 1 for this process.
-        fresh: whether to answer and score again what is there.
+        models: OpenCompass's configs of models; each ``abbr`` holds a cache key.
+        data_sets: OpenCompass's configs of data sets, likewise.
+        work_dir: folder of all files, for one evaluation at a time.
+        workers: processes that answer at a time, each on its own GPU; 1 for this process alone.
+        fresh: whether to answer and score again.
 
     Returns:
-        For each pair what the evaluator found, or the log file and the error of what failed.
+        For each pair the evaluator's result, or the log file and the error.
 
     Raises:
         DPAError: another evaluation is writing to the work dir.
@@ -75,7 +73,7 @@ def run(
 
 
 def answer(model: dict, data_set: dict, folder: Path) -> str:
-    """Have a model answer a data set; it stays loaded for the next one.
+    """Let a model answer a data set; the model stays loaded for the next one.
 
     Returns:
         The log file and the error, or nothing.
@@ -87,7 +85,7 @@ def answer(model: dict, data_set: dict, folder: Path) -> str:
 
 
 def _logged(name: str, model: dict, data_set: dict, folder: Path) -> str:
-    """Run one of OpenCompass's tasks. Its error goes to a log file, and does not stop the run."""
+    """Run a task of OpenCompass; its error goes to a log file and does not stop the run."""
     log = folder / "logs" / model["abbr"] / f"{data_set['abbr']}.out"
     log.unlink(missing_ok=True)
     try:
@@ -110,17 +108,17 @@ def _run_task(name: str, model: dict, data_set: dict, folder: Path) -> None:
     task = getattr(tasks, name)(Config(config))
     if name == "OpenICLEvalTask":
         return task.run()
-    # Otherwise OpenCompass makes a folder in the current one.
+    # Without this, OpenCompass creates a folder in the current one.
     task.dataset_cfgs[0][0]["infer_cfg"]["inferencer"]["output_json_filepath"] = str(folder)
     task.run(_LOADED.get(model["abbr"]), model["abbr"])
     _LOADED[model["abbr"]] = task.model
 
 
 def _answer_in_parts(
-    missing: dict[Pair, tuple[dict, dict]], folder: Path, workers: int
-) -> dict[Pair, str]:
-    """Cut data sets into parts, and have processes answer those that are missing."""
-    errors: dict[Pair, str] = {}
+    missing: dict[ModelAndData, tuple[dict, dict]], folder: Path, workers: int
+) -> dict[ModelAndData, str]:
+    """Cut data sets into parts, and let processes answer the missing ones."""
+    errors: dict[ModelAndData, str] = {}
     pools = [
         ProcessPoolExecutor(1, get_context("spawn"), _start_worker, (number, folder / "logs"))
         for number in range(workers)
@@ -150,7 +148,7 @@ def _parts(data_set: dict, folder: Path) -> list[dict]:
     cut = NumWorkerPartitioner(
         str(folder), num_split=PARTS, dataset_size_path=None, force_rebuild=True
     )
-    with suppress(Exception):  # scoring will say what is wrong with the data set
+    with suppress(Exception):  # scoring reports what is wrong with the data set
         return cut.split_dataset(ConfigDict(data_set))
     return []
 
@@ -173,16 +171,16 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _result(folder: Path, pair: Pair) -> dict | None:
+def _result(folder: Path, pair: ModelAndData) -> dict | None:
     return _read(folder / "results" / pair[0] / f"{pair[1]}.json")
 
 
-def _clean_up(folder: Path, pair: Pair, fresh: bool) -> None:
-    """Remove half-written files of a killed run, since OpenCompass trusts what is there.
+def _clean_up(folder: Path, pair: ModelAndData, fresh: bool) -> None:
+    """Remove half-written files of a killed run, since OpenCompass trusts existing files.
 
-    If no sample of a data set was answered, its files go too: the samples are not what is wrong.
-    OpenCompass drops all answers of an unfinished data set if it can't read one line, such as the
-    last one, or one with a line separator of Unicode: the lines before it are kept.
+    If no sample of a data set was answered, its files are removed too, since the fault is not in
+    the samples. OpenCompass drops all answers of an unfinished data set if it can't read one line,
+    such as the last one, or one with a line separator of Unicode: we keep the lines before it.
     """
     model, data_set = pair
     result, answers = (

@@ -1,10 +1,8 @@
-"""VLMEvalKit's scores by its own functions, together with which rows are right.
+"""VLMEvalKit's scores by its own functions, and which rows are right.
 
 ``score`` knows how VLMEvalKit scores the published benchmarks, and calls the functions that its
-classes call. Of any other class it calls ``evaluate``, which goes through files.
+classes call. For any other class it calls ``evaluate``, which works on files.
 """
-
-from __future__ import annotations
 
 import ast
 import re
@@ -26,8 +24,8 @@ from dpa_xtuner.evaluation.benchmarks import CIRCULAR, NO_ANSWER
 from dpa_xtuner.evaluation.dataset import group_keys
 
 Scored = tuple[Sequence[bool | float | None], Mapping[str, float]]
-"""For each row whether it is right (a float where it can be partly right, None where VLMEvalKit
-does not tell); and VLMEvalKit's numbers by name."""
+"""Whether each row is right (a float if it can be partly right, None if VLMEvalKit does not tell),
+and VLMEvalKit's numbers by name."""
 
 # Reports of multiple choice, by a part of the data set's name; ``report_acc`` for all others.
 _REPORTS = {"MMT": mcq.report_acc_MMT, "MMSci": mcq.report_acc_MMSci, "MMVP": mcq.report_acc_MMVP}
@@ -36,7 +34,7 @@ _FORMULA = "Handwritten Mathematical Expression Recognition"
 _OCR_TASKS = (
     "Scene Text-centric VQA", "Doc-oriented VQA", "Key Information Extraction", _FORMULA,
 )  # fmt: skip
-# Where a class's ``evaluate`` leaves what it made of each row, and in which column.
+# The file and the column in which a class's ``evaluate`` leaves the score of each row.
 _ROW_FILES = (("_exact_matching_result", "hit"), ("_auxmatch", "score"), ("_results", "eval_score"))
 _UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
 _LONGEST = 32_000  # a cell of a spreadsheet holds 32,767 characters
@@ -46,10 +44,10 @@ def score(dataset: Any, data: pd.DataFrame, group: int | str, folder: Path) -> S
     """Score answers as the data set's class does, without a judge model.
 
     Args:
-        dataset: from ``vlmeval_dataset``.
+        dataset: made by ``vlmeval_dataset``.
         data: the file's rows and their ``prediction``, by ascending index, numbered from 0.
         group: see ``Benchmark``.
-        folder: where a class that is not known here may write.
+        folder: folder for files of a class that is not known here.
     """
     kind, name = type(dataset), dataset.dataset_name
     if kind is CVBench and all(data["split"] == "2D"):
@@ -79,16 +77,16 @@ def _choices(data: pd.DataFrame, group: int | str, report: Callable) -> Scored:
 
 def _anls(data: pd.DataFrame, name: str) -> Scored:
     rows = zip(data["answer"].map(_listed), data["prediction"], strict=True)
-    found = [{"match": [anls_compute(gold, said) for gold in golds]} for golds, said in rows]
+    found = [{"match": [anls_compute(gold, answer) for gold in golds]} for golds, answer in rows]
     values = pd.Series(hit_calculate(found, name), dtype=float)
     by = next((data[column] for column in ("split", "category") if column in data), None)
-    parts = {} if by is None else values.groupby(by).mean().to_dict()
-    means = {"Overall": values.mean(), **parts}
+    by_split = {} if by is None else values.groupby(by).mean().to_dict()
+    means = {"Overall": values.mean(), **by_split}
     return values.tolist(), {name: 100 * fraction for name, fraction in means.items()}
 
 
 def _listed(answer: str) -> list[str]:
-    """Read right answers: a list of them, or one."""
+    """Read the right answers: a list, or a single one."""
     try:
         found = ast.literal_eval(answer)
     except (ValueError, SyntaxError):
@@ -97,7 +95,7 @@ def _listed(answer: str) -> list[str]:
 
 
 def _ocrbench(data: pd.DataFrame) -> Scored:
-    """Score by OCRBench's rule; its norm is a percentage for any number of questions."""
+    """Score by OCRBench's rule, with its norm as a percentage for any number of questions."""
     right = [_is_read(row) for _, row in data.iterrows()]
     counts = dict.fromkeys(("Text Recognition", *_OCR_TASKS), 0)
     for category, hit in zip(data["category"], right, strict=True):
@@ -107,19 +105,20 @@ def _ocrbench(data: pd.DataFrame) -> Scored:
 
 
 def _is_read(row: pd.Series) -> bool:
-    """Say whether a right answer occurs in the answer; formulas without spaces, case counts."""
+    """Tell whether a right answer occurs in the answer; in formulas case counts, not spaces."""
 
     def plain(text: str) -> str:
+        """Normalise a text as OCRBench does."""
         text = text.strip().replace("\n", " ")
         return text.replace(" ", "") if row["category"] == _FORMULA else text.lower()
 
-    said, golds = plain(row["prediction"]), ast.literal_eval(row["answer"])
-    return row["prediction"] != NO_ANSWER and any(plain(gold) in said for gold in golds)
+    answer, golds = plain(row["prediction"]), ast.literal_eval(row["answer"])
+    return row["prediction"] != NO_ANSWER and any(plain(gold) in answer for gold in golds)
 
 
 def _naturalbench(data: pd.DataFrame) -> list[bool | float | None]:
     golds = (1, 0, 0, 1)  # yes or A, no or B, in the order of a group
-    return [read == golds[place % 4] for place, read in enumerate(_read(data))]
+    return [read == golds[number % 4] for number, read in enumerate(_extracted(data))]
 
 
 def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
@@ -128,22 +127,22 @@ def naturalbench_scores(data: pd.DataFrame) -> dict[str, float]:
     Args:
         data: any number of groups of four rows, with ``index``, ``type`` and ``prediction``.
     """
-    read = _read(data.sort_values(by="index"))
+    read = _extracted(data.sort_values(by="index"))
     return get_scores([read[i : i + 4] for i in range(0, len(read), 4)])
 
 
-def _read(data: pd.DataFrame) -> list[int]:
+def _extracted(data: pd.DataFrame) -> list[int]:
     return [
-        extract_answer(str(said), kind)
-        for said, kind in zip(data["prediction"], data["type"], strict=True)
+        extract_answer(str(answer), kind)
+        for answer, kind in zip(data["prediction"], data["type"], strict=True)
     ]
 
 
 def _by_class(dataset: Any, data: pd.DataFrame, folder: Path) -> Scored:
-    """Have a class score a file of answers, and read which rows are right from what it leaves."""
-    file = str(folder / f"{dataset.dataset_name}.pkl")  # a spreadsheet would make 7 of "007"
-    said = data["prediction"].map(lambda text: _UNWRITABLE.sub(" ", text)[:_LONGEST])
-    data.assign(prediction=said).to_pickle(file)
+    """Let a class score a file of answers, and read from its files which rows are right."""
+    file = str(folder / f"{dataset.dataset_name}.pkl")  # a spreadsheet would turn "007" into 7
+    answers = data["prediction"].map(lambda text: _UNWRITABLE.sub(" ", text)[:_LONGEST])
+    data.assign(prediction=answers).to_pickle(file)
     made = dataset.evaluate(file, model="exact_matching", nproc=1)
     for suffix, column in _ROW_FILES:
         if (left := Path(get_intermediate_file_path(file, suffix))).is_file():

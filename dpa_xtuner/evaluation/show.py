@@ -1,6 +1,4 @@
-"""Wrong answers with their pictures, on one HTML page that needs no other file."""
-
-from __future__ import annotations
+"""Shows wrong answers with their pictures on one HTML page that needs no other file."""
 
 import base64
 import io
@@ -22,8 +20,8 @@ def page(details: Details, count: int) -> str:
     """Make the page.
 
     Args:
-        details: see there.
-        count: the number of wrong answers to draw of each data set, evenly spread over all.
+        details: the samples of each model and data set.
+        count: the number of wrong answers to show of each data set, evenly spread over all.
     """
     groups = []
     for (model, dataset), samples in details.items():
@@ -40,18 +38,18 @@ def page(details: Details, count: int) -> str:
 
 
 def _sample(detail: dict) -> dict:
-    said = str(detail["prediction"])
-    if said.startswith(NO_ANSWER):
-        said = f"none{said.removeprefix(NO_ANSWER)}"
-    return {**detail, "prediction": said, "picture": _embedded(detail["image"])}
+    answer = str(detail["prediction"])
+    if answer.startswith(NO_ANSWER):
+        answer = f"none{answer.removeprefix(NO_ANSWER)}"
+    return {**detail, "prediction": answer, "picture": _embedded(detail["image"])}
 
 
 def _embedded(path: str | None) -> str:
-    """Make a thumbnail as a data URI; the empty text for a broken picture, or none."""
+    """Make a thumbnail as a data URI; an empty text if the picture is broken or missing."""
     try:
         with Image.open(path or "") as picture:
             small = picture.convert("RGB")
-    except Exception:  # the answer says what was wrong with it
+    except Exception:  # the answer says what is wrong with it
         return ""
     small.thumbnail((SIDE, SIDE))
     content = io.BytesIO()

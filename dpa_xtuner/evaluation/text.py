@@ -1,12 +1,10 @@
-"""Text-only data sets of OpenCompass: what training did to the LLM's own abilities.
+"""Text-only data sets of OpenCompass: how training changed the abilities of the LLM.
 
 The original LLM, the proxy and the tuned LLM answer the same questions, in the same chat template.
-There are two kinds of data sets, since an LLM that was trained on captions may still know what it
-no longer says. In those of kind ``answer`` the LLM writes an answer. In those of kind
-``likelihood`` the candidate that it finds most probable counts as its answer.
+There are two kinds of data sets, since an LLM that was trained on captions may know more than it
+writes. In kind ``answer`` the LLM writes an answer. In kind ``likelihood`` its most probable
+candidate counts as its answer.
 """
-
-from __future__ import annotations
 
 import math
 import os
@@ -26,7 +24,7 @@ from dpa_xtuner.layout import LLM, LLM_ADAPTER, PROVENANCE_FILE, PROXY, TUNE
 _SOURCE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 ANSWER_TOKENS = 128
-"""Our limit for an answer, where OpenCompass's config of a data set has none."""
+"""The limit of an answer if OpenCompass's config of a data set has none."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,10 @@ class TextLLM:
     """An LLM to evaluate.
 
     Attributes:
-        label: the table's row.
-        group: all LLMs of a group are compared to the first one.
-        role: ``original``, ``proxy``, ``tuned`` or ``given``; in file names.
-        llm: folder of a causal language model, or of a LLaVA, whose language model is taken.
+        label: its row in the table.
+        group: all LLMs of a group are compared to its first one.
+        role: ``original``, ``proxy``, ``tuned`` or ``given``; used in file names.
+        llm: folder of a causal language model, or of a LLaVA, whose language model is used.
         source: folder of tokenizer, chat template and generation config.
         adapter: PEFT folder, merged into the LLM once it is loaded.
     """
@@ -51,7 +49,7 @@ class TextLLM:
 
 
 def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
-    """Describe the LLMs of folders; those of a run are compared to its original one."""
+    """Describe the LLMs of folders; those of a run are compared to its original LLM."""
     llms = llms_of(folders)
     first: dict[str, str] = {}
     return [describe(llm, options, first.setdefault(llm.group, llm.label)) for llm in llms]
@@ -60,18 +58,18 @@ def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
 def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
     """Find the LLMs of folders, each folder once.
 
-    The export of a finished run, ``<run>/tune/hf``, has three: the original one, the proxy if there
-    was one, the tuned one. All are asked in the chat template that the run was tuned in, so that
-    they see the same tokens. Another folder, an LLM's or a LLaVA's, has one.
+    The export of a finished run, ``<run>/tune/hf``, has three: the original LLM, the proxy if there
+    is one, and the tuned LLM. All are asked in the chat template of the run, so that they see the
+    same tokens. Any other folder, of an LLM or a LLaVA, has one.
 
     Raises:
         DPAError: it is neither, or the original LLM is neither a folder nor in the hub cache.
     """
-    own = list({f.resolve(): Path(os.path.abspath(f)) for f in folders}.values())
-    runs = [run_of_export(folder) if folder.parent.name == TUNE else None for folder in own]
-    names = labels([run or folder for run, folder in zip(runs, own, strict=True)])
+    unique = list({f.resolve(): Path(os.path.abspath(f)) for f in folders}.values())
+    runs = [run_of_export(folder) if folder.parent.name == TUNE else None for folder in unique]
+    names = labels([run or folder for run, folder in zip(runs, unique, strict=True)])
     found = []
-    for folder, run, name in zip(own, runs, names, strict=True):
+    for folder, run, name in zip(unique, runs, names, strict=True):
         found += _llms_of_run(folder, name) if run else [_llm_of_folder(folder, name)]
     return found
 
@@ -105,10 +103,10 @@ def _llm_of_folder(folder: Path, name: str) -> TextLLM:
 
 
 def local_folder(name: str) -> Path:
-    """Find the folder of a model that is given by folder or hub name.
+    """Find the folder of a model by its path or hub name.
 
     Raises:
-        DPAError: there is none on this machine.
+        DPAError: it is not on this machine.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -119,16 +117,16 @@ def local_folder(name: str) -> Path:
     except OSError:
         raise DPAError(
             f"llm_name_or_path={name!r} is neither a folder nor in the hub cache of this machine. "
-            f"Give the folder of the original LLM, or fetch it once where there is a network."
+            f"Give the folder of the original LLM, or download it once while connected to the hub."
         ) from None
 
 
 def describe(llm: TextLLM, options: Options, reference: str = "") -> Model:
-    """Make the model to evaluate, named by a hash of all that its answers depend on.
+    """Describe an LLM to evaluate, named by a hash of all that its answers depend on.
 
     Args:
         llm: the LLM.
-        options: see there.
+        options: how to evaluate.
         reference: label of the LLM that it is compared to.
     """
     folders = [llm.llm] if llm.adapter is None else [llm.llm, llm.adapter]
@@ -148,7 +146,7 @@ def describe(llm: TextLLM, options: Options, reference: str = "") -> Model:
 
 
 def _positions(folder: Path) -> int:
-    """Read the positions of an LLM or of a LLaVA's LLM, whose config leaves defaults out."""
+    """Read the number of positions of an LLM; a LLaVA's config leaves out defaults."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     values, _ = PretrainedConfig.get_config_dict(folder)
@@ -161,17 +159,17 @@ def _positions(folder: Path) -> int:
 def data_sets_of(
     benchmark: TextBenchmark, data: Path, work_dir: Path, limit: int | None
 ) -> dict[str, dict]:
-    """Make OpenCompass's configs for our runs: local files, scores 0 - 100, cache keys in names.
+    """Make OpenCompass's configs of a benchmark: local files, scores 0 - 100, cache keys in names.
 
     Args:
-        benchmark: one whose files are there.
-        data: folder of their files.
-        work_dir: where the evaluation goes; nothing is written there.
-        limit: the number of questions, the first ones; of MMLU that many over all subjects, and at
-            least one of each. None for all.
+        benchmark: a benchmark whose files exist.
+        data: folder of the files.
+        work_dir: folder of the evaluation; not used.
+        limit: ask the first so many questions; of MMLU so many over all subjects, and at least one
+            of each. None for all.
 
     Returns:
-        By name: the benchmark's own, or one for each subject.
+        Configs by name: that of the benchmark, or one for each subject.
     """
     found = benchmark.configs()
     limit = limit and math.ceil(limit / len(found))

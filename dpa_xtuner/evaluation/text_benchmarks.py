@@ -1,6 +1,4 @@
-"""The text-only data sets of OpenCompass: their files, and where these come from."""
-
-from __future__ import annotations
+"""The text-only data sets of OpenCompass, their files and the archives of these."""
 
 import copy
 import importlib
@@ -15,7 +13,7 @@ from dpa_xtuner.evaluation.cache_key import file_digest
 from dpa_xtuner.files import move_into_place
 
 TEXT_KINDS = ("answer", "likelihood")
-"""The LLM writes an answer, or the candidate that it finds most probable counts as its answer."""
+"""The LLM writes an answer, or its most probable candidate counts as its answer."""
 
 
 def _archive(folder: str, md5: str) -> DataFile:
@@ -42,17 +40,17 @@ class TextBenchmark:
     """A data set that OpenCompass reads from local files.
 
     Attributes:
-        name: on the command line and in file names.
-        title: the table's column.
+        name: its name on the command line and in file names.
+        title: its title in the table.
         kind: one of ``TEXT_KINDS``.
         configs_of: OpenCompass's module of configs, below ``opencompass.configs.datasets``. MMLU's
             holds 57 data sets, one for each subject; its score is their unweighted mean, as in
             OpenCompass's summaries.
-        path: what it is read from, below the data folder, as in OpenCompass's archives.
-        parts: files below ``path`` that must be there, ``{name}`` being the data set's own name;
-            empty if ``path`` is the file.
-        chance: what guessing scores, 0 - 100.
-        judge: none is needed, see ``dpa_xtuner.evaluation.benchmarks.Benchmark``.
+        path: its file or folder below the data folder, as in OpenCompass's archives.
+        parts: required files below ``path``; ``{name}`` is the data set's name. Empty if ``path``
+            is the file.
+        chance: the score of guessing, 0 - 100.
+        judge: empty, see ``dpa_xtuner.evaluation.benchmarks.Benchmark``.
     """
 
     name: str
@@ -70,22 +68,22 @@ class TextBenchmark:
         return (ARCHIVES[self.path.partition("/")[0]],)
 
     def score(self, scores: Mapping[str, float]) -> float:
-        """Return the benchmark's score: the mean of its data sets'."""
+        """Return the benchmark's score: the mean over its data sets."""
         return sum(scores.values()) / len(scores)
 
     def configs(self) -> list[dict]:
-        """Return OpenCompass's configs of its data sets, to be changed freely."""
+        """Return OpenCompass's configs of its data sets, as copies."""
         module = importlib.import_module(f"opencompass.configs.datasets.{self.configs_of}")
         (found,) = (value for name, value in vars(module).items() if name.endswith("_datasets"))
         return copy.deepcopy(found)
 
     def paths(self, config: dict, root: Path) -> list[Path]:
-        """List the files that one of ``configs`` is read from, below the data folder."""
+        """List the files of one of ``configs``, below the data folder."""
         path = root / self.path
         return [path / part.format(name=config.get("name")) for part in self.parts] or [path]
 
     def missing(self, root: Path) -> list[Missing]:
-        """Say which files are not below the data folder, or empty: one entry for all of them."""
+        """Report files that are missing or empty: one entry for all of them."""
         needed = [path for config in self.configs() for path in self.paths(config, root)]
         lacking = [p for p in dict.fromkeys(needed) if not p.is_file() or not p.stat().st_size]
         if not lacking:
@@ -122,17 +120,17 @@ TEXT_BENCHMARKS = {
 """By name, in the table's order. None needs a judge."""
 
 
-def choose(names: list[str]) -> tuple[list[TextBenchmark], list[str]]:
-    """Split names: the text benchmarks, ``text`` being all of them, and the names that are left."""
+def split_names(names: list[str]) -> tuple[list[TextBenchmark], list[str]]:
+    """Split names into text benchmarks (``text`` means all of them) and other names."""
     chosen = [b for b in TEXT_BENCHMARKS.values() if b.name in names or "text" in names]
     return chosen, [name for name in names if name not in {"text", *TEXT_BENCHMARKS}]
 
 
 def unpack(archive: DataFile, root: Path) -> None:
-    """Unpack an archive that is in the data folder; its folder appears whole or not at all.
+    """Unpack an archive in the data folder; its folder appears completely or not at all.
 
     Raises:
-        DPAError: the archive is another one or does not hold its folder.
+        DPAError: the archive has another md5, or does not hold its folder.
     """
     packed = root / archive.name
     if (found := file_digest(packed)) != archive.md5:
@@ -141,7 +139,7 @@ def unpack(archive: DataFile, root: Path) -> None:
             f"away and get it again."
         )
     partial = root / f".{archive.dataset}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     try:
         shutil.unpack_archive(packed, partial)
         if not (partial / archive.dataset).is_dir():

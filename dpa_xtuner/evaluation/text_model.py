@@ -1,7 +1,5 @@
 """A language model and a scorer for OpenCompass's text-only data sets."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math
@@ -37,7 +35,7 @@ from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
-_ROUND = [  # as OpenCompass's own wrapper of chat models
+_ROUND = [  # as in OpenCompass's own wrapper of chat models
     {"role": "HUMAN", "api_role": "HUMAN"},
     {"role": "SYSTEM", "api_role": "HUMAN"},
     {"role": "BOT", "api_role": "BOT", "generate": True},
@@ -45,13 +43,13 @@ _ROUND = [  # as OpenCompass's own wrapper of chat models
 
 
 class LanguageModel(ChatModel):
-    """A causal language model, or that of a LLaVA folder.
+    """A causal language model, or the language model of a LLaVA folder.
 
     It writes answers in the chat template. Likelihoods are those of plain text, as OpenCompass
-    takes them of base models.
+    computes them for base models.
 
     Attributes:
-        failures: texts whose likelihood could not be computed, and why.
+        failures: text -> why its likelihood could not be computed.
     """
 
     def __init__(
@@ -62,20 +60,20 @@ class LanguageModel(ChatModel):
         max_seq_len: int | None = None,
         device: str | None = None,
     ) -> None:
-        """Load it.
+        """Load the model.
 
         Args:
             path: folder of the LLM, or of a LLaVA.
             source: folder of tokenizer, chat template and generation config; None for ``path``.
             adapter: a PEFT folder to merge into the LLM.
-            max_seq_len: longest prompt in tokens; OpenCompass leaves out examples beyond it.
-            device: where to; None for the first GPU, or the CPU if there is none.
+            max_seq_len: longest prompt in tokens; OpenCompass drops examples beyond it.
+            device: the device; None for the first GPU, or the CPU if there is none.
         """
         super().__init__(path, device, max_seq_len or 2048)
         source = source or path
         with_pictures = Path(source, "preprocessor_config.json").is_file()
         model = load_llm(path, adapter, computing_dtype(path, self.device.type))
-        with suppress(OSError):  # the end of a turn belongs to the chat template
+        with suppress(OSError):  # source's, since the end of a turn belongs to the chat template
             model.generation_config = GenerationConfig.from_pretrained(source)
         self.set_up(
             model,
@@ -95,8 +93,8 @@ class LanguageModel(ChatModel):
         """Turn a prompt of OpenCompass into token ids.
 
         Args:
-            messages: ``{"role": "HUMAN" or "BOT", "prompt": text}`` each, or a text. A message
-                without text, which OpenCompass's parser adds, is left out.
+            messages: a list of ``{"role": "HUMAN" or "BOT", "prompt": text}``, or a text. Messages
+                without text, which OpenCompass's parser adds, are skipped.
 
         Returns:
             Token ids, and no pictures.
@@ -106,7 +104,7 @@ class LanguageModel(ChatModel):
         turns: list[dict] = []
         for message in filter(lambda message: message["prompt"], messages):
             role, text = _ROLES[message["role"]], message["prompt"]
-            if turns and turns[-1]["role"] == role:  # templates refuse two of the same in a row
+            if turns and turns[-1]["role"] == role:  # templates refuse the same role twice in a row
                 turns[-1]["content"][0]["text"] += f"\n{text}"
             else:
                 turns.append({"role": role, "content": [{"type": "text", "text": text}]})
@@ -115,15 +113,15 @@ class LanguageModel(ChatModel):
     def get_ppl(self, inputs: Sequence[str], mask_length: None = None) -> np.ndarray:
         """Return the nats of each text, divided by its number of tokens.
 
-        OpenCompass's own wrapper takes the padding for text, so its numbers depend on what else is
-        in the batch. These don't, and are its numbers at batch size 1.
+        OpenCompass's own wrapper counts padding as text, so its numbers depend on the rest of the
+        batch. These don't; they equal its numbers at batch size 1.
 
         Args:
             inputs: plain texts.
             mask_length: not supported.
 
         Returns:
-            (N,) float64; infinite for a text that failed, whose reason is then in ``failures``.
+            (N,) float64; infinite for a text that failed, with the reason in ``failures``.
         """
         assert mask_length is None, "only whole texts"
         found = in_halves(self._nats, inputs)
@@ -164,12 +162,12 @@ _CLASSES = {
 def load_llm(
     path: str, adapter: str | None = None, dtype: torch.dtype | str = "auto"
 ) -> PreTrainedModel:
-    """Load a causal language model; InternLM's without remote code.
+    """Load a causal language model; InternLM without remote code.
 
     Args:
-        path: its folder, or that of a LLaVA, whose language model is given.
+        path: its folder, or that of a LLaVA, whose language model is returned.
         adapter: a PEFT folder to merge into it.
-        dtype: of its weights; ``"auto"`` for the folder's own.
+        dtype: dtype of its weights; ``"auto"`` for the folder's own.
 
     Raises:
         DPAError: weights are missing.
@@ -197,9 +195,9 @@ def _as_text(prompt: str | list[dict]) -> str:
 
 
 class LikelihoodInferencer(PPLInferencer):
-    """Pick the most probable candidate; if one of a sample's failed, the sample has no answer.
+    """Picks the most probable candidate; if a candidate fails, the sample has no answer.
 
-    OpenCompass would compare the others and take the best of them for the answer.
+    OpenCompass would pick the best of the other candidates.
     """
 
     def inference(
@@ -213,13 +211,13 @@ class LikelihoodInferencer(PPLInferencer):
         """Compute all likelihoods and write the predictions.
 
         Args:
-            retriever: of the examples before a question.
+            retriever: finds the examples before a question.
             output_json_filepath: folder of the predictions.
             output_json_filename: their file; it appears when they are complete.
             templates: ``ice_template``, ``prompt_template``.
 
         Returns:
-            The predictions; none on ranks that write no file.
+            The predictions; empty on ranks that write no file.
         """
         unchecked = f"{output_json_filename}.unchecked"
         super().inference(
@@ -243,10 +241,10 @@ class LikelihoodInferencer(PPLInferencer):
 
 
 class TextEvaluator(BaseEvaluator):
-    """Score as a data set's own evaluator does, and keep each sample.
+    """Scores as a data set's own evaluator does, and keeps every sample.
 
-    A sample that failed is scored with the empty answer: OpenCompass would look for an option's
-    letter, or a number, in the reason.
+    A failed sample is scored with an empty answer: OpenCompass would look for an option's letter,
+    or a number, in the reason.
     """
 
     def __init__(self, evaluator: dict, postprocessor: dict | None = None) -> None:
@@ -260,7 +258,14 @@ class TextEvaluator(BaseEvaluator):
         self.inner, self.postprocessor = ICL_EVALUATORS.build(evaluator), postprocessor
 
     def evaluate(self, k: int, n: int, original_dataset: Any, **columns: Any) -> dict:
-        """Call ``score``, without OpenCompass's statistics over repeated runs."""
+        """Call ``score``, without OpenCompass's statistics over repeated runs.
+
+        Args:
+            k: not used.
+            n: not used.
+            original_dataset: not used.
+            columns: arguments of ``score``.
+        """
         return self.score(**columns)
 
     def score(
@@ -268,15 +273,21 @@ class TextEvaluator(BaseEvaluator):
     ) -> dict:
         """Score the samples of a data set.
 
+        Args:
+            predictions: the answers.
+            references: the right answers.
+            origin_prompt: the prompts.
+            test_set: the rows of the data set.
+
         Returns:
             ``score`` (0 - 100), ``metrics``, ``samples`` (their number), ``failed`` (a list of
             index and reason) and ``details`` (index, question, image, answer, prediction,
             extracted, correct).
         """
         failed = failed_samples(range(len(predictions)), predictions)
-        without = {sample["index"] for sample in failed}
+        lost = {sample["index"] for sample in failed}
         answers = [
-            "" if i in without else self._extracted(given) for i, given in enumerate(predictions)
+            "" if i in lost else self._extracted(given) for i, given in enumerate(predictions)
         ]
         columns = {
             "predictions": answers,

@@ -1,6 +1,4 @@
-"""Models that see: Hugging Face LLaVA folders, and the data sets of questions about pictures."""
-
-from __future__ import annotations
+"""Models that see: Hugging Face LLaVA folders, and data sets of questions about pictures."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,23 +15,23 @@ from dpa_xtuner.evaluation.folder import (
     pads_pictures,
 )
 
-_NO_TEMPLATE = "has no chat template: it is asked in that of LLaVA-1.5."
+_NO_TEMPLATE = "has no chat template: it is asked in LLaVA-1.5's."
 
 
 def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
     """Describe the models of folders, each folder once.
 
-    OpenCompass's name of a model depends on its own folder alone, so that its answers are found
-    again beside other models.
+    OpenCompass's name of a model depends on its own folder only, so that its answers are found
+    again in an evaluation with other models.
 
     Raises:
-        DPAError: a folder holds no LLaVA.
+        DPAError: a folder is not a LLaVA.
     """
-    own = list({folder.resolve(): folder for folder in folders}.values())
-    for folder in own:
+    unique = list({folder.resolve(): folder for folder in folders}.values())
+    for folder in unique:
         check_llava(folder)
     models = []
-    for folder, label in zip(own, labels(own), strict=True):
+    for folder, label in zip(unique, labels(unique), strict=True):
         dtype = computing_dtype(folder, options.device)
         key = cache_key(files_read(folder), pads_pictures(folder), str(dtype))
         abbr = f"{labels([folder])[0]}-{key}"
@@ -49,10 +47,10 @@ def data_sets_of(
     """Make OpenCompass's configs of a benchmark's data sets, by VLMEvalKit's names.
 
     Args:
-        benchmark: one whose files are there.
+        benchmark: a benchmark whose files exist.
         data: folder of the benchmarks' files.
-        work_dir: where the evaluation goes; pictures are unpacked there, into a folder named by
-            the file's content.
+        work_dir: folder of the evaluation; pictures are unpacked there, into a folder named by the
+            file's content.
         limit: the number of questions or groups to ask, evenly spread; None for all.
     """
     found = {}

@@ -1,7 +1,5 @@
 """The demo's benchmarks: what is asked, and what VLMEvalKit makes of answers to it."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools
@@ -26,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("openmoji") / "benchmarks"
-    assert benchmarks.write(path, seed=0)
+    assert benchmarks.write_benchmarks(path, seed=0)
     return path
 
 
@@ -58,9 +56,9 @@ def _score(dataset: Any, answers: list[str], folder: Path) -> dict[str, float]:
 
 
 def test_same_seed_gives_the_same_files_once(folder: Path, tmp_path: Path) -> None:
-    assert benchmarks.write(tmp_path / "again", seed=0)
-    assert not benchmarks.write(tmp_path / "again", seed=1)
-    assert benchmarks.write(tmp_path / "other", seed=1)
+    assert benchmarks.write_benchmarks(tmp_path / "again", seed=0)
+    assert not benchmarks.write_benchmarks(tmp_path / "again", seed=1)
+    assert benchmarks.write_benchmarks(tmp_path / "other", seed=1)
     for name in benchmarks.FILES:
         first, again, other = (
             (path / f"{name}.tsv").read_bytes()
@@ -92,7 +90,7 @@ def test_no_drawing_was_seen_in_training(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         benchmarks, "draw", lambda scene: drawn.extend(scene.drawings) or draw(scene)
     )
-    benchmarks.write(tmp_path / "benchmarks", seed=0)
+    benchmarks.write_benchmarks(tmp_path / "benchmarks", seed=0)
     trained = {drawing.name for drawing in drawings.catalogue() if not drawing.held_out}
     assert len(drawn) > 294
     assert not {drawing.name for drawing in drawn} & trained
@@ -248,7 +246,7 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("demo")
     for name, share in (("plain", 0.0), ("mixed", scenes.Recipe().other_forms)):
         recipe = scenes.Recipe(captions=1, questions=600, held_out=24, other_forms=share)
-        scenes.write(root / name, recipe)
+        scenes.write_scenes(root / name, recipe)
     return root / "plain", root / "mixed"
 
 
@@ -287,7 +285,7 @@ def test_held_out_questions_are_of_the_kinds_asked_in_training(
 def test_held_out_questions_and_pictures_stay(trained_on: tuple[Path, Path]) -> None:
     plain, mixed = trained_on
     for path in plain.rglob("*"):
-        if path.is_file() and path.name not in (scenes.QUESTIONS, scenes.RECIPE):
+        if path.is_file() and path.name not in (scenes.QUESTIONS, scenes.RECIPE_FILE):
             assert path.read_bytes() == (mixed / path.relative_to(plain)).read_bytes()
 
 

@@ -1,7 +1,5 @@
 """The demo's drawings, pictures and questions."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -22,7 +20,7 @@ RECIPE = scenes.Recipe(captions=60, questions=60, held_out=32, text_only=3)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo") / "openmoji"
-    assert scenes.write(root, RECIPE)
+    assert scenes.write_scenes(root, RECIPE)
     return root
 
 
@@ -31,13 +29,13 @@ def _records(root: Path, name: str) -> list[dict]:
 
 
 def test_same_recipe_gives_the_same_files(data: Path, tmp_path: Path) -> None:
-    scenes.write(tmp_path / "again", RECIPE)
+    scenes.write_scenes(tmp_path / "again", RECIPE)
     assert scenes.digest(tmp_path / "again") == scenes.digest(data)
 
 
 def test_finished_data_is_not_made_again(data: Path) -> None:
     before = (data / scenes.CAPTIONS).stat().st_mtime_ns
-    assert not scenes.write(data, RECIPE)
+    assert not scenes.write_scenes(data, RECIPE)
     assert (data / scenes.CAPTIONS).stat().st_mtime_ns == before
     assert not scenes.is_written(data, scenes.Recipe(captions=61))
 
@@ -48,10 +46,10 @@ def test_nothing_is_left_of_a_broken_run(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(scenes, "_held_out_question_records", fail)
     with pytest.raises(OSError, match="disk full"):
-        scenes.write(tmp_path / "data", RECIPE)
+        scenes.write_scenes(tmp_path / "data", RECIPE)
     assert not (tmp_path / "data").exists()
     monkeypatch.undo()
-    assert scenes.write(tmp_path / "data", RECIPE)
+    assert scenes.write_scenes(tmp_path / "data", RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
@@ -75,7 +73,7 @@ def test_no_held_out_drawing_in_training_pictures(
         return save(folder, name, scene)
 
     monkeypatch.setattr(scenes._Folder, "save", record)
-    scenes.write(tmp_path / "data", RECIPE)
+    scenes.write_scenes(tmp_path / "data", RECIPE)
     held_out = {drawing.code for drawing in drawings.catalogue() if drawing.held_out}
     assert not (drawn["caption"] | drawn["question"]) & held_out
     assert drawn["heldout"] | drawn["heldout-caption"] <= held_out

@@ -1,7 +1,5 @@
 """The demo's report: matching, chance, and scores against a second computation."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -43,8 +41,8 @@ def test_match_leaves_case_punctuation_and_articles_out(
     assert report.matches(given, expected) is right
 
 
-def _question(choices: int) -> report.HeldOut:
-    return report.HeldOut(Path("a.png"), "kind", choices, "<image>\nwhat", "red")
+def _question(choices: int) -> report.HeldOutQuestion:
+    return report.HeldOutQuestion(Path("a.png"), "kind", choices, "<image>\nwhat", "red")
 
 
 def test_chance_by_hand() -> None:
@@ -53,7 +51,7 @@ def test_chance_by_hand() -> None:
 
 
 def test_comparison_has_a_row_a_kind_and_one_for_all() -> None:
-    row = report.Row(questions=4, with_picture=1.0, blank=2.0, accuracy=0.5, chance=0.1)
+    row = report.Scores(questions=4, with_picture=1.0, blank=2.0, accuracy=0.5, chance=0.1)
     result = report.Evaluation({"colour": row, "all": row}, ("red",) * 4)
     lines = report.compare(result, result).splitlines()
     assert [line.split()[0] for line in lines] == ["held-out", "colour", "all"]
@@ -98,7 +96,7 @@ def parts() -> report.Parts:
 
 
 @pytest.fixture
-def questions(tmp_path: Path) -> list[report.HeldOut]:
+def questions(tmp_path: Path) -> list[report.HeldOutQuestion]:
     records = []
     for number, colour in enumerate(("red", "blue")):
         Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
@@ -121,7 +119,7 @@ def questions(tmp_path: Path) -> list[report.HeldOut]:
 
 @torch.no_grad()
 def test_cross_entropy_equals_the_plain_one(
-    parts: report.Parts, questions: list[report.HeldOut]
+    parts: report.Parts, questions: list[report.HeldOutQuestion]
 ) -> None:
     scores = report.answer_cross_entropy(parts, questions, blank=False)
     for question, (total, tokens) in zip(questions, scores, strict=True):
@@ -141,7 +139,9 @@ def test_cross_entropy_equals_the_plain_one(
         assert total == pytest.approx(expected.item(), abs=0.05)
 
 
-def test_blank_picture_is_white(parts: report.Parts, questions: list[report.HeldOut]) -> None:
+def test_blank_picture_is_white(
+    parts: report.Parts, questions: list[report.HeldOutQuestion]
+) -> None:
     seen, blank = (report.answer_cross_entropy(parts, questions, b) for b in (False, True))
     assert all(one != other for one, other in zip(seen, blank, strict=True))
     white = [Image.new("RGB", (32, 32), "white").save(q.image) or q for q in questions]
@@ -151,9 +151,9 @@ def test_blank_picture_is_white(parts: report.Parts, questions: list[report.Held
 
 
 def test_evaluation_counts_and_picture(
-    parts: report.Parts, questions: list[report.HeldOut], tmp_path: Path
+    parts: report.Parts, questions: list[report.HeldOutQuestion], tmp_path: Path
 ) -> None:
-    result = report.evaluate(parts, questions)
+    result = report.ask_questions(parts, questions)
     assert list(result.rows) == ["colour", "all"]
     assert result.rows["all"].questions == len(result.answers) == 2
     assert result.rows["all"].chance == 0.5

@@ -32,7 +32,7 @@ def cells(text, row):
 
 
 def test_columns_means_and_differences():
-    text = report.markdown(made())
+    text = report.report_markdown(made())
     assert cells(text, "vanilla") == [
         "60.0", "50.0", "20.0", "30.0", "40.0", "40.0", "10.0", "70.0", "40.0", "40.0",
     ]  # fmt: skip
@@ -48,13 +48,13 @@ def test_columns_means_and_differences():
 
 
 def test_papers_rows_only_beside_the_papers_benchmarks():
-    text = report.markdown(made())
+    text = report.report_markdown(made())
     assert cells(text, "paper: Qwen2.5-7B, DPA")[-1] == "51.7"
     assert cells(text, "paper: Llama-3.1-8B, CAL")[-1] == "46.0"
     assert cells(text, "paper: Gemma-2-9B, vanilla") == [""] * 9 + ["48.2"]
     for other in (made(limit=100), made(names=PAPER[1:]), replace(made(), other_files=["one"])):
-        assert "paper" not in report.markdown(other)
-    assert "100 questions or groups at most" in report.markdown(made(limit=100))
+        assert "paper" not in report.report_markdown(other)
+    assert "100 questions or groups at most" in report.report_markdown(made(limit=100))
 
 
 def test_chance_where_all_columns_have_one():
@@ -62,30 +62,30 @@ def test_chance_where_all_columns_have_one():
         replace(b, chance=c) for b, c in zip(find_benchmarks(PAPER[:2]), (25, 30), strict=True)
     ]
     for benchmarks, row in ((known, ["25.0", "30.0", "27.5"]), (find_benchmarks(PAPER[:2]), None)):
-        text = report.markdown(replace(made(names=PAPER[:2]), benchmarks=benchmarks))
+        text = report.report_markdown(replace(made(names=PAPER[:2]), benchmarks=benchmarks))
         assert (cells(text, "chance") if "chance" in text else None) == row
 
 
 def test_one_kind_and_one_benchmark_have_no_means_to_tell():
-    header = report.markdown(made(names=["mmvp"])).splitlines()[0]
+    header = report.report_markdown(made(names=["mmvp"])).splitlines()[0]
     assert [cell.strip() for cell in header.strip("|").split("|")] == ["", "MMVP"]
-    header = report.markdown(made(names=["ai2d", "mmbench"])).splitlines()[0]
+    header = report.report_markdown(made(names=["ai2d", "mmbench"])).splitlines()[0]
     assert "general (2)" in header and "all" not in header
 
 
 def test_samples_failures_and_judges_are_told():
     failed = [{"dataset": "MMVP", "index": 7, "reason": "broken | picture"}]
-    text = report.markdown(made(mmvp=Result(12.5, 100, failed)))
+    text = report.report_markdown(made(mmvp=Result(12.5, 100, failed)))
     assert cells(text, "MMVP") == ["100", "exact matching", "0", "1"]
     assert cells(text, "DocVQA") == ["100", report.OWN_METRIC, "0", "0"]
     assert "- Sample without an answer: dpa, MMVP 7: broken | picture" in text
     assert "No judge model is asked" in text
-    assert "judge" not in report.markdown(made(names=["docvqa"]))
+    assert "judge" not in report.report_markdown(made(names=["docvqa"]))
 
 
 def test_many_failed_samples_are_listed_in_json_alone():
     failed = [{"dataset": "MMVP", "index": i, "reason": "broken"} for i in range(50)]
-    text = report.markdown(made(mmvp=Result(12.5, 100, failed)))
+    text = report.report_markdown(made(mmvp=Result(12.5, 100, failed)))
     assert text.count("Sample without an answer") == report.LISTED
     assert "- 30 more of them are listed in the JSON: dpa, mmvp" in text
 
@@ -93,7 +93,7 @@ def test_many_failed_samples_are_listed_in_json_alone():
 def test_a_failed_task_has_no_score_and_no_mean():
     broken = made(mmvp=Result(None, error="failed, see logs/x.out"))
     assert broken.failures() == ["dpa, mmvp: failed, see logs/x.out"]
-    text = report.markdown(broken)
+    text = report.report_markdown(broken)
     assert cells(text, "dpa")[-4:] == ["failed", "65.5", "failed", "failed"]
     assert cells(text, "difference")[-4:] == ["", "-4.5", "", ""]
     assert "- Failed: dpa, mmvp: failed, see logs/x.out" in text
@@ -115,7 +115,7 @@ def test_a_data_set_without_any_answer_is_a_failure():
 
 def test_files(tmp_path):
     failed = [{"dataset": "MMVP", "index": 7, "reason": "broken"}]
-    text = report.save(made(limit=100, mmvp=Result(12.5, 100, failed)), tmp_path)
+    text = report.save_report(made(limit=100, mmvp=Result(12.5, 100, failed)), tmp_path)
     assert (tmp_path / "table.md").read_text() == text
     with (tmp_path / "table.csv").open() as file:
         lines = {(line["model"], line["benchmark"]): line for line in csv.DictReader(file)}
@@ -130,7 +130,7 @@ def test_files(tmp_path):
     assert content["results"]["dpa"]["mmvp"]["failed"] == failed
     assert content["rows"][0]["score"] == 60.0 and content["limit"] == 100
     assert "paper_means" not in content
-    report.save(made(), tmp_path)
+    report.save_report(made(), tmp_path)
     content = json.loads((tmp_path / "table.json").read_text())
     assert content["paper_means"]["Qwen2.5-7B"] == {"vanilla": 49.0, "CAL": 51.0, "DPA": 51.7}
 

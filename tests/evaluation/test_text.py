@@ -342,8 +342,8 @@ def test_missing_files_are_named_with_their_place(data, tmp_path):
     assert f"MMLU: {missing.path}: not there, or empty (and {others} more)" in str(missing)
     assert "get_benchmarks.py mmlu" in str(missing)
     both = benchmarks("mmlu", "piqa")
-    assert text_benchmarks.choose(["mmvp", "piqa", "all"]) == (both[1:], ["mmvp", "all"])
-    assert text_benchmarks.choose(["text"]) == (list(TEXT_BENCHMARKS.values()), [])
+    assert text_benchmarks.split_names(["mmvp", "piqa", "all"]) == (both[1:], ["mmvp", "all"])
+    assert text_benchmarks.split_names(["text"]) == (list(TEXT_BENCHMARKS.values()), [])
     (tmp_path / "piqa").mkdir()
     for name in ("train.jsonl", "train-labels.lst", "dev.jsonl", "dev-labels.lst"):
         (tmp_path / "piqa" / name).write_text("x" * (name != "dev.jsonl"))
@@ -423,7 +423,7 @@ def test_the_table_shows_differences_to_the_original(tmp_path):
         for label, values in found.items()
     }
     compared = {label: f"{label[0]}: original LLM" for label in found}
-    markdown = report.save(
+    markdown = report.save_report(
         report.Report(models, asked, 4, ["PIQA"], compared=compared), tmp_path, "text"
     )
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in markdown.split("\n")[:10]]
