@@ -66,7 +66,7 @@ def parse_options(given: list[str]) -> dict:
 
 
 def say(text: str, stream=None) -> None:
-    """Print to a stream (default: stdout), and ignore that its reader is gone."""
+    """Print to a stream (default: stdout); do nothing if its reader is gone."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""Run a training as a child process, and end all its processes when this one is told to end."""
+"""Run a training as a child process, and end all its processes when a signal ends this one."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ _SECONDS = 7  # until the processes are killed; each one ends by itself after ab
 LAUNCHER = "DPA_LAUNCHER"  # as in dpa_xtuner.engine.stopping, which is slow to import
 
 
-class _Told(BaseException):
+class _Signalled(BaseException):
     pass
 
 
@@ -27,25 +27,26 @@ def run(command: list[str]) -> int:
             ended.
     """
 
-    def told(number: int, frame) -> None:
+    def on_signal(number: int, frame) -> None:
+        """Raise in the main thread."""
         for each in _SIGNALS:  # a second signal must not interrupt the clean-up
             signal.signal(each, signal.SIG_IGN)
-        raise _Told(number)
+        raise _Signalled(number)
 
-    heeded = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {each: signal.signal(each, told) for each in heeded}
+    handled = [each for each in _SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, on_signal) for each in handled}
     # A terminal sends Ctrl-C to all processes, but only this one may act on it, once.
-    # torchrun's agent handles the signals that it is told to handle, even ignored ones.
+    # PET_SIGNALS_TO_HANDLE: torchrun's agent would handle even ignored signals.
     environment = os.environ | {LAUNCHER: str(os.getpid()), "PET_SIGNALS_TO_HANDLE": "SIGTERM"}
     child = None
     try:
         child = subprocess.Popen(command, env=environment, preexec_fn=_ignore_ctrl_c)
         code = child.wait()
-    except _Told as stop:
+    except _Signalled as stop:
         number = stop.args[0]
         if child is not None:
             _end(child)
-        if LAUNCHER not in os.environ:  # otherwise the tool that started this one says it
+        if LAUNCHER not in os.environ:  # otherwise the tool that started this one reports it
             name = signal.Signals(number).name
             say(f"\nStopped ({name}); run the same command again to continue.", sys.stderr)
         raise SystemExit(128 + number) from None
@@ -59,7 +60,7 @@ def _ignore_ctrl_c() -> None:
 
 
 def _end(child: subprocess.Popen) -> None:
-    """Tell the ranks to end, which end their own workers; then kill what is left."""
+    """End the ranks, which end their own workers; then kill what is left."""
     try:
         root = psutil.Process(child.pid)
         ranks, everything = [root], [root, *root.children(recursive=True)]

@@ -1,4 +1,4 @@
-"""XTuner's training script; what XTuner imports may print to a reader that is gone."""
+"""XTuner's training script, which survives when the reader of its output is gone."""
 
 import dpa_xtuner.plugin  # noqa: F401
 

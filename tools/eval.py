@@ -4,7 +4,7 @@
 
 A model is a config (path or name), whose finished run is exported first, or the folder of a Hugging
 Face LLaVA. The table is printed and saved in the work dir as table.md, .csv and .json, with
-differences to the first model. The same command again does what is missing and nothing else.
+differences to the first model. Run the same command again to continue after an interruption.
 
     python tools/eval.py dpa_internlm2_7b --benchmarks text
 
@@ -53,7 +53,7 @@ def main() -> int:
     add(
         "--ignore-md5",
         action="store_true",
-        help="evaluate files that are not the published ones, too; the table names them",
+        help="also evaluate files that are not the published ones; the table names them",
     )
     add("--limit", type=_positive, metavar="N",
         help="questions or groups of each data set, evenly spread (text-only: the first); default: "
@@ -65,13 +65,13 @@ def main() -> int:
         help="GPUs that answer at a time; default: one, or the CPU if there is none",
     )
     add("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
-    add("--fresh", action="store_true", help="ask again what has been answered")
+    add("--fresh", action="store_true", help="ask all questions again")
     add("--show", type=_positive, metavar="N",
         help="draw N wrong answers of each data set to wrong_answers.html; of text-only ones to "
         "wrong_answers_text.html")  # fmt: skip
     add("--work-dir", type=Path, default="work_dirs/eval", help="default: work_dirs/eval")
     add("--import", nargs="+", default=[], metavar="MODULE", dest="modules",
-        help="Python modules that register benchmarks of your own "
+        help="Python modules that register further benchmarks "
         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     with cli_errors():
         return _evaluate(parser.parse_args())
@@ -85,7 +85,7 @@ def _positive(text: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate on pictures, and then on text alone, which has a table of its own."""
+    """Evaluate on pictures, then on text alone, which has its own table."""
     from dpa_xtuner.evaluation import text_benchmarks as text
     from dpa_xtuner.evaluation.benchmarks import find_benchmarks
     from dpa_xtuner.evaluation.evaluate import Options
@@ -101,9 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for line in [*(f"Left out: {line}" for line in left_out), *other_files]:
         print(line, file=sys.stderr, flush=True)
     if not there:
-        raise DPAError(
-            f"--data {arguments.data} has the files of none of these benchmarks, see above."
-        )
+        raise DPAError(f"--data {arguments.data} has no files of these benchmarks, see above.")
     options = Options(
         arguments.limit, gpus, arguments.batch_size, arguments.fresh, left_out, other_files
     )
@@ -127,7 +125,7 @@ def _evaluate_kind(
     described = of_kind.models_of([_folder(model) for model in models], options)
     data_sets = {b: of_kind.data_sets_of(b, data, work_dir, limit) for b in asked}
     if kind == "text":
-        options = replace(options, other_files=())  # those are of benchmarks with pictures
+        options = replace(options, other_files=())  # only benchmarks with pictures have them
         found = evaluate(described, data_sets, work_dir, options)
         return _show(arguments, *found, "text", "wrong_answers_text.html")
     found = evaluate(described, data_sets, work_dir, options)
@@ -142,18 +140,18 @@ def _import(module: str) -> None:
         sys.path.append(os.getcwd())
     try:
         found = importlib.util.find_spec(module)
-    except (ImportError, TypeError, ValueError):  # no name of a module, or its parents' trouble
+    except (ImportError, TypeError, ValueError):  # not a module name, or a parent fails to import
         found = None
     if found is None:
         raise DPAError(
-            f"--import {module}: there is no such module. Expected the name of one on PYTHONPATH "
+            f"--import {module}: there is no such module. Give the name of a module on PYTHONPATH "
             f"or in the current folder, such as my_package.my_benchmarks."
         )
     try:
         importlib.import_module(module)
     except DPAError:
         raise
-    except Exception as error:  # its own trouble
+    except Exception as error:  # an error in the user's module
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise DPAError(
             f"--import {module}: {type(error).__name__}: {error} ({last.filename}, line "
@@ -164,7 +162,7 @@ def _import(module: str) -> None:
 def _show(
     arguments: argparse.Namespace, report: Report, details: Details, table: str, page: str
 ) -> int:
-    """Save and print the table, draw wrong answers; exit code 1 if something failed."""
+    """Save and print the table, and draw wrong answers; return exit code 1 if something failed."""
     from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.report import save_report
     from dpa_xtuner.files import write_text
@@ -194,7 +192,7 @@ def _model(name: str) -> Path:
 def _with_files(
     benchmarks: list, arguments: argparse.Namespace
 ) -> tuple[list, list[str], list[str]]:
-    """Return benchmarks whose files are there, what is left out, and files of another md5."""
+    """Return benchmarks whose files exist, missing files, and files with another md5."""
     missing = {benchmark: benchmark.missing(arguments.data) for benchmark in benchmarks}
     ignored = [m for found in missing.values() for m in found if m.md5 and arguments.ignore_md5]
     lacking = {b: [m for m in found if m not in ignored] for b, found in missing.items()}

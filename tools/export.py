@@ -16,7 +16,7 @@ from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 
 
 def main() -> None:
-    """Export, and say where to."""
+    """Export, and print the folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

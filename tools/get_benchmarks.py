@@ -1,4 +1,4 @@
-"""Fetch the benchmarks' data files, and say what is missing.
+"""Fetch the benchmarks' data files, and list what is missing.
 
 Usage: python tools/get_benchmarks.py [NAMES ... | all | text] [--data DIR] [--list]
 
@@ -47,12 +47,12 @@ def main() -> None:
 
 
 def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
-    """Fetch what is not there, unpack archives, and print what there is.
+    """Fetch missing files, unpack archives, and print a list of all files.
 
     Args:
-        names: of benchmarks; "all" and "text" stand for those with pictures and without.
-        folder: of the data files; it is made if it is not there.
-        fetch_them: whether to fetch, and to unpack.
+        names: names of benchmarks; "all" means those with pictures, "text" those without.
+        folder: folder of the data files; created if it is missing.
+        fetch_them: whether to fetch and unpack.
 
     Returns:
         Whether something is missing.
@@ -71,7 +71,7 @@ def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
         if missing:
             print(f"         put it at {(folder / file.name).resolve()}")
             print(f"         md5       {file.md5 or 'any'}")
-            print(f"         from      {file.url or 'nowhere: it is made on this machine'}")
+            print(f"         from      {file.url or 'nowhere: make it on this machine'}")
             print(f"         problem   {refused.get(file) or f'{missing.path}: {missing.problem}'}")
     here = sum(missing is None for missing in found.values())
     print(f"{here} of {len(found)} files are in {folder.resolve()}.")
@@ -79,19 +79,19 @@ def get(names: list[str], folder: Path, fetch_them: bool = True) -> bool:
 
 
 def survey(benchmarks: list, folder: Path) -> dict[DataFile, Missing | None]:
-    """List the files that benchmarks come in, and what is wrong with each."""
+    """List the files of benchmarks, and what is wrong with each."""
     missing = {m.file: m for benchmark in benchmarks for m in benchmark.missing(folder)}
     return {file: missing.get(file) for benchmark in benchmarks for file in benchmark.files}
 
 
 def fetch_missing(found: dict[DataFile, Missing | None], folder: Path) -> dict[DataFile, str]:
-    """Fetch and unpack what is not there: what is there and wrong is the user's to move away.
+    """Fetch and unpack missing files; the user must move wrong files away.
 
     Returns:
-        Why a file could not be fetched or unpacked.
+        File -> why it could not be fetched or unpacked.
     """
     refused: dict[DataFile, str] = {}
-    unreachable: dict[str, str] = {}  # hosts: each is waited for once
+    unreachable: dict[str, str] = {}  # host -> error: wait for each host only once
     for file, missing in found.items():
         path, host = folder / file.name, urlsplit(file.url).netloc
         if missing is None or (file.is_archive and (folder / file.dataset).exists()):
@@ -114,12 +114,12 @@ def fetch(file: DataFile, path: Path) -> None:
     """Fetch a file, resuming an interrupted download.
 
     Args:
-        file: what to fetch.
-        path: where it goes when its md5 is right.
+        file: the file to fetch.
+        path: its path once its md5 is right.
 
     Raises:
-        OSError, HTTPException: no connection, it broke off, or the disk is full.
-        DPAError: what was fetched is not what was expected; it is removed.
+        OSError, HTTPException: there is no connection, it broke off, or the disk is full.
+        DPAError: the md5 is wrong; the file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -128,7 +128,7 @@ def fetch(file: DataFile, path: Path) -> None:
     request = urllib.request.Request(file.url, headers={"Range": f"bytes={got}-"} if got else {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            if answer.status != 206:  # all of it, from the start
+            if answer.status != 206:  # the server sends the whole file
                 got = 0
             length = answer.headers.get("Content-Length")
             total = got + int(length) if length else None
@@ -140,14 +140,14 @@ def fetch(file: DataFile, path: Path) -> None:
                     out.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not got:  # 416: nothing comes after what was got
+        if error.code != 416 or not got:  # 416: the file was complete already
             raise
     size = partial.stat().st_size
     if total is not None and size < total:
         raise DPAError(f"the connection broke off after {size:,} of {total:,} bytes; try again")
     if file.md5 and (found := file_digest(partial)) != file.md5:
         partial.unlink()
-        if got:  # what was kept was of another version, or broken
+        if got:  # the partial file was of another version, or broken
             return fetch(file, path)
         raise DPAError(f"{file.url} gave {size:,} bytes with md5 {found}, expected {file.md5}")
     return move_into_place(partial, path)

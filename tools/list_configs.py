@@ -1,4 +1,4 @@
-"""List the configs whose names hold a pattern, like ``xtuner list-cfg``."""
+"""List the configs whose names contain a pattern, like ``xtuner list-cfg``."""
 
 import argparse
 
@@ -10,5 +10,6 @@ if __name__ == "__main__":
     pattern = parser.parse_args().pattern
     names = config_names(pattern)
     if not names:
-        raise SystemExit(f"No config's name holds {pattern!r}. Known: {', '.join(config_names())}.")
+        known = ", ".join(config_names())
+        raise SystemExit(f"No config's name contains {pattern!r}. Known: {known}.")
     say("\n".join(names))

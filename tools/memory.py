@@ -1,7 +1,7 @@
-"""What each stage of a config needs on every GPU, as a Markdown table.
+"""Show the memory of each stage of a config on every GPU, as a Markdown table.
 
-Nothing is loaded: models are counted by their published configuration, from a local folder, the
-hub, or the sizes that come with this package.
+No weights are loaded: sizes come from the published configurations, in a local folder, on the hub,
+or in this package.
 
     python tools/memory.py dpa_internlm2_7b --gpus 8 --zero 2 --length 1024
     python tools/memory.py --table docs/memory.md   # all configs, on 1 to 16 GPUs
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # it takes seconds to import
     from mmengine.config import Config
 
 CARDS = (24, 40, 80)  # GB
-USABLE = 0.9  # of a card; the rest is for CUDA itself and for what fragmentation wastes
+USABLE = 0.9  # fraction of a card; the rest is for CUDA itself and fragmentation
 COLUMNS = ("stage", "trained", "frozen", "weights", "gradients", "optimizer", "buffers",
            "activations", "total", "fits into")  # fmt: skip
 # The tables of all configs: GPUs and ZeRO stage, and the tokens of a sample.
@@ -75,9 +75,10 @@ def tables(names: list[str]) -> list[str]:
     for name in names:
         sizes = []
         for stage, model in stage_models(config_from_file(find_config(name))).items():
-            length = min(LENGTH, model.own.max_length)
+            settings = model.stage_settings
+            length = min(LENGTH, settings.max_length)
             sizes.append([model.memory(*setup, length).total for setup in SETUPS])
-            needs.append((name, stage, f"{model.own.batch_size} x {length}", *map(_gb, sizes[-1])))
+            needs.append((name, stage, f"{settings.batch_size} x {length}", *map(_gb, sizes[-1])))
         cards = [_card(max(column)) for column in zip(*sizes, strict=True)]
         first = next(i for i, card in enumerate(cards) if card)
         gpus, zero = SETUPS[first]
@@ -108,21 +109,21 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="?", help="path or name of a config")
     parser.add_argument("--table", type=Path, metavar="FILE",
-                        help="write the tables of all configs in place of those in this Markdown "
-                        "file; nothing else counts")  # fmt: skip
+                        help="replace the tables in this Markdown file by those of all configs; "
+                        "ignores other options")  # fmt: skip
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2,
                         help="DeepSpeed's ZeRO stage; 0: without DeepSpeed")  # fmt: skip
     parser.add_argument("--length", type=int,
-                        help="tokens of a sample with its images (default: max_length, the most "
-                        "there can be; captions are some 60 tokens and their image)")  # fmt: skip
+                        help="tokens of a sample with its images (default: max_length; captions "
+                        "are some 60 tokens and their image)")  # fmt: skip
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
     check_options(sys.argv[1:])
     arguments = parser.parse_args()
     if bool(arguments.config) == bool(arguments.table):
         parser.error("give a config, or --table FILE for all of them")
     if arguments.gpus < 1 or (arguments.length or 1) < 1:
-        parser.error("--gpus and --length are numbers from 1 on")
+        parser.error("--gpus and --length must be above 0")
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors

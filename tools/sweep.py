@@ -1,4 +1,4 @@
-"""Run one config with a list or a grid of settings, and make a table of what was measured.
+"""Run one config with a list or a grid of settings, and make a table of the results.
 
     python tools/sweep.py CONFIG --grid method=vanilla,pmo,cmo,dpa proxy.lora.r=64,256
     python tools/sweep.py CONFIG --list runs.yaml

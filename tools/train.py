@@ -36,7 +36,7 @@ def command(config: Path, arguments: list[str]) -> list[str]:
 
 
 def summary(work_dir: Path) -> str:
-    """Summarise each stage in a line: status, steps, time, what was measured and written."""
+    """Summarise each stage in a line: status, steps, time, measurements and written folders."""
     states = {stage: _state(work_dir / stage / STATE_FILE) for stage in STAGE_NAMES}
     begun = [stage for stage in STAGE_NAMES if states[stage]]
     if not begun:
@@ -76,7 +76,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _check_deepspeed(arguments: list[str]) -> None:
-    """Refuse a ``--deepspeed`` that is neither a file nor a name of XTuner's."""
+    """Refuse a ``--deepspeed`` that is neither a file nor one of XTuner's names."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--deepspeed")
     name = parser.parse_known_args(arguments)[0].deepspeed
@@ -88,7 +88,7 @@ def _check_deepspeed(arguments: list[str]) -> None:
 
 
 def main() -> int:
-    """Run and return the exit code."""
+    """Train, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--work-dir", help="default: work_dirs/<config's name>")

@@ -1,18 +1,18 @@
-# Everything that the configs of Decoupled Proxy Alignment share. A config names its models
-# and its data, and overrides what differs. Any value can be set on the command line, e.g.
+# The base of all configs of Decoupled Proxy Alignment. A config names its models and its data, and
+# overrides what differs. Any value can be set on the command line, e.g.
 #   xtuner train configs/dpa_internlm2_7b.py --cfg-options align.lr=1e-3
 #
 # Sources: [paper] arXiv 2509.14735; [xtuner] XTuner 0.2.0's LLaVA configs; [ours].
 
 custom_imports = dict(imports=['dpa_xtuner.plugin'], allow_failed_imports=False)
-# The runner of that name in this scope goes through the stages proxy, align and tune.
+# In this scope, the runner of that name runs the stages proxy, align and tune.
 _scope_ = 'dpa_xtuner'
 runner_type = 'Runner'
 
 #######################################################################
 #                          PART 1  Settings                           #
 #######################################################################
-# What is trained, and by which loss [paper]:
+# The stages, and their loss [paper]:
 #   vanilla  align, tune         plain cross entropy
 #   pmo      proxy, align, tune  plain cross entropy
 #   cmo      align, tune         weighted by p(with picture) - p(without)
@@ -20,14 +20,14 @@ runner_type = 'Runner'
 #   cal      align, tune         weighted by the difference of the logits
 method = 'dpa'
 
-# What all stages compute in [ours]; frozen weights are kept in it, trained ones in float32.
+# The precision of all stages [ours]: frozen weights are stored in it, trained ones in float32.
 #   auto  bf16 where the device computes it natively, fp16 (with dynamic loss scaling) on
 #         other GPUs (T4, V100), fp32 on other CPUs
 #   bf16, fp16, fp32
 precision = 'auto'
 
-# The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA's layers.
-# prompt_template, a name of XTuner's or a dict of its keys, is for another chat template.
+# The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA layers.
+# prompt_template (one of XTuner's names, or a dict with its keys) sets another chat template.
 #   llm_name_or_path = 'Qwen/Qwen2.5-7B-Instruct'
 #   family = 'qwen2_5'
 
@@ -36,12 +36,12 @@ visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
 encoder = dict(type='clip')  # [paper]
 # mlp (depth), pixel_shuffle (factor), avg_pool (factor), resampler (queries)
 projector = dict(type='mlp')  # [paper]
-# Above 1, an image is cut into at most so many tiles of the encoder's size, and a thumbnail.
+# Above 1: cut an image into at most so many tiles of the encoder's size, plus a thumbnail.
 max_tiles = 1
 
 # Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
-# captions with their images, tune the `instructions`. share=0.25 takes a part of it. A list
-# of files, with a list of image folders, is a mixture; weights=[2, 1] sets their parts.
+# captions with their images, tune the `instructions`. share=0.25 uses a quarter of the data. A
+# list of files, with a list of image folders, is a mixture; weights=[2, 1] sets its ratio.
 captions = dict(
     data_path='{{$DPA_DATA:data}}/captions.json',
     image_folder='{{$DPA_DATA:data}}/images',
@@ -60,9 +60,9 @@ proxy = dict(
     pad_image_to_square=True,
     warmup_ratio=0.03,  # [paper]
     save_steps=200,  # optimizer steps between checkpoints [ours]
-    # The loss is divided by the weights of the whole optimizer step, over all ranks and
-    # micro-batches [ours]. 'micro_batch': by each micro-batch's own, as stock XTuner: short
-    # answers in sorted batches weigh more.
+    # Divide the loss by the weights of the whole optimizer step, over all ranks and micro-batches
+    # [ours]. 'micro_batch': by those of each micro-batch, as stock XTuner; then short answers in
+    # sorted batches weigh more.
     normalize='global',
     train_llm='lora',  # [paper]; 'full' trains a whole LLM as proxy
     lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # [paper]
@@ -78,21 +78,21 @@ align = dict(
     warmup_ratio=0.03,  # [paper]
     save_steps=200,
     normalize='global',
-    # Empty: the method's. align.loss=uniform (or cmo, cal) is for this stage alone,
-    # align.loss.d_min=0 (d_max, window, boundary) changes a bound of it.
+    # Empty: the method's loss. align.loss=uniform (or cmo, cal) sets it for this stage,
+    # align.loss.d_min=0 (d_max, window, boundary) changes one argument.
     loss=dict(),
-    contrast_cache=None)  # a folder, where several epochs or runs share the same proxy
+    contrast_cache=None)  # a folder, useful if several epochs or runs share the same proxy
 
 tune = dict(
     start_from='target',  # [paper]; 'proxy' starts from the proxy LLM
-    # A folder of a projector that an earlier run wrote: the run is this stage alone, for a model
-    # that is tuned on further data. llm_name_or_path is then the LLM that belongs to it.
+    # The folder of a projector of an earlier run: then the run is this stage alone, to tune a
+    # finished model on further data. llm_name_or_path must be the LLM that belongs to it.
     init_projector=None,
     train_llm='full',  # [paper]; 'lora' trains an adapter
     lr=4e-5,  # [paper]
-    projector_lr=None,  # the projector's own (LLaVA's mm_projector_lr); None: lr
+    projector_lr=None,  # of the projector (LLaVA's mm_projector_lr); None: lr
     train_visual_encoder=False,  # True trains the visual encoder too, as LLaVA-NeXT and InternVL
-    visual_encoder_lr=None,  # its own (LLaVA-NeXT's mm_vision_tower_lr, 2e-6); None: lr
+    visual_encoder_lr=None,  # of the encoder (LLaVA-NeXT's mm_vision_tower_lr, 2e-6); None: lr
     batch_size=4,
     global_batch_size=256,  # [paper]
     max_epochs=1,  # [paper]
@@ -103,12 +103,12 @@ tune = dict(
     save_steps=200,
     normalize='global',
     loss=dict(),  # as in align
-    lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # read where train_llm='lora' [ours]
+    lora=dict(r=256, lora_alpha=512, lora_dropout=0.0))  # used if train_llm='lora' [ours]
 
 #######################################################################
 #            PART 2  Model & Tokenizer & Image Processor              #
 #######################################################################
-# How they are loaded is known from family and encoder; type= overrides it.
+# family and encoder choose the loaders; type= overrides them.
 tokenizer = dict(trust_remote_code=False, padding_side='right')
 
 image_processor = dict()
@@ -122,17 +122,17 @@ model = dict(
 #                      PART 3  Dataset & Dataloader                   #
 #######################################################################
 train_dataloader = dict(
-    batch_size=1,  # each stage sets its own
+    batch_size=1,  # the stages set it
     num_workers=4,
     pin_memory=True)
 
 #######################################################################
 #                    PART 4  Scheduler & Optimizer                    #
 #######################################################################
-# A weight_decay above 0 spares norms and biases, as LLaVA's, unless paramwise_cfg or a constructor
-# of yours says otherwise.
+# A weight_decay above 0 does not apply to norms and biases, as in LLaVA, unless paramwise_cfg or
+# your own constructor says otherwise.
 optim_wrapper = dict(
-    type='OptimWrapper',  # precision decides
+    type='OptimWrapper',  # the stages set it, by precision
     optimizer=dict(type='AdamW', lr=0.0, betas=(0.9, 0.999), weight_decay=0.0),  # [paper]
     clip_grad=dict(max_norm=1.0, error_if_nonfinite=False))  # [xtuner]
 
@@ -154,10 +154,10 @@ env_cfg = dict(
 
 visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 log_level = 'INFO'
-log_processor = dict(  # these are averaged over the logging interval, others are the last value
+log_processor = dict(  # averages these over the logging interval; others show the last value
     by_epoch=False,
     mean_pattern=r'.*(loss|time|data_time|grad_norm|cross_entropy|mean_|share_|tokens).*')
 load_from = None
 resume = False
-# A number, since a stopped run has to draw the same samples again.
+# A number, since a resumed run must draw the same samples.
 randomness = dict(seed=42, deterministic=False)

@@ -40,9 +40,9 @@ IGNORED = -100
 # not generalise.
 SMALL_VARIANTS = 16
 LARGE_VARIANTS = 6
-# Scales the spread of the features from 2.5 to 0.6. The outputs of a new projector are then about as
-# long as the LLM's word embeddings, not four times as long: cross entropy in the first ten steps of
-# align fell from 1.33 to 1.02. A power of two, so rounding loses nothing.
+# Scales the spread of the features from 2.5 to 0.6. The outputs of a new projector are then about
+# as long as the LLM's word embeddings, not four times as long: cross entropy in the first ten steps
+# of align fell from 1.33 to 1.02. A power of two, so rounding loses nothing.
 FEATURE_SCALE = 0.25
 # How the shipped weights were trained.
 SEED = 0

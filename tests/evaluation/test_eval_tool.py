@@ -107,7 +107,7 @@ def test_missing_files_are_left_out_and_nothing_is_an_error(call, folder, data):
     assert "- Left out: DocVQA: " in out
     code, out, err = call(folder, "--data", data, "--benchmarks", "docvqa", "ocrbench")
     assert code == 1 and not out and err.count("Left out: ") == 2
-    assert "has the files of none of these benchmarks" in err
+    assert "has no files of these benchmarks" in err
 
 
 def test_a_file_that_is_not_the_published_one(call, folder, data, tmp_path):
@@ -176,7 +176,7 @@ def test_benchmarks_of_ones_own(call, folder, data, tmp_path, monkeypatch):
     arguments = [folder, "--data", data, "--benchmarks", "mine"]
     for wrong in ("my_benchmark", "no.such", "my_benchmarks.more", "./my_benchmarks.py", ""):
         line = refused(call(*arguments, "--import", wrong))
-        assert f"--import {wrong}: there is no such module. Expected the name of one" in line
+        assert f"--import {wrong}: there is no such module. Give the name of a module" in line
     line = refused(call(*arguments, "--import", "broken"))
     assert "--import broken: SyntaxError: invalid syntax (broken.py, line 1)" in line
     code, out, _ = call(*arguments, "--import", "my_benchmarks")

@@ -309,7 +309,7 @@ def test_weights_of_another_shape_are_refused_and_unknown_ones_said(folder, tmp_
 
     LlavaFolder(changed(folder, tmp_path / "more", add))
     (line,) = said
-    assert "1 weights belong to no part of the model" in line and "layers.9.mlp.weight" in line
+    assert "1 weights belong to no module of the model" in line and "layers.9.mlp.weight" in line
 
     def cut(weights):
         weights["multi_modal_projector.linear_1.bias"] = torch.zeros(7)

@@ -54,7 +54,7 @@ def test_papers_rows_only_beside_the_papers_benchmarks():
     assert cells(text, "paper: Gemma-2-9B, vanilla") == [""] * 9 + ["48.2"]
     for other in (made(limit=100), made(names=PAPER[1:]), replace(made(), other_files=["one"])):
         assert "paper" not in report.report_markdown(other)
-    assert "100 questions or groups at most" in report.report_markdown(made(limit=100))
+    assert "At most 100 questions or groups" in report.report_markdown(made(limit=100))
 
 
 def test_chance_where_all_columns_have_one():

@@ -51,7 +51,7 @@ def changed(qwen, monkeypatch):
         ({"projector": dict(type="resampler")}, "projector='resampler' is not an MLP", "parts"),
         ({"projector": dict(type="pixel_shuffle")}, "'pixel_shuffle' is not an MLP", "parts"),
         ({"projector": dict(type="avg_pool")}, "'avg_pool' is not an MLP", "parts"),
-        ({"projector.depth": 3}, "projector.depth=3: LLaVA's has two", "xtuner or --format parts"),
+        ({"projector.depth": 3}, "projector.depth=3: LLaVA's projector has two", "xtuner or --format parts"),
         ({"max_tiles": 6}, "max_tiles=6: an image is cut into tiles", "parts"),
         ({"model.llm.quantization_config": dict(load_in_4bit=True)}, "the LLM is quantised",
          "xtuner or --format parts"),
@@ -66,7 +66,7 @@ def test_what_llava_cant_express_is_said_before_any_work(changed, options, reaso
     ("kind", "registers", "reason"),
     [
         (dict(type="dinov2", image_size=16), False, "the output of its final norm"),
-        (dict(type="dinov2", image_size=16, layer=-2), True, "5 tokens that are no patches"),
+        (dict(type="dinov2", image_size=16, layer=-2), True, "5 tokens that are not patches"),
         (dict(type="internvit", trust_remote_code=True), False, "not a single encoder"),
     ],
 )
@@ -96,7 +96,7 @@ def test_two_encoders_and_other_formats(changed, qwen, tmp_path):
         and "--format hf or --format parts can" in message
     )
     message = changed("xtuner", **{"model.visual_select_layer": -1})
-    assert "layer -1: xtuner chat reads CLIP's second-last layer alone" in message
+    assert "layer -1: xtuner chat reads only CLIP's second-last layer" in message
 
 
 def test_the_proxy_has_no_pictures(qwen):
@@ -132,7 +132,7 @@ def test_an_unfinished_stage_and_a_part_that_is_gone(qwen, tmp_path):
     with pytest.raises(DPAError, match=r"Stage tune in .* is not finished.*--checkpoint .*iter_8"):
         export_config(qwen.config, work_dir=work_dir)
     (work_dir / "proxy" / "stage.json").unlink()
-    with pytest.raises(DPAError, match=r"Stage proxy .* is not finished, and stage align starts"):
+    with pytest.raises(DPAError, match=r"Stage proxy .* is not finished, but stage align starts"):
         export_config(qwen.config, "align", work_dir=work_dir)
 
 

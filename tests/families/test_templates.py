@@ -189,5 +189,5 @@ def test_a_tokenizer_without_eos_fits_no_template_that_needs_one(sentencepiece):
 def test_a_broken_chat_template_is_answered(sentencepiece):
     tokenizer = make(sentencepiece, "qwen2")
     tokenizer.chat_template = "{{ raise_exception('No chat today') }}"
-    with pytest.raises(DPAError, match=r"can't say a question and its answer .No chat today."):
+    with pytest.raises(DPAError, match=r"can't render a question and its answer .No chat today."):
         check_template(find_family("qwen2"), tokenizer, "qwen2")

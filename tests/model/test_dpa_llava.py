@@ -314,7 +314,7 @@ def test_nothing_supervised_trains_nothing_and_is_told_once(scheme, normalize, w
     assert all(p.grad is not None and not p.grad.any() for p in model.projector.parameters())
     assert all(math.isfinite(value) for value in outputs.values())
     assert warnings == [
-        "No token of the samples 'first', 'second' is supervised: they train nothing."
+        "The samples 'first', 'second' have no supervised token: they train nothing."
     ]
 
 

@@ -365,7 +365,7 @@ def test_the_layer_can_be_set_as_in_stock_configs(folders):
 
 
 def test_images_of_another_size_are_refused(folders):
-    with pytest.raises(DPAError, match="images are 20 x 20, and the visual encoder takes 16 x 16"):
+    with pytest.raises(DPAError, match="images are 20 x 20, but the visual encoder takes 16 x 16"):
         llava("dinov2", folders).encode_images(pixels(1, 20))
 
 

@@ -169,9 +169,9 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
         ("pixel_shufle", "'pixel_shufle' is not a known projector; did you mean 'pixel_shuffle'"),
         (dict(type="avg_pool", facto=2), "facto: not a known key; did you mean 'factor'"),
         (dict(type="mlp", factor=2), "It takes depth"),
-        (dict(type="avg_pool", factor=0), "factor=0 is not a whole number from 1 on"),
+        (dict(type="avg_pool", factor=0), "factor=0 is not a whole number above 0"),
         (dict(type="avg_pool", factor=4), "factor=4 does not divide the encoder's 6 x 6 patches"),
-        (dict(type="resampler", queries=0), "queries=0 is not a whole number from 1 on"),
+        (dict(type="resampler", queries=0), "queries=0 is not a whole number above 0"),
     ],
     ids=str,
 )
@@ -181,7 +181,7 @@ def test_bad_settings_are_refused(cfg, message):
 
 
 def test_patches_that_are_no_square_are_refused():
-    with pytest.raises(DPAError, match="needs a square of patches, and the encoder gives 35"):
+    with pytest.raises(DPAError, match="needs a square of patches, but the encoder gives 35"):
         projected_tokens("pixel_shuffle", C, 35)
 
 

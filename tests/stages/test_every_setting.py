@@ -34,7 +34,7 @@ encoder.layer=True | layer: expected int | None (got True)
 encoder.layer=99 | feature layer 99
 projector=mlpp | did you mean 'mlp'
 projector.depth=two | depth: expected int (got 'two')
-projector.depth=0 | projector.depth=0 is not a whole number from 1 on
+projector.depth=0 | projector.depth=0 is not a whole number above 0
 projector.depth=-1 | projector.depth=-1
 projector.depth=True | depth: expected int (got True)
 projector.depth=1.5 | depth: expected int (got 1.5)
@@ -105,7 +105,7 @@ align.contrast_cache=3 | align.contrast_cache
 align.loss=cmoo | did you mean 'cmo'
 align.loss=3 | align.loss
 align.loss.windw=5 | did you mean 'window'
-align.loss.window=2 | window=2 is not an odd whole number
+align.loss.window=2 | window=2: expected an odd whole number
 align.loss.window=True | window: expected int (got True)
 align.loss.d_min=x | d_min: expected float (got 'x')
 align.loss.d_min=True | d_min: expected float (got True)

@@ -75,7 +75,7 @@ def test_a_stage_can_have_a_loss_of_its_own(changes, align, tune):
         ({"method": "pmo", "proxy": None}, "method='pmo' needs its stage proxy, but proxy=None"),
         (
             {"method": "cmo", "tune__start_from": "proxy"},
-            "method='cmo' has not: set it to 'target', or choose one of pmo, dpa",
+            "method='cmo' does not have: set it to 'target', or choose one of pmo, dpa",
         ),
         ({"method": "cal", "proxy__lr": 1.0}, "proxy.lr: method='cal' has no stage proxy"),
         (

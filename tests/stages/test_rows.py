@@ -72,7 +72,7 @@ def test_an_adapter_in_align_is_answered_with_the_setting_that_it_needs(referenc
     harness.copy_stage(reference(FULL).work_dir, tmp_path / "run", "proxy")
     prepare = added("align", LLM_ADAPTER, lambda: None)
     message = harness.refusal("align", tmp_path / "run", prepare=prepare)
-    assert "Stage align trains llm_adapter" in message and "align.lora is no setting" in message
+    assert "Stage align trains llm_adapter" in message and "align.lora is not a setting" in message
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_the_values_are_those_of_the_config():
             {"align__loss__type": "cmoo"},
             "align.loss: .*'cmoo' is not .*; did you mean 'cmo'",
         ),
-        ({"tune__loss__window": 4}, "tune.loss: .*window=4 is not an odd whole number"),
+        ({"tune__loss__window": 4}, "tune.loss: .*window=4: expected an odd whole number"),
         ({"tune__loss__d_min": 0.7}, r"tune.loss: .*d_min=0.7, d_max=0.5: expected numbers"),
         ({"tune__normalize": "globl"}, r"tune.normalize: .*'global' \(got 'globl'\)"),
     ],

@@ -113,7 +113,7 @@ def test_the_log_is_that_of_whole_steps(tiny, tmp_path, ranks, deepspeed):
     work_dir = tmp_path / "run"
     how = dict(ranks=ranks, deepspeed=deepspeed)
     output = harness.finish("proxy", work_dir, *options, **how)
-    assert "29 samples / global_batch_size 8 = 4 steps an epoch; the last is of 5" in output
+    assert "29 samples / global_batch_size 8 = 4 steps an epoch; the last one has 5" in output
     assert "takes only 4 steps" in output
     found = re.findall(r"cross_entropy: ([\d.]+).*?supervised_tokens: ([\d.]+)", output)
     assert len(found) >= 4
