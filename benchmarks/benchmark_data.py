@@ -1,6 +1,6 @@
 """Measure the start-up of ``DPADataset`` against stock XTuner's ``LLaVADataset``, side by side.
 
-Each start runs in a process of its own, on the same generated caption records, with the same
+Each start runs in its own process, on the same generated caption records, with the same
 tokenizer and image processor:
 
     python benchmarks/benchmark_data.py --records 50000 --json benchmark.json
@@ -123,7 +123,7 @@ def measure(which: str, folder: Path, tokenizer: str) -> dict[str, float]:
 
 
 def run(start: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Run ``write_data`` or ``measure`` in a process of its own and return what it prints.
+    """Run ``write_data`` or ``measure`` in its own process and return what it prints.
 
     This process stays small, since its peak memory would count as the child's.
     """
@@ -137,7 +137,7 @@ def run(start: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measures, prints a table and writes the figures as JSON where asked to."""
+    """Measure, print a table, and write the figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=50_000, help="caption records to generate")
     parser.add_argument("--tokenizer", help="tokenizer folder; a small one is trained by default")

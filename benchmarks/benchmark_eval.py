@@ -35,7 +35,7 @@ QUESTIONS = Path("data/openmoji/heldout_questions.json")  # of the demo
 
 
 class OneByOne:
-    """VLMEvalKit's loop for XTuner's LLaVA models, on the parts of a LLaVA folder's model.
+    """VLMEvalKit's loop for XTuner's LLaVA models, on the modules of a LLaVA folder's model.
 
     Args:
         wrapper: its model, processor and chat template are used.
@@ -77,7 +77,7 @@ def messages(image: Path, question: str) -> list[dict]:
 
 
 def load_questions(path: Path, count: int) -> list[tuple[Path, str]]:
-    """Read the first questions of a LLaVA-format JSON; their pictures are looked for beside it."""
+    """Read the first questions of a LLaVA-format JSON; picture paths are relative to its folder."""
     records = [record for record in json.loads(path.read_text()) if record.get("image")][:count]
     return [
         (

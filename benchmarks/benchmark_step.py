@@ -115,27 +115,28 @@ class PlainCMO(LLaVAModel):
     """
 
     def forward(self, data: dict, data_samples=None, mode: str = "loss") -> dict[str, Tensor]:
-        """Return the loss of a stock batch with the ``image_mask`` (B, T) of ours."""
+        """Return the loss of a stock batch with our ``image_mask`` (B, T)."""
         self._image_mask = data.pop("image_mask")
         return super().forward(data, data_samples, mode)
 
     def compute_loss(self, data: dict, data_samples=None) -> dict[str, Tensor]:
-        """sum_j w_j CE_j / (sum_j w_j + 1e-6) over supervised tokens."""
+        """Compute sum_j w_j CE_j / (sum_j w_j + 1e-6) over supervised tokens."""
         labels = data.pop("labels")
         logits = self.llm(**data).logits.float()  # (B, T, V)
         supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T - 1)
         targets = labels[:, 1:].clamp(min=0).unsqueeze(-1)
         with torch.no_grad():
             text = data["attention_mask"] & ~self._image_mask
-            without = self.llm(**{**data, "attention_mask": text}).logits.float()
+            no_image = self.llm(**{**data, "attention_mask": text}).logits.float()  # (B, T, V)
             p_w = logits[:, :-1].softmax(-1).gather(-1, targets).squeeze(-1)
             # From the last text token before: for the token after an image, the one before it.
-            places = torch.arange(text.shape[1]).expand(text.shape)
-            before = places.where(text, 0).cummax(1).values[:, :-1]
-            p_wo = without.softmax(-1)[torch.arange(len(text))[:, None], before, targets[..., 0]]
-            d = (p_w - p_wo).clamp(0.05, 0.5).where(supervised, 0)
-            counts = supervised.to(d.dtype)
-            weights = F.avg_pool1d(d, 3, 1, 1) / F.avg_pool1d(counts, 3, 1, 1).clamp(min=1e-6)
+            columns = torch.arange(text.shape[1]).expand(text.shape)
+            before = columns.where(text, 0).cummax(1).values[:, :-1]  # (B, T - 1)
+            p_wo = no_image.softmax(-1)[torch.arange(len(text))[:, None], before, targets[..., 0]]
+            relevance = (p_w - p_wo).clamp(0.05, 0.5).where(supervised, 0)
+            counts = supervised.to(relevance.dtype)
+            weights = F.avg_pool1d(relevance, 3, 1, 1)
+            weights /= F.avg_pool1d(counts, 3, 1, 1).clamp(min=1e-6)
             weights = weights.where(supervised, 0)
         cross_entropy = F.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
@@ -145,10 +146,16 @@ class PlainCMO(LLaVAModel):
 
 
 class _ComputedAgain(ChunkedHead):
-    # The package's head as if it trained: it keeps the hidden states, not their gradient, and
-    # forms the logits again in the backward pass. Only the hidden states' gradient is asked for.
+    """The package's head as if it trained.
+
+    It keeps the hidden states, not their gradient, and forms the logits again in the backward pass.
+    Only the gradient of the hidden states is needed.
+    """
+
     @staticmethod
     def forward(ctx, *args):
+        """Run the package's forward pass as if the head trained."""
+
         def keep(*tensors: Tensor | None) -> None:
             ctx.save_for_backward(*tensors)
 
@@ -367,7 +374,7 @@ def grow(panel: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def run(task: list[str], args: argparse.Namespace):
-    """Run a task in a process of its own and return what it measures.
+    """Run a task in its own process and return what it measures.
 
     Args:
         task: "time" SHAPE, "memory" SHAPE ROW, "head" or "growth" PANEL.
@@ -391,7 +398,7 @@ def do(task: list[str], args: argparse.Namespace):
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Measure all that is asked for, one process after the other."""
+    """Run all measurements, one process after the other."""
     results: dict = {"command": shlex.join(["python", *sys.argv]), "machine": describe(args)}
     results["shapes"] = {}
     for name in args.shapes:
@@ -412,7 +419,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def describe(args: argparse.Namespace) -> str:
-    """Say in a line on what, in which precision and with which versions it was measured."""
+    """Name machine, precision and versions of the measurement in a line."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -518,7 +525,7 @@ def write(results: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints tables and writes them where asked to."""
+    """Measure, print tables, and write them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each row")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-import dpa_xtuner.plugin  # noqa: F401  # before what imports peft
+import dpa_xtuner.plugin  # noqa: F401  # before peft is imported
 from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
 from dpa_xtuner.families.base import LLAMA_LAYERS
 from dpa_xtuner.layout import ALIGN, PROXY, TUNE
@@ -85,7 +85,7 @@ class Cost(NamedTuple):
     per_pair: float
 
     def __call__(self, rows: int, width: int) -> float:
-        """Return the operations of so many rows."""
+        """Return the operations of ``rows`` rows."""
         return rows * width * (self.per_token + width * self.per_pair)
 
 
@@ -139,7 +139,7 @@ def micro_batches(samples: list[Sample], batch_size: int, ranks: int, per_step: 
         ranks: how many there are.
         per_step: the global batch size.
     """
-    # Samples without an image have a negative length; they come in batches of their own.
+    # Samples without an image have a negative length, and form their own batches.
     data = _Lengths([s.text + s.images if s.images else -s.text for s in samples])
     for rank in range(ranks):
         where = "xtuner.dataset.samplers.length_grouped.get_dist_info"
@@ -208,7 +208,7 @@ def count_operations(work: Callable[[], object]) -> int:
 
 
 def measure(stage: str) -> Stage:
-    """Count the operations of a stage's passes on tensors without memory.
+    """Count the operations of a stage's passes on fake tensors.
 
     Args:
         stage: trains the LLM by LoRA (proxy), in full (tune), or not at all (align).
@@ -217,7 +217,7 @@ def measure(stage: str) -> Stage:
         llm: nn.Module = LlamaForCausalLM(LLM).requires_grad_(stage == TUNE)
         encoder = CLIPVisionModel(ENCODER).requires_grad_(False)
         if stage == PROXY:
-            from peft import LoraConfig  # after dpa_xtuner, which mends bitsandbytes for it
+            from peft import LoraConfig  # after dpa_xtuner, which works around bitsandbytes
 
             llm = add_lora(llm, LoraConfig(r=256, target_modules=list(LLAMA_LAYERS)))
     with FakeTensorMode(allow_non_fake_inputs=True):  # a CPU's operations, without its memory
@@ -237,8 +237,8 @@ def measure(stage: str) -> Stage:
             both = count_operations(lambda: hidden(rows, width).sum().backward())
             return forward(rows, width) + both
 
-        # A frozen head: its product and the hidden state's gradient. A trained one forms the
-        # logits again, and a gradient of its own.
+        # A frozen head: its product and the hidden state's gradient. A trained head forms the
+        # logits again, and its own gradient.
         products = 4 if base_model(llm).lm_head.weight.requires_grad else 2
         head = products * 2 * LLM.hidden_size * LLM.vocab_size
         if stage == PROXY:
@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each stage")
     args = parser.parse_args()
-    logging.disable(logging.INFO)  # the sampler tells of itself
+    logging.disable(logging.INFO)  # the sampler logs
     config = Config.fromfile(CONFIG, import_custom_modules=False)
     costs = {stage: measure(stage) for stage in RECORDS}
     rows = []

@@ -8,7 +8,7 @@ import torch
 from dpa_xtuner.errors import DPAError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""The values of the setting ``precision``, besides ``auto``."""
+"""The values of the setting ``precision``, without ``auto``."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _state(path: Path) -> dict:
         state = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError:  # the run said what to do about it
+    except json.JSONDecodeError:  # the run has reported it
         return {"status": "broken"}
     if state.get("status") == "running" and not _is_locked(path.with_name(".lock")):
         return state | {"status": "stopped"}  # the run was killed before it could write this

@@ -30,7 +30,7 @@ SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Parts:
+class DemoModel:
     """The components of a trained multimodal model.
 
     Attributes:
@@ -88,7 +88,7 @@ class Evaluation:
 
 
 def load_questions(path: Path) -> list[HeldOutQuestion]:
-    """Read ``heldout_questions.json``; pictures are looked for beside it."""
+    """Read ``heldout_questions.json``; the pictures' paths are relative to its folder."""
     return [
         HeldOutQuestion(
             image=path.parent / record["image"],
@@ -117,20 +117,20 @@ def chance(questions: Sequence[HeldOutQuestion]) -> float:
     return sum(1 / question.choices for question in questions) / len(questions)
 
 
-def _prompts(parts: Parts, questions: Sequence[HeldOutQuestion], blank: bool) -> list[Tensor]:
+def _prompts(model: DemoModel, questions: Sequence[HeldOutQuestion], blank: bool) -> list[Tensor]:
     """Embed each prompt with its picture in place of ``<image>``: a list of (T, LLM width)."""
-    embed = parts.llm.get_input_embeddings()
+    embed = model.llm.get_input_embeddings()
     images = [Image.open(question.image).convert("RGB") for question in questions]
     if blank:
         images = [Image.new("RGB", image.size, "white") for image in images]
-    pixels = parts.processor(images, return_tensors="pt").pixel_values
-    vision = parts.vit(pixel_values=pixels.to(parts.vit.dtype), output_hidden_states=True)
-    weight = next(parts.projector.parameters())
-    patches = parts.projector(vision.hidden_states[-2][:, 1:].to(weight.dtype))
+    pixels = model.processor(images, return_tensors="pt").pixel_values
+    vision = model.vit(pixel_values=pixels.to(model.vit.dtype), output_hidden_states=True)
+    weight = next(model.projector.parameters())
+    patches = model.projector(vision.hidden_states[-2][:, 1:].to(weight.dtype))
     prompts = []
     for question, picture in zip(questions, patches, strict=True):
         before, after = (
-            embed(torch.tensor(parts.tokenizer(text, add_special_tokens=False).input_ids))
+            embed(torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids))
             for text in PROMPT.format(input=question.question).split(IMAGE)
         )
         prompts.append(torch.cat([before, picture.to(before.dtype), after]))
@@ -145,33 +145,33 @@ def _batches(
         yield questions[start : start + BATCH]
 
 
-def _autocast(parts: Parts) -> torch.autocast:
+def _autocast(model: DemoModel) -> torch.autocast:
     # In the dtype of the LLM's weights, whatever those of encoder and projector are.
-    dtype, device = parts.llm.dtype, parts.llm.device.type
+    dtype, device = model.llm.dtype, model.llm.device.type
     return torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
 def answer_cross_entropy(
-    parts: Parts, questions: Sequence[HeldOutQuestion], blank: bool
+    model: DemoModel, questions: Sequence[HeldOutQuestion], blank: bool
 ) -> list[tuple[float, int]]:
     """Score the expected answers.
 
     Args:
-        parts: the model.
+        model: the model.
         questions: the questions.
         blank: whether to show a white picture in place of the real one.
 
     Returns:
         For each question the summed cross entropy in nats and the number of tokens.
     """
-    embed = parts.llm.get_input_embeddings()
+    embed = model.llm.get_input_embeddings()
     scores = []
     for asked in _batches(questions, "blank" if blank else "with picture"):
-        with _autocast(parts):
-            prompts = _prompts(parts, asked, blank)
+        with _autocast(model):
+            prompts = _prompts(model, asked, blank)
             answers = [
-                torch.tensor(parts.tokenizer(row.answer + END, add_special_tokens=False).input_ids)
+                torch.tensor(model.tokenizer(row.answer + END, add_special_tokens=False).input_ids)
                 for row in asked
             ]
             rows = [
@@ -180,13 +180,13 @@ def answer_cross_entropy(
             ]
             # With causal attention, no token attends to padding on its right.
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            hidden = parts.llm.base_model(inputs_embeds=inputs).last_hidden_state
+            hidden = model.llm.base_model(inputs_embeds=inputs).last_hidden_state
             # Run the head once a batch, over the answers alone.
             chosen = [
                 row[len(prompt) - 1 : len(prompt) - 1 + len(answer)]
                 for row, prompt, answer in zip(hidden, prompts, answers, strict=True)
             ]
-            logits = parts.llm.get_output_embeddings()(torch.cat(chosen))
+            logits = model.llm.get_output_embeddings()(torch.cat(chosen))
         losses = functional.cross_entropy(logits.float(), torch.cat(answers), reduction="none")
         lengths = [len(answer) for answer in answers]
         for row, length in zip(losses.split(lengths), lengths, strict=True):
@@ -195,13 +195,13 @@ def answer_cross_entropy(
 
 
 @torch.no_grad()
-def give_answers(parts: Parts, questions: Sequence[HeldOutQuestion]) -> list[str]:
+def give_answers(model: DemoModel, questions: Sequence[HeldOutQuestion]) -> list[str]:
     """Answer each question greedily, at most ``LONGEST_ANSWER`` tokens."""
-    end = parts.tokenizer.convert_tokens_to_ids(END)
+    end = model.tokenizer.convert_tokens_to_ids(END)
     given = []
     for asked in _batches(questions, "answers"):
-        with _autocast(parts):
-            prompts = _prompts(parts, asked, blank=False)
+        with _autocast(model):
+            prompts = _prompts(model, asked, blank=False)
             longest = max(map(len, prompts))
             padding = [longest - len(prompt) for prompt in prompts]
             inputs = torch.stack(
@@ -211,7 +211,7 @@ def give_answers(parts: Parts, questions: Sequence[HeldOutQuestion]) -> list[str
                 ]
             )
             mask = torch.arange(longest) >= torch.tensor(padding)[:, None]
-            tokens = parts.llm.generate(
+            tokens = model.llm.generate(
                 inputs_embeds=inputs,
                 attention_mask=mask.long(),
                 max_new_tokens=LONGEST_ANSWER,
@@ -219,22 +219,22 @@ def give_answers(parts: Parts, questions: Sequence[HeldOutQuestion]) -> list[str
                 eos_token_id=end,
                 pad_token_id=end,
             )
-        given += parts.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        given += model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in given]
 
 
-def ask_questions(parts: Parts, questions: Sequence[HeldOutQuestion]) -> Evaluation:
+def ask_questions(model: DemoModel, questions: Sequence[HeldOutQuestion]) -> Evaluation:
     """Ask every question: score it with the picture and with a blank one, and let it be answered.
 
     Args:
-        parts: the model; put into evaluation mode.
+        model: the model; put into evaluation mode.
         questions: the questions.
     """
-    for module in (parts.llm, parts.vit, parts.projector):
+    for module in (model.llm, model.vit, model.projector):
         module.eval()
-    seen = answer_cross_entropy(parts, questions, blank=False)
-    unseen = answer_cross_entropy(parts, questions, blank=True)
-    answers = give_answers(parts, questions)
+    seen = answer_cross_entropy(model, questions, blank=False)
+    unseen = answer_cross_entropy(model, questions, blank=True)
+    answers = give_answers(model, questions)
 
     def row(kind: str | None) -> Scores:
         """Average over one kind of question, or over all."""

@@ -37,7 +37,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "count": COUNTS,
 }
 
-# Held-out questions take turns, each kind about as often as it is asked in training.
+# The kinds of held-out questions in turn, each about as often as in training.
 ASKED = ("kind", "colour", "kind", "count", "kind", "colour", "kind", "colour")
 
 CAPTIONS = "captions.json"
@@ -109,7 +109,7 @@ class Question:
         kind: what it asks for, a key of ``ANSWERS``.
         text: the question.
         answer: the answer.
-        check: the same as a yes/no question, with {} where a possible answer goes.
+        check: the same as a yes/no question, with {} for a possible answer.
     """
 
     kind: str

@@ -16,7 +16,7 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner.demo import report
 from dpa_xtuner.demo.prepare import DATA_FOLDER, LLM_FOLDER, VIT_FOLDER
-from dpa_xtuner.demo.report import Parts
+from dpa_xtuner.demo.report import DemoModel
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import write_text
 from dpa_xtuner.layout import LLM, LLM_ADAPTER, PROJECTOR, STATE_FILE, TUNE
@@ -52,7 +52,7 @@ def _changed(file: Path) -> float:
     return file.stat().st_mtime if file.is_file() else math.inf
 
 
-def before_training(root: Path) -> Parts:
+def before_training(root: Path) -> DemoModel:
     """Load the original LLM with a freshly initialised projector.
 
     Args:
@@ -65,10 +65,10 @@ def before_training(root: Path) -> Parts:
             visual_hidden_size=vit.config.hidden_size, llm_hidden_size=llm.config.hidden_size
         )
     )
-    return _parts(root, llm, vit, projector)
+    return _demo_model(root, llm, vit, projector)
 
 
-def after_training(root: Path, work_dir: Path) -> Parts:
+def after_training(root: Path, work_dir: Path) -> DemoModel:
     """Load what stage tune wrote.
 
     Args:
@@ -89,7 +89,7 @@ def after_training(root: Path, work_dir: Path) -> Parts:
         llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written[LLM_ADAPTER])
         llm = llm.merge_and_unload()
     vit = CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
-    return _parts(root, llm, vit, ProjectorModel.from_pretrained(written[PROJECTOR]))
+    return _demo_model(root, llm, vit, ProjectorModel.from_pretrained(written[PROJECTOR]))
 
 
 def _llm(folder: Path) -> PreTrainedModel:
@@ -98,10 +98,10 @@ def _llm(folder: Path) -> PreTrainedModel:
     )
 
 
-def _parts(
+def _demo_model(
     root: Path, llm: PreTrainedModel, vit: CLIPVisionModel, projector: ProjectorModel
-) -> Parts:
-    return Parts(
+) -> DemoModel:
+    return DemoModel(
         llm=llm,
         vit=vit,
         projector=projector,

@@ -1,8 +1,8 @@
-"""The demo's benchmarks for VLMEvalKit; importing this module makes their names known to it.
+"""The demo's benchmarks for VLMEvalKit; importing this module registers their names.
 
-VLMEvalKit takes a file of an unknown name for multiple choice and can score nothing else of ours.
-The classes build the prompts of the classes they come from and score by VLMEvalKit's functions.
-This module is apart from ``dpa_xtuner.demo.benchmarks`` because importing VLMEvalKit takes seconds.
+VLMEvalKit treats a file with an unknown name as multiple choice, and could not score the others.
+The classes build the prompts of their base classes and score by VLMEvalKit's functions. This module
+is separate from ``dpa_xtuner.demo.benchmarks`` because importing VLMEvalKit takes seconds.
 """
 
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ class OpenMojiChoice(ImageMCQDataset):
 
 
 class OpenMojiPairs(ImageMCQDataset):
-    """Pairs of lines, as MMVP: "Overall" counts pairs with two right answers."""
+    """Pairs of lines, like MMVP: "Overall" counts pairs with two right answers."""
 
     DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiPairs": ""}
 
@@ -42,12 +42,12 @@ class OpenMojiPairs(ImageMCQDataset):
 
 
 class OpenMojiGroups(NaturalBenchDataset):
-    """Groups of four lines, as NaturalBench, whose own class takes 1,900 groups and no others."""
+    """Groups of four lines, like NaturalBench, whose own class accepts only 1,900 groups."""
 
     DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiGroups": ""}
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
-        """Score as NaturalBench: shares of answers, of questions, of pictures and of groups."""
+        """Score as NaturalBench: fractions of answers, questions, pictures and groups."""
         scores = naturalbench_scores(load(eval_file))
         table = pd.DataFrame(list(scores.items()), columns=["Metric", "Score"])
         dump(table, get_intermediate_file_path(eval_file, "_acc", "csv"))
@@ -57,16 +57,16 @@ class OpenMojiGroups(NaturalBenchDataset):
 class OpenMojiShort(ImageVQADataset):
     """Short answers and counts.
 
-    Asked as in training, without VLMEvalKit's request for a single word. Two answers are the same
-    if VLMEvalKit's normalisation (articles, punctuation, number words) makes them so; its default
-    for VQA data needs ten answers of ten people.
+    The prompts are those of training, without VLMEvalKit's request for a single word. Two answers
+    are equal if they are after VLMEvalKit's normalisation (articles, punctuation, number words);
+    its default for VQA data needs ten answers by ten people.
     """
 
     DATASET_URL: ClassVar[dict[str, str]] = {"OpenMojiShort": "", "OpenMojiCount": ""}
     build_prompt = ImageBaseDataset.build_prompt
 
     def evaluate(self, eval_file: str, **judge_kwargs: Any) -> pd.DataFrame:
-        """Score the share of right answers, in per cent, over all and by category."""
+        """Score the percentage of right answers, over all and by category."""
         data = load(eval_file)
         data["eval_score"] = [
             float(process_answer(str(given)) == process_answer(str(answer)))

@@ -80,7 +80,7 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Args:
         optim_wrapper_cfg: as MMEngine's.
         paramwise_cfg: as MMEngine's. In addition, ``projector_lr`` is the base learning rate of the
-            projector, which multipliers such as ``lr_mult`` apply to, and likewise
+            projector, to which multipliers such as ``lr_mult`` apply, and likewise
             ``visual_encoder_lr``.
     """
 

@@ -21,29 +21,29 @@ from dpa_xtuner.data.templates import SampleFormat
 _JINJA = """\
 {%- set ns = namespace(system=DEFAULT, round=0) -%}
 {%- for message in messages -%}
-{%- set said = namespace(text='') -%}
+{%- set turn = namespace(text='') -%}
 {%- if message['content'] is string -%}
-{%- set said.text = message['content'] -%}
+{%- set turn.text = message['content'] -%}
 {%- else -%}
 {%- for block in message['content'] -%}
-{%- set said.text = said.text ~ ('<image>\\n' if block['type'] == 'image' else block['text']) -%}
+{%- set turn.text = turn.text ~ ('<image>\\n' if block['type'] == 'image' else block['text']) -%}
 {%- endfor -%}
 {%- endif -%}
-{%- if message['role'] == 'user' and said.text.count('<image>') == 1 -%}
-{%- set said.text = ('<image>\\n' ~ said.text.replace('<image>', '').strip()).strip() -%}
+{%- if message['role'] == 'user' and turn.text.count('<image>') == 1 -%}
+{%- set turn.text = ('<image>\\n' ~ turn.text.replace('<image>', '').strip()).strip() -%}
 {%- endif -%}
 STRIP
 {%- if message['role'] == 'system' -%}
-{%- set ns.system = said.text or DEFAULT -%}
+{%- set ns.system = turn.text or DEFAULT -%}
 {%- elif message['role'] == 'user' -%}
 {%- set ns.round = ns.round + 1 -%}
 {%- if ns.round == 1 and ns.system is not none -%}
-{%- set said.text = FIRST -%}
+{%- set turn.text = FIRST -%}
 {%- else -%}
-{%- set said.text = INSTRUCTION -%}
+{%- set turn.text = INSTRUCTION -%}
 {%- endif -%}
 BOS
-{%- for chunk in said.text.split('<image>') -%}
+{%- for chunk in turn.text.split('<image>') -%}
 {{- IMAGE ~ chunk -}}
 {%- endfor -%}
 {%- else -%}
@@ -65,7 +65,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         template: the training template, see :mod:`dpa_xtuner.data.templates`.
         tokenizer: the LLM's tokenizer, with ``<image>`` as an additional special token.
     """
-    values = {"input": "said.text", "system": "ns.system", "round": "ns.round"}
+    values = {"input": "turn.text", "system": "ns.system", "round": "ns.round"}
     instruction = _expression(template["INSTRUCTION"], values)
     if "SYSTEM_INSTRUCTION" in template:
         first = _expression(template["SYSTEM_INSTRUCTION"], values)
@@ -76,13 +76,13 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
     end = template.get("SUFFIX") or ""
     if not template.get("SUFFIX_AS_EOS", False):
         end += tokenizer.eos_token
-    answer = f"{template.get('PREFIX', '')!r} ~ said.text ~ {end + template.get('SEP', '')!r}"
+    answer = f"{template.get('PREFIX', '')!r} ~ turn.text ~ {end + template.get('SEP', '')!r}"
     default = template.get("DEFAULT_SYSTEM")
     if default is not None and template.get("STRIP"):
         default = default.strip()
     fields = {
         "DEFAULT": "none" if default is None else repr(default),
-        "STRIP": "{%- set said.text = said.text.strip() -%}" if template.get("STRIP") else "",
+        "STRIP": "{%- set turn.text = turn.text.strip() -%}" if template.get("STRIP") else "",
         "FIRST": first,
         "INSTRUCTION": instruction,
         "BOS": _first_bos(tokenizer),
@@ -100,7 +100,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def _expression(text: str, values: Mapping[str, str]) -> str:
-    """Translate ``"a {input}"`` to the Jinja expression ``'a ' ~ said.text``."""
+    """Translate ``"a {input}"`` to the Jinja expression ``'a ' ~ turn.text``."""
     pieces = []
     for literal, field, *_ in Formatter().parse(text):
         pieces += [repr(literal)] if literal else []
@@ -118,8 +118,8 @@ def _first_bos(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
     bos = tokenizer.bos_token
     return (
-        f"{{%- if ns.round == 1 and not said.text.startswith({bos!r}) -%}}"
-        f"{{%- set said.text = {bos!r} ~ said.text -%}}{{%- endif -%}}"
+        f"{{%- if ns.round == 1 and not turn.text.startswith({bos!r}) -%}}"
+        f"{{%- set turn.text = {bos!r} ~ turn.text -%}}{{%- endif -%}}"
     )
 
 

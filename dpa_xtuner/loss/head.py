@@ -65,10 +65,10 @@ def token_log_probs(
     softmax and its sum always in float32 (float64 for float64). No argument is changed.
 
     Args:
-        hidden: (N, H), the decoder's last hidden states where a supervised token comes next.
+        hidden: (N, H), the decoder's last hidden states before supervised tokens.
         targets: (N,) int64, these tokens.
         weight: (V, H), the head's weight.
-        bias: (V,), where the head has one.
+        bias: (V,), if the head has one.
         softcap: Gemma-2's bound on the logits: ``cap * tanh(logits / cap)``.
         chunk_size: rows at a time; by default as many as :data:`LOGITS_AT_ONCE` (``_ON_CPU``)
             allows.

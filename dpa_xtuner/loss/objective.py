@@ -14,7 +14,7 @@ IGNORE_INDEX = -100
 
 
 def supervised_mask(labels: Tensor) -> Tensor:
-    """Return (B, T - 1) bool, true where the token *after* a position is supervised.
+    """Return (B, T - 1) bool, true if the token *after* a position is supervised.
 
     Args:
         labels: (B, T) int64.

@@ -139,7 +139,7 @@ def adapter_of(state: dict[str, Tensor], r: int, lora_alpha: float) -> Adapter |
         lora_alpha: the scale in the config.
 
     Returns:
-        None where there is no adapter.
+        None if there is no adapter.
 
     Raises:
         DPAError: half of a layer's weights is missing, or the rank differs.

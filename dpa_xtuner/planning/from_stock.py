@@ -207,7 +207,7 @@ def convert(stock: Stock, base: Config) -> tuple[Config, list[str]]:
             notes.append(f"{stage}: no stock config belongs to this one; set {data}.")
     if stock.quantised and TUNE not in both:
         settings[f"{TUNE}.train_llm"] = "lora"
-    notes.append("proxy: the method's own, on the captions' text.")
+    notes.append("proxy: the method's first stage, on the captions' text.")
     gpus = " and ".join(sorted({str(one.gpus) for one in both.values()}))
     notes.append(f"Global batch sizes are those on {gpus} GPU{'s' * (gpus != '1')}.")
     for stage, one in both.items():
@@ -290,7 +290,7 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
     if family is not None:
         if not _writes_the_same(template, FAMILIES.get(family).template):
             settings["prompt_template"] = template
-            notes.append("prompt_template is XTuner's; without it, the family's own is used.")
+            notes.append("prompt_template is XTuner's; without it, the family's is used.")
         return settings, notes
     settings["prompt_template"] = template
     if native := _named_in(llm, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
@@ -305,11 +305,11 @@ def _of_run(stock: Stock) -> tuple[dict[str, Any], list[str]]:
     return settings, notes
 
 
-def _writes_the_same(template: str | dict | None, own: dict) -> bool:
-    """Tell whether a template makes the same text of a conversation; None leaves it to ``own``."""
-    given = own if template is None else resolve_template(template)
-    of_text = (given.keys() | own.keys()) - {"STOP_WORDS", "STRIP", "AS_ONE_TEXT"}
-    return all(given.get(key) == own.get(key) for key in of_text)
+def _writes_the_same(template: str | dict | None, default: dict) -> bool:
+    """Tell whether a template writes the same text as ``default``; None means ``default``."""
+    given = default if template is None else resolve_template(template)
+    of_text = (given.keys() | default.keys()) - {"STOP_WORDS", "STRIP", "AS_ONE_TEXT"}
+    return all(given.get(key) == default.get(key) for key in of_text)
 
 
 def _of_stage(stock: Stock, data: str) -> dict[str, Any]:

@@ -323,7 +323,7 @@ class Settings(_Settings):
     max_tiles: _Whole = setting("largest number of tiles of an image; 1: no tiles", "model", ge=1)
     captions: CaptionSettings = setting("data of proxy and align", sets="train_dataloader.dataset")
     instructions: DataSettings = setting("data of tune", sets="train_dataloader.dataset")
-    proxy: ProxySettings | None = setting("stage proxy; None where the method has none")
+    proxy: ProxySettings | None = setting("stage proxy; None if the method has none")
     align: AlignSettings = setting("stage align")
     tune: TuneSettings = setting("stage tune")
 

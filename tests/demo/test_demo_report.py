@@ -59,7 +59,7 @@ def test_comparison_has_a_row_a_kind_and_one_for_all() -> None:
 
 
 @pytest.fixture
-def parts() -> report.Parts:
+def model() -> report.DemoModel:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def parts() -> report.Parts:
     processor = CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    return report.Parts(llm.eval(), vit.eval(), nn.Linear(8, 16), tokenizer, processor)
+    return report.DemoModel(llm.eval(), vit.eval(), nn.Linear(8, 16), tokenizer, processor)
 
 
 @pytest.fixture
@@ -119,20 +119,20 @@ def questions(tmp_path: Path) -> list[report.HeldOutQuestion]:
 
 @torch.no_grad()
 def test_cross_entropy_equals_the_plain_one(
-    parts: report.Parts, questions: list[report.HeldOutQuestion]
+    model: report.DemoModel, questions: list[report.HeldOutQuestion]
 ) -> None:
-    scores = report.answer_cross_entropy(parts, questions, blank=False)
+    scores = report.answer_cross_entropy(model, questions, blank=False)
     for question, (total, tokens) in zip(questions, scores, strict=True):
-        pixels = parts.processor(Image.open(question.image), return_tensors="pt").pixel_values
-        features = parts.vit(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
-        embed = parts.llm.get_input_embeddings()
+        pixels = model.processor(Image.open(question.image), return_tensors="pt").pixel_values
+        features = model.vit(pixel_values=pixels, output_hidden_states=True).hidden_states[-2]
+        embed = model.llm.get_input_embeddings()
         text = report.PROMPT.format(input=question.question) + question.answer + report.END
         before, after = (
-            torch.tensor([parts.tokenizer(part, add_special_tokens=False).input_ids])
+            torch.tensor([model.tokenizer(part, add_special_tokens=False).input_ids])
             for part in text.split("<image>")
         )
-        inputs = torch.cat([embed(before), parts.projector(features[:, 1:]), embed(after)], 1)
-        logits = parts.llm(inputs_embeds=inputs).logits[0, -3:-1]
+        inputs = torch.cat([embed(before), model.projector(features[:, 1:]), embed(after)], 1)
+        logits = model.llm(inputs_embeds=inputs).logits[0, -3:-1]
         expected = functional.cross_entropy(logits, after[0, -2:], reduction="sum")
         assert tokens == 2
         # The report computes in bfloat16.
@@ -140,20 +140,20 @@ def test_cross_entropy_equals_the_plain_one(
 
 
 def test_blank_picture_is_white(
-    parts: report.Parts, questions: list[report.HeldOutQuestion]
+    model: report.DemoModel, questions: list[report.HeldOutQuestion]
 ) -> None:
-    seen, blank = (report.answer_cross_entropy(parts, questions, b) for b in (False, True))
+    seen, blank = (report.answer_cross_entropy(model, questions, b) for b in (False, True))
     assert all(one != other for one, other in zip(seen, blank, strict=True))
     white = [Image.new("RGB", (32, 32), "white").save(q.image) or q for q in questions]
-    assert report.answer_cross_entropy(parts, white, False) == report.answer_cross_entropy(
-        parts, white, True
+    assert report.answer_cross_entropy(model, white, False) == report.answer_cross_entropy(
+        model, white, True
     )
 
 
 def test_evaluation_counts_and_picture(
-    parts: report.Parts, questions: list[report.HeldOutQuestion], tmp_path: Path
+    model: report.DemoModel, questions: list[report.HeldOutQuestion], tmp_path: Path
 ) -> None:
-    result = report.ask_questions(parts, questions)
+    result = report.ask_questions(model, questions)
     assert list(result.rows) == ["colour", "all"]
     assert result.rows["all"].questions == len(result.answers) == 2
     assert result.rows["all"].chance == 0.5

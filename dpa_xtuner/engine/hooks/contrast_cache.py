@@ -46,7 +46,7 @@ class ContrastCacheHook(Hook):
         self.precision = Precision(precision)
 
     def before_train(self, runner) -> None:
-        """Read the cache; compute it first where it does not exist.
+        """Read the cache; compute it first if it does not exist.
 
         Raises:
             DPAError: the cache is stale, or not all nodes see it.
