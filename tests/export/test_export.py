@@ -51,7 +51,7 @@ def changed(qwen, monkeypatch):
         ({"projector": dict(type="resampler")}, "projector='resampler' is not an MLP", "parts"),
         ({"projector": dict(type="pixel_shuffle")}, "'pixel_shuffle' is not an MLP", "parts"),
         ({"projector": dict(type="avg_pool")}, "'avg_pool' is not an MLP", "parts"),
-        ({"projector.depth": 3}, "projector.depth=3: LLaVA's projector", "xtuner or --format parts"),
+        ({"projector.depth": 3}, "projector.depth=3: LLaVA's", "xtuner or --format parts"),
         ({"max_tiles": 6}, "max_tiles=6: an image is cut into tiles", "parts"),
         ({"model.llm.quantization_config": dict(load_in_4bit=True)}, "the LLM is quantised",
          "xtuner or --format parts"),
