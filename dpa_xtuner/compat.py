@@ -1,8 +1,7 @@
-"""What a stock XTuner process lacks, one function per defect.
+"""Workarounds for defects of other packages, one function for each defect.
 
-Each function names the defect and the version it was seen in, looks whether the defect
-is there, and does nothing where it is gone. Nothing else in this package patches
-foreign code.
+Each function names the defect and the version it was seen in, checks whether the defect exists, and
+does nothing if it is gone. Nothing else in this package patches foreign code.
 """
 
 import functools
@@ -21,7 +20,7 @@ from dpa_xtuner.errors import DPAError
 
 
 def deepspeed_short_names() -> None:
-    """Let ``--deepspeed zero2`` stand for ``deepspeed_zero2`` (no defect: a convenience)."""
+    """Accept ``--deepspeed zero2`` for ``deepspeed_zero2`` (a convenience, not a defect)."""
     from xtuner.configs import cfgs_name_path
 
     for stage in ("zero1", "zero2", "zero3"):
@@ -29,10 +28,10 @@ def deepspeed_short_names() -> None:
 
 
 def triton_without_ops() -> None:
-    """Bitsandbytes 0.45.0 imports ``triton.ops``, which triton 3.x has no more.
+    """Provide ``triton.ops``, which bitsandbytes 0.45.0 imports and triton 3.x lacks.
 
-    peft imports bitsandbytes for any LoRA, so every LoRA run would fail on import. The
-    two functions that bitsandbytes takes are only used by its int8 Triton kernels.
+    peft imports bitsandbytes for any LoRA, so every LoRA run would fail on import. Only the int8
+    Triton kernels of bitsandbytes use the two functions.
     """
     find = importlib.util.find_spec
     if not find("triton") or "triton.ops" in sys.modules or find("triton.ops"):
@@ -44,9 +43,9 @@ def triton_without_ops() -> None:
 
 
 def mmengine_overwritten() -> None:
-    """OpenCompass 0.5.4 brings mmengine-lite 0.11.0rc3, which writes into MMEngine's folder.
+    """Warn if mmengine-lite has overwritten MMEngine, as it does with OpenCompass 0.5.4.
 
-    Nothing is mended, but said: XTuner 0.2.0 was made for MMEngine 0.10.6.
+    OpenCompass installs mmengine-lite 0.11.0rc3; XTuner 0.2.0 needs MMEngine 0.10.6.
     """
     import mmengine
 
@@ -61,7 +60,7 @@ def mmengine_overwritten() -> None:
 
 
 def cpu_bf16_support() -> None:
-    """XTuner 0.2.0 asks ``torch.cpu.is_bf16_supported``, which torch 2.14 does not have."""
+    """Provide ``torch.cpu.is_bf16_supported``, which XTuner 0.2.0 calls and torch 2.14 lacks."""
     import torch
 
     if not hasattr(torch.cpu, "is_bf16_supported"):
@@ -69,7 +68,7 @@ def cpu_bf16_support() -> None:
 
 
 def cuda_set_device_without_cuda() -> None:
-    """MMEngine 0.10.6 calls ``torch.cuda.set_device`` in every distributed start, GPU or not."""
+    """Disable ``torch.cuda.set_device`` without a GPU: MMEngine 0.10.6 calls it all the same."""
     import torch
 
     if not torch.cuda.is_available():
@@ -77,11 +76,10 @@ def cuda_set_device_without_cuda() -> None:
 
 
 def deepspeed_without_mpi() -> None:
-    """DeepSpeed 0.16.2 looks for mpi4py when one process runs without a launcher.
+    """Keep DeepSpeed 0.16.2 from using mpi4py when one process runs without a launcher.
 
-    It does not look where RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are
-    set, so a process that no launcher started gets those of a run of one. Port 0 lets the
-    system choose a free one.
+    It does not if RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set, so we set them
+    for a run of one process. With port 0, the system chooses a free one.
     """
     if importlib.util.find_spec("mpi4py"):
         return
@@ -92,12 +90,12 @@ def deepspeed_without_mpi() -> None:
 
 
 def checkpoint_globals() -> None:
-    """Torch >= 2.6 refuses the classes in MMEngine 0.10.6 checkpoints when resuming.
+    """Allow the classes in MMEngine 0.10.6 checkpoints, which torch >= 2.6 refuses on resuming.
 
-    ``torch.load`` defaults to ``weights_only=True`` since 2.6. The classes that an
-    MMEngine checkpoint holds besides tensors are named as safe; everything else stays
-    refused. MMEngine's log buffers also pickle references to their own methods, as calls
-    of ``getattr``, which can't be called safe; those that it needs it sets again by itself.
+    ``torch.load`` defaults to ``weights_only=True`` since 2.6. We declare the classes in an
+    MMEngine checkpoint as safe; everything else stays refused. MMEngine's log buffers also pickle
+    references to their own methods, as calls of ``getattr``, which can't be declared safe: we drop
+    them, and MMEngine sets those that it needs again.
     """
     import numpy as np
     import torch
@@ -116,11 +114,11 @@ def _without_methods(buffer) -> dict:
 
 
 def optim_wrapper_rebuilt() -> None:
-    """XTuner 0.2.0 drops most of ``optim_wrapper`` under ``--deepspeed``, before a runner sees it.
+    """Keep a DPA config's ``optim_wrapper``, of which XTuner 0.2.0 drops most with ``--deepspeed``.
 
-    ``xtuner train`` replaces it by DeepSpeed's type and the optimizer, and ``strategy`` by its own,
-    so that ``paramwise_cfg``, ``constructor`` and all others are lost without a word. In a DPA
-    config they are kept beside what XTuner sets; the stages take or refuse them.
+    ``xtuner train`` replaces it by DeepSpeed's type and the optimizer, and ``strategy`` by its own:
+    ``paramwise_cfg``, ``constructor`` and all others are lost silently. In a DPA config we merge
+    them with what XTuner sets; the stages use or refuse them.
     """
     from mmengine.config import Config
 
@@ -140,10 +138,10 @@ def optim_wrapper_rebuilt() -> None:
 
 
 def options_that_do_not_fit() -> None:
-    """MMEngine 0.10.6 answers ``proxy.lr.x=1``, where ``proxy.lr`` is a number, with a traceback.
+    """Report options such as ``proxy.lr.x=1``, where ``proxy.lr`` is a number, without a traceback.
 
-    ``xtuner train`` calls it before a runner could say what is wrong. What it raises becomes a
-    :class:`DPAError`, and one that nobody catches ends the process with its message alone.
+    ``xtuner train`` calls MMEngine 0.10.6 before a runner could say what is wrong. Its error
+    becomes a :class:`DPAError`, and an uncaught one ends the process with its message alone.
     """
     from mmengine.config import Config
 
@@ -180,10 +178,10 @@ def _is_deepspeed(wrapper) -> bool:
 
 @contextmanager
 def deepspeed_loads_safely() -> Iterator[None]:
-    """DeepSpeed 0.16.2 unpickles a checkpoint in full, and runs whatever code it holds.
+    """Keep DeepSpeed 0.16.2 from running code in a checkpoint, which it unpickles in full.
 
-    Torch's own switch turns its ``torch.load(weights_only=False)`` into a safe one. The classes
-    that a checkpoint holds besides tensors are named as safe; those of MMEngine are already.
+    A switch of torch turns its ``torch.load(weights_only=False)`` into a safe one. We declare the
+    classes in a checkpoint as safe; those of MMEngine are already.
     """
     import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -199,11 +197,11 @@ def deepspeed_loads_safely() -> Iterator[None]:
 
 
 def vlmeval_literals() -> None:
-    """VLMEvalKit 0.0.20 runs text of a data file as Python, to see whether it is a list.
+    """Keep VLMEvalKit 0.0.20 from running text of a data file as Python.
 
-    Many of its data sets do so; this mends the modules that ours use. Indices, lists of pictures
-    and of right answers are literals. Anything else in their places is no longer run, but taken
-    for text or refused.
+    Many of its data sets call ``eval`` to see whether a text is a list; this changes the modules
+    that our benchmarks use. Indices, lists of pictures and of right answers are literals. Anything
+    else is no longer run, but treated as text or refused.
     """
     import ast
 
@@ -216,7 +214,7 @@ def vlmeval_literals() -> None:
 
 
 def apply() -> None:
-    """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    """Apply the workarounds that every run needs; DeepSpeed adds :func:`deepspeed_without_mpi`."""
     mmengine_overwritten()
     triton_without_ops()
     cpu_bf16_support()

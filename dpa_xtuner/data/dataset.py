@@ -140,7 +140,7 @@ class DPADataset(Dataset):
                 raise DPAError(f"data file {file} has no usable sample: {store}.")
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Count the samples."""
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any] | Problem | None:
@@ -253,13 +253,13 @@ class DPADataset(Dataset):
         return np.concatenate([store.arrays[name] for store in self.stores])
 
     def _find(self, index: int) -> tuple[int, int]:
-        """The number of a sample's file, and its row in the store of this."""
+        """Find the number of a sample's file, and its row in that file's store."""
         row = self._rows[index]
         file = int(np.searchsorted(self._ends, row, side="right"))
         return file, int(row - self._ends[file] + len(self.stores[file]))
 
     def _names(self, index: int) -> tuple[str, list[tuple[str, tuple[int, int] | None]]]:
-        """A sample's record id, and each image's full path and, if it is tiled, its size."""
+        """Read a sample's record id, and each image's full path and, if it is tiled, its size."""
         file, row = self._find(index)
         record_id, names, sizes = self.stores[file].names(row)
         folder = cast("str | Path", self._folders[file])  # None where no record has an image

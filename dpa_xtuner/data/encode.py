@@ -95,7 +95,7 @@ class RecordTokenizer:
             )
 
     def facts(self) -> dict[str, Any]:
-        """All that decides the tokens, other than the data; the tokenizer by its hash."""
+        """Collect all that decides the tokens, except the data; the tokenizer by its hash."""
         return {
             "sample_format": self.sample_format,
             "prompt_template": self._template,
@@ -141,7 +141,7 @@ class RecordTokenizer:
         return to_pieces(record, self.sample_format, self._template)
 
     def _tokenise(self, layouts: list[list[Piece]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (T,) int32, supervised (T,) bool and the sample of each token (T,)."""
+        """Return tokens (T,) int32, supervised (T,) bool and the sample of each token (T,)."""
         special: dict[str | Special, list[int]] = {
             Special.IMAGE: [IMAGE_TOKEN_INDEX],
             Special.EOS: [self.tokenizer.eos_token_id],
@@ -173,12 +173,12 @@ class RecordTokenizer:
         ).input_ids
 
     def _adds_prefix_space(self) -> bool:
-        """Whether a text that stands alone is tokenised as if a space stood before it."""
+        """Tell whether a text on its own is tokenised as if a space preceded it."""
         alone, later = self._ids(["a", "\na"])
         return later[-len(alone) :] != alone
 
     def _ids_in_context(self, layouts: list[list[Piece]], alone: list[list[int]]) -> list:
-        """The tokens of each text piece as they are behind what precedes it in its sample.
+        """Tokenise each text piece in the context of what precedes it in its sample.
 
         Args:
             layouts: the pieces of each sample.
@@ -243,7 +243,7 @@ class RecordTokenizer:
         )
 
     def _pictures(self, record: Record) -> list[int]:
-        """The pictures that each image of a sample becomes, its thumbnail included."""
+        """Count the pictures that each image of a sample becomes, its thumbnail included."""
         if self.tiling is None:
             return [1] * len(record.images)
         return [self.tiling.count(size) for size in record.sizes]

@@ -75,11 +75,11 @@ class TokenStore:
         return TokenStore, (self.folder,)
 
     def __len__(self) -> int:
-        """Number of usable samples."""
+        """Count the usable samples."""
         return len(self._token_ends)
 
     def __str__(self) -> str:
-        """One line: samples, truncated ones, problems by kind."""
+        """Describe the store in a line: samples, truncated ones, problems by kind."""
         kinds = Counter(problem.kind for problem in self.problems).most_common()
         problems = ", ".join(f"{count} {kind}" for kind, count in kinds) or "none"
         return (
@@ -88,7 +88,7 @@ class TokenStore:
         )
 
     def tokens(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A sample's tokens (n,) int32 and supervised (n,) bool, views of the files.
+        """Return a sample's tokens (n,) int32 and supervised (n,) bool, views of the files.
 
         An image is one placeholder.
         """
@@ -97,7 +97,7 @@ class TokenStore:
         return self.arrays["tokens"][sample], self.arrays["supervised"][sample]
 
     def names(self, index: int) -> tuple[str, list[str], list[tuple[int, int]]]:
-        """A sample's id, the paths of its images as written in the data, and their sizes.
+        """Read a sample's id, the paths of its images as written in the data, and their sizes.
 
         A size is (width, height) in pixels. The list of sizes is empty where images are not tiled.
         """
@@ -146,7 +146,7 @@ def open_store(
 
 
 def cache_root() -> Path:
-    """``$DPA_CACHE``, or ``~/.cache/dpa_xtuner`` where it is unset."""
+    """Return ``$DPA_CACHE``, or ``~/.cache/dpa_xtuner`` if it is unset."""
     return Path(os.environ.get("DPA_CACHE") or "~/.cache/dpa_xtuner").expanduser().absolute()
 
 
@@ -156,7 +156,7 @@ def _identify(data_path: str | Path) -> tuple[str, int, int]:
 
 
 def _usable_store(folder: Path) -> TokenStore | None:
-    """The store, if it is there, whole, and no image that it lacks has appeared since."""
+    """Return the store if it is complete and no image that it lacks has appeared since."""
     try:
         store = TokenStore(folder)
     except (OSError, ValueError, KeyError):
@@ -218,9 +218,9 @@ def _write(data_path: Path, tokenizer: RecordTokenizer, image_folder: str, folde
 
 @contextmanager
 def _growing(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends values to a ``.npy`` file; numpy's header has room for their number.
+    """Give a function that appends values to a ``.npy`` file, and write the header at the end.
 
-    (``numpy.lib.format`` pads it, so that the header of any number has the same length.)
+    (``numpy.lib.format`` pads the header, so that it has the same length for any number of values.)
     """
     total = 0
 
@@ -255,7 +255,7 @@ def _measure(image_folder: str, item: Record | Problem) -> Record | Problem:
 
 
 def _columns(tokenized: TokenizedRecords) -> dict[str, np.ndarray]:
-    """What a batch adds to each column."""
+    """Make the values that a batch adds to each column."""
     names = [
         json.dumps([record.id, record.images, record.sizes], ensure_ascii=False).encode()
         for record in tokenized.records

@@ -149,7 +149,7 @@ def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
 
 
 def _prompt(human: str, system: str | None, number: int, template: Mapping[str, Any]) -> str:
-    """A turn's text up to its answer; ``system`` only where it stands in this turn."""
+    """Render a turn's text up to its answer; ``system`` only if this turn holds it."""
     if system is not None and "SYSTEM_INSTRUCTION" in template:
         return template["SYSTEM_INSTRUCTION"].format(system=system, input=human, round=number)
     before = "" if system is None else template["SYSTEM"].format(system=system)

@@ -1,4 +1,4 @@
-"""A folder of transformers' LlavaForConditionalGeneration, with its processor."""
+"""Writes a folder of transformers' LlavaForConditionalGeneration, with its processor."""
 
 from pathlib import Path
 from typing import Any
@@ -43,15 +43,15 @@ def write_hf(
 
     Args:
         source: what is exported.
-        weights: of it.
-        folder: where to; exists.
-        dtype: of the weights.
+        weights: its weights.
+        folder: target folder; exists.
+        dtype: dtype of the weights.
 
     Returns:
-        What a reader of ``dpa.json`` may want to know.
+        Further entries of ``dpa.json``.
 
     Raises:
-        DPAError: weights are missing or unknown, or there is no room for them.
+        DPAError: weights are missing or unknown, or the disk has no room for them.
     """
     tokenizer = load_tokenizer(source)
     image_id = _add_image_token(tokenizer)
@@ -86,7 +86,7 @@ def write_hf(
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer as it was trained with, for generation: padded on the left."""
+    """Load the tokenizer of the training, padded on the left for generation."""
     tokenizer = BUILDER.build(source.cfg.tokenizer.to_dict())
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -104,9 +104,9 @@ def _add_image_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def grow(llm: PreTrainedModel, rows: int) -> None:
-    """Give embeddings and head at least so many rows, new ones of zeros.
+    """Extend embeddings and head to at least ``rows`` rows, with zeros.
 
-    A published embedding often has rows that no token uses; then nothing is done.
+    A published embedding often has rows that no token uses; then nothing changes.
     """
     embeddings, head = llm.get_input_embeddings(), llm.get_output_embeddings()
     new = rows - embeddings.num_embeddings
@@ -155,7 +155,7 @@ def _config(
 def _state(
     llm: PreTrainedModel, encoder: nn.Module, projector: dict[str, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """All weights under LLaVA's names, a tied head left out."""
+    """Rename all weights to LLaVA's names, and leave out a tied head."""
     tied = llm._tied_weights_keys or () if llm.config.tie_word_embeddings else ()
     state = {f"vision_tower.{name}": weight for name, weight in encoder.state_dict().items()}
     state |= {

@@ -1,4 +1,4 @@
-"""What both models do with their LLM: load it, adapt it, ask it for log-probabilities."""
+"""The LLM of both models: load it, adapt it, compute its log-probabilities."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +23,11 @@ from dpa_xtuner.model.configs import model_class, options_refused
 
 
 def load(cfg: dict | nn.Module) -> nn.Module:
-    """Build an LLM or encoder for training; return a module as it is.
+    """Build an LLM or encoder for training; return a module unchanged.
 
-    FlashAttention-2 is chosen where it is installed, there is a GPU, the model knows it and
-    the config does not say otherwise; without it, the eager attention for a model that caps its
-    attention scores (Gemma-2), which SDPA leaves uncapped (transformers 4.48).
+    It uses FlashAttention-2 if that is installed, there is a GPU, the model supports it and the
+    config does not say otherwise. Otherwise a model that caps its attention scores (Gemma-2) gets
+    eager attention, since SDPA ignores the cap (transformers 4.48).
 
     Args:
         cfg: a config dict whose ``type`` is a ``from_pretrained``, or a module.
@@ -51,10 +51,10 @@ def load_pretrained(cfg: dict, **more) -> nn.Module:
 
     Args:
         cfg: a config dict whose ``type`` is a ``from_pretrained``.
-        more: other arguments, which go before those of the config.
+        more: further arguments, which override those of the config.
 
     Raises:
-        DPAError: it does not take one of the arguments or its value, or weights are missing.
+        DPAError: it does not take an argument or its value, or weights are missing.
     """
     options = ConfigDict(cfg).to_dict() | more
     with LoadWoInit(), options_refused("model"):
@@ -70,16 +70,15 @@ def load_pretrained(cfg: dict, **more) -> nn.Module:
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], what: Path | str) -> None:
-    """Give a module its weights, uncopied, and none that it does not know.
+    """Load weights into a module, strictly and without copying them.
 
     Args:
-        module: weights are needed for those of its parameters that are trained. It may be without
-            memory (on the meta device).
+        module: may be on the meta device. Weights of its frozen parameters may be missing.
         state: the weights, by their names in the module.
-        what: they are of, for the message.
+        what: the origin of the weights, for the message.
 
     Raises:
-        DPAError: weights are missing or unknown, or of another shape.
+        DPAError: weights are missing or unknown, or have another shape.
     """
     own = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     given = {name: tuple(weight.shape) for name, weight in state.items()}
@@ -100,11 +99,10 @@ def _caps_attention(owner: type) -> bool:
 
 
 def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:
-    """Freeze ``llm`` and give it LoRA on every linear layer but the head.
+    """Freeze ``llm`` and add LoRA to every linear layer but the head.
 
-    Unlike peft's preparation for quantised training, which XTuner applies to every LoRA
-    model, the frozen weights keep their dtype: float32 copies of a bfloat16 LLM would
-    double its memory for nothing.
+    The frozen weights keep their dtype. XTuner applies peft's preparation for quantised training
+    to every LoRA model, whose float32 copies of a bfloat16 LLM would double its memory for nothing.
 
     Args:
         llm: not yet wrapped by peft.
@@ -119,15 +117,15 @@ def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:
 
 
 def is_quantised(llm: PreTrainedModel) -> bool:
-    """Tell whether its weights were quantised on loading, or are published so."""
+    """Tell whether its weights were quantised on loading, or published quantised."""
     return getattr(llm, "is_quantized", False)
 
 
 def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftModel:
-    """Add a PEFT LoRA adapter to the weights of ``llm``, and leave no trace of peft.
+    """Add a PEFT LoRA adapter to the weights of ``llm``, and remove peft's wrapping.
 
-    Where the LLM is quantised, the adapter stays next to the weights, frozen, and without its
-    dropout: rounded to 4 bit again, the sum would be another model than was trained.
+    On a quantised LLM, the adapter stays apart from the weights, frozen and without its dropout:
+    their sum, rounded to 4 bit again, would not be the model that was trained.
 
     Args:
         llm: the model the adapter was trained on; changed in place.
@@ -158,10 +156,10 @@ def supervised_log_probs(
 
     Args:
         llm: the LLM, wrapped by peft or not.
-        inputs: what its decoder takes: ``attention_mask`` and ``position_ids`` (B, T) and
+        inputs: the decoder's inputs: ``attention_mask`` and ``position_ids`` (B, T) and
             ``input_ids`` (B, T) or ``inputs_embeds`` (B, T, H).
-        data: its ``labels`` (B, T) int64, :data:`dpa_xtuner.loss.IGNORE_INDEX` where a token is
-            not supervised, and ``ids``, the records' names.
+        data: ``labels`` (B, T) int64, :data:`dpa_xtuner.loss.IGNORE_INDEX` for tokens that are
+            not supervised, and ``ids``, the record ids.
 
     Raises:
         DPAError: a hidden state is not finite; the message names the samples.
@@ -175,7 +173,7 @@ def supervised_log_probs(
 
 
 def decode(llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the last hidden states (B, T, H) of the LLM's decoder for what it takes."""
+    """Return the last hidden states (B, T, H) of the LLM's decoder."""
     return base_model(llm).get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
@@ -185,11 +183,11 @@ def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str)
     Args:
         hidden: (N, H).
         supervised: (B, T) bool with N true positions.
-        ids: of the B samples.
-        where: of which pass, for the message.
+        ids: record ids of the B samples.
+        where: the pass, for the message.
 
     Raises:
-        DPAError: the message names the samples.
+        DPAError: they are not finite; the message names the samples.
     """
     finite = torch.isfinite(hidden).all(-1)  # (N,)
     if finite.all():
@@ -207,7 +205,7 @@ def check_finite(hidden: Tensor, supervised: Tensor, ids: list[str], where: str)
 def head_log_probs(
     llm: PreTrainedModel | PeftModel, hidden: Tensor, targets: Tensor
 ) -> TokenLogProbs:
-    """Ask the LLM's head about the tokens that follow ``hidden``.
+    """Compute by the LLM's head the log-probabilities of the tokens after ``hidden``.
 
     Args:
         llm: the LLM, wrapped by peft or not.
