@@ -214,7 +214,7 @@ def vlmeval_literals() -> None:
 
 
 def apply() -> None:
-    """Apply the workarounds that every run needs; DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
     mmengine_overwritten()
     triton_without_ops()
     cpu_bf16_support()

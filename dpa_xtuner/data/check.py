@@ -1,7 +1,5 @@
 """Check a data set before training: every record, every image."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool

@@ -1,7 +1,5 @@
 """Put samples of different lengths and modalities into one batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The data set of all three stages."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

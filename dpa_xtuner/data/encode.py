@@ -1,7 +1,5 @@
 """Tokenise records in batches; an image is one placeholder token until a sample is read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Load an image file into the tensors that the visual encoder takes."""
 
-from __future__ import annotations
-
 import contextlib
 import struct
 from collections.abc import Iterator

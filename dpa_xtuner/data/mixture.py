@@ -13,8 +13,6 @@ the same part of its samples in every epoch, and a file of much weight gives som
 than others. Held-out samples are never weighted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

@@ -1,7 +1,5 @@
 """Records that can't be trained on: how they are told of, and how many are too many."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

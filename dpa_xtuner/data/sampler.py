@@ -1,7 +1,5 @@
 """Batches grouped by length and modality, which can begin in the middle of an epoch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tokenised samples on disk: built once for all ranks and runs, memory-mapped from then on."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -70,7 +68,7 @@ class TokenStore:
         self._token_ends = np.cumsum(self.arrays["counts"], dtype=np.int64)
         self._name_ends = np.cumsum(self.arrays["name_sizes"], dtype=np.int64)
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         """Leave the mapped arrays behind: pickled, they would be copied whole."""
         return TokenStore, (self.folder,)
 

@@ -22,8 +22,6 @@ as if it stood alone, which differs for the tokenizers that put a space before a
 Vicuna).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, Literal, NamedTuple

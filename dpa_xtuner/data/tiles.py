@@ -23,8 +23,6 @@ As the last row shows, the shape decides alone where no other grid is as near, a
 be blown up; a smaller ``max_tiles`` bounds the cost.
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 
