@@ -1,5 +1,7 @@
 """Read LLaVA-format data: a JSON array or JSON lines, one record at a time, in bounded memory."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
