@@ -100,12 +100,12 @@ def test_a_model_of_another_family_is_refused(tmp_path):
     check_model_type(find_family("qwen2_5"), str(tmp_path), "qwen2")
     with pytest.raises(DPAError) as caught:
         check_model_type(find_family("llama3"), str(tmp_path), "qwen2")
-    assert "a model of type 'qwen2', and family 'llama3' loads llama" in str(caught.value)
+    assert "a model of type 'qwen2', but family 'llama3' loads llama" in str(caught.value)
     assert "Set family to one of: qwen2, qwen2_5" in str(caught.value)
 
 
 def test_a_model_of_no_family_is_refused():
-    with pytest.raises(DPAError, match=r"'bert', and family 'qwen2' loads qwen2. No family loads"):
+    with pytest.raises(DPAError, match=r"'bert', but family 'qwen2' loads qwen2. No family loads"):
         check_model_type(find_family("qwen2"), "folder", "bert")
 
 

@@ -38,7 +38,7 @@ def test_what_is_read_adds_scaled_b_times_a(write):
     [
         ((), 2, "holds no LoRA weights"),
         ((A,), 2, "up.lora_B"),
-        ((A, B), 3, "rank 2, and .* says 3"),
+        ((A, B), 3, "rank 2, but .* says 3"),
     ],
 )
 def test_half_an_adapter_or_none_is_refused(write, names, r, message):

@@ -272,7 +272,7 @@ def test_a_pair_is_also_a_folder_of_two(tmp_path):
             "clip",
             "'clip' can't be built: layr: not .*'layer'",
         ),
-        ("clip", "siglip", "is a model of type 'siglip_vision_model', and the encoder CLIP loads"),
+        ("clip", "siglip", "is a model of type 'siglip_vision_model', but the encoder CLIP loads"),
         ("siglip", "dinov2", "is a model of type 'dinov2'.*Set encoder to the kind"),
         (dict(type="dinov2", image_size=18), "dinov2", "image_size=18 is not a multiple of .* 4"),
         ("internvit", "internvit", r"type='internvit', trust_remote_code=True\)"),
