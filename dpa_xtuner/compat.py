@@ -9,15 +9,20 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from dpa_xtuner.errors import DPAError
+
+XTUNER_COMMAND = "pip install --no-deps xtuner==0.2.0"
+"""XTuner's metadata pins old versions of what its code runs with as well."""
 
 
 def deepspeed_short_names() -> None:
@@ -41,6 +46,70 @@ def triton_without_ops() -> None:
     model.early_config_prune = model.estimate_matmul_time = None
     sys.modules["triton.ops"] = types.ModuleType("triton.ops")
     sys.modules["triton.ops.matmul_perf_model"] = model
+
+
+def safetensors_asked_for() -> None:
+    """XTuner 0.2.0 imports ``is_safetensors_available``, gone since transformers 5.0.
+
+    Loading safetensors needs no asking since then. ``xtuner train`` imports it before it reads a
+    config, and so before this is called: there XTuner's own file has to be mended once, by
+    :func:`mend_xtuner`.
+    """
+    import transformers.utils as utils
+
+    if not hasattr(utils, "is_safetensors_available"):
+        utils.is_safetensors_available = lambda: True
+
+
+def mend_xtuner() -> str:
+    """Mend the one line of the installed XTuner 0.2.0 that keeps it from importing.
+
+    ``python -m dpa_xtuner.compat`` does this; ``make install`` runs it. See
+    :func:`safetensors_asked_for`. A second time changes nothing.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DPAError: XTuner is not installed.
+    """
+    found = importlib.util.find_spec("xtuner")
+    if found is None or found.origin is None:
+        raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
+    file = Path(found.origin).parent / "utils" / "handle_moe_load_and_save.py"
+    before = file.read_text(encoding="utf-8")
+    asked = re.compile(r"^    is_safetensors_available,$", re.MULTILINE)
+    mended = asked.sub("    is_torch_available as is_safetensors_available,", before)
+    if mended == before:
+        return f"{file} needs no mending"
+    file.write_text(mended, encoding="utf-8")
+    return f"mended {file}: transformers 5 has no is_safetensors_available"
+
+
+def remote_code_without_post_init() -> None:
+    """Transformers 5 expects ``post_init`` of every model; InternViT's own code does not call it.
+
+    What ``post_init`` would set is read when weights are loaded. A model that ties none needs
+    nothing else of it.
+    """
+    from transformers import PreTrainedModel
+
+    if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys"):
+        PreTrainedModel.all_tied_weights_keys = {}
+
+
+def deepspeed_without_onebit() -> None:
+    """DeepSpeed 0.19 has no 1-bit optimizers, which MMEngine 0.10.7 imports to register them.
+
+    Every start with ``--deepspeed`` would fail. Classes of their names stand in; using one fails.
+    """
+    name = "deepspeed.runtime.fp16.onebit"
+    if not importlib.util.find_spec("deepspeed") or importlib.util.find_spec(name):
+        return
+    module: Any = types.ModuleType(name)
+    for optimizer in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
+        setattr(module, optimizer, type(optimizer, (), {}))
+    sys.modules[name] = module
 
 
 def mmengine_overwritten() -> None:
@@ -216,7 +285,9 @@ def vlmeval_literals() -> None:
 
 
 def apply() -> None:
-    """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    """Mend what any run needs; one under DeepSpeed adds ``deepspeed_without_...``."""
+    safetensors_asked_for()
+    remote_code_without_post_init()
     mmengine_overwritten()
     triton_without_ops()
     cpu_bf16_support()
@@ -225,3 +296,7 @@ def apply() -> None:
     optim_wrapper_rebuilt()
     options_that_do_not_fit()
     deepspeed_short_names()
+
+
+if __name__ == "__main__":
+    print(mend_xtuner())

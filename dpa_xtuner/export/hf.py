@@ -31,6 +31,8 @@ from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.model.components import VISUAL_ENCODER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.llm import fill
+from dpa_xtuner.model.llm_folder import SAVED_AS_JSON, write_portably
+from dpa_xtuner.versions import llava_names
 
 SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
@@ -63,6 +65,7 @@ def write_hf(
     need_room(folder, state)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+    state = llava_names(state, model)
     fill(model, state, f"The model of stage {source.stage.name}")
     model.generation_config = _generation(source, tokenizer, image_id)
     model.to(dtype)  # what config.json says
@@ -70,14 +73,17 @@ def write_hf(
     jinja = chat_template(source.template, tokenizer)
     tokenizer.chat_template = jinja
     without_bos(tokenizer)
+    image_processor = VISUAL_ENCODER.companion(source.cfg)
     LlavaProcessor(
-        image_processor=VISUAL_ENCODER.companion(source.cfg),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=extra,
         chat_template=jinja,
-    ).save_pretrained(folder)
+    ).save_pretrained(folder, **SAVED_AS_JSON)
+    image_processor.save_pretrained(folder)
+    write_portably(folder, chat_template=jinja)
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     differs = disagreements(
         source.template, source.stage.sample_format, loaded, load_tokenizer(source)

@@ -18,6 +18,7 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
 from dpa_xtuner.model.projectors import build_projector, load_projector
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.versions import embedding_scale
 
 
 @BUILDER.register_module()  # for xtuner convert
@@ -119,13 +120,13 @@ class DPALLaVAModel(LLaVAModel):
     def activation_checkpointing_enable(self) -> None:
         """Recompute activations of the LLM, and of a trained encoder, in the backward pass.
 
-        The stock way of recomputing is reentrant, the only one that ZeRO-3 takes. It gives no
+        It is done the reentrant way, the only one that ZeRO-3 takes. That gives no
         gradient to a module whose input needs none. The LLM's input needs one, and so does that
         of a trained encoder's layers; the projector's may not. A frozen encoder has no backward
         pass.
         """
         for module in self._recomputed():
-            module.gradient_checkpointing_enable()
+            module.gradient_checkpointing_enable({"use_reentrant": True})
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
@@ -171,7 +172,7 @@ class DPALLaVAModel(LLaVAModel):
             patches = self.encoder_spec.features(
                 self.visual_encoder, pixel_values.to(self.visual_encoder.dtype)
             )  # (N, n, C)
-        return self.projector(patches.to(self.projector.dtype))
+        return self.projector(patches.to(self.projector.dtype)) * embedding_scale(self.llm)
 
     def splice(self, data: dict) -> dict[str, Tensor]:
         """Put the images' features into the text's embeddings.

@@ -110,7 +110,7 @@ def test_what_the_features_do_not_read_is_frozen(folders):
     spec, module = load("clip", folders["clip"])
     spec.freeze_unread(module)
     frozen = {key for key, p in module.named_parameters() if not p.requires_grad}
-    behind = ("vision_model.encoder.layers.2.", "vision_model.post_layernorm.")
+    behind = ("encoder.layers.2.", "post_layernorm.")
     assert frozen == {key for key in module.state_dict() if key.startswith(behind)}
 
 
@@ -158,7 +158,8 @@ PUBLISHED = {
     "openai/clip-vit-large-patch14-336": (
         "clip",
         {"model_type": "clip", "vision_config": dict(
-            model_type="clip_vision_model", hidden_size=1024, image_size=336, patch_size=14)},
+            model_type="clip_vision_model", hidden_size=1024, num_attention_heads=16, image_size=336,
+            patch_size=14)},
         (336, 576, 1024),
     ),
     "google/siglip-so400m-patch14-384": (

@@ -219,11 +219,13 @@ class VisionEncoderSpec:
         torch.manual_seed(0)
         self.build(config).save_pretrained(folder)
         size = self.image_size(config)
-        processor = get_object_from_string(self.image_processor).__self__()
-        processor.size = dict.fromkeys(processor.size, size)
-        if hasattr(processor, "crop_size"):
-            processor.crop_size = dict.fromkeys(processor.crop_size, size)
-        processor.save_pretrained(folder)
+        owner = get_object_from_string(self.image_processor).__self__
+        default = owner()
+        sizes = {name: getattr(default, name, None) for name in ("size", "crop_size")}
+        # Since transformers 5 a size is an object, whose dict is the sides that are set.
+        owner(
+            **{name: dict.fromkeys(dict(sides), size) for name, sides in sizes.items() if sides}
+        ).save_pretrained(folder)
 
 
 def _check_layer(layer: int, states: int, name: str) -> None:

@@ -1,0 +1,72 @@
+"""What transformers calls otherwise from one version to the next, told by asking and not by number.
+
+Defects of other packages are mended in :mod:`dpa_xtuner.compat`; here are plain differences.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def knows_flash_attention(model: Any) -> bool:
+    """Whether a model class (or a loader of one) runs with FlashAttention-2.
+
+    The class attribute was ``_supports_flash_attn_2`` before transformers 4.53.
+    """
+    return any(
+        getattr(model, name, False) for name in ("_supports_flash_attn", "_supports_flash_attn_2")
+    )
+
+
+def embedding_scale(llm: Any) -> float:
+    """What an LLM multiplies a token's embedding by inside its embedding layer.
+
+    Gemma-2 scales by the root of its hidden size: before transformers 5 in the decoder, whatever
+    it is given, and since then in the embedding layer, so that image features spliced in between
+    have to be scaled as well.
+    """
+    return getattr(llm.get_input_embeddings(), "scalar_embed_scale", 1.0)
+
+
+_NESTED = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
+
+def llava_names(state: dict[str, Tensor], llava: nn.Module) -> dict[str, Tensor]:
+    """Weights of a LLaVA by the names that its modules have.
+
+    Since transformers 4.52 all but the head lies below ``model``; what is published and saved
+    keeps the names from before.
+
+    Args:
+        state: by the published names.
+        llava: a ``LlavaForConditionalGeneration``.
+    """
+    if not hasattr(llava, "model"):
+        return state
+    renamed = {}
+    for name, weight in state.items():
+        old = next(prefix for prefix in _NESTED if name.startswith(prefix))
+        renamed[_NESTED[old] + name.removeprefix(old)] = weight
+    return renamed
+
+
+def language_model(llava: Any) -> Any:
+    """The LLM of a LLaVA, with its head.
+
+    Since transformers 4.52 a LLaVA holds a decoder and a head, and no LLM.
+    """
+    if not hasattr(llava, "model"):
+        return llava.language_model
+    from transformers import AutoModelForCausalLM
+
+    decoder = llava.model.language_model
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(decoder.config)
+    llm.config, llm.model, llm.lm_head = decoder.config, decoder, llava.lm_head
+    return llm.eval()
