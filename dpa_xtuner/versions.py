@@ -70,3 +70,14 @@ def language_model(llava: Any) -> Any:
         llm = AutoModelForCausalLM.from_config(decoder.config)
     llm.config, llm.model, llm.lm_head = decoder.config, decoder, llava.lm_head
     return llm.eval()
+
+
+def published_prefix(module: nn.Module) -> str:
+    """What a module's published weights are named with in front of their names in memory.
+
+    Since transformers 5 a CLIP or SigLIP vision model has no ``vision_model`` inside; its files
+    keep the names from before.
+    """
+    name = type(module).__name__
+    inside = name in ("CLIPVisionModel", "SiglipVisionModel")
+    return "vision_model." if inside and not hasattr(module, "vision_model") else ""

@@ -9,7 +9,7 @@ from mmengine.utils import get_object_from_string
 from sentencepiece import SentencePieceProcessor
 from support.published_templates import VICUNA
 from support.small_tokenizers import UNUSED
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from dpa_xtuner.families import find_family
 from dpa_xtuner.families.internlm.tokenizer import InternLMTokenizer
@@ -119,5 +119,5 @@ def test_vicunas_tokenizer_is_a_sentencepiece_file_alone(pieces, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
-    assert type(tokenizer) is PreTrainedTokenizerFast
+    assert type(tokenizer) is LlamaTokenizerFast
     check_template(find_family("vicuna"), tokenizer, "vicuna")
