@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-import re
 import sys
 import types
 import warnings
@@ -61,14 +60,27 @@ def safetensors_asked_for() -> None:
         utils.is_safetensors_available = lambda: True
 
 
-def mend_xtuner() -> str:
-    """Mend the one line of the installed XTuner 0.2.0 that keeps it from importing.
+_MENDED = {
+    "utils/handle_moe_load_and_save.py": (
+        "    is_safetensors_available,\n",
+        "    is_torch_available as is_safetensors_available,\n",
+    ),
+    "tools/chat.py": (
+        '        "load_in_8bit": load_in_8bit,\n',
+        '        **({"load_in_8bit": True} if load_in_8bit else {}),\n',
+    ),
+}
 
-    ``python -m dpa_xtuner.compat`` does this; ``make install`` runs it. See
-    :func:`safetensors_asked_for`. A second time changes nothing.
+
+def mend_xtuner() -> str:
+    """Mend the two lines of the installed XTuner 0.2.0 that transformers 5 does not take.
+
+    One imports a name that is gone, for ``xtuner train`` (:func:`safetensors_asked_for`); one
+    hands a model an argument that is gone, in ``xtuner chat``. ``python -m dpa_xtuner.compat``
+    calls this, and ``make install`` does so. Older versions take the new lines as well.
 
     Returns:
-        What was done.
+        What was done; a second time, nothing.
 
     Raises:
         DPAError: XTuner is not installed.
@@ -76,14 +88,14 @@ def mend_xtuner() -> str:
     found = importlib.util.find_spec("xtuner")
     if found is None or found.origin is None:
         raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
-    file = Path(found.origin).parent / "utils" / "handle_moe_load_and_save.py"
-    before = file.read_text(encoding="utf-8")
-    asked = re.compile(r"^    is_safetensors_available,$", re.MULTILINE)
-    mended = asked.sub("    is_torch_available as is_safetensors_available,", before)
-    if mended == before:
-        return f"{file} needs no mending"
-    file.write_text(mended, encoding="utf-8")
-    return f"mended {file}: transformers 5 has no is_safetensors_available"
+    mended = []
+    for name, (line, instead) in _MENDED.items():
+        file = Path(found.origin).parent / name
+        text = file.read_text(encoding="utf-8")
+        if line in text:
+            file.write_text(text.replace(line, instead), encoding="utf-8")
+            mended.append(str(file))
+    return f"mended for transformers 5: {', '.join(mended) or 'nothing left to mend'}"
 
 
 def remote_code_without_post_init() -> None:

@@ -6,7 +6,12 @@ Defects of other packages are mended in :mod:`dpa_xtuner.compat`; here are plain
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+LLAVA_HOLDS_AN_LLM = not hasattr(transformers, "LlavaModel")
+"""Whether a ``LlavaForConditionalGeneration`` holds an LLM with its head. Since transformers 4.52
+it holds a decoder and a head of its own, without the LLM's cap on logits."""
 
 
 def knows_flash_attention(model: Any) -> bool:
@@ -37,17 +42,12 @@ _NESTED = {
 }
 
 
-def llava_names(state: dict[str, Tensor], llava: nn.Module) -> dict[str, Tensor]:
-    """Weights of a LLaVA by the names that its modules have.
+def llava_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a LLaVA by the names that its modules have, not by those that its files have.
 
-    Since transformers 4.52 all but the head lies below ``model``; what is published and saved
-    keeps the names from before.
-
-    Args:
-        state: by the published names.
-        llava: a ``LlavaForConditionalGeneration``.
+    Since transformers 4.52 all but the head lies below ``model``; files keep the names from before.
     """
-    if not hasattr(llava, "model"):
+    if LLAVA_HOLDS_AN_LLM:
         return state
     renamed = {}
     for name, weight in state.items():
@@ -57,11 +57,8 @@ def llava_names(state: dict[str, Tensor], llava: nn.Module) -> dict[str, Tensor]
 
 
 def language_model(llava: Any) -> Any:
-    """The LLM of a LLaVA, with its head.
-
-    Since transformers 4.52 a LLaVA holds a decoder and a head, and no LLM.
-    """
-    if not hasattr(llava, "model"):
+    """The LLM of a LLaVA, with its head; for one that caps its logits, with the cap."""
+    if LLAVA_HOLDS_AN_LLM:
         return llava.language_model
     from transformers import AutoModelForCausalLM
 

@@ -65,7 +65,7 @@ def write_hf(
     need_room(folder, state)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    state = llava_names(state, model)
+    state = llava_names(state)
     fill(model, state, f"The model of stage {source.stage.name}")
     model.generation_config = _generation(source, tokenizer, image_id)
     model.to(dtype)  # what config.json says

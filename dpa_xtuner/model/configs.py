@@ -92,6 +92,11 @@ def caps_attention(config: PretrainedConfig) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
+def caps_logits(config: PretrainedConfig) -> bool:
+    """Whether an LLM's last logits are capped, as Gemma-2's are."""
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
 def architecture(config: PretrainedConfig) -> dict:
     """The sizes that tell architectures apart, for records and comparisons."""
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}
