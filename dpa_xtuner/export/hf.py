@@ -32,7 +32,7 @@ from dpa_xtuner.model.components import VISUAL_ENCODER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.llm import fill
 from dpa_xtuner.model.llm_folder import SAVED_AS_JSON, write_portably
-from dpa_xtuner.versions import llava_names
+from dpa_xtuner.versions import llava_names, published_prefix
 
 SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
@@ -69,7 +69,12 @@ def write_hf(
     fill(model, state, f"The model of stage {source.stage.name}")
     model.generation_config = _generation(source, tokenizer, image_id)
     model.to(dtype)  # what config.json says
-    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    # transformers 5 has other names in memory, and gives back those of files but for the encoder's.
+    inside = {
+        name.replace("vision_tower.", f"vision_tower.{published_prefix(encoder)}"): weight
+        for name, weight in state.items()
+    }
+    model.save_pretrained(folder, state_dict=inside, max_shard_size=SHARD)
     jinja = chat_template(source.template, tokenizer)
     tokenizer.chat_template = jinja
     without_bos(tokenizer)

@@ -58,6 +58,12 @@ def write_portably(folder: Path, chat_template: str | None = None) -> None:
         _merge(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     if chat_template is not None:
         write_json(folder / "chat_template.json", {"chat_template": chat_template})
+        # transformers 5 puts the image processor in here, which 4.57 takes for an argument given
+        # twice. preprocessor_config.json has it too.
+        file = folder / "processor_config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values.pop("image_processor", None)
+        write_json(file, values)
 
 
 def _with_older_names(config: dict) -> dict:

@@ -13,6 +13,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.registry import ENCODERS, build_named
+from dpa_xtuner.versions import published_prefix
 
 SETTING = "visual_encoder_name_or_path"
 
@@ -186,6 +187,9 @@ class VisionEncoderSpec:
             state: weights to write in place of its own, such as gathered ones.
             processor: the image processor, as a run has it.
         """
+        if prefix := published_prefix(module):  # which transformers 5 does not give back
+            state = module.state_dict() if state is None else state
+            state = {prefix + name: weight for name, weight in state.items()}
         module.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
 
