@@ -23,7 +23,6 @@ from operator import truediv
 from pathlib import Path
 from statistics import median
 
-os.environ["DPA_WITHOUT_XTUNER"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch

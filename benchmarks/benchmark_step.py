@@ -38,7 +38,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from dpa_xtuner.data import collate
 from dpa_xtuner.loss import token_log_probs
 from dpa_xtuner.loss.head import LOGITS_AT_ONCE_ON_CPU, _ChunkedHead
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.tables import markdown
 
 ROWS = ("stock", "uniform", "cmo", "cal", "plain")

@@ -23,8 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+import dpa_xtuner.plugin  # noqa: F401  # before what imports peft
 from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
 from dpa_xtuner.families.base import LLAMA_LAYERS
+from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 from dpa_xtuner.model.llm import add_lora, base_model, decode
 from dpa_xtuner.tables import markdown
 
@@ -49,7 +51,7 @@ ENCODER = CLIPVisionConfig(
     attn_implementation="eager",
 )
 # Records of the usual data: BLIP-LCS 558k, and LLaVA-1.5's or Cambrian's 700k instructions.
-RECORDS = {"proxy": 558_000, "align": 558_000, "tune": 737_000}
+RECORDS = {PROXY: 558_000, ALIGN: 558_000, TUNE: 737_000}
 
 
 class Sample(NamedTuple):
@@ -114,8 +116,8 @@ def draw(stage: str, count: int) -> list[Sample]:
         count: Of samples.
     """
     rng = random.Random(0)
-    if stage != "tune":
-        images = IMAGE_TOKENS if stage == "align" else 0
+    if stage != TUNE:
+        images = IMAGE_TOKENS if stage == ALIGN else 0
         return [Sample(0, rng.randint(20, 80), images) for _ in range(count)]
     answers = ((2, 4), (15, 59), (120, 400))
     return [
@@ -212,9 +214,9 @@ def measure(stage: str) -> Stage:
         stage: Trains the LLM by LoRA (proxy), in full (tune), or not at all (align).
     """
     with torch.device("meta"):
-        llm: nn.Module = LlamaForCausalLM(LLM).requires_grad_(stage == "tune")
+        llm: nn.Module = LlamaForCausalLM(LLM).requires_grad_(stage == TUNE)
         encoder = CLIPVisionModel(ENCODER).requires_grad_(False)
-        if stage == "proxy":
+        if stage == PROXY:
             from peft import LoraConfig  # after dpa_xtuner, which mends bitsandbytes for it
 
             llm = add_lora(llm, LoraConfig(r=256, target_modules=list(LLAMA_LAYERS)))
@@ -239,7 +241,7 @@ def measure(stage: str) -> Stage:
         # logits again, and a gradient of its own.
         products = 4 if base_model(llm).lm_head.weight.requires_grad else 2
         head = products * 2 * LLM.hidden_size * LLM.vocab_size
-        if stage == "proxy":
+        if stage == PROXY:
             return Stage(fit(step), head, 0, None)
         return Stage(fit(step), head, count_operations(lambda: encoder(pixels)), fit(forward))
 

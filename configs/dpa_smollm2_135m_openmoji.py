@@ -24,11 +24,15 @@ proxy = dict(
     lora=dict(r=64, lora_alpha=128))
 align = dict(lr=6e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=10)
 tune = dict(
-    lr=1.2e-3, batch_size=4, global_batch_size=4, max_length=256, max_steps=240, save_steps=120,
-    warmup_ratio=0.1, train_llm='lora', lora=dict(r=32, lora_alpha=64),
+    lr=8e-4, batch_size=4, global_batch_size=4, max_length=256, max_steps=240, save_steps=120,
+    warmup_ratio=0.05, train_llm='lora', lora=dict(r=32, lora_alpha=64),
     # With the paper's 0.05, tokens that the picture already helps to predict outweigh the others
     # tenfold, and a run this short learns less of the others.
     loss=dict(d_min=0.25))
+
+# With AdamW's default of 0.999, so short a run remembers the large gradients of its first steps to
+# the end.
+optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.98)))
 
 # On CPUs without a GPU the eager attention is the faster one, and memory is no concern.
 model = dict(llm=dict(attn_implementation='eager'), use_activation_checkpointing=False)

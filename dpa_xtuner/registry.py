@@ -36,7 +36,7 @@ RUNNERS = _Runners(
     build_func=build_runner_from_cfg,
     parent=MMENGINE_RUNNERS,
     scope="dpa_xtuner",
-    locations=["dpa_xtuner.stages.runner"],
+    locations=["dpa_xtuner.engine.runner"],
 )
 """Runners under the names that XTuner asks for, found by configs with ``_scope_='dpa_xtuner'``.
 

@@ -3,15 +3,28 @@
 Defects of other packages are mended in :mod:`dpa_xtuner.compat`; here are plain differences.
 """
 
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+import dpa_xtuner
+
 LLAVA_HOLDS_AN_LLM = not hasattr(transformers, "LlavaModel")
 """Whether a ``LlavaForConditionalGeneration`` holds an LLM with its head. Since transformers 4.52
 it holds a decoder and a head of its own, without the LLM's cap on logits."""
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions that go into the record of what a run writes, by package."""
+    found = {"dpa_xtuner": dpa_xtuner.__version__, "torch": str(torch.__version__)}
+    for package in ("transformers", "peft", "xtuner", "mmengine", "deepspeed"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def knows_flash_attention(model: Any) -> bool:

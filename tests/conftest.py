@@ -12,6 +12,7 @@ import torch
 from mmengine.config import Config
 from support import harness
 
+import dpa_xtuner.plugin  # noqa: F401  # before all that imports XTuner
 from dpa_xtuner.planning import rehearsal
 from dpa_xtuner.stages.settings import Settings
 

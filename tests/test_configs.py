@@ -26,9 +26,10 @@ from dpa_xtuner.model.llm import base_model
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.planning.memory import StageModel
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages import Settings, stage_table
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.run import fill_in_loaders
+from dpa_xtuner.stages.run import Run, fill_in_loaders
+from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.table import stage_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -151,8 +152,9 @@ def test_4_bit_weights_are_asked_for_as_transformers_takes_them(name):
 
 def meta_stage(cfg: Config, settings: Settings, stage: str) -> nn.Module:
     """A stage's model as the stage builds it, of the published size and without memory."""
-    cfg, row = fill_in_loaders(cfg, settings, BF16), stage_table(settings)[stage]
-    model = model_config(cfg, settings, row, Path("nowhere"), deepspeed=False)
+    cfg.work_dir = "nowhere"
+    run = Run.of(cfg, settings, BF16)
+    cfg, model = run.cfg, model_config(run, run.stages[stage])
     for handed_over in ("merged_adapter", "pretrained_projector"):
         model.pop(handed_over, None)
     with torch.device("meta"):

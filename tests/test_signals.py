@@ -22,7 +22,7 @@ import pytest
 from filelock import FileLock
 from support import harness
 
-from dpa_xtuner.hooks import IterationSeedHook
+from dpa_xtuner.engine.hooks import IterationSeedHook
 
 pytestmark = pytest.mark.slow
 

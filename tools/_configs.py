@@ -59,6 +59,14 @@ def check_options(arguments: list[str]) -> None:
                 raise SystemExit(f"--cfg-options {option}: its brackets don't close.")
 
 
+def parse_options(given: list[str]) -> dict:
+    """Parse ``--cfg-options`` that :func:`check_options` has passed, as MMEngine does."""
+    from mmengine.config import DictAction
+
+    pairs = (option.partition("=") for option in given)
+    return {key: DictAction._parse_iterable(value) for key, _, value in pairs}
+
+
 def say(text: str, stream=None) -> None:
     """Print to a stream (default: stdout), and ignore that its reader is gone."""
     stream = stream or sys.stdout

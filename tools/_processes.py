@@ -14,7 +14,7 @@ from _configs import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SECONDS = 7  # until the processes are killed; each one ends by itself after about 4
-LAUNCHER = "DPA_LAUNCHER"  # as in dpa_xtuner.stages.stopping, which is slow to import
+LAUNCHER = "DPA_LAUNCHER"  # as in dpa_xtuner.engine.stopping, which is slow to import
 
 
 class _Told(BaseException):

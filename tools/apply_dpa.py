@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the config to write")
     arguments = parser.parse_args()
 
+    import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.planning.from_stock import find_stock, write_config
 

@@ -24,12 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ["DPA_WITHOUT_XTUNER"] = "1"  # this process and its children don't need it
-
 from _configs import config_names, find_config
 
 from dpa_xtuner.errors import DPAError, check_installed, cli_errors, nearest
-from dpa_xtuner.layout import HF_FOLDER, STAGE_NAMES
+from dpa_xtuner.layout import HF_FOLDER, TUNE
 
 if TYPE_CHECKING:
     from dpa_xtuner.evaluation.evaluate import Options
@@ -227,10 +225,9 @@ def _folder(model: Path) -> Path:
     """Return a model's folder; a config's finished run is exported by a process with XTuner."""
     if model.suffix != ".py":
         return model
-    folder = Path("work_dirs", model.stem, STAGE_NAMES[-1], HF_FOLDER)
-    others = {k: v for k, v in os.environ.items() if k != "DPA_WITHOUT_XTUNER"}
+    folder = Path("work_dirs", model.stem, TUNE, HF_FOLDER)
     command = [sys.executable, str(EXPORT), str(model), "-o", str(folder)]
-    if subprocess.run(command, env=others).returncode:
+    if subprocess.run(command).returncode:
         raise DPAError(
             f"{model} can't be exported, see above. If the run is in another work dir, export it "
             f"with tools/export.py --work-dir, and give the folder."

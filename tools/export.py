@@ -12,8 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_config
-from mmengine.config import DictAction
+from _configs import check_options, find_config, parse_options
+
+from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", help="path or name of a config")
-    parser.add_argument("--stage", default="tune", help="proxy, align or tune (default)")
+    parser.add_argument("--stage", default=TUNE, help=f"{PROXY}, {ALIGN} or {TUNE} (default)")
     parser.add_argument("--format", default="hf", dest="fmt",
                         help="hf: transformers' LLaVA (default); xtuner: for xtuner chat; parts: "
                         "what the stage trained, a folder each; llm: the LLM alone, to be tuned "
@@ -35,12 +36,15 @@ def main() -> None:
         "--dtype", help="bfloat16, float16 or float32; default: the run's precision"
     )
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in training")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
+    )
     check_options(sys.argv[1:])
     arguments = vars(parser.parse_args())
     arguments["config"] = find_config(arguments["config"])
-    arguments["options"] = arguments.pop("cfg_options")
+    arguments["options"] = parse_options(arguments.pop("cfg_options"))
 
+    import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.export import export_config
 

@@ -18,8 +18,6 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-os.environ.setdefault("DPA_WITHOUT_XTUNER", "1")  # spares seconds
-
 from tqdm import tqdm
 
 from dpa_xtuner.errors import DPAError, check_installed, cli_errors

@@ -14,9 +14,12 @@ import re
 import sys
 from dataclasses import astuple
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from _configs import check_options, config_names, find_config
-from mmengine.config import Config, DictAction
+from _configs import check_options, config_names, find_config, parse_options
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from mmengine.config import Config
 
 CARDS = (24, 40, 80)  # GB
 USABLE = 0.9  # of a card; the rest is for CUDA itself and for what fragmentation wastes
@@ -30,7 +33,8 @@ LENGTH = 2048
 def stage_models(cfg: Config) -> dict:
     """Size the model of each stage: a :class:`dpa_xtuner.planning.memory.StageModel` by name."""
     from dpa_xtuner.planning.memory import StageModel
-    from dpa_xtuner.stages import Settings, stage_table
+    from dpa_xtuner.stages.settings import Settings
+    from dpa_xtuner.stages.table import stage_table
 
     settings = Settings.from_config(cfg)
     table = stage_table(settings)
@@ -63,13 +67,14 @@ def tables(names: list[str]) -> list[str]:
     Returns:
         The cards that each config needs, and the GB that each of its stages needs.
     """
+    from dpa_xtuner.stages.settings import config_from_file
     from dpa_xtuner.tables import markdown
 
     setups = [f"{gpus} GPU{'s' * (gpus > 1)}{_with(zero)}" for gpus, zero in SETUPS]
     meant, needs = [], []
     for name in names:
         sizes = []
-        for stage, model in stage_models(Config.fromfile(find_config(name))).items():
+        for stage, model in stage_models(config_from_file(find_config(name))).items():
             length = min(LENGTH, model.own.max_length)
             sizes.append([model.memory(*setup, length).total for setup in SETUPS])
             needs.append((name, stage, f"{model.own.batch_size} x {length}", *map(_gb, sizes[-1])))
@@ -111,7 +116,7 @@ def main() -> None:
     parser.add_argument("--length", type=int,
                         help="tokens of a sample with its images (default: max_length, the most "
                         "there can be; captions are some 60 tokens and their image)")  # fmt: skip
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={})
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
     check_options(sys.argv[1:])
     arguments = parser.parse_args()
     if bool(arguments.config) == bool(arguments.table):
@@ -119,6 +124,7 @@ def main() -> None:
     if arguments.gpus < 1 or (arguments.length or 1) < 1:
         parser.error("--gpus and --length are numbers from 1 on")
 
+    import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.files import write_text
     from dpa_xtuner.stages.settings import config_from_file
@@ -130,7 +136,9 @@ def main() -> None:
             page = re.sub(r"(^\|.*\n)+", lambda _: f"{next(made)}\n", page, flags=re.MULTILINE)
             write_text(arguments.table, page)
         else:
-            cfg = config_from_file(find_config(arguments.config), arguments.cfg_options)
+            cfg = config_from_file(
+                find_config(arguments.config), parse_options(arguments.cfg_options)
+            )
             show(cfg, arguments.gpus, arguments.zero, arguments.length)
 
 

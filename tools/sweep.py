@@ -42,6 +42,7 @@ def main() -> int:
     suffix = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
     work_dir = Path(f"{work_dir}{suffix}")
 
+    import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.planning import sweep
 

@@ -18,7 +18,7 @@ from _configs import check_options, find_config, say
 from _processes import run
 from filelock import FileLock, Timeout
 
-STAGES = ("proxy", "align", "tune")
+from dpa_xtuner.layout import STAGE_NAMES, STATE_FILE
 
 
 def command(config: Path, arguments: list[str]) -> list[str]:
@@ -39,13 +39,13 @@ def command(config: Path, arguments: list[str]) -> list[str]:
 
 def summary(work_dir: Path) -> str:
     """Summarise each stage in a line: status, steps, time, what was measured and written."""
-    states = {stage: _state(work_dir / stage / "stage.json") for stage in STAGES}
-    begun = [stage for stage in STAGES if states[stage]]
+    states = {stage: _state(work_dir / stage / STATE_FILE) for stage in STAGE_NAMES}
+    begun = [stage for stage in STAGE_NAMES if states[stage]]
     if not begun:
         return "No stage has begun."
     lines = [f"{'stage':<7}{'status':<10}{'steps':>6}{'seconds':>9}  measured; written"]
     # Stages run in order, so the method has no stage before the first that has begun.
-    for stage in STAGES[STAGES.index(begun[0]) :]:
+    for stage in STAGE_NAMES[STAGE_NAMES.index(begun[0]) :]:
         state = states[stage]
         measured = ", ".join(f"{k} {v:.3f}" for k, v in state.get("measured", {}).items())
         written = ", ".join(state.get("writes", {}).values())

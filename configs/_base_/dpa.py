@@ -4,7 +4,7 @@
 #
 # Sources: [paper] arXiv 2509.14735; [xtuner] XTuner 0.2.0's LLaVA configs; [ours].
 
-custom_imports = dict(imports=['dpa_xtuner'], allow_failed_imports=False)
+custom_imports = dict(imports=['dpa_xtuner.plugin'], allow_failed_imports=False)
 # The runner of that name in this scope goes through the stages proxy, align and tune.
 _scope_ = 'dpa_xtuner'
 runner_type = 'Runner'

@@ -8,6 +8,7 @@ python -m dpa_xtuner.demo vit
 import argparse
 from pathlib import Path
 
+import dpa_xtuner.plugin  # noqa: F401  # before what imports XTuner and peft
 from dpa_xtuner.demo.prepare import LLM_FOLDER, SHIPPED_VIT, prepare
 from dpa_xtuner.demo.trained import print_report
 from dpa_xtuner.demo.vit import train_shipped

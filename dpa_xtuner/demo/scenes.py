@@ -83,7 +83,7 @@ class Recipe:
     other_forms: float = 0.1
     text_only: int = 40
     seed: int = 0
-    version: int = 11
+    version: int = 12
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ class Sampler:
         return self.rng.choices(drawings, weights)[0]
 
     def scene(self) -> Scene:
-        """Pick a scene: a large single, one or several small ones, or two or three kinds."""
-        form = self.rng.choices(("single", "alone", "several", "mixed"), (5, 2, 2, 2))[0]
+        """Pick a scene: a large single, one or several small ones, seldom two or three kinds."""
+        form = self.rng.choices(("single", "alone", "several", "mixed"), (6, 2, 2, 1))[0]
         kinds = self.rng.sample(sorted(self.by_kind), self.rng.randint(2, 3))
         if form == "single":
             return Scene((self.drawing(kinds[0]),), (None,))

@@ -19,8 +19,9 @@ from dpa_xtuner.demo.prepare import DATA_FOLDER, LLM_FOLDER, VIT_FOLDER
 from dpa_xtuner.demo.report import Parts
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import write_text
+from dpa_xtuner.layout import LLM, LLM_ADAPTER, PROJECTOR, STATE_FILE, TUNE
 from dpa_xtuner.precision import choose_precision
-from dpa_xtuner.stages.pipeline import read_state
+from dpa_xtuner.stages.artifacts import read_state
 
 
 def print_report(root: Path, work_dir: Path) -> None:
@@ -37,7 +38,7 @@ def print_report(root: Path, work_dir: Path) -> None:
         DPAError: the training is not finished.
     """
     table, picture = work_dir / "report.txt", work_dir / "answers.png"
-    if not table.is_file() or _changed(work_dir / "tune" / "stage.json") > _changed(table):
+    if not table.is_file() or _changed(work_dir / TUNE / STATE_FILE) > _changed(table):
         after = after_training(root, work_dir)
         questions = report.load_questions(root / DATA_FOLDER / "heldout_questions.json")
         before = report.evaluate(before_training(root), questions)
@@ -73,18 +74,18 @@ def after_training(root: Path, work_dir: Path) -> Parts:
     Raises:
         DPAError: the stage is not finished.
     """
-    written = read_state(work_dir / "tune").get("writes")
+    written = read_state(work_dir / TUNE).get("writes")
     if written is None:
         raise DPAError(
-            f"{work_dir / 'tune'} is not finished: see the log in it, then run the training again."
+            f"{work_dir / TUNE} is not finished: see the log in it, then run the training again."
         )
-    if "llm" in written:
-        llm = _llm(Path(written["llm"]))
+    if LLM in written:
+        llm = _llm(Path(written[LLM]))
     else:
-        llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written["llm_adapter"])
+        llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written[LLM_ADAPTER])
         llm = llm.merge_and_unload()
     vit = CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
-    return _parts(root, llm, vit, ProjectorModel.from_pretrained(written["projector"]))
+    return _parts(root, llm, vit, ProjectorModel.from_pretrained(written[PROJECTOR]))
 
 
 def _llm(folder: Path) -> PreTrainedModel:

@@ -21,9 +21,8 @@ from dpa_xtuner.evaluation.evaluate import Model, Options, opencompass_model
 from dpa_xtuner.evaluation.folder import computing_dtype, files_read, labels, run_of_export
 from dpa_xtuner.evaluation.text_benchmarks import TextBenchmark
 from dpa_xtuner.files import read_json
-from dpa_xtuner.layout import PROVENANCE_FILE, STAGE_NAMES
+from dpa_xtuner.layout import LLM, LLM_ADAPTER, PROVENANCE_FILE, PROXY, TUNE
 
-_PROXY, _, _TUNE = STAGE_NAMES
 _SOURCE = ("tokenizer*", "special_tokens_map.json", "chat_template*", "generation_config.json")
 
 ANSWER_TOKENS = 128
@@ -69,7 +68,7 @@ def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
         DPAError: it is neither, or the original LLM is neither a folder nor in the hub cache.
     """
     own = list({f.resolve(): Path(os.path.abspath(f)) for f in folders}.values())
-    runs = [run_of_export(folder) if folder.parent.name == _TUNE else None for folder in own]
+    runs = [run_of_export(folder) if folder.parent.name == TUNE else None for folder in own]
     names = labels([run or folder for run, folder in zip(runs, own, strict=True)])
     found = []
     for folder, run, name in zip(own, runs, names, strict=True):
@@ -80,14 +79,14 @@ def llms_of(folders: Iterable[Path]) -> list[TextLLM]:
 def _llms_of_run(exported: Path, name: str) -> list[TextLLM]:
     file = exported / PROVENANCE_FILE
     provenance = read_json(file, "Export the run again.")
-    if "llm" not in provenance:
+    if LLM not in provenance:
         raise DPAError(f"{file} is missing, or names no LLM. Export the run again.")
-    original, proxy = local_folder(provenance["llm"]), exported.parents[1] / _PROXY
+    original, proxy = local_folder(provenance[LLM]), exported.parents[1] / PROXY
     found: list[tuple[str, Path, Path | None]] = [("original", original, None)]
-    if (proxy / "llm_adapter").is_dir():
-        found.append(("proxy", original, proxy / "llm_adapter"))
-    elif (proxy / "llm").is_dir():  # proxy.train_llm=full
-        found.append(("proxy", proxy / "llm", None))
+    if (proxy / LLM_ADAPTER).is_dir():
+        found.append((PROXY, original, proxy / LLM_ADAPTER))
+    elif (proxy / LLM).is_dir():  # proxy.train_llm=full
+        found.append((PROXY, proxy / LLM, None))
     found.append(("tuned", exported, None))
     return [
         TextLLM(f"{name}: {role} LLM", name, role, llm, exported, adapter)

@@ -16,10 +16,9 @@ from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import acquire_lock, whole_folder, write_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, VISUAL_ENCODER
+from dpa_xtuner.layout import PROVENANCE_FILE, TUNE
 from dpa_xtuner.precision import DTYPES
-from dpa_xtuner.stages.artifacts import ORIGIN
-from dpa_xtuner.stages.table import TUNE
+from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, LLM: write_llm}
@@ -91,7 +90,7 @@ def _write(
     with torch.no_grad(), whole_folder(out) as partial:
         about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _sizes(partial)}
-        write_json(partial / ORIGIN, record | about | known)
+        write_json(partial / PROVENANCE_FILE, record | about | known)
     return about
 
 
@@ -104,14 +103,14 @@ def _sizes(folder: Path) -> dict[str, int]:
     """The bytes of each file but the record itself."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    sizes.pop(ORIGIN, None)
+    sizes.pop(PROVENANCE_FILE, None)
     return sizes
 
 
 def _record(out: Path) -> dict[str, Any]:
     """What an earlier export says of itself; empty where there is none."""
     try:
-        record = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+        record = json.loads((out / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and {"format", "stage"} <= record.keys() else {}

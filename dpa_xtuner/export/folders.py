@@ -16,15 +16,16 @@ from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.export.xtuner_chat import chat_command
-from dpa_xtuner.model.components import (
+from dpa_xtuner.layout import PROVENANCE_FILE
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.llm_folder import save_llm
+from dpa_xtuner.stages.artifacts import trained_key
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
     VISUAL_ENCODER,
 )
-from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm_folder import save_llm
-from dpa_xtuner.stages.artifacts import ORIGIN, trained_key
 
 
 def write_xtuner(
@@ -125,7 +126,7 @@ def _write_encoder(source: Source, weights: StageWeights, folder: Path, dtype: t
 
 
 def _copy(written: Path, folder: Path) -> None:
-    shutil.copytree(written, folder, ignore=shutil.ignore_patterns(ORIGIN))
+    shutil.copytree(written, folder, ignore=shutil.ignore_patterns(PROVENANCE_FILE))
 
 
 _WRITERS: dict[str, Callable] = {

@@ -28,10 +28,10 @@ from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
-from dpa_xtuner.model.components import VISUAL_ENCODER
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.llm import fill
 from dpa_xtuner.model.llm_folder import SAVED_AS_JSON, write_portably
+from dpa_xtuner.stages.components import VISUAL_ENCODER
 from dpa_xtuner.versions import llava_names, published_prefix
 
 SHARD = "4GB"

@@ -14,9 +14,9 @@ from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER
 from dpa_xtuner.model.configs import caps_attention, caps_logits
 from dpa_xtuner.model.encoders import Encoder
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
 from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM, embedding_scale
 
 FORMATS = ("hf", "xtuner", "parts", LLM)

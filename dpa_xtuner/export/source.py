@@ -8,19 +8,20 @@ from mmengine.config import Config
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
+from dpa_xtuner.layout import STATE_FILE, TUNE
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.pipeline import newest_checkpoint
-from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
+from dpa_xtuner.stages.inputs import input_hashes
+from dpa_xtuner.stages.provenance import model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import (
     Settings,
     StageSettings,
     config_from_file,
-    refuse_unused_options,
+    read_settings,
 )
-from dpa_xtuner.stages.state_file import STATE, is_finished, read_state
-from dpa_xtuner.stages.table import TUNE, Stage, find_stage
+from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words of its own.
 _CAPTION = {"INSTRUCTION": "{input}", "SUFFIX": "\n", "SUFFIX_AS_EOS": True}
@@ -83,8 +84,8 @@ class Source:
         origin = state.get("origin", {} if self.checkpoint else None)
         if not isinstance(origin, dict):
             raise DPAError(
-                f"{self.record / STATE} does not say what the stage was trained from (no origin "
-                f"in it). Restore it, or remove {self.record} to train the stage again."
+                f"{self.record / STATE_FILE} does not say what the stage was trained from "
+                f"(no origin in it). Restore it, or remove {self.record} to train the stage again."
             )
         if origin.get("stage", self.stage.name) != self.stage.name:
             raise DPAError(
@@ -178,8 +179,7 @@ def read_source(
             unfinished stage, or a folder or checkpoint that is missing.
     """
     cfg = config_from_file(config, options)
-    settings = Settings.from_config(cfg)
-    refuse_unused_options(cfg, settings)
+    settings = read_settings(cfg)
     row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_record(base, stage, checkpoint)).get("origin") or {}
@@ -188,13 +188,13 @@ def read_source(
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # now, and not after a large file was read
-            component.config(source.run)
+            source.run.config_of(component)
     return source
 
 
 def _record(base: Path, stage: str, checkpoint: Path | None) -> Path:
     # A checkpoint lies in it; of one that was put elsewhere, the run's own is believed.
-    if checkpoint is not None and (checkpoint.parent / STATE).is_file():
+    if checkpoint is not None and (checkpoint.parent / STATE_FILE).is_file():
         return checkpoint.parent
     return base / stage
 

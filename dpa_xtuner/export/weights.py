@@ -16,7 +16,10 @@ from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError, install
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.model.adapter import Adapter, adapter_of, read_adapter, without_adapter
-from dpa_xtuner.model.components import (
+from dpa_xtuner.model.configs import model_class, read_config
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.model.llm import fill, load_pretrained
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
@@ -24,9 +27,6 @@ from dpa_xtuner.model.components import (
     Component,
     Published,
 )
-from dpa_xtuner.model.configs import model_class, read_config
-from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.model.llm import fill, load_pretrained
 
 
 class StageWeights:
@@ -165,7 +165,7 @@ class StageWeights:
         """A published model without memory."""
         source = self.source
         owner = model_class(source.cfg.model[component])
-        config = copy.deepcopy(component.config(source.run))  # the model may change it
+        config = copy.deepcopy(source.run.config_of(component))  # the model may change it
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 

@@ -34,7 +34,7 @@ class Objective:
         normalize: as given.
         seen: the sums of :class:`dpa_xtuner.loss.RelevanceLoss`, and ``micro_batch_loss`` and
             ``micro_batches``, of all micro-batches since it was last emptied, on this rank, for
-            :class:`dpa_xtuner.hooks.OptimizerStepHook`.
+            :class:`dpa_xtuner.engine.hooks.OptimizerStepHook`.
 
     Raises:
         DPAError: one of the arguments can't be used.

@@ -49,7 +49,7 @@ def relevance_loss(
         normalize: ``"micro_batch"`` divides by this micro-batch's own weights, so that a token
             counts for more in a micro-batch of short answers. ``"global"``: the value is the
             same, but the gradient is that of the sum alone, for whoever divides by the weights
-            of a whole optimizer step (:class:`dpa_xtuner.hooks.OptimizerStepHook`).
+            of a whole optimizer step (:class:`dpa_xtuner.engine.hooks.OptimizerStepHook`).
 
     Returns:
         The loss; without a supervised token exactly 0, with a graph.

@@ -1,5 +1,7 @@
 """The multimodal model of the stages align and tune."""
 
+from collections import OrderedDict
+
 import torch
 from mmengine.registry import MODELS
 from peft import PeftModel
@@ -9,8 +11,8 @@ from xtuner.model import LLaVAModel
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.layout import LLM, VISUAL_ENCODER
 from dpa_xtuner.loss import Objective, TokenLogProbs
-from dpa_xtuner.model.components import LLM, VISUAL_ENCODER, trained_state
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache
 from dpa_xtuner.model.encoders import build_encoder
@@ -140,7 +142,7 @@ class DPALLaVAModel(LLaVAModel):
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
         """What a checkpoint holds: the components that are trained, and no other."""
-        return trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
+        return _trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Switch the mode as any module does, but keep a frozen visual encoder evaluating."""
@@ -230,6 +232,16 @@ class DPALLaVAModel(LLaVAModel):
         elif self.objective.scheme.contrast:
             no_image = contrast_log_probs(self.llm, data)
         return self.objective(log_probs, no_image, data)
+
+
+def _trained_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is trained, of the whole state dict, and the buffers beside it."""
+    named = model.named_parameters(remove_duplicate=False)
+    trains = {name: parameter.requires_grad for name, parameter in named}
+    modules = {name.split(".")[0] for name, trained in trains.items() if trained}
+    buffers = {name for name, _ in model.named_buffers() if name.split(".")[0] in modules}
+    # MMEngine sets an attribute of it, which a plain dict can't have.
+    return OrderedDict((k, v) for k, v in state.items() if trains.get(k, k in buffers))
 
 
 def _undo_dispatch(llm: nn.Module) -> None:

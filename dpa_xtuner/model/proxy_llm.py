@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from xtuner.model import SupervisedFinetune
 from xtuner.registry import BUILDER
 
+from dpa_xtuner.layout import LLM
 from dpa_xtuner.loss import Objective, TokenLogProbs
-from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, supervised_log_probs
 from dpa_xtuner.precision import Precision

@@ -8,7 +8,7 @@ from dpa_xtuner.data import check_dataset
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_unused_options
+from dpa_xtuner.stages.settings import config_from_file, read_settings
 
 
 def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
@@ -28,9 +28,7 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
         DPAError: settings, models or data files can't be read.
     """
     cfg = config_from_file(path, options)
-    settings = Settings.from_config(cfg)
-    refuse_unused_options(cfg, settings)
-    run = Run.of(cfg, settings, Precision("fp32"))  # no weight is loaded
+    run = Run.of(cfg, read_settings(cfg), Precision("fp32"))  # no weight is loaded
     ok = True
     for name, stage in run.stages.items():
         if not stage.sees_pictures:

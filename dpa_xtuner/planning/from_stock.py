@@ -20,6 +20,7 @@ from xtuner.configs import cfgs_name_path
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError, nearest
 from dpa_xtuner.files import write_text
+from dpa_xtuner.layout import ALIGN, TUNE
 from dpa_xtuner.registry import FAMILIES
 
 _GPUS = 8  # what XTuner's documentation trains its LLaVA configs on
@@ -96,9 +97,9 @@ class Stock:
 
     @property
     def stage(self) -> str:
-        """The DPA stage that trains the same parts: "align" or "tune"."""
+        """The DPA stage that trains the same components: align or tune."""
         trains_llm = not self.keys.get("model.freeze_llm") or "model.llm_lora.r" in self.keys
-        return "tune" if trains_llm else "align"
+        return TUNE if trains_llm else ALIGN
 
     @property
     def continues(self) -> str | None:
@@ -175,7 +176,7 @@ def find_partner(stock: Stock) -> Stock | None:
     If several continue it, those that load the LLM alike come first, and of these the one with
     the shortest name.
     """
-    if stock.stage == "tune":
+    if stock.stage == TUNE:
         return find_stock(stock.continues) if stock.continues in stock_names() else None
     # Reading a config takes a tenth of a second, so only those that name it are read.
     named = [n for n in stock_names() if f"{stock.name}/" in Path(cfgs_name_path[n]).read_text()]
@@ -198,14 +199,14 @@ def convert(stock: Stock, base: Config) -> tuple[Config, list[str]]:
     partner, known = find_partner(stock), _flat(base.to_dict())
     both = {one.stage: one for one in (stock, partner) if one is not None}
     settings, notes = _of_run(stock)
-    for stage, data in (("align", "captions"), ("tune", "instructions")):
+    for stage, data in ((ALIGN, "captions"), (TUNE, "instructions")):
         if stage in both:
             settings |= _of_stage(both[stage], data)
             notes.append(f"{stage}: the training of {both[stage].name}.")
         else:
             notes.append(f"{stage}: no stock config belongs to this one; set {data}.")
-    if stock.quantised and "tune" not in both:
-        settings["tune.train_llm"] = "lora"
+    if stock.quantised and TUNE not in both:
+        settings[f"{TUNE}.train_llm"] = "lora"
     notes.append("proxy: the method's own, on the captions' text.")
     gpus = " and ".join(sorted({str(one.gpus) for one in both.values()}))
     notes.append(f"Global batch sizes are those on {gpus} GPU{'s' * (gpus != '1')}.")
@@ -323,7 +324,7 @@ def _of_stage(stock: Stock, data: str) -> dict[str, Any]:
         "warmup_ratio": keys.get("param_scheduler.LinearLR.end", 0) / settings["max_epochs"],
         "save_steps": max(1, round(interval / accumulate)),
     }
-    if stock.stage == "tune":
+    if stock.stage == TUNE:
         settings["train_llm"] = "lora" if "lora.r" in settings else "full"
     settings = {f"{stock.stage}.{key}": value for key, value in settings.items()}
     for key, paths in stock.paths.items():

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from dpa_xtuner.loss.head import LOGITS_AT_ONCE
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, VISUAL_ENCODER, lora_targets
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
 from dpa_xtuner.model.projectors import build_projector, image_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.run import fill_in_loaders
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, VISUAL_ENCODER
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
 
@@ -128,13 +128,14 @@ class StageModel:
         precision = Precision("fp32" if settings.precision == "fp32" else "bf16")
         self.element, self.stage = precision.dtype.itemsize, stage
         self.settings, self.own = settings, getattr(settings, stage.name)
-        cfg = fill_in_loaders(cfg, settings, precision)
+        run = Run.of(cfg, settings, precision)
+        cfg = run.cfg
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
         self.eager = cfg.model.llm.get("attn_implementation") == "eager"
         self.llm_config = published_config("llm_name_or_path", cfg.model.llm)
         self.image_tokens = self.visual_bytes = 0
         with torch.device("meta"):
-            modules = [self._llm(cfg, precision.dtype)]
+            modules = [self._llm(run, precision.dtype)]
             if stage.sees_pictures:
                 modules += self._visual(precision.dtype)
         parameters = [p for module in modules for p in module.parameters()]
@@ -145,8 +146,8 @@ class StageModel:
             sum(p.numel() * self.sizes.get(id(p), p.element_size()) for p in frozen),
         )
 
-    def _llm(self, cfg: Config, dtype: torch.dtype) -> nn.Module:
-        owner, loader = model_class(cfg.model.llm), cfg.model.llm
+    def _llm(self, run: Run, dtype: torch.dtype) -> nn.Module:
+        owner, loader = model_class(run.cfg.model.llm), run.cfg.model.llm
         config = self.llm_config
         llm = owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
         llm.to(dtype).requires_grad_(LLM in self.stage.trains)
@@ -162,8 +163,7 @@ class StageModel:
         self.sizes = {} if bits is None else {id(m.weight): bits / 8 for m in linears}
         if LLM_ADAPTER in self.stage.trains:
             lora = self.own.lora.model_dump()
-            targets = lora_targets(cfg, self.settings)
-            return add_lora(llm, LoraConfig(target_modules=targets, **lora))
+            return add_lora(llm, LoraConfig(target_modules=run.lora_targets, **lora))
         return llm
 
     def _visual(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:

@@ -24,15 +24,17 @@ from dpa_xtuner.data import Record, read_records
 from dpa_xtuner.data.problems import Problem, list_problems
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
+from dpa_xtuner.layout import PROVENANCE_FILE
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import ORIGIN
+from dpa_xtuner.stages.artifacts import KIND
 from dpa_xtuner.stages.build import global_rank, world_size
+from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.stages.run import fill_in_loaders
-from dpa_xtuner.stages.settings import DataSettings, Settings
+from dpa_xtuner.stages.settings import CaptionSettings, DataSettings, Settings, read_settings
 from dpa_xtuner.stages.table import stage_table
 
 SAMPLES = 32
@@ -47,7 +49,7 @@ stage. Nothing in it is worth keeping. The next rehearsal starts by emptying it.
 """
 
 
-def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
+def rehearse(cfg: Config) -> Config:
     """Replace models and data, and shorten the stages.
 
     In the first stage, rank 0 empties the rehearsal's folder and writes its inputs while the
@@ -55,14 +57,14 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
 
     Args:
         cfg: the DPA config; not changed.
-        settings: read from it.
 
     Returns:
-        The config and settings of the rehearsal. Its ``work_dir`` ends in ``-rehearsal``.
+        The config of the rehearsal. Its ``work_dir`` ends in ``-rehearsal``.
 
     Raises:
-        DPAError: an architecture is unknown without the hub.
+        DPAError: settings that can't be used, or an architecture is unknown without the hub.
     """
+    settings = read_settings(cfg)
     base = Path(f"{cfg.work_dir.rstrip('/')}-rehearsal")
     inputs = base / "inputs"
     if os.environ.get("DPA_REHEARSAL") != str(base):
@@ -77,7 +79,7 @@ def rehearse(cfg: Config, settings: Settings) -> tuple[Config, Settings]:
         os.environ.update(DPA_REHEARSAL=str(base), DPA_CACHE=str(base / "cache"))
     cfg = _shortened(cfg, settings, inputs)
     cfg.work_dir = str(base)
-    return cfg, Settings.from_config(cfg)
+    return cfg
 
 
 def _empty(base: Path, first: str) -> None:
@@ -100,20 +102,20 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
         "max_epochs": STEPS,
         "save_steps": STEPS // 2,
     }
+    data = _data_read(settings)
     cfg.merge_from_dict(
         {
-            "llm_name_or_path": str(inputs / "llm"),
-            "visual_encoder_name_or_path": str(inputs / "visual_encoder"),
-            "captions": _data(settings.captions, inputs, "captions") | {"held_out": _HELD_OUT},
-            "instructions": _data(settings.instructions, inputs, "instructions"),
+            LLM.setting: str(inputs / LLM),
+            VISUAL_ENCODER.setting: str(inputs / VISUAL_ENCODER),
+            **{name: _data(getattr(settings, name), inputs, name) for name in data},
             **dict.fromkeys(stage_table(settings), steps),
         }
     )
     if (logger := cfg.default_hooks.get("logger")) is not None:
         logger.interval = min(logger.get("interval", _MICRO_BATCHES), _MICRO_BATCHES)
     if settings.tune.init_projector is not None:
-        cfg.tune.init_projector = str(inputs / "projector")
-    llm = cfg.model.get("llm", {})
+        cfg.tune.init_projector = str(inputs / PROJECTOR)
+    llm = cfg.model.get(LLM, {})
     if llm.get("quantization_config") and not torch.cuda.is_available():
         del llm["quantization_config"]
         if global_rank(cfg.launcher) == 0:
@@ -145,7 +147,15 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
         "skip_limit": 1.0,
         "share": 1.0,
         "weights": None,
+        **({"held_out": _HELD_OUT} if isinstance(data, CaptionSettings) else {}),
     }
+
+
+def _data_read(settings: Settings) -> list[str]:
+    """The settings of the data that the run's stages read."""
+    stages = stage_table(settings).values()
+    read = [settings.data_of(stage.sample_format) for stage in stages]
+    return [name for name in ("captions", "instructions") if getattr(settings, name) in read]
 
 
 def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
@@ -160,15 +170,14 @@ def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
     """
     cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # published weights are
     tokenizer = _tokenizer(cfg)
-    tokenizer.save_pretrained(folder / "llm")
-    _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / LLM)
+    _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / LLM)
     name = settings.visual_encoder_name_or_path
-    write_tiny_encoder(settings.encoder, name, folder / "visual_encoder")
+    write_tiny_encoder(settings.encoder, name, folder / VISUAL_ENCODER)
     if settings.tune.init_projector is not None:
         _tiny_projector(cfg, settings, folder)
     sources = {}
-    formats = {stage.sample_format for stage in stage_table(settings).values()}
-    for name in ("captions", "instructions") if formats != {"chat"} else ("instructions",):
+    for name in _data_read(settings):
         data = getattr(settings, name)
         for file, images, target in zip(
             data.files, data.folders, _targets(data, folder, name), strict=True
@@ -267,17 +276,17 @@ def write_tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
 
 def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
     kind = build_encoder(settings.encoder)
-    encoder = kind.config(str(folder / "visual_encoder"))
-    llm = json.loads((folder / "llm" / "config.json").read_text())
+    encoder = kind.config(str(folder / VISUAL_ENCODER))
+    llm = json.loads((folder / LLM / "config.json").read_text())
     projector = build_projector(settings.projector, kind.hidden_size(encoder), llm["hidden_size"])
-    projector.save_pretrained(folder / "projector")
+    projector.save_pretrained(folder / PROJECTOR)
     # Like a stage's file, but without an LLM or encoder that it would have to agree with.
     origin = {
-        "part": "projector",
+        KIND: PROJECTOR,
         "encoder": settings.encoder,
         "visual_select_layer": cfg.model.get("visual_select_layer"),
     }
-    write_json(folder / "projector" / ORIGIN, origin)
+    write_json(folder / PROJECTOR / PROVENANCE_FILE, origin)
 
 
 def _published_or_default(setting: str, template: dict) -> PretrainedConfig:

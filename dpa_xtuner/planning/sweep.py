@@ -15,9 +15,9 @@ from mmengine.config import Config, DictAction
 from dpa_xtuner import tables
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, write_json, write_text
-from dpa_xtuner.stages.pipeline import read_state
+from dpa_xtuner.layout import STAGE_NAMES
+from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.settings import Settings, config_from_file
-from dpa_xtuner.stages.table import STAGE_NAMES
 
 STATE_FILE = "sweep.json"
 """In a sweep's folder: name of each run -> its settings, config and status."""

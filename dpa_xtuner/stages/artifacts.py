@@ -1,6 +1,7 @@
-"""What a stage writes for the next: whole folders, each with a record of where it came from."""
+"""What is in a stage's folder: how far it is, checkpoints, and the components that it wrote."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,37 @@ from mmengine.dist import is_main_process
 from torch import nn
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import whole_folder, write_json
-from dpa_xtuner.layout import PROVENANCE_FILE as ORIGIN
-from dpa_xtuner.model.components import Component
+from dpa_xtuner.files import read_json, whole_folder, write_json
+from dpa_xtuner.layout import PROVENANCE_FILE, STATE_FILE
+from dpa_xtuner.stages.components import Component
 
-KIND = "part"
-"""The record's key for the component that the folder holds."""
+KIND = "component"
+"""The provenance's key for the component that the folder holds."""
+
+
+def read_state(folder: Path) -> dict:
+    """What the state file of a stage's folder says; empty where the stage has not begun.
+
+    Raises:
+        DPAError: it is broken.
+    """
+    advice = f"Restore it, or remove {folder} to train the stage again."
+    return read_json(folder / STATE_FILE, advice)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the stage of a folder is finished."""
+    return read_state(folder).get("status") == "finished"
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage.
+
+    A checkpoint gets its name when all of it is on disk, so any that has it is whole.
+    """
+    found = [(int(m[1]), str(path)) for path in folder.glob("iter_*.pth")
+             if (m := re.fullmatch(r"iter_(\d+)\.pth", path.name))]  # fmt: skip
+    return max(found)[1] if found else None
 
 
 def trained_key(component: Component) -> str:
@@ -41,22 +67,35 @@ def save_component(
     with whole_folder(folder) as partial:
         component.write(model, state, partial, companion)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        write_json(partial / ORIGIN, {KIND: component, **origin, "shapes": shapes})
+        write_json(partial / PROVENANCE_FILE, {KIND: component, **origin, "shapes": shapes})
+
+
+def read_provenance(folder: Path, advice: str) -> dict:
+    """What the ``dpa.json`` of a folder says; empty where there is none.
+
+    Args:
+        folder: a stage or an export wrote it.
+        advice: what to do where the file is broken.
+
+    Raises:
+        DPAError: it is broken.
+    """
+    found = read_json(folder / PROVENANCE_FILE, advice)
+    if "part" in found:  # the key's name in folders of older versions
+        found[KIND] = found.pop("part")
+    return found
 
 
 def read_origin(folder: Path) -> dict:
-    """The record in a folder that :func:`save_component` wrote.
+    """What the ``dpa.json`` of a folder says that :func:`save_component` wrote.
 
     Raises:
         DPAError: the folder or its record is missing or broken.
     """
-    try:
-        return json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DPAError(
-            f"{folder} was not written by a stage of DPA: its {ORIGIN} can't be read ({error}). "
-            f"Run the stage that writes it first: DPA_STAGE={folder.parent.name}."
-        ) from None
+    advice = f"Run the stage that writes it first: DPA_STAGE={folder.parent.name}."
+    if not (found := read_provenance(folder, advice)):
+        raise DPAError(f"{folder} was not written by a stage of DPA. {advice}")
+    return found
 
 
 def refuse_foreign(folder: Path, origin: dict, own: dict, what: str) -> None:

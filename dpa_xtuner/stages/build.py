@@ -6,7 +6,6 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from mmengine.config import Config
@@ -17,11 +16,10 @@ from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.declared import problems
 from dpa_xtuner.errors import DPAError, refuse
-from dpa_xtuner.model.components import COMPONENTS, own_rates
-from dpa_xtuner.stages.optim import DPAOptimWrapperConstructor
+from dpa_xtuner.stages.components import COMPONENTS, ModelPlan
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
-from dpa_xtuner.stages.table import Stage, StagePlan, stage_table
+from dpa_xtuner.stages.table import Stage
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -194,7 +192,7 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
     _set_schedule(config, own, numbers, run.deepspeed)
     _set_precision(config, run.deepspeed)
     config.custom_hooks = config.custom_hooks + _hooks(
-        run.settings, stage, dataset, built.fingerprint, provenance, run.work_dir
+        run, stage, dataset, built.fingerprint, provenance
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
@@ -206,11 +204,10 @@ def _outline(run: Run, stage: Stage) -> Config:
     """What is known of a stage's config without reading its data."""
     config = _without_settings(run.cfg)
     config.work_dir = str(run.work_dir / stage.name)
-    config.model = model_config(config, run.settings, stage, run.work_dir, run.deepspeed)
+    config.model = model_config(run, stage)
     config.train_dataloader.update(dataset=dataset_config(run, stage))
     config.custom_hooks = config.get("custom_hooks") or []
-    own = run.settings.of_stage(stage.name)
-    _set_optimizer(config, own, own_rates(own, stage.trains), run.deepspeed)
+    _set_optimizer(config, run, stage)
     return config
 
 
@@ -303,69 +300,64 @@ def _set_precision(config: Config, deepspeed: bool) -> None:
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
 
 
-def _set_optimizer(
-    config: Config, own: StageSettings, rates: dict[str, float], deepspeed: bool
-) -> None:
-    wrapper = config.optim_wrapper
-    wrapper.optimizer.lr = own.lr
-    if (constructor := constructor_of(wrapper, rates)) is not None:
+def _set_optimizer(config: Config, run: Run, stage: Stage) -> None:
+    wrapper, rates = config.optim_wrapper, _own_rates(run, stage)
+    wrapper.optimizer.lr = run.settings.of_stage(stage.name).lr
+    if (constructor := constructor_of(run, stage)) is not None:
         wrapper.constructor = constructor
     if rates:
         wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), **rates}
-    if deepspeed:  # which clips by strategy.gradient_clipping
+    if run.deepspeed:  # which clips by strategy.gradient_clipping
         if "clip_grad" in wrapper and wrapper.clip_grad is None:
             config.strategy.gradient_clipping = 0.0  # XTuner takes 1.0 where nothing is said
         wrapper.pop("clip_grad", None)
 
 
-def constructor_of(wrapper: dict, rates: dict[str, float]) -> str | None:
+def _own_rates(run: Run, stage: Stage) -> dict[str, float]:
+    """The learning rates of the components that a stage trains, by the setting's name."""
+    own = run.settings.of_stage(stage.name)
+    names = [c.rate for c in COMPONENTS if c.rate is not None and c in stage.trains]
+    given = {name: getattr(own, name, None) for name in names}
+    return {name: rate for name, rate in given.items() if rate is not None}
+
+
+def constructor_of(run: Run, stage: Stage) -> str | None:
     """What builds a stage's optimizer: the config's own constructor, ours, or None (MMEngine's).
 
     Ours is taken where parameters differ: by a component's own rate, by a weight decay that norms
     and biases are spared, or by ``paramwise_cfg``, which MMEngine's can't apply to tied weights.
     """
-    decays = wrapper["optimizer"].get("weight_decay") != 0
-    differ = rates or decays or wrapper.get("paramwise_cfg")
-    return wrapper.get("constructor") or (DPAOptimWrapperConstructor.__name__ if differ else None)
+    wrapper = run.cfg.optim_wrapper
+    decays = wrapper.optimizer.get("weight_decay") != 0
+    differ = _own_rates(run, stage) or decays or wrapper.get("paramwise_cfg")
+    return wrapper.get("constructor") or ("DPAOptimWrapperConstructor" if differ else None)
 
 
-def _hooks(
-    settings: Settings, stage: Stage, dataset: dict, samples: str, provenance: dict, base: Path
-) -> list[dict]:
-    own = settings.of_stage(stage.name)
+def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict) -> list[dict]:
+    settings, base, precision = run.settings, run.work_dir, run.precision.name
+    limit = settings.data_of(stage.sample_format).skip_limit
     hooks: list[dict] = [
         dict(type="OptimizerStepHook"), dict(type="IterationSeedHook"), dict(type="ProgressBarHook")
     ]  # fmt: skip
-    if (cache := getattr(own, "contrast_cache", None)) is not None:
+    if (cache := getattr(settings.of_stage(stage.name), "contrast_cache", None)) is not None:
         files = {"data": provenance["data"]["sha256"], "loads": provenance["loads"]}
-        hooks.append(
-            dict(
-                type="ContrastCacheHook",
-                folder=cache,
-                files=files,
-                precision=provenance["precision"],
-            )
-        )
-    hooks.append(
-        dict(type="SkippedSamplesHook", limit=settings.data_of(stage.sample_format).skip_limit)
-    )
+        hooks.append(dict(type="ContrastCacheHook", folder=cache, files=files, precision=precision))
+    hooks.append(dict(type="SkippedSamplesHook", limit=limit))
     if dataset.get("held_out"):
         assert stage.held_out is not None, "what holds captions out measures them"
         how, data = asdict(stage.held_out), dict(dataset, split="held_out")
-        hooks.append(dict(type="HeldOutHook", data=data, precision=provenance["precision"], **how))
-    return [
-        *hooks,
-        dict(
-            type="HandOverHook",
-            stage=stage.name,
-            stages=list(stage_table(settings)),
-            loads={name: str(base / folder) for name, folder in stage.loads.items()},
-            writes={name: str(base / folder) for name, folder in stage.writes.items()},
-            guards=[name for name in stage.guards if name not in stage.trains],
-            origin=provenance,
-            samples=samples,
-        ),
-    ]
+        hooks.append(dict(type="HeldOutHook", data=data, precision=precision, **how))
+    hand_over = dict(
+        type="HandOverHook",
+        stage=stage.name,
+        stages=list(run.stages),
+        loads={name: str(base / folder) for name, folder in stage.loads.items()},
+        writes={name: str(base / folder) for name, folder in stage.writes.items()},
+        guards=[name for name in stage.guards if name not in stage.trains],
+        origin=provenance,
+        samples=samples,
+    )
+    return [*hooks, hand_over]
 
 
 def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
@@ -405,24 +397,28 @@ def dataset_config(run: Run, stage: Stage) -> dict:
     return dataset | run.tiles if sees else dataset
 
 
-def model_config(
-    config: Config, settings: Settings, stage: Stage, base: Path, deepspeed: bool
-) -> dict:
+def model_config(run: Run, stage: Stage) -> dict:
     """The config of a stage's model.
 
     Args:
-        config: filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
-        settings: the method's.
+        run: the run.
         stage: the row of the stage table.
-        base: the work dir, in which the components of earlier stages are.
-        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
     """
-    plan = StagePlan(config, settings, stage, base, deepspeed)
+    own = run.settings.of_stage(stage.name)
     # Whatever else the config says of the model goes to its class, which knows its arguments.
-    model = {**config.model, "type": "ProxyLLM", "normalize": plan.own.normalize}
-    if stage.sees_pictures:
-        own = cast("PictureSettings", plan.own)
+    model = {**run.cfg.model.to_dict(), "type": "ProxyLLM", "normalize": own.normalize}
+    if isinstance(own, PictureSettings):
         model |= {"type": "DPALLaVAModel", "loss": own.loss}
+    plan = ModelPlan(
+        cfg=run.cfg,
+        settings=run.settings,
+        stage=stage.name,
+        builds=stage.builds,
+        loads={name: str(run.work_dir / folder) for name, folder in stage.loads.items()},
+        trains=stage.trains,
+        lora_targets=run.lora_targets,
+        deepspeed=run.deepspeed,
+    )
     for component in COMPONENTS:
         component.configure(model, plan)
     return model

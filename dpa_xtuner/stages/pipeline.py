@@ -1,26 +1,16 @@
-"""Which stage comes next, and the change from one to the other."""
+"""Which stage comes next."""
 
-import multiprocessing
 import os
-import re
-import shutil
-import socket
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from filelock import FileLock
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import acquire_lock
-from dpa_xtuner.model.components import PUBLISHED
-from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
+from dpa_xtuner.layout import STAGE_NAMES
 from dpa_xtuner.precision import Precision, choose_precision
-from dpa_xtuner.stages.artifacts import refuse_foreign
+from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.build import (
     check_ahead,
     global_rank,
@@ -28,22 +18,21 @@ from dpa_xtuner.stages.build import (
     usable_data,
     world_size,
 )
-from dpa_xtuner.stages.initial import check_initial, record_of_loaded
+from dpa_xtuner.stages.inputs import check_inputs
 from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings, refuse_unused_options
-from dpa_xtuner.stages.state_file import is_finished, read_state
-from dpa_xtuner.stages.table import STAGE_NAMES, Stage, find_stage
+from dpa_xtuner.stages.settings import Settings, read_settings
+from dpa_xtuner.stages.table import Stage, find_stage
 
 _ANEW = "Use another --work-dir, or remove that folder to train the stage again."
-_DATA_CHECKED = "DPA_DATA_CHECKED"
+DATA_CHECKED = "DPA_DATA_CHECKED"
 """Names, for the next stage's process, the work dir whose stages' data was all looked at."""
 
 
 def next_stage(cfg: Config) -> Config | None:
     """The config of the first unfinished stage, set to resume where it stopped.
 
-    Reads ``DPA_STAGE`` (that stage alone) and ``DPA_REHEARSE`` from the environment.
+    Reads ``DPA_STAGE`` (that stage alone) from the environment.
 
     Args:
         cfg: a DPA config as ``xtuner train`` hands it to the runner.
@@ -55,46 +44,32 @@ def next_stage(cfg: Config) -> Config | None:
         DPAError: settings that can't be used, a stage that needs another first, or a
             finished or started stage that the config no longer describes.
     """
-    settings = Settings.from_config(cfg)
-    refuse_unused_options(cfg, settings)
-    if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
-        cfg, settings = rehearse(cfg, settings)
-    work_dir = Path(cfg.work_dir)
-    with users_files_named(work_dir):
-        return _first_unfinished(Run.of(cfg, settings, run_precision(work_dir, settings)))
-
-
-def _first_unfinished(run: Run) -> Config | None:
+    settings = read_settings(cfg)
+    run = Run.of(cfg, settings, run_precision(Path(cfg.work_dir), settings))
     _log(run, f"Precision {run.precision.name}: {run.precision.reason}")
     stages = _wanted(run)
     check_ahead(run, stages)
-    if run.settings.tune.init_projector is not None:
-        check_initial(run)
     for number, stage in enumerate(stages, 1):
-        folder = run.work_dir / stage.name
-        _need_inputs(stage, run.work_dir)
-        provenance = provenance_of(run, stage)
-        _refuse_foreign_inputs(run, stage, provenance)
-        if not is_finished(folder):
-            config = stage_config(run, stage, provenance)
-            _resume(config, run, stage, provenance)
-            _check_later_data(run, stages[number:])
-            return config
-        refuse_changed(folder, read_state(folder)["origin"], provenance, _ANEW)
-        _log(run, f"Stage {stage.name} is finished")
+        check_inputs(run, stage)
+        folder, provenance = run.work_dir / stage.name, provenance_of(run, stage)
+        state = read_state(folder)
+        finished = state.get("status") == "finished"
+        checkpoint = None if finished else _checkpoint(run, stage)
+        if finished or checkpoint:
+            refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
+        if finished:
+            _log(run, f"Stage {stage.name} is finished")
+            continue
+        config = stage_config(run, stage, provenance)
+        _resume(config, checkpoint, state)
+        _check_later_data(run, stages[number:])
+        return config
     return None
 
 
 def _log(run: Run, text: str) -> None:
     if global_rank(run.cfg.launcher) == 0:
         print_log(text, "current")
-
-
-def _refuse_foreign_inputs(run: Run, stage: Stage, provenance: dict) -> None:
-    own = {side: provenance[side] for side in PUBLISHED if side in provenance}
-    for folder in stage.loads.values():
-        record = record_of_loaded(run.work_dir / folder, run.settings.llm_name_or_path)
-        refuse_foreign(run.work_dir / folder, record, own, "architecture")
 
 
 def run_precision(base: Path, settings: Settings) -> Precision:
@@ -127,7 +102,7 @@ def run_precision(base: Path, settings: Settings) -> Precision:
 
 def _check_later_data(run: Run, stages: list[Stage]) -> None:
     """Make the data sets of later stages now, which they then find on disk."""
-    if os.environ.get(_DATA_CHECKED) == str(run.work_dir):  # by the stage that went on with this
+    if os.environ.get(DATA_CHECKED) == str(run.work_dir):  # by the stage that went on with this
         return
     for stage in stages:
         if not is_finished(run.work_dir / stage.name):
@@ -149,86 +124,6 @@ def samples_of(config: Config) -> str:
     return next(h["samples"] for h in config.custom_hooks if h["type"] == "HandOverHook")
 
 
-def lock_stage_folder(config: Config) -> FileLock:
-    """Take a stage's folder for this run.
-
-    The lock goes with the process, however that ends, and a stage that replaces its
-    process takes the next one's.
-
-    Raises:
-        DPAError: another run trains in it, such as one whose parent alone was killed.
-    """
-    folder = Path(config.work_dir)
-    return acquire_lock(
-        folder / ".lock",
-        f"Another run is training in {folder}. Wait for it, stop it, or use another --work-dir.",
-    )
-
-
-def check_ranks_agree(config: Config) -> None:
-    """See that all ranks are about to do the same.
-
-    Raises:
-        DPAError: they read other files, since the work dir or the images are not shared by all
-            nodes.
-    """
-    same = (
-        (
-            config.model.precision,
-            "The processes' devices differ: precision='auto' means {} on them. Set precision to "
-            "one that all of them compute.",
-        ),
-        (
-            (config.work_dir, config.load_from),
-            "The processes don't see the same work dir: they would start {}. It must be on storage "
-            "that all nodes share.",
-        ),
-        (
-            samples_of(config),
-            "The processes don't see the same samples: an image can be read on one node and not on "
-            "another. Images must be the same on all nodes.",
-        ),
-    )
-    for own, told in same:
-        if len(found := set(all_gather_object(own))) > 1:
-            raise DPAError(told.format(sorted(found, key=str)))
-
-
-def run_next(config: Config) -> None:
-    """After a stage: go on with the next in a fresh process image, if there is one.
-
-    The process replaces itself, so that nothing of the finished stage stays in memory.
-    Under a launcher all ranks do so together and meet again on another port.
-    """
-    name = Path(config.work_dir).name
-    if "DPA_STAGE" in os.environ or name == STAGE_NAMES[-1]:
-        return
-    for child in multiprocessing.active_children():  # dataloader workers
-        child.terminate()
-        child.join()
-    if dist.is_available() and dist.is_initialized():
-        port = [_free_port()]
-        dist.broadcast_object_list(port)
-        dist.barrier()
-        dist.destroy_process_group()
-        # The launcher's own store still listens on the old port.
-        os.environ.update(MASTER_PORT=str(port[0]), TORCHELASTIC_USE_AGENT_STORE="False")
-    os.environ[_DATA_CHECKED] = str(Path(config.work_dir).parent)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)
-
-
-def summary(work_dir: str | Path) -> str:
-    """The finished stages below a work dir and what they wrote, a line each."""
-    lines = []
-    for name in STAGE_NAMES:
-        state = read_state(Path(work_dir) / name)
-        for component, folder in state.get("writes", {}).items():
-            lines.append(f"  {name:<6} {component:<12} {folder}")
-    return "\n".join(lines)
-
-
 def _wanted(run: Run) -> list[Stage]:
     only = os.environ.get("DPA_STAGE")
     if only is None:
@@ -236,36 +131,30 @@ def _wanted(run: Run) -> list[Stage]:
     return [find_stage(run.settings, only, "DPA_STAGE=")]
 
 
-def _need_inputs(stage: Stage, work_dir: Path) -> None:
-    for component, folder in stage.loads.items():
-        if Path(folder).is_absolute():  # given by the config: check_initial has seen it
-            continue
-        writer = folder.split("/")[0]
-        finished = is_finished(work_dir / writer)
-        if not finished or not (work_dir / folder).is_dir():
-            what = "does not exist" if finished else "is not finished"
-            raise DPAError(
-                f"Stage {stage.name} starts from the {component} of stage {writer}, but "
-                f"{work_dir / folder} {what}. Run DPA_STAGE={writer} first, or all stages without "
-                f"DPA_STAGE."
-            )
-
-
-def _resume(config: Config, run: Run, stage: Stage, provenance: dict) -> None:
-    """Set a stage's config to go on from its newest checkpoint, if there is one that fits."""
-    folder, cfg = Path(config.work_dir), run.cfg
+def _checkpoint(run: Run, stage: Stage) -> str | None:
+    """The checkpoint that a stage resumes from: the one that ``--resume`` names, or the newest."""
+    folder, cfg = run.work_dir / stage.name, run.cfg
     asked = cfg.get("load_from") if cfg.get("resume") else None
     if asked is not None and Path(asked).resolve().parent != folder.resolve():
         raise DPAError(
             f"--resume {asked} is not a checkpoint of stage {stage.name}, which comes next; "
             f"its checkpoints are in {folder}."
         )
-    checkpoint = asked or newest_checkpoint(folder)
+    return asked or newest_checkpoint(folder)
+
+
+def _resume(config: Config, checkpoint: str | None, state: dict) -> None:
+    """Set a stage's config to go on from a checkpoint, if there is one; refuse one of another run.
+
+    Args:
+        config: the stage's; changed in place.
+        checkpoint: what to go on from.
+        state: what the stage's state file says.
+    """
     config.resume, config.load_from = checkpoint is not None, checkpoint
     if checkpoint is None:
         return
-    state, facts = read_state(folder), run_facts(config)
-    refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
+    folder, facts = Path(config.work_dir), run_facts(config)
     if (before := state.get("run", {})) != facts:
         raise DPAError(
             f"{checkpoint} was written by a run with {before}, this one has {facts}: its optimizer "
@@ -273,44 +162,10 @@ def _resume(config: Config, run: Run, stage: Stage, provenance: dict) -> None:
         )
     if state.get("samples") != samples_of(config):
         raise DPAError(
-            f"The data files and settings of stage {stage.name} are those that {checkpoint} was "
+            f"The data files and settings of stage {folder.name} are those that {checkpoint} was "
             f"trained on, and yet they give other samples: the tokenizer has changed, or images "
             f"that could not be read when the data was tokenised can be read by now (with "
             f"max_tiles above 1, an image's size decides its tokens). Remove {folder} to train the "
             f"stage again; to go on, put back what was there and give an empty DPA_CACHE."
         )
-    print_log(f"Stage {stage.name} goes on from {checkpoint}", "current")
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a stage.
-
-    A checkpoint gets its name when all of it is on disk, so any that has it is whole.
-    """
-    found = [(int(m[1]), str(path)) for path in folder.glob("iter_*.pth")
-             if (m := re.fullmatch(r"iter_(\d+)\.pth", path.name))]  # fmt: skip
-    return max(found)[1] if found else None
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed run was writing."""
-    for path in folder.glob(".*.partial"):
-        print_log(f"Removing {path}, which was not written to its end", "current")
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
-
-
-def _without_resume(arguments: list[str]) -> list[str]:
-    kept = []
-    it = iter(arguments)
-    for argument in it:
-        if argument == "--resume":
-            next(it)
-        elif not argument.startswith("--resume="):
-            kept.append(argument)
-    return kept
+    print_log(f"Stage {folder.name} goes on from {checkpoint}", "current")

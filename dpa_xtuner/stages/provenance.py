@@ -6,9 +6,9 @@ from typing import Any
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.model.components import COMPONENTS, PUBLISHED, own_rates
 from dpa_xtuner.stages.build import constructor_of
-from dpa_xtuner.stages.initial import lineage
+from dpa_xtuner.stages.components import COMPONENTS, PUBLISHED
+from dpa_xtuner.stages.inputs import input_hashes, lineage
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Change, differences
 from dpa_xtuner.stages.table import Stage
@@ -36,12 +36,12 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
         "settings": _of_stage(run, stage, "weights"),
         "optimizer": wrapper.optimizer.to_dict(),
         "paramwise_cfg": wrapper.get("paramwise_cfg"),
-        "constructor": constructor_of(wrapper, own_rates(own, stage.trains)),
+        "constructor": constructor_of(run, stage),
         "loads": input_hashes(stage, run.work_dir),
     }
     for component in PUBLISHED:
         if component in stage.builds:
-            found[component] = component.facts(run)
+            found[component] = run.facts(component)
     if (given := getattr(own, "init_projector", None)) is not None:
         found["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
     model = model_of(run, stage)
@@ -71,15 +71,6 @@ def _of_stage(run: Run, stage: Stage, change: Change) -> dict[str, Any]:
     frozen = [component for component in COMPONENTS if component not in stage.trains]
     unused = {name for component in frozen for name in component.settings}
     return run.settings.of_stage(stage.name).changing(change, leave_out=unused)
-
-
-def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
-    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
-    return {
-        f"{component}/{file.name}": file_sha256(file)
-        for component, folder in stage.loads.items()
-        for file in sorted((work_dir / folder).glob("*.safetensors"))
-    }
 
 
 def refuse_changed(folder: Path, before: dict, now: dict, way_out: str) -> None:

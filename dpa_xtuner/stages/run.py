@@ -19,11 +19,11 @@ from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.families.template_check import check_template
-from dpa_xtuner.model.components import lora_targets
-from dpa_xtuner.model.configs import read_config
+from dpa_xtuner.model.configs import architecture, read_config
 from dpa_xtuner.model.encoders import Encoder
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec
 from dpa_xtuner.stages.table import Stage, stage_table
 
@@ -100,6 +100,23 @@ class Run:
         """
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
 
+    def config_of(self, component: Published) -> PretrainedConfig:
+        """The published configuration of the LLM or of the visual encoder.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return self.llm_config if component == LLM else self.encoder_config
+
+    def facts(self, component: Published) -> dict[str, Any]:
+        """Name and architecture of a published model, as records have them.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        found = architecture(self.config_of(component))
+        return {"name": component.name(self.settings), "architecture": found}
+
     @cached_property
     def projector(self) -> ProjectorModule:
         """The projector without memory, on the meta device."""
@@ -139,8 +156,14 @@ class Run:
 
     @property
     def lora_targets(self) -> list[str] | None:
-        """The layers that LoRA adapts; None for every linear layer but the head."""
-        return lora_targets(self.cfg, self.settings)
+        """The layers that LoRA adapts; None for every linear layer but the head.
+
+        They are the family's, where its loader is used.
+        """
+        family = self.settings.llm_family
+        if family is None or self.cfg.model[LLM].type != family.llm:
+            return None
+        return list(family.lora_targets)
 
 
 def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Config:
@@ -170,7 +193,7 @@ def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Co
     cfg.model.llm = {**loader, **cfg.model.llm, **place, **dtype}
     cfg.tokenizer = {**tokenizer, **cfg.get("tokenizer", {}), **place}
     cfg.model.visual_encoder = {
-        **spec.loader(encoder), **cfg.model.get("visual_encoder", {}), **dtype
+        **spec.loader(encoder), **cfg.model.get(VISUAL_ENCODER, {}), **dtype
     }  # fmt: skip
     if cfg.model.llm.get("quantization_config", {}).get("load_in_4bit"):
         cfg.model.llm.quantization_config.setdefault("bnb_4bit_compute_dtype", str(precision.dtype))

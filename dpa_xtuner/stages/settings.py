@@ -523,6 +523,17 @@ def config_from_file(path: Path | str, options: dict | None = None) -> Config:
     return cfg
 
 
+def read_settings(cfg: Config) -> Settings:
+    """Read and check the settings of a config, and refuse options that have no effect.
+
+    Raises:
+        DPAError: as :meth:`Settings.from_config` and :func:`refuse_unused_options`.
+    """
+    settings = Settings.from_config(cfg)
+    refuse_unused_options(cfg, settings)
+    return settings
+
+
 def refuse_unused_options(cfg: Config, settings: Settings) -> None:
     """Refuse ``--cfg-options`` that have no effect; a file may set what its method leaves out.
 

@@ -2,14 +2,11 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
-
-from mmengine.config import Config
 
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.layout import STAGE_NAMES as STAGE_NAMES
-from dpa_xtuner.model.components import (
+from dpa_xtuner.layout import ALIGN, PROXY, TUNE
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
@@ -17,9 +14,7 @@ from dpa_xtuner.model.components import (
     Component,
     find_component,
 )
-from dpa_xtuner.stages.settings import LLMSettings, Settings, StageSettings
-
-PROXY, ALIGN, TUNE = STAGE_NAMES
+from dpa_xtuner.stages.settings import LLMSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -45,10 +40,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table, in components (:data:`dpa_xtuner.model.components.COMPONENTS`).
+    """A row of the table, in components (:data:`dpa_xtuner.stages.components.COMPONENTS`).
 
     Attributes:
-        name: one of :data:`STAGE_NAMES`, and the stage's folder below the work dir.
+        name: one of :data:`dpa_xtuner.layout.STAGE_NAMES`, and its folder below the work dir.
         sample_format: how it sees the data (:mod:`dpa_xtuner.data.templates`).
         builds: components that its model has.
         loads: component -> folder below the work dir that an earlier stage wrote, or the absolute
@@ -89,39 +84,6 @@ class Stage:
     def sees_pictures(self) -> bool:
         """Whether its model takes images."""
         return VISUAL_ENCODER in self.builds
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage of a run: all that its components need to know before anything is built.
-
-    Attributes:
-        cfg: the config, completed by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
-        settings: read from it.
-        stage: the row of the table.
-        base: the run's work dir.
-        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
-    """
-
-    cfg: Config
-    settings: Settings
-    stage: Stage
-    base: Path
-    deepspeed: bool = False
-
-    @property
-    def own(self) -> StageSettings:
-        """The settings of the stage."""
-        return getattr(self.settings, self.stage.name)
-
-    @property
-    def sees_pictures(self) -> bool:
-        """Whether the stage's model takes images."""
-        return self.stage.sees_pictures
-
-    def loaded_from(self, component: Component) -> str:
-        """The folder that the stage loads a component from."""
-        return str(self.base / self.stage.loads[component])
 
 
 def stage_table(settings: Settings) -> dict[str, Stage]:

@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpa_xtuner import DPAError
 from dpa_xtuner.demo import report, trained
+from dpa_xtuner.errors import DPAError
 
 WORDS = ["<|im_start|>", "<|im_end|>", "user", "assistant", "what", "red", "blue", "is", "it", "\n"]
 

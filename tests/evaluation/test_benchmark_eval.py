@@ -14,8 +14,7 @@ TOOL = Path(__file__).parents[2] / "benchmarks" / "benchmark_eval.py"
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.setenv("DPA_WITHOUT_XTUNER", "")
+def tool():
     spec = importlib.util.spec_from_file_location("benchmark_eval", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -358,8 +357,7 @@ def test_killed_and_continued(folder, data, tmp_path, answered):
         f"models = visual.models_of([Path({str(folder)!r})], options)\n"
         "evaluate(models, asked, work, options)\n"
     )
-    environment = os.environ | {"DPA_WITHOUT_XTUNER": "1"}
-    found = subprocess.run([sys.executable, str(killing)], env=environment, capture_output=True)
+    found = subprocess.run([sys.executable, str(killing)], capture_output=True)
     assert found.returncode == -signal.SIGKILL, found.stderr.decode()
     report, details = evaluate([folder], data, tmp_path / "work", batch_size=2)
     assert [len(batch) for batch in answered] == [2, 2, 2]  # four of the six were there

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -462,7 +461,6 @@ def test_internlm2_loads_without_remote_code_and_without_xtuner(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},
         text=True,
         capture_output=True,
     )
@@ -474,7 +472,6 @@ def test_the_command_evaluates_what_is_there_without_xtuner(llm, data, tmp_path)
     command = [sys.executable, harness.SUPPORT / "run_eval.py", llm, "--work-dir", tmp_path]
     done = subprocess.run(
         [*command, "--benchmarks", "piqa", "mmlu", "--data", tmp_path / "data"],
-        env=os.environ | {"DPA_WITHOUT_XTUNER": "1"},
         text=True,
         capture_output=True,
     )

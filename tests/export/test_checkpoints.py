@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
 from dpa_xtuner.export.weights import read_checkpoint
-from dpa_xtuner.stages.pipeline import newest_checkpoint, read_state
+from dpa_xtuner.stages.artifacts import newest_checkpoint, read_state
 
 pytestmark = pytest.mark.slow
 

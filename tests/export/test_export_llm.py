@@ -13,7 +13,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.initial import check_initial
+from dpa_xtuner.stages.inputs import check_inputs
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import Settings, config_from_file
 
@@ -30,8 +30,8 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     run = Run.of(cfg, settings, Precision(settings.precision))
     cfg, row = run.cfg, run.stages["tune"]
     check_models(run, [row])
-    check_initial(run)
-    model = MODELS.build(model_config(cfg, settings, row, made.folder / "next", False))
+    check_inputs(run, row)
+    model = MODELS.build(model_config(run, row))
     return runs.Run(made.folder, made.config, settings, cfg, model, "tune")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenLogProbs, build_scheme, relevance_loss, statistics
 
 SUPERVISED = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]], dtype=torch.bool)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import (
     CAL,
     CMO,

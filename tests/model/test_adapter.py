@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.adapter import read_adapter
 
 A, B = "base_model.model.up.lora_A.weight", "base_model.model.up.lora_B.weight"

@@ -11,8 +11,8 @@ from support.decoders import MODELS, PIC, V, build
 from support.tiny_llava import PATCHES, sample
 from xtuner.utils import IGNORE_INDEX
 
-from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.llm import add_lora, supervised_log_probs
 

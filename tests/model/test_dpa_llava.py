@@ -16,11 +16,11 @@ from torch import nn
 from xtuner.model.utils import prepare_inputs_labels_for_multimodal
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
 from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import head as head_module
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 
 
 @pytest.fixture

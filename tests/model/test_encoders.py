@@ -19,10 +19,10 @@ from transformers import (
 )
 from xtuner.registry import BUILDER
 
-from dpa_xtuner import DPAError
 from dpa_xtuner.data import collate
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import NotFound
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, merge_adapter, supervised_log_probs
 
 SIZES = dict(

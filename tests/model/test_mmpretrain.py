@@ -10,13 +10,13 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.model import DPALLaVAModel
-from dpa_xtuner.model.components import VISUAL_ENCODER
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 from dpa_xtuner.stages.artifacts import save_component
+from dpa_xtuner.stages.components import VISUAL_ENCODER
 
 pytestmark = pytest.mark.slow
 

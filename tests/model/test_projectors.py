@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.model.components import PROJECTOR
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.projectors import (
     Projector,
     build_projector,
@@ -20,6 +19,7 @@ from dpa_xtuner.model.projectors import (
 )
 from dpa_xtuner.registry import PROJECTORS
 from dpa_xtuner.stages.artifacts import read_origin, save_component
+from dpa_xtuner.stages.components import PROJECTOR
 
 C, H = 6, 8
 KINDS = [
@@ -122,7 +122,7 @@ def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     save_component(
         SimpleNamespace(projector=written), PROJECTOR, tmp_path / "p", {"stage": "align"}
     )
-    assert read_origin(tmp_path / "p")["part"] == "projector"
+    assert read_origin(tmp_path / "p")["component"] == "projector"
     read = build_projector(cfg, C, H)
     load_projector(read, str(tmp_path / "p"))
     pairs = zip(written.state_dict().items(), read.state_dict().items(), strict=True)

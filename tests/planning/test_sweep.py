@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import harness
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.planning import sweep
 
 pytestmark = pytest.mark.slow

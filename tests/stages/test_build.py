@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.stages.build import Schedule, schedule
 from dpa_xtuner.stages.settings import StageSettings
 

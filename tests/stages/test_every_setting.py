@@ -7,7 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import DefaultScope
 from support import harness
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import check_ahead
 from dpa_xtuner.stages.run import Run

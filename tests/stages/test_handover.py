@@ -130,7 +130,7 @@ def test_the_record_says_what_a_part_was_made_from(reference, tiny):
     for place, record in records.items():
         stage, part = place.split("/")
         (file,) = (work_dir / place).glob("*.safetensors")
-        assert record["part"] == part and record["stage"] == stage
+        assert record["component"] == part and record["stage"] == stage
         assert record["config"] == str(harness.TINY_CONFIG)
         assert record["seed"] == 42 and record["step"] == 6
         assert record["settings"]["lr"] == 1e-2 and record["settings"]["max_steps"] == 6

@@ -10,9 +10,9 @@ from support import harness
 from support.harness import Layout
 from transformers import LlamaForCausalLM
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.stages import Settings, stage_table
-from dpa_xtuner.stages.settings import refuse_unused_options
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.settings import Settings, refuse_unused_options
+from dpa_xtuner.stages.table import stage_table
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from mmengine.config import Config
 from safetensors.torch import load_file
 from support import harness
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.stages import Settings
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.settings import Settings
 
 pytestmark = pytest.mark.slow
 

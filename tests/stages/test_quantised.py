@@ -9,8 +9,8 @@ from mmengine.config import Config
 from support import harness
 from transformers import LlamaForCausalLM
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.stages import Settings
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.settings import Settings
 
 IN_4_BIT = {"model.llm.quantization_config": {"type": "transformers.BitsAndBytesConfig",
                                               "load_in_4bit": True}}  # fmt: skip

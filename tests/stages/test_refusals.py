@@ -12,7 +12,7 @@ from mmengine.runner import IterBasedTrainLoop
 from support import harness
 from support.harness import Layout
 
-from dpa_xtuner.hooks import HandOverHook
+from dpa_xtuner.engine.hooks import HandOverHook
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ from support import harness
 from support.harness import Layout
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.components import LLM, LLM_ADAPTER, PROJECTOR, VISUAL_ENCODER
-from dpa_xtuner.stages import Stage, build, pipeline, table
+from dpa_xtuner.stages import build, pipeline, table
+from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, VISUAL_ENCODER
+from dpa_xtuner.stages.table import Stage
 
 FULL = Layout(dropout=0.0, train_llm="full")
 

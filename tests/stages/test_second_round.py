@@ -18,9 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpa_xtuner.data import collate
+from dpa_xtuner.engine.hooks import HandOverHook
 from dpa_xtuner.export import export_config
 from dpa_xtuner.files import file_sha256
-from dpa_xtuner.hooks import HandOverHook
 from dpa_xtuner.planning import sweep
 from dpa_xtuner.planning.check import check_config
 from dpa_xtuner.stages.settings import config_from_file

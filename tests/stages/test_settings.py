@@ -6,9 +6,8 @@ import pytest
 from mmengine.config import Config
 from support import harness
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.stages import Settings
-from dpa_xtuner.stages.settings import refuse_unused_options
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.stages.settings import Settings, refuse_unused_options
 from dpa_xtuner.stages.settings_table import settings_table
 
 

@@ -17,8 +17,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
-from dpa_xtuner.stages import Settings
-from dpa_xtuner.stages.settings import config_from_file, refuse_unused_options
+from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_unused_options
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +125,7 @@ def test_it_is_counted_in_the_log_and_in_the_records(deepspeed, trained):
     assert state["writes"]["visual_encoder"] == str(run.encoder)
     assert state["origin"]["settings"]["visual_encoder_lr"] == 1e-3
     record = json.loads((run.encoder / "dpa.json").read_text())
-    assert record["part"] == "visual_encoder" and record["step"] == 6
+    assert record["component"] == "visual_encoder" and record["step"] == 6
     assert record["trained_visual_encoder"] != record["visual_encoder"]["fingerprint"]
     assert set(record["shapes"]) == set(run.of_encoder("after"))
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from xtuner.tools import train
 
-from dpa_xtuner.hooks import HandOverHook
-from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks import HandOverHook
+from dpa_xtuner.engine.hooks.unwrap import unwrap
 
 # A third of a tiny run goes into laying out the dumped config, and into collecting garbage
 # among the parent's objects.

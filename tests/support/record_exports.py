@@ -18,10 +18,9 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import runs, small_tokenizers
-
 from dpa_xtuner.export import export_config
 from dpa_xtuner.versions import language_model
+from support import runs, small_tokenizers
 
 RECORDED = Path(__file__).parents[1] / "export/recorded"
 IMAGE = Image.effect_mandelbrot((20, 20), (-3, -2.5, 2, 2.5), 100).convert("RGB")

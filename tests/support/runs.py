@@ -193,7 +193,7 @@ def make(folder, pieces, name, *, train_llm="lora", encoder="clip", start_from="
 
 def _train(run: Run, row) -> nn.Module:
     """Random numbers in place of training, written by the stage's own code."""
-    model = MODELS.build(model_config(run.cfg, run.settings, row, run.work_dir, False))
+    model = MODELS.build(model_config(run.resolved, row))
     torch.manual_seed(len(row.name))
     for parameter in model.parameters():
         if parameter.requires_grad:

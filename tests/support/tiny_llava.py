@@ -5,7 +5,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
-from dpa_xtuner.model import DPALLaVAModel
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 
 PATCHES, V = 4, 50
 

@@ -10,9 +10,9 @@ from mmengine.config import Config
 from transformers import BitsAndBytesConfig
 from xtuner.model.utils import traverse_dict
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.planning.from_stock import family_of, find_stock, stock_names, write_config
-from dpa_xtuner.stages import Settings
+from dpa_xtuner.stages.settings import Settings
 
 pytestmark = pytest.mark.slow
 

@@ -13,10 +13,11 @@ from support import harness
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
-from dpa_xtuner import DPAError
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
-from dpa_xtuner.stages import Settings, stage_table
+from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.table import stage_table
 
 ROOT = Path(__file__).parents[2]
 # In billions, as the models' cards and repositories say.

@@ -15,9 +15,10 @@ from mmengine.optim import OptimWrapper
 from support.harness import Processes, free_port
 from support.tiny_llava import MIXED, build, sample
 
-from dpa_xtuner import DPAError, compat
+from dpa_xtuner import compat
 from dpa_xtuner.data import collate
-from dpa_xtuner.hooks import OptimizerStepHook
+from dpa_xtuner.engine.hooks import OptimizerStepHook
+from dpa_xtuner.errors import DPAError
 
 pytestmark = pytest.mark.slow
 

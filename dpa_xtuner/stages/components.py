@@ -1,31 +1,54 @@
-"""The components of a model: each knows how it is built, frozen, counted, written and read.
+"""The components of a model: each knows how it is configured, frozen, counted and written.
 
 The stage table (:mod:`dpa_xtuner.stages.table`) says which component each stage builds, loads,
 trains and writes. Everything else loops over :data:`COMPONENTS` and asks.
 """
 
-from __future__ import annotations
-
-from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from xtuner.registry import BUILDER
 
+from dpa_xtuner import layout
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.model.configs import architecture
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
+from dpa_xtuner.stages.settings import Settings
 
-if TYPE_CHECKING:  # models build on components, stages on models
-    from dpa_xtuner.model.dpa_llava import DPALLaVAModel
-    from dpa_xtuner.stages.run import Run
-    from dpa_xtuner.stages.settings import Settings, StageSettings
-    from dpa_xtuner.stages.table import StagePlan
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What the components of a stage's model need to know before it is built.
+
+    Attributes:
+        cfg: the config, filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
+        settings: read from it.
+        stage: name of the stage.
+        builds: components that the model has.
+        loads: component -> folder that it is loaded from.
+        trains: components that get gradients.
+        lora_targets: the layers that LoRA adapts; None for every linear layer but the head.
+        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
+    """
+
+    cfg: Config
+    settings: Settings
+    stage: str
+    builds: tuple[str, ...]
+    loads: dict[str, str]
+    trains: tuple[str, ...]
+    lora_targets: list[str] | None
+    deepspeed: bool
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether the model takes images."""
+        return VISUAL_ENCODER in self.builds
 
 
 class Component(str):
@@ -34,12 +57,14 @@ class Component(str):
     Attributes:
         label: what people call it.
         module: the attribute of the model that holds it.
+        loaded_as: the key of the model's config that takes the folder it is loaded from.
         settings: settings of a stage that matter only where the stage trains it.
         rate: of these, the one that is its own learning rate.
     """
 
     label: str
     module: str
+    loaded_as: str = ""
     settings: tuple[str, ...] = ()
     rate: str | None = None
 
@@ -51,14 +76,15 @@ class Component(str):
         """Whether a parameter of a model is one of its own, by the parameter's name."""
         return parameter.startswith(f"{self.module}.")
 
-    def configure(self, model: dict, plan: StagePlan) -> None:
+    def configure(self, model: dict, plan: ModelPlan) -> None:
         """Say in the config of a stage's model how this component is built, loaded and frozen.
 
         Args:
             model: the config; changed in place.
             plan: of the stage.
         """
-        raise NotImplementedError
+        if self in plan.loads:
+            model[self.loaded_as] = plan.loads[self]
 
     def companion(self, cfg: Config) -> Any:
         """What is written beside the weights, such as a tokenizer; None for nothing."""
@@ -95,27 +121,11 @@ class Published(Component):
         """The published model that a run begins with."""
         return getattr(settings, self.setting)
 
-    def facts(self, run: Run) -> dict:
-        """Name and architecture, as records have them.
-
-        Raises:
-            DPAError: neither a folder nor the hub has the model.
-        """
-        return {"name": self.name(run.settings), "architecture": architecture(self.config(run))}
-
-    def config(self, run: Run) -> PretrainedConfig:
-        """The published configuration.
-
-        Raises:
-            DPAError: neither a folder nor the hub has it.
-        """
-        raise NotImplementedError
-
-    def configure(self, model: dict, plan: StagePlan) -> None:
+    def configure(self, model: dict, plan: ModelPlan) -> None:
         """See :meth:`Component.configure`."""
-        loader, trained = dict(plan.cfg.model[self]), self in plan.stage.trains
-        if self in plan.stage.loads:
-            loader["pretrained_model_name_or_path"] = plan.loaded_from(self)
+        loader, trained = dict(plan.cfg.model[self]), self in plan.trains
+        if self in plan.loads:
+            loader["pretrained_model_name_or_path"] = plan.loads[self]
         if trained and not plan.deepspeed:
             # Weights that an optimizer changes are float32 under autocast; DeepSpeed keeps
             # its own float32 copies.
@@ -132,10 +142,6 @@ class _LLM(Published):
         """All of the LLM's but adapters."""
         return super().owns(parameter) and ".lora_" not in parameter
 
-    def config(self, run: Run) -> PretrainedConfig:
-        """See :meth:`Published.config`."""
-        return run.llm_config
-
     def companion(self, cfg: Config) -> Any:
         """Its tokenizer."""
         return BUILDER.build(cfg.tokenizer.to_dict())
@@ -146,32 +152,32 @@ class _LLM(Published):
 
 
 class _LLMAdapter(Component):
-    label, module, settings = "LLM's adapter", "llm", ("lora",)
+    label, module, loaded_as, settings = "LLM's adapter", "llm", "merged_adapter", ("lora",)
 
     def owns(self, parameter: str) -> bool:
         """The LoRA weights of the LLM."""
         return super().owns(parameter) and ".lora_" in parameter
 
-    def configure(self, model: dict, plan: StagePlan) -> None:
+    def configure(self, model: dict, plan: ModelPlan) -> None:
         """See :meth:`Component.configure`.
 
         Raises:
             DPAError: the stage trains an adapter, and has no settings for it.
         """
+        super().configure(model, plan)
         key, lora = "llm_lora" if plan.sees_pictures else "lora", None
-        if self in plan.stage.trains:
-            if not hasattr(plan.own, "lora"):
+        if self in plan.trains:
+            own = getattr(plan.settings.of_stage(plan.stage), "lora", None)
+            if own is None:
                 raise DPAError(
-                    f"Stage {plan.stage.name} trains {self}, and {plan.stage.name}.lora is no "
-                    f"setting: give its class of settings the field lora."
+                    f"Stage {plan.stage} trains {self}, and {plan.stage}.lora is no setting: give "
+                    f"its class of settings the field lora."
                 )
             lora = dict(
-                type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none",
-                **plan.own.lora.model_dump(), target_modules=lora_targets(plan.cfg, plan.settings),
+                type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **own.model_dump(),
+                target_modules=plan.lora_targets,
             )  # fmt: skip
         model[key] = lora
-        if self in plan.stage.loads:
-            model["merged_adapter"] = plan.loaded_from(self)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that are trained, as peft names them."""
@@ -188,13 +194,9 @@ class _VisualEncoder(Published):
     label, module = "visual encoder", "visual_encoder"
     settings, rate = ("train_visual_encoder", "visual_encoder_lr"), "visual_encoder_lr"
 
-    def config(self, run: Run) -> PretrainedConfig:
-        """See :meth:`Published.config`; the configuration may also be of another kind."""
-        return run.encoder_config
-
-    def configure(self, model: dict, plan: StagePlan) -> None:
+    def configure(self, model: dict, plan: ModelPlan) -> None:
         """See :meth:`Component.configure`."""
-        if self not in plan.stage.builds:
+        if self not in plan.builds:
             for key in (self, "visual_select_layer"):
                 model.pop(key, None)
             return
@@ -214,28 +216,28 @@ class _VisualEncoder(Published):
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
         """As a ``from_pretrained`` folder with its image processor."""
-        spec = cast("DPALLaVAModel", model).encoder_spec
+        spec = cast(DPALLaVAModel, model).encoder_spec
         spec.save(self.of(model), folder, state, companion)
 
 
 class _Projector(Component):
-    label, module, settings, rate = "projector", "projector", ("projector_lr",), "projector_lr"
+    label, module, loaded_as = "projector", "projector", "pretrained_projector"
+    settings, rate = ("projector_lr",), "projector_lr"
 
-    def configure(self, model: dict, plan: StagePlan) -> None:
+    def configure(self, model: dict, plan: ModelPlan) -> None:
         """See :meth:`Component.configure`."""
-        if self not in plan.stage.builds:
+        if self not in plan.builds:
             return
+        super().configure(model, plan)
         model[self] = plan.settings.projector
-        if self in plan.stage.loads:
-            model["pretrained_projector"] = plan.loaded_from(self)
-        if self not in plan.stage.trains:
+        if self not in plan.trains:
             model["freeze_projector"] = True
 
 
-LLM = _LLM("llm")
-LLM_ADAPTER = _LLMAdapter("llm_adapter")
-VISUAL_ENCODER = _VisualEncoder("visual_encoder")
-PROJECTOR = _Projector("projector")
+LLM = _LLM(layout.LLM)
+LLM_ADAPTER = _LLMAdapter(layout.LLM_ADAPTER)
+VISUAL_ENCODER = _VisualEncoder(layout.VISUAL_ENCODER)
+PROJECTOR = _Projector(layout.PROJECTOR)
 COMPONENTS = (LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR)
 """Every component that a stage may build, in the order of the log."""
 PUBLISHED = (LLM, VISUAL_ENCODER)
@@ -270,41 +272,6 @@ def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:
         if any(sizes):
             counts[component] = sizes[0], sizes[1]
     return counts
-
-
-def trained_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model: what is trained, and the buffers beside it.
-
-    Args:
-        model: the stage's.
-        state: its whole state dict.
-    """
-    named = model.named_parameters(remove_duplicate=False)
-    trains = {name: parameter.requires_grad for name, parameter in named}
-    modules = {name.split(".")[0] for name, trained in trains.items() if trained}
-    buffers = {name for name, _ in model.named_buffers() if name.split(".")[0] in modules}
-    # MMEngine sets an attribute of it, which a plain dict can't have.
-    return OrderedDict((k, v) for k, v in state.items() if trains.get(k, k in buffers))
-
-
-def lora_targets(cfg: Config, settings: Settings) -> list[str] | None:
-    """The family's, where its loader is used; None for every linear layer but the head."""
-    family = settings.llm_family
-    if family is None or cfg.model[LLM].type != family.llm:
-        return None
-    return list(family.lora_targets)
-
-
-def own_rates(own: StageSettings, trains: tuple[str, ...]) -> dict[str, float]:
-    """The learning rates of a stage's own components, by the setting's name.
-
-    Args:
-        own: settings of the stage.
-        trains: the components that it trains.
-    """
-    names = [c.rate for c in COMPONENTS if c.rate is not None and c in trains]
-    given = {name: getattr(own, name, None) for name in names}
-    return {name: rate for name, rate in given.items() if rate is not None}
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How far a stage is and how its process ended, in its ``stage.json``."""
+"""Writes how far a stage is and how its process ended, in its ``stage.json``."""
 
 import json
 import time
@@ -10,26 +10,13 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import is_distributed
 
+from dpa_xtuner.engine.stopping import Stopped, stopped_in_order
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import move_into_place, read_json, write_json
-from dpa_xtuner.layout import STATE_FILE as STATE
-from dpa_xtuner.stages.stopping import Stopped, stopped_in_order
+from dpa_xtuner.files import move_into_place, write_json
+from dpa_xtuner.layout import STATE_FILE
+from dpa_xtuner.stages.artifacts import read_state
 
 _LONGEST_REASON = 200
-
-
-def read_state(folder: Path) -> dict:
-    """What the state file of a stage's folder says; empty where the stage has not begun.
-
-    Raises:
-        DPAError: it is broken.
-    """
-    return read_json(folder / STATE, f"Restore it, or remove {folder} to train the stage again.")
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the stage of a folder is finished."""
-    return read_state(folder).get("status") == "finished"
 
 
 class StateFile:
@@ -60,11 +47,11 @@ class StateFile:
         """Call the stage running; what an earlier run wrote stays. For rank 0, with the lock."""
         state = read_state(self.folder)
         state.pop("reason", None)
-        write_json(self.folder / STATE, state | {"status": "running"})
+        write_json(self.folder / STATE_FILE, state | {"status": "running"})
 
     def write(self, state: dict) -> None:
         """Replace the content."""
-        write_json(self.folder / STATE, state | {"seconds": self.seconds()})
+        write_json(self.folder / STATE_FILE, state | {"seconds": self.seconds()})
 
     def write_measured(self) -> None:
         """Replace :attr:`measured` alone; all else stays."""
@@ -101,9 +88,9 @@ class StateFile:
         # The first rank to fail knows why; the others then fail without it.
         if state.get("status") != "running":
             return
-        partial = self.folder / f".{STATE}.{self.rank}.partial"  # ranks may fail at once
+        partial = self.folder / f".{STATE_FILE}.{self.rank}.partial"  # ranks may fail at once
         partial.write_text(json.dumps(state | end, indent=2) + "\n", encoding="utf-8")
-        move_into_place(partial, self.folder / STATE)
+        move_into_place(partial, self.folder / STATE_FILE)
 
 
 def steps_done(cfg: Config, iterations: int) -> int:

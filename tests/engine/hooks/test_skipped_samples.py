@@ -7,8 +7,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 
-from dpa_xtuner import DPAError
-from dpa_xtuner.hooks import SkippedSamplesHook
+from dpa_xtuner.engine.hooks import SkippedSamplesHook
+from dpa_xtuner.errors import DPAError
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 
-from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.loss.held_out import cross_entropy_per_token
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.state_file import read_state, steps_done
+from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.table import HeldOut
 
 

@@ -1,38 +1,64 @@
-"""A further round of tuning: a projector that the config gives, and the LLM that belongs to it."""
+"""What a stage begins with: what earlier stages wrote, or a projector that the config gives."""
 
 from pathlib import Path
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import file_sha256, read_json
-from dpa_xtuner.model.components import LLM, PROJECTOR, PUBLISHED
+from dpa_xtuner.files import file_sha256
+from dpa_xtuner.layout import PROVENANCE_FILE
 from dpa_xtuner.model.projectors import read_projector
-from dpa_xtuner.stages.artifacts import KIND, ORIGIN, read_origin, refuse_foreign, trained_key
+from dpa_xtuner.stages.artifacts import (
+    KIND,
+    is_finished,
+    read_origin,
+    read_provenance,
+    refuse_foreign,
+    trained_key,
+)
+from dpa_xtuner.stages.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import differences
+from dpa_xtuner.stages.table import Stage
 
-_FILES = (ORIGIN, "config.json", "model.safetensors")
+_FILES = (PROVENANCE_FILE, "config.json", "model.safetensors")
 
 
-def check_initial(run: Run) -> None:
-    """Refuse a ``tune.init_projector`` that does not fit the run, before anything is loaded.
+def check_inputs(run: Run, stage: Stage) -> None:
+    """Refuse what a stage would begin with if it is missing, or belongs to other models.
 
     Args:
         run: the run.
+        stage: the row of the stage table.
 
     Raises:
-        DPAError: it is missing, is no projector that a stage wrote, is of another kind or size,
-            or belongs to another visual encoder or LLM.
+        DPAError: an earlier stage has not written it, ``tune.init_projector`` is no projector that
+            a stage wrote, or it was made for another visual encoder, LLM or projector.
     """
-    settings = run.settings
-    given = settings.tune.init_projector
-    assert given is not None, "a run without one has none to check"
-    folder = Path(given)
-    _refuse_no_projector(folder)
-    record = record_of_loaded(folder, settings.llm_name_or_path)
-    own = {component: component.facts(run) for component in PUBLISHED}
-    refuse_foreign(folder, record, own, "architecture")
+    own = {component: run.facts(component) for component in PUBLISHED if component in stage.builds}
+    for component, place in stage.loads.items():
+        folder, given = run.work_dir / place, Path(place).is_absolute()
+        if given:  # by tune.init_projector
+            _refuse_no_projector(folder)
+        else:
+            _refuse_unfinished(stage, component, folder)
+        record = record_of_loaded(folder, run.settings.llm_name_or_path)
+        refuse_foreign(folder, record, own, "architecture")
+        if given:
+            _refuse_other_kind(run, folder, record)
+
+
+def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
+    writer, finished = folder.parent.name, is_finished(folder.parent)
+    if not finished or not folder.is_dir():
+        what = "does not exist" if finished else "is not finished"
+        raise DPAError(
+            f"Stage {stage.name} starts from the {component} of stage {writer}, but {folder} "
+            f"{what}. Run DPA_STAGE={writer} first, or all stages without DPA_STAGE."
+        )
+
+
+def _refuse_other_kind(run: Run, folder: Path, record: dict) -> None:
     now = {
-        "encoder": settings.encoder,
+        "encoder": run.settings.encoder,
         "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     before = {key: record.get(key.removeprefix("model.")) for key in now}
@@ -56,7 +82,7 @@ def _refuse_no_projector(folder: Path) -> None:
         raise DPAError(f"{where} {what}. {advice}")
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise DPAError(f"{where} has no {', '.join(missing)}. {advice}")
-    holds = read_json(folder / ORIGIN, advice).get(KIND)
+    holds = read_provenance(folder, advice).get(KIND)
     if holds != PROJECTOR:
         raise DPAError(f"{where} holds {holds or 'an export'}, not a projector. {advice}")
 
@@ -97,14 +123,14 @@ def record_of_loaded(folder: Path, llm: str) -> dict:
 
 
 def _record_of_llm(llm: str) -> dict:
-    return read_json(Path(llm) / ORIGIN, "Restore it, or write the LLM again.")
+    return read_provenance(Path(llm), "Restore it, or write the LLM again.")
 
 
 def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
     """Why an LLM is not the one that a projector was tuned with; nothing where it is."""
     began = f"the projector's began as {record[LLM]['name']}"
     if not tuned:
-        return f"it has no {ORIGIN} of a stage that tuned it ({began})"
+        return f"it has no {PROVENANCE_FILE} of a stage that tuned it ({began})"
     if tuned.get(KIND) == LLM:
         own, its = ({k: v for k, v in one.items() if k not in (KIND, "shapes")}
                     for one in (tuned, record))  # fmt: skip
@@ -121,8 +147,9 @@ def _not_together(folder: Path, record: dict, llm: str, tuned: dict) -> str:
         return f"it holds {what}, not an LLM"
     if trained_key(LLM) not in tuned:
         return (
-            f"its {ORIGIN} does not say which weights were trained, as it is of an older version; "
-            f"write it again with python tools/export.py {record['config']} --format llm -o FOLDER"
+            f"its {PROVENANCE_FILE} is of an older version and does not say which weights were "
+            f"trained; write it again with python tools/export.py {record['config']} --format llm "
+            f"-o FOLDER"
         )
     return ""
 
@@ -138,4 +165,13 @@ def lineage(folder: Path, llm: str) -> dict:
     return {
         PROJECTOR: {key: value for key, value in projector.items() if key != "shapes"},
         LLM: {key: tuned[key] for key in (trained_key(LLM), "weights") if key in tuned},
+    }
+
+
+def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
+    """SHA-256 of the weight files that a stage loads and earlier ones wrote, by component/file."""
+    return {
+        f"{component}/{file.name}": file_sha256(file)
+        for component, folder in stage.loads.items()
+        for file in sorted((work_dir / folder).glob("*.safetensors"))
     }

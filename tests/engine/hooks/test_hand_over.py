@@ -18,8 +18,8 @@ from transformers import (
 )
 from xtuner.model.modules import ProjectorModel  # noqa: F401, registers the class
 
-from dpa_xtuner.hooks import HandOverHook, IterationSeedHook, iteration_seed
-from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks import HandOverHook, IterationSeedHook, iteration_seed
+from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.loss.held_out import without_first
 
 FULL = Layout(dropout=0.0, train_llm="full")

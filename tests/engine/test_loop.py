@@ -9,7 +9,7 @@ from mmengine.runner import loops
 from torch.utils.data import DataLoader, Dataset
 
 from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
-from dpa_xtuner.stages import DPATrainLoop
+from dpa_xtuner.engine.loop import DPATrainLoop
 
 SAMPLES, BATCH, MAX_ITERS = 22, 3, 20  # 22 samples: 8 batches an epoch, the last of one sample
 

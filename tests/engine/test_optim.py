@@ -6,7 +6,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from dpa_xtuner.stages import Bf16OptimWrapper, WarmupCosineLR
+from dpa_xtuner.engine.optim import Bf16OptimWrapper, WarmupCosineLR
 
 
 def test_the_products_are_bfloat16_and_the_weights_float32():

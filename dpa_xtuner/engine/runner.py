@@ -1,5 +1,6 @@
 """The runners: MMEngine's, which train the next unfinished stage and then go on."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,21 +12,22 @@ from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
 
 from dpa_xtuner import compat
-from dpa_xtuner.errors import DPAError, cli_errors
-from dpa_xtuner.files import move_into_place
-from dpa_xtuner.planning.rehearsal import users_files_named
-from dpa_xtuner.registry import RUNNERS
-from dpa_xtuner.stages.build import global_rank
-from dpa_xtuner.stages.pipeline import (
+from dpa_xtuner.engine.process import (
     check_ranks_agree,
     lock_stage_folder,
-    next_stage,
     remove_partial,
     run_next,
-    summary,
 )
-from dpa_xtuner.stages.state_file import StateFile, steps_done
-from dpa_xtuner.stages.stopping import guard, stopped_in_order
+from dpa_xtuner.engine.state_file import StateFile, steps_done
+from dpa_xtuner.engine.stopping import guard, stopped_in_order
+from dpa_xtuner.errors import DPAError, cli_errors
+from dpa_xtuner.files import move_into_place
+from dpa_xtuner.layout import STAGE_NAMES
+from dpa_xtuner.planning.rehearsal import rehearse, users_files_named
+from dpa_xtuner.registry import RUNNERS
+from dpa_xtuner.stages.artifacts import read_state
+from dpa_xtuner.stages.build import global_rank
+from dpa_xtuner.stages.pipeline import next_stage
 
 if TYPE_CHECKING:  # it stands before one of MMEngine's runners, whose methods it calls
     from mmengine.runner import Runner as _Mixed
@@ -42,7 +44,10 @@ class _StageRunner(_Mixed):
         guard()
         scope = DefaultScope.overwrite_default_scope("mmengine")
         with cli_errors(), scope, stopped_in_order():
-            stage = next_stage(cfg)
+            if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
+                cfg = rehearse(cfg)
+            with users_files_named(Path(cfg.work_dir)):
+                stage = next_stage(cfg)
             if stage is None:
                 print_log(f"All is finished:\n{summary(cfg.work_dir)}", "current")
                 raise SystemExit(0)
@@ -105,3 +110,13 @@ class Runner(_StageRunner, MMEngineRunner):
 @RUNNERS.register_module()
 class FlexibleRunner(_StageRunner, MMEngineFlexibleRunner):
     """MMEngine's FlexibleRunner, as ``--deepspeed`` asks for it, for the stages."""
+
+
+def summary(work_dir: str | Path) -> str:
+    """The finished stages below a work dir and what they wrote, a line each."""
+    lines = []
+    for name in STAGE_NAMES:
+        state = read_state(Path(work_dir) / name)
+        for component, folder in state.get("writes", {}).items():
+            lines.append(f"  {name:<6} {component:<12} {folder}")
+    return "\n".join(lines)

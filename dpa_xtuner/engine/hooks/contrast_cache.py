@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,17 +12,15 @@ from mmengine.registry import HOOKS
 from tqdm import tqdm
 
 from dpa_xtuner.data import DPADataset, collate
+from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder
-from dpa_xtuner.hooks.unwrap import unwrap
+from dpa_xtuner.layout import LLM
 from dpa_xtuner.loss import supervised_mask
-from dpa_xtuner.model.components import LLM
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.precision import Precision
-
-if TYPE_CHECKING:
-    from dpa_xtuner.model import DPALLaVAModel
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in
@@ -78,7 +75,7 @@ class ContrastCacheHook(Hook):
         model.contrast_cache = ContrastCache(self.folder, facts)
 
     def _compute(
-        self, model: "DPALLaVAModel", dataset: DPADataset, amp: torch.autocast, facts: dict
+        self, model: DPALLaVAModel, dataset: DPADataset, amp: torch.autocast, facts: dict
     ) -> None:
         rank, world = get_dist_info()
         parts = self.folder.with_name(f".{self.folder.name}.parts.partial")
@@ -136,7 +133,7 @@ def _batches(lengths: list[int]) -> list[list[int]]:
 
 
 def _scores(
-    model: "DPALLaVAModel", samples: list[dict], amp: torch.autocast
+    model: DPALLaVAModel, samples: list[dict], amp: torch.autocast
 ) -> tuple[np.ndarray, list[int]]:
     data = model.data_preprocessor(collate(samples), False)["data"]
     with amp:

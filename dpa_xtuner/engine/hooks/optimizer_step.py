@@ -5,8 +5,8 @@ from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.hooks.unwrap import unwrap
 from dpa_xtuner.loss import statistics
 from dpa_xtuner.loss.relevance import EPS, FIGURES
 

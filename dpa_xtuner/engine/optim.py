@@ -19,7 +19,7 @@ from mmengine.registry import (
 from torch import nn
 
 from dpa_xtuner.errors import nearest
-from dpa_xtuner.model.components import COMPONENTS
+from dpa_xtuner.stages.components import COMPONENTS
 
 
 @OPTIM_WRAPPERS.register_module()

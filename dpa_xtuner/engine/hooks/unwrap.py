@@ -1,14 +1,12 @@
 """The model inside its wrappers."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-if TYPE_CHECKING:
-    from dpa_xtuner.model import DPALLaVAModel, ProxyLLM
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
+from dpa_xtuner.model.proxy_llm import ProxyLLM
 
 
 def unwrap(model: nn.Module) -> DPALLaVAModel | ProxyLLM:

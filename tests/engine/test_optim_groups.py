@@ -13,7 +13,7 @@ from support import harness
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpa_xtuner.hooks import HandOverHook
+from dpa_xtuner.engine.hooks import HandOverHook
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from support import harness
 
 from dpa_xtuner.data import GroupedSampler
 from dpa_xtuner.data.sampler import NOTHING
-from dpa_xtuner.hooks import OptimizerStepHook
+from dpa_xtuner.engine.hooks import OptimizerStepHook
 from dpa_xtuner.loss import Objective, TokenLogProbs
 
 CLASSES = ((2, 5, 0.45), (15, 60, 0.35), (120, 401, 0.20))

@@ -7,23 +7,29 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
+from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.hooks.unwrap import unwrap
-from dpa_xtuner.model.components import (
+from dpa_xtuner.layout import ALIGN
+from dpa_xtuner.model.fingerprint import fingerprint
+from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.artifacts import (
+    read_origin,
+    read_state,
+    refuse_foreign,
+    save_component,
+    trained_key,
+)
+from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
     PUBLISHED,
-    Component,
     count_parameters,
     find_component,
 )
-from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.artifacts import read_origin, refuse_foreign, save_component, trained_key
-from dpa_xtuner.stages.initial import record_of_loaded
+from dpa_xtuner.stages.inputs import record_of_loaded
 from dpa_xtuner.stages.pipeline import run_facts
-from dpa_xtuner.stages.state_file import read_state, steps_done
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])
@@ -56,7 +62,8 @@ class HandOverHook(Hook):
         samples: str,
     ):
         self.stage, self.stages = stage, stages
-        self.loads, self.writes = _by_component(loads), _by_component(writes)
+        self.loads: dict[str, str] = dict(loads)
+        self.writes = {find_component(name): folder for name, folder in writes.items()}
         self.guards = [find_component(name) for name in guards]
         self.origin, self.samples = origin, samples
         self.precision = Precision(origin["precision"])
@@ -140,7 +147,7 @@ class HandOverHook(Hook):
         if "initialised_from" in self.origin:
             return f"given {weights}, and the {PROJECTOR} {self.loads[PROJECTOR]}"
         from_proxy = self.loads.keys() & {LLM, LLM_ADAPTER}
-        return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in align"
+        return f"{'the proxy' if from_proxy else 'the original LLM'}'s {weights} as in {ALIGN}"
 
     def _table(self, model: nn.Module) -> str:
         number = self.stages.index(self.stage) + 1
@@ -158,7 +165,3 @@ class HandOverHook(Hook):
             target = f" -> {self.writes[component]}" if component in self.writes else ""
             rows.append(f"  {component:<15}{trainable:>16,}{frozen:>16,}  {source}{target}")
         return "\n".join(rows)
-
-
-def _by_component(folders: dict[str, str]) -> dict[Component, str]:
-    return {find_component(name): folder for name, folder in folders.items()}

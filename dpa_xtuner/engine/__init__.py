@@ -1,0 +1,1 @@
+"""What runs inside MMEngine: runners, the train loop, the optimizer, hooks, the process."""

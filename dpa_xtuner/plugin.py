@@ -1,0 +1,19 @@
+"""The plugin, as a config's ``custom_imports`` names it.
+
+Importing it applies :mod:`dpa_xtuner.compat`, and registers our classes by name in MMEngine's
+registries. Runs whose config does not import it are unaffected.
+"""
+
+# ruff: noqa: E402
+
+from dpa_xtuner import compat
+from dpa_xtuner.streams import outlive_readers
+
+outlive_readers()  # DeepSpeed prints while it is imported
+compat.apply()  # before what imports XTuner and peft
+
+import dpa_xtuner.data
+import dpa_xtuner.engine.hooks
+import dpa_xtuner.engine.loop
+import dpa_xtuner.engine.optim
+import dpa_xtuner.engine.runner  # noqa: F401
