@@ -297,7 +297,13 @@ def vlmeval_literals() -> None:
 
 
 def apply() -> None:
-    """Mend what any run needs; one under DeepSpeed adds ``deepspeed_without_...``."""
+    """Mend what any run needs; one under DeepSpeed adds ``deepspeed_without_...``.
+
+    Raises:
+        DPAError: XTuner is not installed; the message says how it is.
+    """
+    if importlib.util.find_spec("xtuner") is None:
+        raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
     safetensors_asked_for()
     remote_code_without_post_init()
     mmengine_overwritten()

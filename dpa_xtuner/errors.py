@@ -34,7 +34,7 @@ def check_installed(extra: str, *packages: str) -> None:
 
 def install(extra: str) -> str:
     """The command that installs an extra of this project's, in the versions tested together."""
-    return f"pip install -c constraints.txt -e '.[{extra}]' (see the README's Install)"
+    return f"pip install -c constraints/stock.txt -e '.[{extra}]' (see the README's Install)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
