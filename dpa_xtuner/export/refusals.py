@@ -98,14 +98,17 @@ def _version(source: Source, fmt: str) -> list[str]:
     config, here = source.run.llm_config, f"transformers {transformers.__version__}"
     if fmt == "hf" and not LLAVA_HOLDS_AN_LLM and caps_logits(config):
         return [f"the LLM caps its logits, and LLaVA does not in {here} (it did before 4.52)"]
-    if fmt == "xtuner" and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        with torch.device("meta"):
-            llm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        if embedding_scale(llm) != 1:
-            return [
-                f"the LLM scales its embeddings where {here} looks them up, and xtuner chat puts "
-                f"image features in behind that (before transformers 5 it scaled those too)"
-            ]
+    if fmt != "xtuner" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return []
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if embedding_scale(llm) != 1:
+        return [
+            f"the LLM scales its embeddings where {here} looks them up, and xtuner chat puts image "
+            f"features in behind that (before transformers 5 it scaled those too)"
+        ]
+    if caps_attention(config) and not LLAVA_HOLDS_AN_LLM and llm._supports_sdpa:
+        return [f"the LLM caps its attention scores, and xtuner chat with {here} leaves that out"]
     return []
 
 

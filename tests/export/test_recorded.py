@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 from support.record_exports import RECORDED, opened
 
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.export import export_config
 from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 FOLDERS = sorted(RECORDED.glob("*/*"))
@@ -30,3 +32,13 @@ def test_it_says_the_same_on_this_version(folder):
     torch.testing.assert_close(found["pixels"], recorded["pixels"], atol=0.03, rtol=0)
     assert recorded["logits"].std() > 0.3
     torch.testing.assert_close(found["logits"], recorded["logits"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(LLAVA_HOLDS_AN_LLM, reason="on transformers 4.48 it is the same model")
+@pytest.mark.parametrize(
+    ("fmt", "reason"), [("hf", "caps its logits"), ("xtuner", "the LLM (scales|caps) its")]
+)
+def test_gemma2_is_refused_where_it_would_be_another_model(run, fmt, reason):
+    made = run("gemma2")
+    with pytest.raises(DPAError, match=rf"(?s){reason}.*--format parts can"):
+        export_config(made.config, fmt=fmt, work_dir=made.work_dir)
