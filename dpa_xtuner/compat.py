@@ -13,10 +13,14 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from dpa_xtuner.errors import DPAError
+
+XTUNER_COMMAND = "pip install --no-deps xtuner==0.2.0"
+"""XTuner's metadata pins old versions of what its code runs with as well."""
 
 
 def deepspeed_short_names() -> None:
@@ -40,6 +44,83 @@ def triton_without_ops() -> None:
     model.early_config_prune = model.estimate_matmul_time = None
     sys.modules["triton.ops"] = types.ModuleType("triton.ops")
     sys.modules["triton.ops.matmul_perf_model"] = model
+
+
+def safetensors_asked_for() -> None:
+    """XTuner 0.2.0 imports ``is_safetensors_available``, gone since transformers 5.0.
+
+    Loading safetensors needs no asking since then. ``xtuner train`` imports it before it reads a
+    config, and so before this is called: there XTuner's own file has to be mended once, by
+    :func:`mend_xtuner`.
+    """
+    import transformers.utils as utils
+
+    if not hasattr(utils, "is_safetensors_available"):
+        utils.is_safetensors_available = lambda: True
+
+
+_MENDED = {
+    "utils/handle_moe_load_and_save.py": (
+        "    is_safetensors_available,\n",
+        "    is_torch_available as is_safetensors_available,\n",
+    ),
+    "tools/chat.py": (
+        '        "load_in_8bit": load_in_8bit,\n',
+        '        **({"load_in_8bit": True} if load_in_8bit else {}),\n',
+    ),
+}
+
+
+def mend_xtuner() -> str:
+    """Mend the two lines of the installed XTuner 0.2.0 that transformers 5 does not take.
+
+    One imports a name that is gone, for ``xtuner train`` (:func:`safetensors_asked_for`); one
+    hands a model an argument that is gone, in ``xtuner chat``. ``python -m dpa_xtuner.compat``
+    calls this, and ``make install`` does so. Older versions take the new lines as well.
+
+    Returns:
+        What was done; a second time, nothing.
+
+    Raises:
+        DPAError: XTuner is not installed.
+    """
+    found = importlib.util.find_spec("xtuner")
+    if found is None or found.origin is None:
+        raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
+    mended = []
+    for name, (line, instead) in _MENDED.items():
+        file = Path(found.origin).parent / name
+        text = file.read_text(encoding="utf-8")
+        if line in text:
+            file.write_text(text.replace(line, instead), encoding="utf-8")
+            mended.append(str(file))
+    return f"mended for transformers 5: {', '.join(mended) or 'nothing left to mend'}"
+
+
+def remote_code_without_post_init() -> None:
+    """Mend InternViT's own code, which does not call ``post_init``: transformers 5 expects it.
+
+    What ``post_init`` would set is read when weights are loaded. A model that ties none needs
+    nothing else of it.
+    """
+    from transformers import PreTrainedModel
+
+    if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys"):
+        PreTrainedModel.all_tied_weights_keys = {}
+
+
+def deepspeed_without_onebit() -> None:
+    """DeepSpeed 0.19 has no 1-bit optimizers, which MMEngine 0.10.7 imports to register them.
+
+    Every start with ``--deepspeed`` would fail. Classes of their names stand in; using one fails.
+    """
+    name = "deepspeed.runtime.fp16.onebit"
+    if not importlib.util.find_spec("deepspeed") or importlib.util.find_spec(name):
+        return
+    module: Any = types.ModuleType(name)
+    for optimizer in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
+        setattr(module, optimizer, type(optimizer, (), {}))
+    sys.modules[name] = module
 
 
 def mmengine_overwritten() -> None:
@@ -214,7 +295,15 @@ def vlmeval_literals() -> None:
 
 
 def apply() -> None:
-    """Mend what any run needs; a run under DeepSpeed adds :func:`deepspeed_without_mpi`."""
+    """Mend what any run needs; one under DeepSpeed adds ``deepspeed_without_...``.
+
+    Raises:
+        DPAError: XTuner is not installed; the message says how it is.
+    """
+    if importlib.util.find_spec("xtuner") is None:
+        raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
+    safetensors_asked_for()
+    remote_code_without_post_init()
     mmengine_overwritten()
     triton_without_ops()
     cpu_bf16_support()
@@ -223,3 +312,7 @@ def apply() -> None:
     optim_wrapper_rebuilt()
     options_that_do_not_fit()
     deepspeed_short_names()
+
+
+if __name__ == "__main__":
+    print(mend_xtuner())

@@ -12,6 +12,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from xtuner.configs import cfgs_name_path
 
 from dpa_xtuner import compat
+from dpa_xtuner.errors import DPAError
 
 pytestmark = pytest.mark.slow
 
@@ -146,3 +147,29 @@ def test_overwritten_files_of_mmengine_are_spoken_of(monkeypatch):
     monkeypatch.setattr("mmengine.__version__", "0.11.0rc3")
     with pytest.warns(UserWarning, match="pip install --no-deps --force-reinstall mmengine=="):
         compat.mmengine_overwritten()
+
+
+def test_a_start_with_deepspeed_finds_the_1_bit_optimizers():
+    from mmengine._strategy.deepspeed import register_deepspeed_optimizers
+
+    compat.deepspeed_without_onebit()
+    compat.deepspeed_without_onebit()
+    assert "OnebitAdam" in register_deepspeed_optimizers()
+
+
+def test_xtuners_files_are_mended_once(tmp_path, monkeypatch):
+    for name, (line, _) in compat._MENDED.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"(\n{line})\n")
+    found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: found)
+    assert "chat.py" in compat.mend_xtuner()
+    for name, (_, instead) in compat._MENDED.items():
+        assert (tmp_path / name).read_text() == f"(\n{instead})\n"
+    assert compat.mend_xtuner().endswith("nothing left to mend")
+
+
+def test_a_missing_xtuner_is_said_with_the_command(monkeypatch):
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DPAError, match="pip install --no-deps xtuner"):
+        compat.apply()

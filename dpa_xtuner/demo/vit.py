@@ -389,8 +389,9 @@ def scale_features(vit: CLIPVisionModel, factor: float) -> None:
         vit: changed in place; its pooled output stays the same.
         factor: what to multiply by.
     """
-    written = [vit.vision_model.pre_layrnorm]
-    for layer in vit.vision_model.encoder.layers:
+    vit = getattr(vit, "vision_model", vit)  # it is one itself since transformers 5
+    written = [vit.pre_layrnorm]
+    for layer in vit.encoder.layers:
         written += [layer.self_attn.out_proj, layer.mlp.fc2]
     for module in written:
         module.weight *= factor

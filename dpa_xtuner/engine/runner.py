@@ -53,6 +53,7 @@ class _StageRunner(_Mixed):
                 raise SystemExit(0)
             if "strategy" in stage and stage.launcher == "none":
                 compat.deepspeed_without_mpi()
+                compat.deepspeed_without_onebit()
             rank = global_rank(stage.launcher)
             lock = lock_stage_folder(stage) if rank == 0 else None
             state_file = StateFile(Path(stage.work_dir), rank)

@@ -15,6 +15,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import move_into_place, write_json
 from dpa_xtuner.layout import STATE_FILE
 from dpa_xtuner.stages.artifacts import read_state
+from dpa_xtuner.versions import installed_versions
 
 _LONGEST_REASON = 200
 
@@ -51,7 +52,8 @@ class StateFile:
 
     def write(self, state: dict) -> None:
         """Replace the file's content."""
-        write_json(self.folder / STATE_FILE, state | {"seconds": self.seconds()})
+        about = {"seconds": self.seconds(), "versions": installed_versions()}
+        write_json(self.folder / STATE_FILE, state | about)
 
     def write_measured(self) -> None:
         """Replace :attr:`measured` alone; keep everything else."""

@@ -55,7 +55,8 @@ def computing_dtype(folder: str | Path, device: str) -> torch.dtype:
 
     from dpa_xtuner.precision import runnable_dtype
 
-    name = read_json(Path(folder, "config.json"), _ADVICE).get("torch_dtype") or "float32"
+    config = read_json(Path(folder, "config.json"), _ADVICE)
+    name = config.get("torch_dtype") or config.get("dtype") or "float32"  # 4.48, and 4.56 on
     return runnable_dtype(getattr(torch, name), device)
 
 

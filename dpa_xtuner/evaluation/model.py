@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from opencompass.models.base import BaseModel
 from opencompass.utils import get_logger
 from PIL import Image
@@ -22,7 +23,8 @@ from transformers.utils import is_flash_attn_2_available
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.folder import computing_dtype, pads_pictures
-from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.model.configs import caps_attention, caps_logits
+from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 LLAVA_1_5 = (  # llava-v1.5's template (conv_vicuna_v1): its first folders have none
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -248,6 +250,11 @@ class LlavaFolder(ChatModel):
         config = AutoConfig.from_pretrained(path)
         if not isinstance(config, LlavaConfig):
             raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
+        if caps_logits(config.text_config) and not LLAVA_HOLDS_AN_LLM:
+            raise DPAError(
+                f"{path}: its LLM caps its logits, and LLaVA does not in transformers "
+                f"{transformers.__version__}: it would be another model. Use one before 4.52."
+            )
         processor = AutoProcessor.from_pretrained(path)
         self.image_token = getattr(processor, "image_token", self.image_token)
         self.image_id = config.image_token_index

@@ -33,6 +33,7 @@ from dpa_xtuner.evaluation.folder import computing_dtype
 from dpa_xtuner.evaluation.model import ChatModel, failure, in_halves, load_whole
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.versions import language_model
 
 _ROLES = {"HUMAN": "user", "BOT": "assistant"}
 _ROUND = [  # as in OpenCompass's own wrapper of chat models
@@ -176,7 +177,7 @@ def load_llm(
     name = _CLASSES.get(kind, "transformers.AutoModelForCausalLM")
     llm = load_whole(get_object_from_string(name), path, torch_dtype=dtype)
     if kind == "llava":
-        llm = llm.language_model
+        llm = language_model(llm)
     if caps_attention(llm.config):
         llm.config._attn_implementation = "eager"
     if adapter is None:

@@ -19,6 +19,7 @@ from dpa_xtuner.files import acquire_lock, whole_folder, write_json
 from dpa_xtuner.layout import PROVENANCE_FILE, TUNE
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
+from dpa_xtuner.versions import installed_versions
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _WRITERS = {"hf": write_hf, "xtuner": write_xtuner, "parts": write_parts, LLM: write_llm}
@@ -89,6 +90,7 @@ def _write(
     with torch.no_grad(), whole_folder(out) as partial:
         about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _file_sizes(partial)}
+        known["versions"] = installed_versions()
         write_json(partial / PROVENANCE_FILE, provenance | about | known)
     return about
 

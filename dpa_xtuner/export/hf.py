@@ -30,7 +30,9 @@ from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.llm import fill
+from dpa_xtuner.model.llm_folder import SAVED_AS_JSON, write_portably
 from dpa_xtuner.stages.components import VISUAL_ENCODER
+from dpa_xtuner.versions import llava_names, published_prefix
 
 SHARD = "4GB"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
@@ -63,21 +65,30 @@ def write_hf(
     need_room(folder, state)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+    state = llava_names(state)
     fill(model, state, f"The model of stage {source.stage.name}")
     model.generation_config = _generation(source, tokenizer, image_id)
     model.to(dtype)  # what config.json says
-    model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD)
+    # transformers 5 has other names in memory, and gives back those of files but for the encoder's.
+    inside = {
+        name.replace("vision_tower.", f"vision_tower.{published_prefix(encoder)}"): weight
+        for name, weight in state.items()
+    }
+    model.save_pretrained(folder, state_dict=inside, max_shard_size=SHARD)
     jinja = chat_template(source.template, tokenizer)
     tokenizer.chat_template = jinja
     without_bos(tokenizer)
+    image_processor = VISUAL_ENCODER.companion(source.cfg)
     LlavaProcessor(
-        image_processor=VISUAL_ENCODER.companion(source.cfg),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=extra,
         chat_template=jinja,
-    ).save_pretrained(folder)
+    ).save_pretrained(folder, **SAVED_AS_JSON)
+    image_processor.save_pretrained(folder)
+    write_portably(folder, chat_template=jinja)
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     differs = disagreements(
         source.template, source.stage.sample_format, loaded, load_tokenizer(source)

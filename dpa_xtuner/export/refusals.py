@@ -1,14 +1,23 @@
 """Finds what a format can't express, before any weight is loaded."""
 
+import copy
+
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+)
 from xtuner.model.modules import ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.model.configs import caps_attention
+from dpa_xtuner.model.configs import caps_attention, caps_logits
 from dpa_xtuner.model.encoders import VisionEncoderSpec
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
+from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM, embedding_scale
 
 FORMATS = ("hf", "xtuner", "parts", LLM)
 """hf: transformers' LLaVA; xtuner: XTuner's own format; parts: each trained component in a folder;
@@ -48,7 +57,7 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
         reasons.append(_QUANTISED)
     if type(source.run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reasons.append(f"the LLM's class is not part of transformers: {source.cfg.model.llm.type}")
-    return reasons
+    return reasons + _version(source, fmt)
 
 
 def has_quantised_llm(source: Source) -> bool:
@@ -83,6 +92,24 @@ def _llm(source: Source) -> list[str]:
     if not {LLM, LLM_ADAPTER} & set(source.stage.trains):
         return [f"stage {source.stage.name} trains no LLM"]
     return [_QUANTISED] if has_quantised_llm(source) else []
+
+
+def _version(source: Source, fmt: str) -> list[str]:
+    config, here = source.run.llm_config, f"transformers {transformers.__version__}"
+    if fmt == "hf" and not LLAVA_HOLDS_AN_LLM and caps_logits(config):
+        return [f"the LLM caps its logits, and LLaVA does not in {here} (it did before 4.52)"]
+    if fmt != "xtuner" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return []
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    if embedding_scale(llm) != 1:
+        return [
+            f"the LLM scales its embeddings where {here} looks them up, and xtuner chat puts image "
+            f"features in behind that (before transformers 5 it scaled those too)"
+        ]
+    if caps_attention(config) and not LLAVA_HOLDS_AN_LLM and llm._supports_sdpa:
+        return [f"the LLM caps its attention scores, and xtuner chat with {here} leaves that out"]
+    return []
 
 
 def _encoder(source: Source, fmt: str) -> list[str]:

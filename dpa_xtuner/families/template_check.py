@@ -78,8 +78,10 @@ def _renderings(
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer})
             try:
-                whole = tokenizer.apply_chat_template(messages)
-                prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+                whole = tokenizer.apply_chat_template(messages, return_dict=False)
+                prompt = tokenizer.apply_chat_template(
+                    messages[:-1], add_generation_prompt=True, return_dict=False
+                )
             except TemplateError as error:
                 if system is None:
                     raise DPAError(

@@ -96,6 +96,11 @@ def caps_attention(config: PretrainedConfig) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None
 
 
+def caps_logits(config: PretrainedConfig) -> bool:
+    """Whether an LLM's last logits are capped, as Gemma-2's are."""
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
 def architecture(config: PretrainedConfig) -> dict:
     """Return the sizes that tell architectures apart."""
     return {key: getattr(config, key) for key in _SHAPE_KEYS if hasattr(config, key)}

@@ -20,6 +20,7 @@ from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
 from dpa_xtuner.model.projectors import build_projector, load_projector
 from dpa_xtuner.precision import Precision
+from dpa_xtuner.versions import embedding_scale
 
 
 @BUILDER.register_module()  # for xtuner convert
@@ -127,7 +128,7 @@ class DPALLaVAModel(LLaVAModel):
         backward pass.
         """
         for module in self._recomputed():
-            module.gradient_checkpointing_enable()
+            module.gradient_checkpointing_enable({"use_reentrant": True})
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
@@ -178,7 +179,8 @@ class DPALLaVAModel(LLaVAModel):
             patches = self.encoder_spec.features(
                 self.visual_encoder, pixel_values.to(self.visual_encoder.dtype)
             )  # (N, n, C)
-        return self.projector(patches.to(self.projector.dtype))  # (N, image tokens, H)
+        features = self.projector(patches.to(self.projector.dtype))  # (N, image tokens, H)
+        return features * embedding_scale(self.llm)
 
     def splice(self, data: dict) -> dict[str, Tensor]:
         """Put the images' features into the text's embeddings.

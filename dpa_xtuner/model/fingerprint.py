@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dpa_xtuner.versions import published_prefix
+
 _CHUNK = 1 << 22  # elements at a time: some 130 MB of 64-bit words, however large the tensor
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,11 +31,11 @@ def fingerprint(module: nn.Module, dtype: torch.dtype | None = None) -> str:
     """
     if any(parameter.is_meta for parameter in module.parameters()):
         return ""
-    digest = hashlib.sha256()
+    digest, prefix = hashlib.sha256(), published_prefix(module)
     for name, parameter in module.named_parameters():
         with gathered([parameter]):
             digest.update(
-                f"{name}{tuple(parameter.shape)}{_sums(parameter.detach(), dtype)}".encode()
+                f"{prefix}{name}{tuple(parameter.shape)}{_sums(parameter.detach(), dtype)}".encode()
             )
     return digest.hexdigest()
 

@@ -20,6 +20,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import TokenLogProbs, supervised_mask, token_log_probs
 from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.configs import model_class, options_refused
+from dpa_xtuner.versions import knows_flash_attention
 
 
 def load(cfg: dict | nn.Module) -> nn.Module:
@@ -38,8 +39,7 @@ def load(cfg: dict | nn.Module) -> nn.Module:
     if isinstance(cfg, nn.Module):
         return cfg
     owner = model_class(cfg)
-    knows_flash = getattr(owner, "_supports_flash_attn_2", False)
-    if SUPPORT_FLASH2 and knows_flash and torch.cuda.is_available():
+    if SUPPORT_FLASH2 and knows_flash_attention(owner) and torch.cuda.is_available():
         cfg.setdefault("attn_implementation", "flash_attention_2")
     elif _caps_attention(owner):
         cfg.setdefault("attn_implementation", "eager")

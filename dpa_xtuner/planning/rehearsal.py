@@ -247,6 +247,8 @@ def _tiny_llm(template: dict, tokenizer):
             "pad_token_id": tokenizer.pad_token_id,
         }
     )
+    if layers := getattr(config, "layer_types", None):  # since transformers 4.54, one for each
+        config.layer_types = layers[: config.num_hidden_layers]
     owner = model_class(template)
     torch.manual_seed(0)
     model = owner(config) if hasattr(owner, "config_class") else owner.from_config(config)

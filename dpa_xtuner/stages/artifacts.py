@@ -12,6 +12,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 from dpa_xtuner.layout import PROVENANCE_FILE, STATE_FILE
 from dpa_xtuner.stages.components import Component
+from dpa_xtuner.versions import installed_versions
 
 KIND = "component"
 """The key of ``dpa.json`` for the component that the folder holds."""
@@ -67,7 +68,9 @@ def save_component(
     with whole_folder(folder) as partial:
         component.write(model, state, partial, companion)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        write_json(partial / PROVENANCE_FILE, {KIND: component, **provenance, "shapes": shapes})
+        versions = installed_versions()
+        content = {KIND: component, **provenance, "versions": versions, "shapes": shapes}
+        write_json(partial / PROVENANCE_FILE, content)
 
 
 def read_provenance(folder: Path, advice: str) -> dict:

@@ -112,8 +112,8 @@ def test_caption_text_is_caption_without_the_image(tokenizer, caption):
 
 def test_slow_and_fast_tokenizers_agree(make_tokenizer, bpe_folder, chat):
     slow = GPT2Tokenizer(
-        bpe_folder / "vocab.json",
-        bpe_folder / "merges.txt",
+        str(bpe_folder / "vocab.json"),
+        str(bpe_folder / "merges.txt"),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="</s>",

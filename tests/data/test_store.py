@@ -122,7 +122,7 @@ def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
     from transformers import GPT2Tokenizer
 
     def key():
-        files = bpe_folder / "vocab.json", bpe_folder / "merges.txt"
+        files = str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")
         return encoder(GPT2Tokenizer(*files, unk_token="</s>")).facts()
 
     before = key()

@@ -88,15 +88,17 @@ def test_tokens_are_those_of_training(pieces, name, conversation):
     if name == "gemma2" and system:
         assert encoded.problems[0].kind == "system turn"
         with pytest.raises(TemplateError, match="without a system prompt"):
-            exported.apply_chat_template(messages)
+            exported.apply_chat_template(messages, return_dict=False)
         return
     tokens = encoded.tokens.copy()
     tokens[tokens == IMAGE_TOKEN_INDEX] = exported.convert_tokens_to_ids("<image>")
     rendered = exported.apply_chat_template(messages, tokenize=False)
     assert exported(rendered).input_ids == tokens.tolist()
-    assert exported.apply_chat_template(messages) == tokens.tolist()
+    assert exported.apply_chat_template(messages, return_dict=False) == tokens.tolist()
     # The prompt alone is all before the last answer.
-    prompt = exported.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    prompt = exported.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=False
+    )
     supervised = encoded.supervised.tolist()
     assert tokens[: len(prompt)].tolist() == prompt
     assert supervised[len(prompt)] and not supervised[len(prompt) - 1]
@@ -112,7 +114,7 @@ def test_captions_are_an_image_and_a_text(pieces, kind):
     tokens[tokens == IMAGE_TOKEN_INDEX] = exported.convert_tokens_to_ids("<image>")
     exported.chat_template = chat_template(template, exported)
     without_bos(exported)
-    prompt = exported.apply_chat_template([{"role": "user", "content": [IMAGE]}])
+    prompt = exported.apply_chat_template([{"role": "user", "content": [IMAGE]}], return_dict=False)
     assert tokens[: len(prompt)].tolist() == prompt
     assert len(prompt) == 1 + (exported.bos_token_id in prompt)
 

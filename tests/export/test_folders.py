@@ -14,6 +14,7 @@ from xtuner.tools import chat
 
 from dpa_xtuner.export import export, export_config
 from dpa_xtuner.export.chat_template import end_of_turn
+from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 QWEN_CHAT = {"prompt_template": "qwen_chat", "tokenizer.chat_template": ""}
 
@@ -51,6 +52,8 @@ def said_by_chat(command: str, image: Path, log: Path) -> str:
     ],
 )
 def test_xtuner_chat_says_what_the_trained_model_says(run, image, tmp_path, family, how, written):
+    if family == "gemma2" and not LLAVA_HOLDS_AN_LLM:
+        pytest.skip("refused on this version of transformers")
     made = run(family, **how)
     export_config(made.config, fmt="xtuner", work_dir=made.work_dir, options=how.get("options"),
                   dtype="float32")  # fmt: skip

@@ -12,6 +12,7 @@ from support import runs
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.export import export_config
+from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ MODELS = {
     "llama2": ("llama2", {}),
     "vicuna": ("vicuna", dict(train_llm="full")),
     "llama3_1": ("llama3_1", dict(start_from="proxy")),
-    "gemma2": ("gemma2", dict(train_llm="full")),
+    **({"gemma2": ("gemma2", dict(train_llm="full"))} if LLAVA_HOLDS_AN_LLM else {}),
     "smollm2": ("smollm2", dict(start_from="proxy", encoder="siglip")),
     "mistral": ("mistral", {}),
 }  # fmt: skip

@@ -123,8 +123,9 @@ def test_gemma2_caps_its_attention_scores(tmp_path):
         expected = reference.eval()(tokens).logits
         ours = load(dict(cfg)).eval()
         assert torch.equal(ours(tokens).logits, expected)
-        sdpa = load(dict(cfg, attn_implementation="sdpa")).eval()
-        assert (sdpa(tokens).logits - expected).abs().max() > 0.1
+        if Gemma2ForCausalLM._supports_sdpa:  # transformers 5 refuses it
+            sdpa = load(dict(cfg, attn_implementation="sdpa")).eval()
+            assert (sdpa(tokens).logits - expected).abs().max() > 0.1
 
 
 def test_loading_without_initialisation_gives_the_weights(tmp_path):

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from support.internlm import to_internlm2
+from support.internlm import InternLM2Config as TheirConfig
+from support.internlm import InternLM2ForCausalLM as TheirModel
+from support.internlm import needs_its_code, to_internlm2
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from xtuner._lite.modelings.internlm2 import InternLM2Config as TheirConfig
-from xtuner._lite.modelings.internlm2 import InternLM2ForCausalLM as TheirModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.families.internlm.llm import (
@@ -47,6 +47,7 @@ def logits(model, length=12):
         return model(tokens, use_cache=False).logits
 
 
+@needs_its_code
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("length", [12, 24], ids=["short", "beyond the trained length"])
 @pytest.mark.parametrize("rope", [None, "dynamic", "linear"])
@@ -60,6 +61,7 @@ def test_logits_are_those_of_internlm2(tmp_path, rope, length, attention):
     torch.testing.assert_close(logits(ours, length), expected, atol=1e-5, rtol=0)
 
 
+@needs_its_code
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shard", ["1GB", "30KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
@@ -91,6 +93,7 @@ def test_qkv_by_hand():
     assert {name.rsplit(".", 2)[0] for name in split} == {"model.layers.3.self_attn"}
 
 
+@needs_its_code
 def test_it_is_a_plain_llama_that_saves_as_one(tmp_path):
     theirs = their_model(tmp_path / "published")
     ours = InternLM2ForCausalLM.from_pretrained(
@@ -109,6 +112,7 @@ def test_it_is_a_plain_llama_that_saves_as_one(tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), atol=0.2, rtol=0)
 
 
+@needs_its_code
 def test_weights_of_another_size_are_refused(tmp_path):
     their_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -117,6 +121,7 @@ def test_weights_of_another_size_are_refused(tmp_path):
         InternLM2ForCausalLM.from_pretrained(str(tmp_path))
 
 
+@needs_its_code
 def test_a_folder_without_weights_is_refused(tmp_path):
     their_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -69,7 +69,7 @@ def test_tokens_are_those_of_the_published_template(sentencepiece, name, convers
         assert [problem.kind for problem in encoded.problems] == ["system turn"]
         return
     messages = as_messages(system, turns)
-    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(messages)
+    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
     # Trained are the answers and what ends a turn; before the last of them stands the prompt.
     end = CASES[name][3]
     supervised, answers = encoded.tokens[encoded.supervised].tolist(), []
@@ -79,7 +79,9 @@ def test_tokens_are_those_of_the_published_template(sentencepiece, name, convers
             assert tokenizer.decode(answers).removesuffix(end).strip() == turns[0][1]
             turns, answers = turns[1:], []
     assert turns == [] and answers == []
-    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=False
+    )
     assert encoded.tokens[: len(prompt)].tolist() == prompt
     assert not encoded.supervised[len(prompt) - 1] and encoded.supervised[len(prompt)]
 
@@ -101,7 +103,7 @@ def test_both_kinds_of_llama_tokenizers(sentencepiece, name, kind):
     check_template(find_family(name), tokenizer, name)
     encoded = encode(tokenizer, find_family(name).template, "Be brief.", TURN * 3)
     assert encoded.tokens.tolist() == tokenizer.apply_chat_template(
-        as_messages("Be brief.", TURN * 3)
+        as_messages("Be brief.", TURN * 3), return_dict=False
     )
 
 
@@ -110,7 +112,9 @@ def test_white_space_around_contents_goes_where_the_published_template_strips(se
     tokenizer = make(sentencepiece, name)
     turns = [("  Why?\n", "\nDusk. "), ("Why ", " It sleeps.")]
     encoded = encode(tokenizer, find_family(name).template, None, turns)
-    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(as_messages(None, turns))
+    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(
+        as_messages(None, turns), return_dict=False
+    )
 
 
 @pytest.mark.parametrize("name", ["llama2", "vicuna", "qwen2_5"])

@@ -101,7 +101,7 @@ def test_it_says_what_a_pass_of_the_whole_length_says(family, attention, where):
     agree(found, data, full_length(llm, data))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "internlm2"])
+@pytest.mark.parametrize("family", [name for name in MODELS if "-" not in name])
 @pytest.mark.parametrize("where", ["left", "middle", "several", "unequal"])
 def test_the_token_after_an_image_is_predicted_from_the_text_before(family, where):
     llm, data = build(family), batch(*BATCHES[where])
@@ -153,7 +153,7 @@ def test_nothing_is_spent_on_images_or_on_samples_without_one():
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "internlm2"])
+@pytest.mark.parametrize("family", [name for name in MODELS if "-" not in name])
 def test_in_bfloat16_it_is_near(family, how):
     llm, data = build(family), batch(*BATCHES["unequal"])
     expected = contrast_log_probs(llm, data).cross_entropy
@@ -191,7 +191,9 @@ def test_nothing_is_recomputed_nothing_is_kept_and_the_modes_stay(monkeypatch):
     def recompute(*args, **kwargs):
         raise AssertionError("recomputed")
 
-    monkeypatch.setattr(base.model, "_gradient_checkpointing_func", recompute)
+    # The decoder calls it, and since transformers 4.53 each layer.
+    for module in (base.model, *base.model.layers):
+        monkeypatch.setattr(module, "_gradient_checkpointing_func", recompute, raising=False)
     with pytest.raises(AssertionError, match="recomputed"):
         supervised_log_probs(llm, inputs_of(data), data)
     found = contrast_log_probs(llm, data)

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.tiny_llava import MIXED, V, build, sample
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from xtuner.model.utils import prepare_inputs_labels_for_multimodal
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -228,7 +229,7 @@ def loss_by_hand(model, data: dict, scheme: str, boundary: str):
         "share_at_d_max": sum(value == high for value in d.values()) / len(tokens),
         "mean_p_difference": sum(differences) / len(tokens),
     }
-    assert len({round(w, 4) for w in weights}) > 5 and 0 < stats["share_at_d_max"] < 1
+    assert len({round(w, 4) for w in weights}) > 3 and 0 < stats["share_at_d_max"] < 1
     return total / (sum(weights) + 1e-6), stats
 
 
@@ -326,3 +327,23 @@ def test_samples_that_spoil_the_hidden_states_are_named(scheme):
     batch = [sample(1, "image", *text, name=f"no {i}") for i, text in enumerate(words)]
     with pytest.raises(DPAError, match=r"are not finite .* for the samples 'no 1', 'no 3'\."):
         model.compute_loss(collate(batch)["data"])
+
+
+def test_image_features_reach_gemma2_at_the_scale_of_text():
+    # Before transformers 5 the decoder scales whatever it is given, and since then no feature.
+    llm = Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager",
+    ))  # fmt: skip
+    vit = build().visual_encoder
+    model = DPALLaVAModel(llm=llm, visual_encoder=vit, freeze_llm=True, freeze_visual_encoder=True)
+    seen = []
+    llm.model.layers[0].register_forward_pre_hook(
+        lambda layer, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    data = collate([SAMPLES[0]])["data"]
+    with torch.no_grad():
+        model(data, mode="tensor")
+        patches = model.encoder_spec.features(vit, data["pixel_values"])
+        expected = model.projector(patches).flatten(0, 1) * 16**0.5
+    torch.testing.assert_close(seen[0][data["image_mask"]], expected, atol=1e-5, rtol=1e-5)

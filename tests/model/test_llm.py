@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.internlm import InternLM2Config, InternLM2ForCausalLM
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -12,7 +13,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from xtuner._lite.modelings.internlm2 import InternLM2Config, InternLM2ForCausalLM
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, merge_adapter, supervised_log_probs
@@ -29,6 +29,8 @@ MODELS = {
     ),
     "internlm2": lambda: InternLM2ForCausalLM(InternLM2Config(**SIZES, bias=False)),
 }
+if InternLM2ForCausalLM is None:
+    del MODELS["internlm2"]
 LINEAR_OF_LAYER = {"llama": 7, "qwen2": 7, "gemma2": 7, "internlm2": 5}
 
 

@@ -5,7 +5,7 @@ import io
 from sentencepiece import SentencePieceTrainer
 from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dpa_xtuner.families.internlm.tokenizer import backend
 
@@ -53,6 +53,9 @@ def llama(pieces, kind, *others):
     if kind == "new":
         tokenizer.normalizer = None
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    made = LlamaTokenizerFast(tokenizer_object=tokenizer, legacy=kind != "new")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     made.add_special_tokens({"additional_special_tokens": list(others)})
     return made

@@ -23,6 +23,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.versions import knows_flash_attention
 
 _HUB = {
     "cache_dir",
@@ -129,7 +130,7 @@ class LlamaLike:
     """
 
     config_class: type[LlamaLikeConfig]
-    _supports_flash_attn_2 = LlamaForCausalLM._supports_flash_attn_2
+    _supports_flash_attn = knows_flash_attention(LlamaForCausalLM)
 
     def __new__(cls, config: LlamaConfig) -> LlamaForCausalLM:
         """Build a LLaMA with random weights."""

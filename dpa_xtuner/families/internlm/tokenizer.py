@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 from transformers.utils import cached_file
 
@@ -20,7 +20,7 @@ _PUBLISHED = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenize
 
 
 class InternLMTokenizer:
-    """Loads the tokenizers of InternLM2 and InternLM3 as LLaMA tokenizers, without remote code."""
+    """Loads the tokenizers of InternLM2 and InternLM3 as fast ones, without remote code."""
 
     @classmethod
     def from_pretrained(
@@ -33,7 +33,7 @@ class InternLMTokenizer:
             kwargs: arguments of ``AutoTokenizer.from_pretrained``.
 
         Returns:
-            A LLaMA tokenizer with the published token ids; for a tokenizer of another class, the
+            A fast tokenizer with the published token ids; for a tokenizer of another class, the
             result of ``AutoTokenizer``.
 
         Raises:
@@ -54,9 +54,17 @@ class InternLMTokenizer:
         loading = (*hub, "trust_remote_code", "use_fast")
         config |= {key: value for key, value in kwargs.items() if key not in loading}
         tokenizer = backend(pieces, added)
-        return LlamaTokenizerFast(
-            tokenizer_object=tokenizer, legacy=True, name_or_path=name, **config
-        )
+        # Not LlamaTokenizerFast: transformers 5 makes it anew, with other ids and no BOS.
+        if config.pop("add_bos_token", True):
+            bos = config.get("bos_token", "<s>")
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos} $B",
+                special_tokens=[(bos, tokenizer.token_to_id(bos))],
+            )
+        config.pop("add_eos_token", None)
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path=name, **config)
 
 
 def backend(pieces: str | Path, added: dict[int, AddedToken]) -> Tokenizer:

@@ -13,6 +13,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.registry import ENCODERS, build_named
+from dpa_xtuner.versions import published_prefix
 
 SETTING = "visual_encoder_name_or_path"
 
@@ -186,6 +187,9 @@ class VisionEncoderSpec:
             state: weights to write in place of the module's, such as gathered ones.
             processor: the image processor of the run.
         """
+        if prefix := published_prefix(module):  # which transformers 5 does not give back
+            state = module.state_dict() if state is None else state
+            state = {prefix + name: weight for name, weight in state.items()}
         module.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
 
@@ -219,11 +223,13 @@ class VisionEncoderSpec:
         torch.manual_seed(0)
         self.build(config).save_pretrained(folder)
         size = self.image_size(config)
-        processor = get_object_from_string(self.image_processor).__self__()
-        processor.size = dict.fromkeys(processor.size, size)
-        if hasattr(processor, "crop_size"):
-            processor.crop_size = dict.fromkeys(processor.crop_size, size)
-        processor.save_pretrained(folder)
+        owner = get_object_from_string(self.image_processor).__self__
+        default = owner()
+        sizes = {name: getattr(default, name, None) for name in ("size", "crop_size")}
+        # Since transformers 5 a size is an object, whose dict is the sides that are set.
+        owner(
+            **{name: dict.fromkeys(dict(sides), size) for name, sides in sizes.items() if sides}
+        ).save_pretrained(folder)
 
 
 def _check_layer(layer: int, states: int, name: str) -> None:
