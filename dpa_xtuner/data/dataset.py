@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,24 +19,26 @@ from xtuner.registry import BUILDER
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.images import ImageProblem, load_image, load_pixels, load_tiles
+from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
 from dpa_xtuner.data.mixture import choose
+from dpa_xtuner.data.places import joined
 from dpa_xtuner.data.problems import Problem, enforce_skip_limit
 from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.pictures import WHITE
 
 
 @DATASETS.register_module()
 class DPADataset(Dataset):
-    """LLaVA-format data in one of three sample formats, tokenised once and memory-mapped.
+    """Data in one of three sample formats, tokenised once and memory-mapped.
 
     Numbers that are out of range are answered where the settings are read.
 
     Args:
-        data_path: JSON array or JSON lines in LLaVA format; see :func:`read_records`. A list of
+        data_path: a file or folder of any format of :mod:`dpa_xtuner.data.formats`. A list of
             files is a mixture.
         image_folder: folder that the records' image paths are relative to; None where the format
             has no images. Of a mixture, one for all files or a list with one for each.
@@ -61,6 +63,9 @@ class DPADataset(Dataset):
             every format, and a smaller share is part of a larger one.
         weights: of a mixture, how large a part of an epoch each file gives, relative to the others;
             see :mod:`dpa_xtuner.data.mixture`. None takes every sample once.
+        special_tokens: what a special token in a text is, "text" or a "token"; see
+            :mod:`dpa_xtuner.data.special`.
+        background: colour behind transparent images.
 
     Attributes:
         stores: the tokenised store of each file.
@@ -92,6 +97,8 @@ class DPADataset(Dataset):
         tile_size: int = 336,
         share: float = 1.0,
         weights: Sequence[float] | None = None,
+        special_tokens: Literal["text", "token"] = "text",
+        background: str = WHITE,
     ) -> None:
         self._files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
         self._folders: list[str | Path | None]
@@ -106,7 +113,13 @@ class DPADataset(Dataset):
             )
         tiling = Tiling(max_tiles, tile_size) if max_tiles > 1 else None
         tokenize = RecordTokenizer(
-            _build(tokenizer), sample_format, image_tokens, prompt_template, max_length, tiling
+            _build(tokenizer),
+            sample_format,
+            image_tokens,
+            prompt_template,
+            max_length,
+            tiling,
+            special_tokens,
         )
         self.stores = [
             open_store(file, tokenize, folder)
@@ -116,6 +129,7 @@ class DPADataset(Dataset):
         self.image_tokens = image_tokens
         self.pad_image_to_square = pad_image_to_square
         self.skip_limit = skip_limit
+        self.background = background
         self.tiling = tokenize.tiling
         self._ends = np.cumsum([len(store) for store in self.stores])
         enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
@@ -159,11 +173,11 @@ class DPADataset(Dataset):
             return None
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        record_id, images = self._names(index)
+        _, images = self._names(index)
         try:
             pixels = [tensor for image in images for tensor in self._load(*image)]
         except ImageProblem as problem:
-            return Problem(record_id, str(problem))
+            return self._problem(index, str(problem))
         return self.text(index) | {"pixel_values": pixels}
 
     def text(self, index: int) -> dict[str, Any]:
@@ -192,14 +206,16 @@ class DPADataset(Dataset):
         }
 
     def check_images(self, index: int) -> Problem | None:
-        """Open and decode a sample's images; return what is wrong with the first bad one."""
-        record_id, images = self._names(index)
-        try:
-            for path, size in images:
-                load_image(path, self.pad_image_to_square, size)
-        except ImageProblem as problem:
-            return Problem(record_id, str(problem))
-        return None
+        """Load a sample's images as training does; return what is wrong with the first bad one."""
+        sample = self[index]
+        return sample if isinstance(sample, Problem) else None
+
+    def _problem(self, index: int, reason: str) -> Problem:
+        file, row = self._find(index)
+        position = int(self.stores[file].arrays["positions"][row])
+        return Problem(
+            self._names(index)[0], reason, position=position, file=str(self._files[file])
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -220,7 +236,11 @@ class DPADataset(Dataset):
     def problems(self) -> list[Problem]:
         """The records that were left out when the stores were built."""
         return [
-            replace(problem, record_id=self._name(file, problem.record_id))
+            replace(
+                problem,
+                record_id=self._name(file, problem.record_id),
+                file=problem.file or str(self._files[file]),
+            )
             for file, store in enumerate(self.stores)
             for problem in store.problems
         ]
@@ -262,8 +282,7 @@ class DPADataset(Dataset):
         """A sample's record id, and each image's full path and, if it is tiled, its size."""
         file, row = self._find(index)
         record_id, names, sizes = self.stores[file].names(row)
-        folder = cast("str | Path", self._folders[file])  # None where no record has an image
-        paths = [os.path.join(folder, name) for name in names]
+        paths = [joined(self._folders[file], name) for name in names]
         known: Sequence[tuple[int, int] | None] = sizes or [None] * len(paths)
         return self._name(file, record_id), list(zip(paths, known, strict=True))
 
@@ -280,8 +299,17 @@ class DPADataset(Dataset):
 
     def _load(self, path: str, size: tuple[int, int] | None) -> list[torch.Tensor]:
         if size is None or self.tiling is None:
-            return [load_pixels(path, self.image_processor, self.pad_image_to_square)]
-        return load_tiles(path, self.image_processor, self.pad_image_to_square, self.tiling, size)
+            return [
+                load_pixels(path, self.image_processor, self.pad_image_to_square, self.background)
+            ]
+        return load_tiles(
+            path,
+            self.image_processor,
+            self.pad_image_to_square,
+            self.tiling,
+            size,
+            self.background,
+        )
 
 
 def _build(part: Any) -> Any:

@@ -17,11 +17,17 @@ class Problem:
         record_id: the record's id.
         reason: "kind" or "kind: details"; problems are counted by kind.
         image: path of the image whose size could not be read; None for any other problem.
+        position: the record's place among all that the data file gives, from 0.
+        file: the file that it is in, where the data file names several; "" elsewhere.
+        number: its place in that file.
     """
 
     record_id: str
     reason: str
     image: str | None = None
+    position: int = 0
+    file: str = ""
+    number: int = 0
 
     @property
     def kind(self) -> str:

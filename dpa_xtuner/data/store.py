@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock
@@ -19,14 +20,18 @@ from mmengine import print_log
 from tqdm import tqdm
 
 from dpa_xtuner.data.encode import RecordTokenizer, TokenizedRecords
+from dpa_xtuner.data.formats import open_source, read_source
+from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.images import ImageProblem, read_size
+from dpa_xtuner.data.places import joined
 from dpa_xtuner.data.problems import Problem
-from dpa_xtuner.data.records import Record, read_records
+from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 
-FORMAT = 4  # raise it whenever other bytes would be written for the same input
+FORMAT = 5  # raise it whenever other bytes would be written for the same input
 _HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
+_NOTED = 10  # records of a kind whose ids are kept
 _BATCH_CHARACTERS = 500_000  # text tokenised at once; bounds the memory that a build takes
 _COLUMNS = {
     "tokens": np.int32,  # of all samples, one after the other
@@ -50,6 +55,8 @@ class TokenStore:
         folder: the same.
         records: number of records in the data file, usable or not.
         problems: the records that were left out, in no particular order.
+        notes: what is special about usable records, by kind: how many there are, and the first ids.
+        format: what kind of data file they are from.
         arrays: the memory-mapped columns by name: "tokens" and "supervised" of all samples one
             after the other, and of shape (S,) "counts" (a sample's tokens, an image being one),
             "positions" (its record's place in the data file), "lengths" (its tokens with its images
@@ -64,6 +71,10 @@ class TokenStore:
         meta = read_json(folder / "meta.json", "Remove its folder.")
         self.records: int = meta["records"]
         self.problems = [Problem(*fields) for fields in meta["problems"]]
+        self.notes: dict[str, tuple[int, list[str]]] = {
+            kind: (count, ids) for kind, (count, ids) in meta["notes"].items()
+        }
+        self.format: str = meta["format"]
         self.arrays: dict[str, np.ndarray] = {
             name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _COLUMNS
         }
@@ -120,17 +131,19 @@ def open_store(
     for those that could not be read. If one of them can be read by now, the store is built again.
 
     Args:
-        data_path: LLaVA-format JSON or JSON lines.
+        data_path: a data file or folder of any format of :mod:`dpa_xtuner.data.formats`.
         tokenizer: makes the tokens.
         image_folder: folder that the images' paths are relative to; read where images are tiled.
 
     Raises:
         OSError: the data file can't be read.
-        DPAError: it is no JSON or changes meanwhile, or the cache can't be written.
+        DPAError: it is of no format that is read, broken, or changes meanwhile; or the cache can't
+            be written.
     """
-    source = _identify(data_path)
+    source = open_source(data_path)
+    files = _identify(data_path, source)
     images = os.path.realpath(image_folder or "") if tokenizer.tiling else ""
-    key = json.dumps([FORMAT, source, tokenizer.facts(), images], sort_keys=True)
+    key = json.dumps([FORMAT, files, tokenizer.facts(), images], sort_keys=True)
     folder = cache_root() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     how = "read"
     store = _usable_store(folder)
@@ -138,7 +151,8 @@ def open_store(
         with _lock(folder):
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
-                how, store = "built", _build(Path(data_path), source, tokenizer, images, folder)
+                how = "built"
+                store = _build(Path(data_path), source, files, tokenizer, images, folder)
     print_log(
         f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
     )
@@ -150,9 +164,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("DPA_CACHE") or "~/.cache/dpa_xtuner").expanduser().absolute()
 
 
-def _identify(data_path: str | Path) -> tuple[str, int, int]:
-    stat = os.stat(data_path)
-    return os.path.realpath(data_path), stat.st_size, stat.st_mtime_ns
+def _identify(data_path: str | Path, source: Source) -> list[list[Any]]:
+    stats = [(os.path.realpath(file), os.stat(file)) for file in source.files]
+    found: list[list[Any]] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [[os.path.realpath(data_path), source.format], *found]
 
 
 def _usable_store(folder: Path) -> TokenStore | None:
@@ -181,18 +196,26 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 
 def _build(
-    data_path: Path, source: tuple, tokenizer: RecordTokenizer, image_folder: str, folder: Path
+    data_path: Path,
+    source: Source,
+    files: list[list[Any]],
+    tokenizer: RecordTokenizer,
+    image_folder: str,
+    folder: Path,
 ) -> TokenStore:
     """Build a store beside its place and move it there; the caller holds its lock."""
     with whole_folder(folder) as partial:
-        _write(data_path, tokenizer, image_folder, partial)
-        if _identify(data_path) != source:
+        _write(data_path, source, tokenizer, image_folder, partial)
+        if _identify(data_path, open_source(data_path)) != files:
             raise DPAError(f"data file {data_path} changed while it was read; start again.")
     return TokenStore(folder)
 
 
-def _write(data_path: Path, tokenizer: RecordTokenizer, image_folder: str, folder: Path) -> None:
+def _write(
+    data_path: Path, source: Source, tokenizer: RecordTokenizer, image_folder: str, folder: Path
+) -> None:
     problems: list[Problem] = []
+    notes: dict[str, tuple[int, list[str]]] = {}
     what = tokenizer.sample_format + (", reading image sizes" if tokenizer.tiling else "")
     with ExitStack() as stack:
         append = {
@@ -203,17 +226,27 @@ def _write(data_path: Path, tokenizer: RecordTokenizer, image_folder: str, folde
         progress = stack.enter_context(
             tqdm(desc=f"Tokenising {data_path.name} ({what})", unit=" records")
         )
-        for batch in _batches(read_records(data_path)):
+        for batch in _batches(read_source(source, data_path)):
             if tokenizer.tiling:
                 batch = list(pool.map(functools.partial(_measure, image_folder), batch))
             tokenized = tokenizer(batch)
             for name, values in _columns(tokenized).items():
                 append[name](values)
             problems += tokenized.problems
+            for note in tokenized.notes:
+                count, ids = notes.get(note.kind, (0, []))
+                notes[note.kind] = (count + 1, [*ids, note.record_id] if count < _NOTED else ids)
             progress.update(len(batch))
         records = progress.n
-    meta = {"data": str(data_path), "sample_format": tokenizer.sample_format, "records": records}
-    write_json(folder / "meta.json", meta | {"problems": list(map(astuple, problems))})
+    meta = {
+        "data": str(data_path),
+        "format": source.format,
+        "sample_format": tokenizer.sample_format,
+        "records": records,
+        "notes": notes,
+        "problems": list(map(astuple, problems)),
+    }
+    write_json(folder / "meta.json", meta)
 
 
 @contextmanager
@@ -246,11 +279,11 @@ def _measure(image_folder: str, item: Record | Problem) -> Record | Problem:
         return item
     sizes = []
     for name in item.images:
-        path = os.path.join(image_folder, name)
+        path = joined(image_folder, name)
         try:
             sizes.append(read_size(path))
         except ImageProblem as problem:
-            return Problem(item.id, str(problem), path)
+            return Problem(item.id, str(problem), path, item.position)
     return replace(item, sizes=tuple(sizes))
 
 

@@ -399,6 +399,7 @@ def dataset_config(run: Run, stage: Stage) -> dict:
         sample_format=stage.sample_format,
         max_length=own.max_length,
         pad_image_to_square=own.pad_image_to_square,
+        background=own.background,
     )
     if stage.sample_format == "chat":
         dataset["prompt_template"] = run.settings.template

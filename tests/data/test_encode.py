@@ -12,7 +12,7 @@ from xtuner.dataset.utils import encode_fn
 from xtuner.utils import IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.records import parse_record
+from dpa_xtuner.data.formats import parse_record
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError
 

@@ -13,8 +13,8 @@ import pytest
 from dpa_xtuner import files
 from dpa_xtuner.data import store
 from dpa_xtuner.data.encode import RecordTokenizer
+from dpa_xtuner.data.formats import parse_record
 from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
-from dpa_xtuner.data.records import parse_record
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.errors import DPAError
 
