@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from _configs import check_options, find_config
 from mmengine.config import DictAction
@@ -16,7 +17,11 @@ def main() -> int:
     """Print a report on each data set, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="path or name of a config")
-    parser.add_argument("--sample", type=int, help="samples whose images are opened; default: all")
+    parser.add_argument(
+        "--sample", type=_positive, help="samples whose images are opened; default: all"
+    )
+    parser.add_argument("--report", type=Path, help="JSON lines to write: a line for each problem")
+    parser.add_argument("--html", type=Path, help="page to write: samples as the model sees them")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, help="as in xtuner train")
     check_options(sys.argv[1:])
     arguments = parser.parse_args()
@@ -26,7 +31,17 @@ def main() -> int:
     from dpa_xtuner.planning.check import check_config
 
     with cli_errors():
-        return 0 if check_config(path, arguments.cfg_options, arguments.sample) else 1
+        ok = check_config(
+            path, arguments.cfg_options, arguments.sample, arguments.report, arguments.html
+        )
+        return 0 if ok else 1
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} samples: expected 1 or more")
+    return number
 
 
 if __name__ == "__main__":

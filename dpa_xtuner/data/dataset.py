@@ -22,7 +22,7 @@ from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
 from dpa_xtuner.data.mixture import choose
 from dpa_xtuner.data.places import joined
-from dpa_xtuner.data.problems import Problem, enforce_skip_limit
+from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
 from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.data.templates import SampleFormat
@@ -68,6 +68,7 @@ class DPADataset(Dataset):
         background: colour behind transparent images.
 
     Attributes:
+        files: the data files, one or more.
         stores: the tokenised store of each file.
         encoding: what its tokens were made by and what was chosen of them: the facts of
             :class:`RecordTokenizer`, the settings that choose, and a hash of the chosen samples
@@ -100,15 +101,16 @@ class DPADataset(Dataset):
         special_tokens: Literal["text", "token"] = "text",
         background: str = WHITE,
     ) -> None:
-        self._files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
+        self.files: list[str | Path]
+        self.files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
         self._folders: list[str | Path | None]
         if image_folder is None or isinstance(image_folder, (str, Path)):
-            self._folders = [image_folder] * len(self._files)
+            self._folders = [image_folder] * len(self.files)
         else:
             self._folders = list(image_folder)
-        if len({os.path.realpath(file) for file in self._files}) < len(self._files):
+        if len({os.path.realpath(file) for file in self.files}) < len(self.files):
             raise DPAError(
-                f"data_path names a file twice: {', '.join(map(str, self._files))}; name it once, "
+                f"data_path names a file twice: {', '.join(map(str, self.files))}; name it once, "
                 "and have it seen more often by weights."
             )
         tiling = Tiling(max_tiles, tile_size) if max_tiles > 1 else None
@@ -123,7 +125,7 @@ class DPADataset(Dataset):
         )
         self.stores = [
             open_store(file, tokenize, folder)
-            for file, folder in zip(self._files, self._folders, strict=True)
+            for file, folder in zip(self.files, self._folders, strict=True)
         ]
         self.image_processor = _build(image_processor)
         self.image_tokens = image_tokens
@@ -132,7 +134,7 @@ class DPADataset(Dataset):
         self.background = background
         self.tiling = tokenize.tiling
         self._ends = np.cumsum([len(store) for store in self.stores])
-        enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
+        enforce_skip_limit(self.problems, self.records, skip_limit, self.files)
         self._refuse_empty_files()
         choice: dict[str, Any] = {"held_out": held_out, "split": split, "share": share}
         choice["weights"] = None if weights is None else list(weights)
@@ -140,7 +142,7 @@ class DPADataset(Dataset):
         self._rows = choose(positions, [store.records for store in self.stores], **choice)
         if not len(self._rows):
             raise DPAError(
-                f"no usable sample is left of data file {', '.join(map(str, self._files))}: "
+                f"no usable sample is left of data file {', '.join(map(str, self.files))}: "
                 f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
             )
         if len(self.stores) > 1 or share < 1:
@@ -149,9 +151,10 @@ class DPADataset(Dataset):
         self.encoding = tokenize.facts() | choice | {"chosen": chosen}
 
     def _refuse_empty_files(self) -> None:
-        for file, store in zip(self._files, self.stores, strict=True):
+        for file, store in zip(self.files, self.stores, strict=True):
             if not len(store):
-                raise DPAError(f"data file {file} has no usable sample: {store}.")
+                told = f":\n{list_problems(store.problems)}" if store.problems else "."
+                raise DPAError(f"data file {file} has no usable sample: {store}{told}")
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -213,9 +216,7 @@ class DPADataset(Dataset):
     def _problem(self, index: int, reason: str) -> Problem:
         file, row = self._find(index)
         position = int(self.stores[file].arrays["positions"][row])
-        return Problem(
-            self._names(index)[0], reason, position=position, file=str(self._files[file])
-        )
+        return Problem(self._names(index)[0], reason, position=position, file=str(self.files[file]))
 
     @property
     def fingerprint(self) -> str:
@@ -239,7 +240,7 @@ class DPADataset(Dataset):
             replace(
                 problem,
                 record_id=self._name(file, problem.record_id),
-                file=problem.file or str(self._files[file]),
+                file=problem.file or str(self.files[file]),
             )
             for file, store in enumerate(self.stores)
             for problem in store.problems
@@ -287,11 +288,11 @@ class DPADataset(Dataset):
         return self._name(file, record_id), list(zip(paths, known, strict=True))
 
     def _name(self, file: int, record_id: str) -> str:
-        return record_id if len(self.stores) == 1 else f"{self._files[file]}: {record_id}"
+        return record_id if len(self.stores) == 1 else f"{self.files[file]}: {record_id}"
 
     def _describe_epoch(self) -> str:
         parts = []
-        for file, end, store in zip(self._files, self._ends, self.stores, strict=True):
+        for file, end, store in zip(self.files, self._ends, self.stores, strict=True):
             rows = self._rows[(self._rows >= end - len(store)) & (self._rows < end)]
             distinct = len(np.unique(rows))
             parts.append(f"{len(rows)} ({distinct} different ones of {len(store)}) of {file}")

@@ -137,7 +137,8 @@ class RecordTokenizer:
         Raises:
             DPAError: a record has an image, and none takes any token.
         """
-        records, layouts, problems, notes = [], [], [], []
+        records, layouts, problems = [], [], []
+        notes: list[Problem] = []
         for item in items:
             if self.sample_format == "caption_text" and isinstance(item, Record):
                 item = replace(item, images=())

@@ -85,10 +85,9 @@ def open_bytes(name: str) -> str | io.BytesIO:
     if isinstance(value, list):
         value = value[int(index)]
     if isinstance(value, dict):
-        content = value.get("bytes")
-        if content is None and value.get("path"):
+        if value.get("bytes") is None and value.get("path"):
             return os.path.join(os.path.dirname(path), value["path"])
-        value = content
+        value = value.get("bytes")
     if not isinstance(value, bytes):
         raise FileNotFoundError(f"no picture in {name}")
     return io.BytesIO(value)

@@ -1,17 +1,29 @@
 """Check all data of a config, without training."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.registry import DATASETS, DefaultScope
 
-from dpa_xtuner.data import check_dataset
+from dpa_xtuner.data import DPADataset, check_dataset
+from dpa_xtuner.data.figures import file_figures
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.sample_page import page
+from dpa_xtuner.files import write_text
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings, config_from_file, refuse_unused_options
 
 
-def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
+def check_config(
+    path: Path,
+    options: dict | None,
+    sample: int | None,
+    report: Path | None = None,
+    html: Path | None = None,
+) -> bool:
     """Check the data of ``align`` and ``tune``, and print a report on each.
 
     ``proxy`` reads the captions of ``align``.
@@ -20,26 +32,49 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
         path: a DPA config.
         options: settings as in ``--cfg-options``.
         sample: number of samples whose images are opened; None opens all.
+        report: JSON lines to write, one for each problem; None writes none.
+        html: page to write that shows samples; None writes none.
 
     Returns:
         Whether all data can be used.
 
     Raises:
-        DPAError: settings, models or data files can't be read.
+        DPAError: settings, models or data files can't be read, or no record can be used.
     """
     cfg = config_from_file(path, options)
     settings = Settings.from_config(cfg)
     refuse_unused_options(cfg, settings)
     run = Run.of(cfg, settings, Precision("fp32"))  # no weight is loaded
-    ok = True
+    ok, lines = True, []
+    datasets: dict[str, DPADataset] = {}
     for name, stage in run.stages.items():
         if not stage.sees_pictures:
             continue
-        dataset = dataset_config(run, stage)
         with DefaultScope.overwrite_default_scope("mmengine"):
             everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
-            built = DATASETS.build(dataset | everything)
-        report = check_dataset(built, sample=sample)
-        print(f"\nStage {name}: {dataset['data_path']}\n{report}")
-        ok = ok and report.ok
+            built = DATASETS.build(dataset_config(run, stage) | everything)
+        found = check_dataset(built, sample=sample)
+        print(f"\nStage {name}")
+        for figures in file_figures(built, run.tokenizer):
+            print(figures)
+        print(found)
+        ok = ok and found.ok
+        lines += [json.dumps({"stage": name, **each}) for each in _rows(found.problems)]
+        datasets[f"Stage {name}"] = built
+    if report is not None:
+        write_text(report, "".join(f"{line}\n" for line in lines))
+        print(f"\nWrote {len(lines)} problems to {report}")
+    if html is not None:
+        write_text(html, page(datasets, run.tokenizer))
+        print(f"\nWrote samples as the model sees them to {html}")
     return ok
+
+
+def _rows(problems: list[Problem]) -> Iterator[dict]:
+    for problem in problems:
+        yield {
+            "file": problem.file,
+            "record": problem.place,
+            "id": problem.record_id.removeprefix(f"{problem.file}: "),
+            "reason": problem.reason,
+        }

@@ -25,6 +25,14 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 
 _FORMATS = (llava, messages, pairs, texts, captions)  # asked in this order
+# What other formats call what ours need.
+_ALIKE = {
+    "query": ("question", "instruction", "prompt", "input", "prefix"),
+    "response": ("answer", "answers", "output", "completion", "suffix"),
+    "conversations": ("conversation", "dialog", "dialogue", "turns"),
+    "caption": ("captions",),
+    "image": ("url", "image_url", "img"),
+}
 _SHOWN = 300  # characters of a record that no format fits
 _ENDS = 1 << 20  # bytes at either end of a file with pictures that stand for all of it
 
@@ -124,16 +132,25 @@ def _fits_none(item: Mapping[str, Any]) -> str:
 def _nearest(item: Mapping[str, Any]) -> str:
     """The format that is nearest, what it asks for that is there, and what is not."""
 
+    keys = list(map(str, item))
+
     def likeness(need: str) -> float:
-        return max((SequenceMatcher(None, need, str(key)).ratio() for key in item), default=0)
+        alike = 0.9 if set(_ALIKE.get(need, ())) & set(keys) else 0.0
+        ratios = [0.8 * SequenceMatcher(None, need, key).ratio() for key in keys]
+        return 1.0 if _there(need, keys) else max([alike, *ratios])
 
     best = max(_FORMATS, key=lambda each: sum(map(likeness, each.NEEDS)) / len(each.NEEDS))
-    lacks = [need for need in best.NEEDS if need not in item]
-    has = [repr(need) for need in best.NEEDS if need in item]
-    keys = ", ".join(map(repr, list(item)[:12])) or "none"
+    lacks = [need for need in best.NEEDS if not _there(need, keys)]
+    has = [repr(found) for need in best.NEEDS if (found := _there(need, keys))]
     told = f"Nearest is {best.NAME!r}, which needs {' and '.join(map(repr, best.NEEDS))}: "
-    told += f"has {', '.join(has) or 'none of it'}"
-    told += f", lacks {', '.join(map(repr, lacks))}" if lacks else ""
-    if best is captions and (others := captions.reserved(item)):
-        told += f", but {', '.join(map(repr, others))} say that it is no caption"
-    return f"{told}. Keys: {keys}."
+    told += f"has {' and '.join(has) or 'none of it'}"
+    told += f", lacks {' and '.join(map(repr, lacks))}" if lacks else ""
+    if best is captions and (others := captions.reserved(keys)):
+        told += f", but with {', '.join(map(repr, others))} it may be something else"
+    return f"{told}. Keys: {', '.join(map(repr, keys[:12])) or 'none'}."
+
+
+def _there(need: str, keys: list[str]) -> str | None:
+    """The key by which a record has what a format needs; None where it has none."""
+    names = {"image": captions.IMAGES, "caption": captions.CAPTIONS}.get(need, (need,))
+    return next((name for name in names if name in keys), None)

@@ -49,7 +49,7 @@ def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         if member.isreg() and not Path(member.name).name.startswith("."):
             yield member
-        tar.members = []  # tarfile keeps all that it has seen
+        tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all it has seen
 
 
 def _key(member: tarfile.TarInfo) -> str:

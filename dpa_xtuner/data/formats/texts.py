@@ -28,9 +28,10 @@ def read(item: Mapping[str, Any]) -> Parts:
         raise Malformed("no texts: expected a list of {'user': ..., 'assistant': ...}")
     turns = []
     for each in texts:
-        pair = [each.get("user"), each.get("assistant")] if isinstance(each, Mapping) else []
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        known = each if isinstance(each, Mapping) else {}
+        user, assistant = known.get("user"), known.get("assistant")
+        if not isinstance(user, str) or not isinstance(assistant, str):
             raise Malformed("malformed turn: expected {'user': a string, 'assistant': a string}")
-        turns.append((with_marks(pair[0]), with_marks(pair[1])))
+        turns.append((with_marks(user), with_marks(assistant)))
     images = pictures_of(item)
     return Parts(images, None, with_pictures_in_front(turns, images))
