@@ -790,7 +790,8 @@ REFUSED = {
     "half a Parquet file": (other("a.parquet", b"PAR1", b"x" * 99), "no whole Parquet file"),
     "alpaca": (
         text_file("a.json", {"instruction": "x" * 999, "output": "y"}, lines=False),
-        r"fit no format .*'query/response'.* has none of it, .* Keys: 'instruction', 'output'\. Its first record: .{300}\.\.\. docs",
+        r"fit no format .*'query/response'.* has none of it, .* Keys: 'instruction', 'output'\. "
+        r"Its first record: .{300}\.\.\. docs",
     ),
     "a typing error": (
         text_file("a.jsonl", {"conversation": [], "image": "x"}),

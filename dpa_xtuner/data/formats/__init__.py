@@ -131,7 +131,6 @@ def _fits_none(item: Mapping[str, Any]) -> str:
 
 def _nearest(item: Mapping[str, Any]) -> str:
     """The format that is nearest, what it asks for that is there, and what is not."""
-
     keys = list(map(str, item))
 
     def likeness(need: str) -> float:
