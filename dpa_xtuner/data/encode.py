@@ -160,7 +160,8 @@ class RecordTokenizer:
                 "the number of tokens that an image takes (576 for CLIP ViT-L/14-336)."
             )
         pieces = to_pieces(self._plain(record, notes), self.sample_format, self._template)
-        if isinstance(pieces, list) and (silent := silent_turns(record)):
+        chat = self.sample_format == "chat"
+        if chat and isinstance(pieces, list) and (silent := silent_turns(record)):
             left = (
                 f"answers not trained on: {len(silent)} of {len(record.turns)}, empty or marked so"
             )
@@ -170,9 +171,7 @@ class RecordTokenizer:
     def _plain(self, record: Record, notes: list[Problem]) -> Record:
         """Hide the special tokens that a record's texts hold, so that they are taken for text."""
         special = self._special
-        if not any(special.are_in(text) for turn in record.turns for text in turn) and (
-            record.system is None or not special.are_in(record.system)
-        ):
+        if not any(map(special.are_in, self._texts(record))):
             return record
         reason = "special token in a text"
         notes.append(Problem(record.id, reason, position=record.position))
@@ -181,6 +180,12 @@ class RecordTokenizer:
         hidden = tuple((special.hide(human), special.hide(gpt)) for human, gpt in record.turns)
         system = record.system if record.system is None else special.hide(record.system)
         return replace(record, turns=hidden, system=system)
+
+    def _texts(self, record: Record) -> list[str]:
+        """The texts of a record that this format uses."""
+        if self.sample_format != "chat":
+            return [gpt for _, gpt in record.turns]
+        return [record.system or "", *chain.from_iterable(record.turns)]
 
     def _tokenise(self, layouts: list[list[Piece]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens (T,) int32, supervised (T,) bool and the sample of each token (T,)."""

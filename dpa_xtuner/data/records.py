@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
@@ -17,6 +17,7 @@ _OTHER_MARK = re.compile(
     r"(?:[ _-]?(?:\d+|pad|start|end|context|placeholder|token|here))*\|?>",
     re.IGNORECASE,
 )
+_SYSTEM_KEYS = frozenset(("system", "system_prompt"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,7 @@ class Record:
     silent: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """What a format reads of a record.
 
     Attributes:
@@ -94,9 +94,11 @@ def read_id(item: Mapping[str, Any], position: int) -> str:
         Malformed: it is neither a text nor a number.
     """
     found = item.get("id")
+    if isinstance(found, str):
+        return found
     if found is None:
         return str(position)
-    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise Malformed("malformed id: expected a string or a number")
     if isinstance(found, float) and found.is_integer():  # as pandas writes whole numbers
         found = int(found)
@@ -118,8 +120,10 @@ def _half(text: str) -> bool:
 
 def _system(item: Mapping[str, Any], turn: str | None) -> str | None:
     """The system prompt of a system turn or of a key; None for one that is empty or blank."""
+    if turn is None and _SYSTEM_KEYS.isdisjoint(item):
+        return None
     found = {turn: None} if turn is not None and turn.strip() else {}
-    for key in ("system", "system_prompt"):
+    for key in sorted(_SYSTEM_KEYS):
         if (value := item.get(key)) is None:
             continue
         if not isinstance(value, str):

@@ -82,7 +82,8 @@ def parse_record(item: Any, index: int) -> Record | Problem:
     Returns:
         The :class:`Record`, or the :class:`Problem` with it.
     """
-    item = messages.as_item(item)
+    if isinstance(item, list):
+        item = messages.as_item(item)
     if not isinstance(item, dict):
         reason = f"not a record: {type(item).__name__}, expected an object"
         return Problem(str(index), reason, position=index)

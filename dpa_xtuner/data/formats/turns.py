@@ -19,6 +19,8 @@ _MEDIA = ("video", "videos", "audio", "audios", "speech", "point_cloud")
 _PREFERENCES = (
     "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
 )  # fmt: skip
+_TOOLS = ("tools", "functions")
+_SUSPECT = frozenset((*_MEDIA, *_PREFERENCES, *_TOOLS, "label"))
 
 
 def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
@@ -27,6 +29,8 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
     Raises:
         Malformed: there is a video or audio, tools, or an answer that others are preferred to.
     """
+    if _SUSPECT.isdisjoint(item):
+        return
     for key in _MEDIA:
         if item.get(key):
             raise Malformed(f"{key}: records with {key} are not read, only pictures and texts")
@@ -35,7 +39,7 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
             raise Malformed(f"preferences: {key!r} rates answers, and here all are trained on")
     if isinstance(item.get("label"), bool):
         raise Malformed("preferences: 'label' rates answers, and here all are trained on")
-    for key in ("tools", "functions"):
+    for key in _TOOLS:
         if item.get(key):
             raise Malformed(f"tools: {key!r} is not read")
 
@@ -56,6 +60,8 @@ def picture_names(value: Any, what: str = "image") -> tuple[str, ...]:
     """
     if value is None or value == "":
         return ()
+    if isinstance(value, str) and ":" not in value:
+        return (value,)
     return tuple(
         picture_name(each, what) for each in (value if isinstance(value, list) else [value])
     )
@@ -111,16 +117,24 @@ def pair_up(
     system, start = None, 0
     if roles and roles[0] == SYSTEM:
         system, start = texts[0], 1
-    humans, answers = roles[start::2], roles[start + 1 :: 2]
-    if (
-        not humans
-        or len(humans) != len(answers)
-        or not all(role in HUMAN for role in humans)
-        or not all(role in ANSWERS for role in answers)
-    ):
+    if not _alternate(roles[start:]):
         raise _wrong_roles(roles)
     pairs = tuple(zip(texts[start::2], texts[start + 1 :: 2], strict=True))
+    if True not in silent:
+        return system, pairs, ()
     return system, pairs, tuple(i for i, each in enumerate(silent[start + 1 :: 2]) if each)
+
+
+def _alternate(roles: Sequence[Any]) -> bool:
+    """Whether questions and answers alternate, from a question to an answer."""
+    if roles in (["human", "gpt"], ["user", "assistant"]):  # most often
+        return True
+    humans, answers = roles[::2], roles[1::2]
+    return (
+        len(humans) == len(answers) > 0
+        and all(role in HUMAN for role in humans)
+        and all(role in ANSWERS for role in answers)
+    )
 
 
 def _wrong_roles(roles: Sequence[Any]) -> Malformed:
