@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.lstrip("-").isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} samples: expected 1 or more")
     return number

@@ -66,6 +66,7 @@ class DPADataset(Dataset):
         special_tokens: what a special token in a text is, "text" or a "token"; see
             :mod:`dpa_xtuner.data.special`.
         background: colour behind transparent images.
+        num_proc: processes that tokenise at the first start; any number gives the same tokens.
 
     Attributes:
         files: the data files, one or more.
@@ -100,6 +101,7 @@ class DPADataset(Dataset):
         weights: Sequence[float] | None = None,
         special_tokens: Literal["text", "token"] = "text",
         background: str = WHITE,
+        num_proc: int = 1,
     ) -> None:
         self.files: list[str | Path]
         self.files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
@@ -124,7 +126,7 @@ class DPADataset(Dataset):
             special_tokens,
         )
         self.stores = [
-            open_store(file, tokenize, folder)
+            open_store(file, tokenize, folder, num_proc)
             for file, folder in zip(self.files, self._folders, strict=True)
         ]
         self.image_processor = _build(image_processor)

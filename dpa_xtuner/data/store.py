@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -119,7 +121,10 @@ class TokenStore:
 
 
 def open_store(
-    data_path: str | Path, tokenizer: RecordTokenizer, image_folder: str | Path | None = None
+    data_path: str | Path,
+    tokenizer: RecordTokenizer,
+    image_folder: str | Path | None = None,
+    num_proc: int = 1,
 ) -> TokenStore:
     """Open the store of a data file; build it first where there is none.
 
@@ -134,6 +139,7 @@ def open_store(
         data_path: a data file or folder of any format of :mod:`dpa_xtuner.data.formats`.
         tokenizer: makes the tokens.
         image_folder: folder that the images' paths are relative to; read where images are tiled.
+        num_proc: processes that tokenise where a store is built; any number gives the same one.
 
     Raises:
         OSError: the data file can't be read.
@@ -152,7 +158,8 @@ def open_store(
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
                 how = "built"
-                store = _build(Path(data_path), source, files, tokenizer, images, folder)
+                make = functools.partial(_write, Path(data_path), source, tokenizer, images)
+                store = _build(Path(data_path), files, make, num_proc, folder)
     print_log(
         f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
     )
@@ -197,22 +204,26 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 def _build(
     data_path: Path,
-    source: Source,
     files: list[list[Any]],
-    tokenizer: RecordTokenizer,
-    image_folder: str,
+    write: Callable[[int, Path], None],
+    num_proc: int,
     folder: Path,
 ) -> TokenStore:
     """Build a store beside its place and move it there; the caller holds its lock."""
     with whole_folder(folder) as partial:
-        _write(data_path, source, tokenizer, image_folder, partial)
+        write(num_proc, partial)
         if _identify(data_path, open_source(data_path)) != files:
             raise DPAError(f"data file {data_path} changed while it was read; start again.")
     return TokenStore(folder)
 
 
 def _write(
-    data_path: Path, source: Source, tokenizer: RecordTokenizer, image_folder: str, folder: Path
+    data_path: Path,
+    source: Source,
+    tokenizer: RecordTokenizer,
+    image_folder: str,
+    num_proc: int,
+    folder: Path,
 ) -> None:
     problems: list[Problem] = []
     notes: dict[str, tuple[int, list[str]]] = {}
@@ -226,17 +237,18 @@ def _write(
         progress = stack.enter_context(
             tqdm(desc=f"Tokenising {data_path.name} ({what})", unit=" records")
         )
-        for batch in _batches(read_source(source, data_path)):
-            if tokenizer.tiling:
-                batch = list(pool.map(functools.partial(_measure, image_folder), batch))
-            tokenized = tokenizer(batch)
+        batches = _batches(read_source(source, data_path))
+        if tokenizer.tiling:
+            measure = functools.partial(_measure, image_folder)
+            batches = (list(pool.map(measure, batch)) for batch in batches)
+        for size, tokenized in _tokenized(batches, tokenizer, num_proc):
             for name, values in _columns(tokenized).items():
                 append[name](values)
             problems += tokenized.problems
             for note in tokenized.notes:
                 count, ids = notes.get(note.kind, (0, []))
                 notes[note.kind] = (count + 1, [*ids, note.record_id] if count < _NOTED else ids)
-            progress.update(len(batch))
+            progress.update(size)
         records = progress.n
     meta = {
         "data": str(data_path),
@@ -247,6 +259,39 @@ def _write(
         "problems": list(map(astuple, problems)),
     }
     write_json(folder / "meta.json", meta)
+
+
+def _tokenized(
+    batches: Iterator[list[Record | Problem]], tokenizer: RecordTokenizer, num_proc: int
+) -> Iterator[tuple[int, TokenizedRecords]]:
+    """Tokenise batches in order: their sizes and their tokens."""
+    if num_proc == 1:
+        for batch in batches:
+            yield len(batch), tokenizer(batch)
+        return
+    waiting = threading.BoundedSemaphore(2 * num_proc)  # else the pool would read all of the data
+
+    def fed() -> Iterator[list[Record | Problem]]:
+        for batch in batches:
+            waiting.acquire()
+            yield batch
+
+    # Forked, the processes share the tokenizer and need not import XTuner again.
+    with multiprocessing.get_context("fork").Pool(num_proc, _begin, (tokenizer,)) as pool:
+        for found in pool.imap(_tokenize_here, fed()):
+            yield found
+            waiting.release()
+
+
+_in_process: list[RecordTokenizer] = []  # of a process that tokenises
+
+
+def _begin(tokenizer: RecordTokenizer) -> None:
+    _in_process[:] = [tokenizer]
+
+
+def _tokenize_here(batch: list[Record | Problem]) -> tuple[int, TokenizedRecords]:
+    return len(batch), _in_process[0](batch)
 
 
 @contextmanager

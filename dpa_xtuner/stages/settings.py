@@ -154,6 +154,7 @@ class DataSettings(_Settings):
     )
     share: float = setting("part of the data that is used", default=1.0, gt=0, le=1)
     skip_limit: float = setting("part that may be unusable", "nothing", default=0.01, ge=0, le=1)
+    num_proc: _Whole = setting("processes that tokenise at first", "nothing", default=1, ge=1)
     special_tokens: Literal["text", "token"] = setting(
         "what a special token in a text is; stock XTuner: token", default="text"
     )
