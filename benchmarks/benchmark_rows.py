@@ -1,7 +1,7 @@
 """Measure the first pass over Parquet rows with pictures inside against ``datasets.map``.
 
-Each start runs in a process of its own, on the same generated rows of The Cauldron's shape, with the
-same tokenizer:
+Each start runs in a process of its own, on the same generated rows of The Cauldron's shape, with
+the same tokenizer:
 
     python benchmarks/benchmark_rows.py --rows 100000 --json benchmark.json
 

@@ -13,8 +13,8 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 # What other projects put into a text for something that is not read here. "<image>" itself is
 # counted, and "<ImageHere>" and its like were replaced by it.
 _OTHER_MARK = re.compile(
-    r"<\|?(?:image|img|picture|video|audio|speech|vision|bbox|box|ref-object)"
-    r"(?:[ _-]?(?:\d+|pad|start|end|context|placeholder|token|here))*\|?>",
+    r"<\s?\|?(?:image|img|picture|video|audio|speech|vision|bbox|ref-object)"
+    r"(?:[ _-]?(?:\d+|pad|start|end|context|placeholder|token|here))*\|?\s?/?>|\[IMG\]",
     re.IGNORECASE,
 )
 _SYSTEM_KEYS = frozenset(("system", "system_prompt"))
@@ -144,7 +144,7 @@ def _check_marks(
             raise _misplaced()
         found = human.count(DEFAULT_IMAGE_TOKEN)
         marks += found
-        if human.count("<") > found:
+        if human.count("<") > found or "[IMG]" in human:
             _refuse_other_marks(human)
     if system is not None and "<" in system:
         if DEFAULT_IMAGE_TOKEN in system:

@@ -182,6 +182,8 @@ RECORDS = {
     "numbered mark": (llava("<image>\n<image_2>", "Red", **IMAGE), "!mark that is not read"),
     "capital mark": (llava("<IMAGE>What?", "Red", **IMAGE), "!mark that is not read"),
     "mark of a pad": (llava("<|image_pad|>What?", "Red", **IMAGE), "!mark that is not read"),
+    "Pixtral's mark": (llava("[IMG]What?", "Red"), "!mark that is not read"),
+    "empty tools": (said("Hi", "Yes", tools="[]"), TALK),
     "markup": (
         llava("What is <img src=a> in <b>?", "Red"),
         "Q:What is <img src=a> in <b>?A:⟨Red[E]⟩\n",

@@ -43,7 +43,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         DPAError: it is missing, or is nothing that is read.
     """
-    return opened.open_source(Path(path), read_records)
+    return opened.open_source(Path(path), open_source, read_source)
 
 
 def read_records(path: str | Path) -> Iterator[Record | Problem]:
@@ -103,10 +103,10 @@ def data_sha256(path: str | Path) -> str:
     A file with pictures inside is known by its size and its two ends: of Parquet files the place
     and size of all columns is there.
     """
-    source = open_source(path)
-    if source.files == (Path(path),) and not source.holds_pictures:
-        return file_sha256(path)
-    hashes = [_ends_sha256(f) if source.holds_pictures else file_sha256(f) for f in source.files]
+    files = open_source(path).files
+    hashes = [_ends_sha256(f) if opened.holds_pictures(f) else file_sha256(f) for f in files]
+    if files == (Path(path),):
+        return hashes[0]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import os
 import re
@@ -20,7 +20,8 @@ from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 
-Read = Callable[[Path], Iterator[Any]]
+Find = Callable[[Path], Source]
+Read = Callable[[Source, Path], Iterator[Any]]
 
 _SAMPLING = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
 _YAML_HEAD = re.compile(r"^(datasets\s*:|-\s*json_path\s*:)", re.MULTILINE)
@@ -51,7 +52,7 @@ def is_yaml(file: TextIO) -> bool:
     return _YAML_HEAD.search(file.read(_LARGEST)) is not None
 
 
-def yaml(path: Path, opened: Callable[[], TextIO], read: Read) -> Source:
+def yaml(path: Path, opened: Callable[[], TextIO], find: Find, read: Read) -> Source:
     """Open LLaVA-NeXT's list: "datasets" of "json_path" and "sampling_strategy".
 
     Raises:
@@ -65,7 +66,8 @@ def yaml(path: Path, opened: Callable[[], TextIO], read: Read) -> Source:
     entries = found.get("datasets") if isinstance(found, dict) else found
     if not isinstance(entries, list) or not entries:
         raise DPAError(f"data file {path}: 'datasets' names no file.")
-    return _source("LLaVA-NeXT list", path, [_of_yaml(path, each) for each in entries], read)
+    files = [_of_yaml(path, each) for each in entries]
+    return _source("LLaVA-NeXT list", path, files, find, read)
 
 
 def is_meta(found: Any) -> bool:
@@ -77,7 +79,7 @@ def is_meta(found: Any) -> bool:
     )
 
 
-def meta(path: Path, found: dict[str, Any], read: Read) -> Source:
+def meta(path: Path, found: dict[str, Any], find: Find, read: Read) -> Source:
     """Open InternVL's list: name -> "annotation", "root" and "repeat_time".
 
     Raises:
@@ -90,9 +92,8 @@ def meta(path: Path, found: dict[str, Any], read: Read) -> Source:
             "records, a record on each line, or InternVL's meta.json, whose values have "
             "'annotation' and 'root'."
         )
-    return _source(
-        "InternVL meta", path, [_of_meta(path, name, each) for name, each in found.items()], read
-    )
+    files = [_of_meta(path, name, each) for name, each in found.items()]
+    return _source("InternVL meta", path, files, find, read)
 
 
 def _of_yaml(path: Path, entry: Any) -> _File:
@@ -150,25 +151,27 @@ def _found(path: Path, named: str) -> Path:
     raise DPAError(f"data file {path} names {named}, which does not exist here or beside it.")
 
 
-def _source(name: str, path: Path, files: list[_File], read: Read) -> Source:
+def _source(name: str, path: Path, files: list[_File], find: Find, read: Read) -> Source:
+    sources = [find(file.path) for file in files]
+
     def items() -> Iterator[Record | Problem]:
-        for file in files:
-            yield from itertools.chain.from_iterable(
-                _records(file, read) for _ in range(file.times)
-            )
+        for file, source in zip(files, sources, strict=True):
+            for _ in range(file.times):
+                yield from _records(file, functools.partial(read, source, file.path))
 
-    return Source(name, (path, *(file.path for file in files)), items)
+    return Source(name, (path, *(each for source in sources for each in source.files)), items)
 
 
-def _records(file: _File, read: Read) -> Iterator[Record | Problem]:
+def _records(file: _File, read: Callable[[], Iterator[Any]]) -> Iterator[Record | Problem]:
     kept = None
     if file.keep is not None:
-        kept = set(file.keep(sum(1 for _ in read(file.path))).tolist())
-    for number, found in enumerate(read(file.path)):
+        kept = set(file.keep(sum(1 for _ in read())).tolist())
+    for number, found in enumerate(read()):
         if kept is not None and number not in kept:
             continue
         if isinstance(found, Problem):
-            yield replace(found, file=found.file or str(file.path), number=number)
+            where = (found.file, found.number) if found.file else (str(file.path), number)
+            yield replace(found, file=where[0], number=where[1])
         else:
             yield replace(found, images=tuple(_under(file.root, name) for name in found.images))
 

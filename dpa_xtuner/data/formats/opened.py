@@ -31,15 +31,21 @@ _EXPECTED = (
     "and one of captions, a YAML list of files, Parquet, Arrow, or tar shards; see docs/data.md"
 )
 
-Read = Callable[[Path], Iterator[Any]]
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a file is one that pictures may be inside of, and so may be too large to hash."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    return head.startswith((rows.PARQUET, *rows.ARROW)) or tars.is_tar(head)
 
 
-def open_source(path: Path, read: Read) -> Source:
+def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
     """Find out what a data file or folder is.
 
     Args:
         path: the file or folder.
-        read: streams the records of a file that another one names.
+        find: finds out the same of a file that another one names.
+        read: streams the records of what it has found at a path.
 
     Raises:
         DPAError: it is missing, empty, or nothing that is read.
@@ -71,10 +77,10 @@ def open_source(path: Path, read: Read) -> Source:
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
             raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
-    return _text(path, gzip.open if packed else open, read)
+    return _text(path, gzip.open if packed else open, find, read)
 
 
-def _text(path: Path, opener: Callable[..., Any], read: Read) -> Source:
+def _text(path: Path, opener: Callable[..., Any], find: lists.Find, read: lists.Read) -> Source:
     def opened() -> TextIO:
         return cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline=""))
 
@@ -99,13 +105,13 @@ def _text(path: Path, opener: Callable[..., Any], read: Read) -> Source:
 
             return Source("JSON array", (path,), guarded(array))
         if first == "{" and (named := _object(file, line)) is not None:
-            return lists.meta(path, named, read)
+            return lists.meta(path, named, find, read)
         if first in ("[", "{"):
             items = guarded(lambda file: json_text.line_items(file, path))
             return Source("JSON lines", (path,), items)
         file.seek(0)
         if lists.is_yaml(file):
-            return lists.yaml(path, opened, read)
+            return lists.yaml(path, opened, find, read)
         if first and (table := tables.delimiter(line.strip())) is not None:
             rows_of = guarded(lambda file: tables.rows(file, table, path))
             return Source({",": "CSV", "\t": "TSV"}[table], (path,), rows_of)

@@ -33,7 +33,7 @@ def parquet(files: tuple[Path, ...]) -> Source:
                 yield from _rows(batch, "parquet", path, start, inside)
                 start += len(batch)
 
-    return Source("Parquet", files, items, holds_pictures=True)
+    return Source("Parquet", files, items)
 
 
 def arrow(files: tuple[Path, ...]) -> Source:
@@ -46,7 +46,7 @@ def arrow(files: tuple[Path, ...]) -> Source:
                 yield from _rows(batch, "arrow", path, start, {})
                 start += len(batch)
 
-    return Source("Arrow", files, items, holds_pictures=True)
+    return Source("Arrow", files, items)
 
 
 def _parquet_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, dict[str, bool]]]:

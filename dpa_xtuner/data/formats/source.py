@@ -17,10 +17,8 @@ class Source:
         files: the files that are read.
         items: gives its records one after the other: decoded values, or what is already a
             :class:`dpa_xtuner.data.records.Record` or a :class:`dpa_xtuner.data.problems.Problem`.
-        holds_pictures: whether pictures are in these files, so that they are too large to hash.
     """
 
     format: str
     files: tuple[Path, ...]
     items: Callable[[], Iterator[Any]]
-    holds_pictures: bool = False

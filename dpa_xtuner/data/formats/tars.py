@@ -33,7 +33,7 @@ def shards(files: tuple[Path, ...]) -> Source:
         for path in files:
             yield from _items(path)
 
-    return Source("WebDataset tar", files, items, holds_pictures=True)
+    return Source("WebDataset tar", files, items)
 
 
 def _items(path: Path) -> Iterator[Any]:

@@ -40,7 +40,7 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
     if isinstance(item.get("label"), bool):
         raise Malformed("preferences: 'label' rates answers, and here all are trained on")
     for key in _TOOLS:
-        if item.get(key):
+        if item.get(key) not in (None, "", "[]", []):
             raise Malformed(f"tools: {key!r} is not read")
 
 
