@@ -101,10 +101,15 @@ def test_the_check_writes_a_report_and_a_page(tiny, tmp_path):
         f"{file}: JSON array" in result.stdout and "letters of the answers: latin" in result.stdout
     )
     found = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
-    place = {each["record"]: (each["stage"], each["file"], each["id"]) for each in found}
-    assert place == {n: ("align", str(file), records[n]["id"]) for n in (3, 5)}
-    reasons = {each["record"]: each["reason"].partition(":")[0] for each in found}
-    assert reasons == {3: "broken image", 5: "no conversations"}
+    told = {
+        each["record"]: (each["file"], each["id"], each["reason"].partition(":")[0])
+        for each in found
+        if each["stage"] == "align"  # tune may show the same picture
+    }
+    assert told == {
+        3: (str(file), records[3]["id"], "broken image"),
+        5: (str(file), records[5]["id"], "no conversations"),
+    }
     page = (tmp_path / "page.html").read_text()
     assert "Stage align" in page and "Stage tune" in page and "data:image/png;base64" in page
 

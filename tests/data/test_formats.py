@@ -5,6 +5,7 @@ Tokens are worked by hand: the tokenizer below has one token for each letter.
 
 import base64
 import gzip
+import hashlib
 import io
 import json
 import tarfile
@@ -19,7 +20,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
-from dpa_xtuner.data import DPADataset, Problem, read_records
+from dpa_xtuner.data import DPADataset, Problem, formats, read_records
+from dpa_xtuner.data.formats import data_sha256, open_source
 from dpa_xtuner.errors import DPAError
 
 SPECIAL = ("<unk>", "</s>", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
@@ -870,6 +872,33 @@ def test_a_change_of_a_named_file_builds_the_store_anew(load, tmp_path):
     after = load(path)
     assert (len(before), len(after)) == (4, 1)
     assert before.fingerprint != after.fingerprint
+
+
+def test_a_list_may_name_files_of_any_format(load, tmp_path):
+    table = rows(**CAULDRON)(tmp_path)
+    hub_folder(tmp_path)
+    entries = {"a": {"annotation": table.name}, "b": {"annotation": "hub", "root": "x"}}
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(entries))
+    dataset = load(path)
+    assert [colours(dataset, i) for i in range(5)] == [[RED], [BLUE, GREEN], [], [RED], [BLUE]]
+    named = [file.name for file in open_source(path).files]
+    assert named[:2] == ["meta.json", "a.parquet"] and len(named) == 4
+
+
+def test_the_hash_of_data_follows_the_content(tmp_path):
+    path = rows(**CAULDRON)(tmp_path)
+    before = data_sha256(path)
+    copied = tmp_path / "copies" / path.name
+    copied.parent.mkdir()
+    copied.write_bytes(path.read_bytes())
+    assert data_sha256(copied) == before
+    rows(**{**CAULDRON, "images": [[], [], []]})(tmp_path / "copies")
+    formats._ends_sha256.cache_clear()
+    assert data_sha256(copied) != before
+    text = text_file("a.json", llava("Hi", "Yes"))(tmp_path)
+    assert data_sha256(text) == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert data_sha256(hub_folder(tmp_path)) != data_sha256(saved_to_disk(tmp_path))
 
 
 def test_problems_of_a_list_name_their_file(load, tmp_path):
