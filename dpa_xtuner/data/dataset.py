@@ -117,14 +117,9 @@ class DPADataset(Dataset):
             )
         tiling = Tiling(max_tiles, tile_size) if max_tiles > 1 else None
         tokenize = RecordTokenizer(
-            _build(tokenizer),
-            sample_format,
-            image_tokens,
-            prompt_template,
-            max_length,
-            tiling,
+            _build(tokenizer), sample_format, image_tokens, prompt_template, max_length, tiling,
             special_tokens,
-        )
+        )  # fmt: skip
         self.stores = [
             open_store(file, tokenize, folder, num_proc)
             for file, folder in zip(self.files, self._folders, strict=True)
@@ -140,17 +135,21 @@ class DPADataset(Dataset):
         self._refuse_empty_files()
         choice: dict[str, Any] = {"held_out": held_out, "split": split, "share": share}
         choice["weights"] = None if weights is None else list(weights)
-        positions = [store.arrays["positions"] for store in self.stores]
-        self._rows = choose(positions, [store.records for store in self.stores], **choice)
-        if not len(self._rows):
-            raise DPAError(
-                f"no usable sample is left of data file {', '.join(map(str, self.files))}: "
-                f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
-            )
+        self._rows = self._choose(choice)
         if len(self.stores) > 1 or share < 1:
             print_log(f"{split}: {self._describe_epoch()}", logger="current")
         chosen = hashlib.sha256(self._rows.tobytes() + self._lengths.tobytes()).hexdigest()
         self.encoding = tokenize.facts() | choice | {"chosen": chosen}
+
+    def _choose(self, choice: dict[str, Any]) -> np.ndarray:
+        positions = [store.arrays["positions"] for store in self.stores]
+        rows = choose(positions, [store.records for store in self.stores], **choice)
+        if not len(rows):
+            raise DPAError(
+                f"no usable sample is left of data file {', '.join(map(str, self.files))}: "
+                f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
+            )
+        return rows
 
     def _refuse_empty_files(self) -> None:
         for file, store in zip(self.files, self.stores, strict=True):

@@ -7,10 +7,10 @@ import hashlib
 import json
 import multiprocessing
 import os
-import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -269,24 +269,32 @@ def _tokenized(
         for batch in batches:
             yield len(batch), tokenizer(batch)
         return
-    waiting = threading.BoundedSemaphore(2 * num_proc)  # else the pool would read all of the data
-
-    def fed() -> Iterator[list[Record | Problem]]:
-        for batch in batches:
-            waiting.acquire()
-            yield batch
-
     # Forked, the processes share the tokenizer and need not import XTuner again.
-    with multiprocessing.get_context("fork").Pool(num_proc, _begin, (tokenizer,)) as pool:
-        for found in pool.imap(_tokenize_here, fed()):
-            yield found
-            waiting.release()
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_proc, fork, _begin, (tokenizer,)) as pool:
+        begun: deque[Future] = deque()
+        try:
+            for batch in batches:
+                begun.append(pool.submit(_tokenize_here, batch))
+                if len(begun) > 2 * num_proc:  # else all of the data would wait in memory
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        except BrokenProcessPool:
+            raise DPAError(
+                f"a process that tokenises was killed, perhaps for want of memory; lower "
+                f"num_proc={num_proc}."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 _in_process: list[RecordTokenizer] = []  # of a process that tokenises
 
 
 def _begin(tokenizer: RecordTokenizer) -> None:
+    # XTuner sets it to true; a forked process would wait for threads that only its parent has.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _in_process[:] = [tokenizer]
 
 
