@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mmengine.registry import DATASETS, DefaultScope
 
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.figures import file_figures
-from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.problems import Problem, list_problems
 from dpa_xtuner.data.sample_page import page
 from dpa_xtuner.files import write_text
 from dpa_xtuner.precision import Precision
@@ -57,9 +58,12 @@ def check_config(
         print(f"\nStage {name}")
         for figures in file_figures(built, run.tokenizer):
             print(figures)
-        print(found)
+            if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
+                print(f"{len(own):>8}  problems:\n{list_problems(own)}")
+        print(found if len(built.files) == 1 else f"All files\n{found}")
         ok = ok and found.ok
-        lines += [json.dumps({"stage": name, **each}) for each in _rows(found.problems)]
+        named = list(map(str, built.files))
+        lines += [json.dumps({"stage": name, **each}) for each in _rows(found.problems, named)]
         datasets[f"Stage {name}"] = built
     if report is not None:
         write_text(report, "".join(f"{line}\n" for line in lines))
@@ -70,11 +74,28 @@ def check_config(
     return ok
 
 
-def _rows(problems: list[Problem]) -> Iterator[dict]:
+def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
+    """The problems of a mixture's file, with ids that do not name it."""
+    return [
+        replace(problem, record_id=_bare_id(problem, [file]))
+        for problem in problems
+        if problem.record_id.startswith(f"{file}: ")
+    ]
+
+
+def _bare_id(problem: Problem, files: list[str]) -> str:
+    """The record's own id; that of a record in a mixture is "file: id" elsewhere."""
+    for file in files:
+        if problem.record_id.startswith(f"{file}: "):
+            return problem.record_id.removeprefix(f"{file}: ")
+    return problem.record_id
+
+
+def _rows(problems: list[Problem], files: list[str]) -> Iterator[dict]:
     for problem in problems:
         yield {
             "file": problem.file,
             "record": problem.place,
-            "id": problem.record_id.removeprefix(f"{problem.file}: "),
+            "id": _bare_id(problem, files),
             "reason": problem.reason,
         }

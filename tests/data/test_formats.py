@@ -792,6 +792,7 @@ REFUSED = {
     "half a gzip": (other("a.json.gz", gzip.compress(b"[" + b"1," * 9999)[:-20]), "no whole gzip"),
     "a picture": (other("a.png", picture_bytes(RED)), "is not UTF-8 text"),
     "half a Parquet file": (other("a.parquet", b"PAR1", b"x" * 99), "no whole Parquet file"),
+    "half an Arrow file": (other("a.arrow", b"ARROW1", b"x" * 99), "no whole Arrow file"),
     "alpaca": (
         text_file("a.json", {"instruction": "x" * 999, "output": "y"}, lines=False),
         r"fit no format .*'query/response'.* has none of it, .* Keys: 'instruction', 'output'\. "

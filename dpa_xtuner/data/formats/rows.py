@@ -40,9 +40,15 @@ def arrow(files: tuple[Path, ...]) -> Source:
     """Open Arrow files, one after the other."""
 
     def items() -> Iterator[dict[str, Any]]:
+        import pyarrow as pa
+
         for path in files:
             start = 0
-            for batch in open_table(str(path)).to_batches(max_chunksize=_ROWS):
+            try:
+                table = open_table(str(path))
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DPAError(f"data file {path} is no whole Arrow file: {error}") from None
+            for batch in table.to_batches(max_chunksize=_ROWS):
                 yield from _rows(batch, "arrow", path, start, {})
                 start += len(batch)
 
