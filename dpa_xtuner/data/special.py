@@ -21,7 +21,6 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 # Unicode's noncharacters, which no text holds.
 _OPEN, _CLOSE, _NAMED = "\ufdd0", "\ufdd1", "\ufdd2"
 _FIRST = 0xE000  # of the private characters that number the special tokens
-_HIDDEN = re.compile(f"{_OPEN}(.){_CLOSE}", re.DOTALL)
 
 
 class SpecialTokens:
@@ -29,8 +28,8 @@ class SpecialTokens:
 
     Args:
         tokenizer: a Hugging Face tokenizer, fast or slow.
-        template: the prompt template, whose own words are special too where they are tokens of
-            their own.
+        template: the prompt template; what ends an answer in it is special too where it is a token
+            of its own.
     """
 
     def __init__(self, tokenizer: Any, template: Mapping[str, Any]) -> None:
@@ -39,6 +38,8 @@ class SpecialTokens:
         self._starts = {word[0] for word in self._words}
         self._pattern = re.compile("|".join(map(re.escape, self._words)) or "(?!)")
         self._numbers = {word: i for i, word in enumerate(self._words)}
+        last = chr(_FIRST + max(0, len(self._words) - 1))
+        self._hidden = re.compile(f"{_OPEN}([{chr(_FIRST)}-{last}]){_CLOSE}")
 
     def are_in(self, text: str) -> bool:
         """Whether a text holds a special token."""
@@ -55,7 +56,7 @@ class SpecialTokens:
 
     def is_hidden(self, text: str) -> bool:
         """Whether a text holds stand-ins."""
-        return _OPEN in text
+        return _OPEN in text and self._hidden.search(text) is not None
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text with stand-ins: what they stand for as text, the rest as ever."""
@@ -65,7 +66,7 @@ class SpecialTokens:
         return self._renamed.encode(self._shown(named), add_special_tokens=False).ids
 
     def _shown(self, text: str) -> str:
-        return _HIDDEN.sub(lambda m: self._words[ord(m[1]) - _FIRST], text)
+        return self._hidden.sub(lambda m: self._words[ord(m[1]) - _FIRST], text)
 
     def _name(self, word: str) -> str:
         return f"{_NAMED}{chr(_FIRST + self._numbers[word])}{_NAMED}"
@@ -113,8 +114,12 @@ class SpecialTokens:
 
 
 def _words(tokenizer: Any, template: Mapping[str, Any]) -> set[str]:
-    """Special tokens, and added ones that the template writes, but for the mark of a picture."""
-    said = "".join(str(value) for value in template.values())
+    """Special tokens, and added ones that end an answer, but for the mark of a picture."""
+    ends = [(template.get("SUFFIX") or "").strip(), *(template.get("STOP_WORDS") or ())]
     added = tokenizer.added_tokens_decoder.values()
-    found = {str(token) for token in added if token.special or str(token) in said}
-    return {*found, *map(str, tokenizer.all_special_tokens)} - {DEFAULT_IMAGE_TOKEN, ""}
+    found = {str(token) for token in added if token.special or str(token) in ends}
+    found |= {*map(str, tokenizer.all_special_tokens)}
+    words = [word for word in found if word.strip() and word != DEFAULT_IMAGE_TOKEN]
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
+    unknown = {None, tokenizer.unk_token_id}  # a name that was set and is no token
+    return {w for w, i in ids.items() if i not in unknown or w == str(tokenizer.unk_token)}

@@ -257,6 +257,18 @@ def test_special_tokens_in_a_caption_are_as_transformers_splits_them(
     assert [note.kind for note in found.notes] == ["special token in a text"]
 
 
+def test_words_that_are_no_special_tokens_are_left_alone(make_tokenizer, chat):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\n\n", "cat"])  # as Gemma adds blank lines: they are no special tokens
+    tokenizer.add_tokens(["<end>"])
+    template = {"INSTRUCTION": "Q\n\n{input}", "SUFFIX": "<end>\n", "SUFFIX_AS_EOS": True}
+    plain = encode(tokenizer, chat("a", "A\n\ncat \ufdd0?\ufdd1", "x"), template=template)
+    assert plain.notes == []
+    ends = encode(tokenizer, chat("a", "A <end>?", "x"), template=template)
+    assert ends.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<end>")) == 1
+    assert len(ends.notes) == 1
+
+
 @pytest.mark.parametrize("kind", ["bytes", "legacy", "new", "slow"])
 def test_the_template_keeps_its_special_tokens(kind, pieces, bpe_folder, chat):
     tokenizer = with_specials(kind, pieces, bpe_folder)
