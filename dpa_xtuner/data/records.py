@@ -17,6 +17,7 @@ _OTHER_MARK = re.compile(
     r"(?:[ _-]?(?:\d+|pad|start|end|context|placeholder|token|here))*\|?\s?/?>|\[IMG\]",
     re.IGNORECASE,
 )
+_OTHER_MEDIUM = re.compile(r"<(img|video|audio)>[^<>]*</\1>", re.IGNORECASE)
 _SYSTEM_KEYS = frozenset(("system", "system_prompt"))
 
 
@@ -140,11 +141,14 @@ def _check_marks(
 ) -> None:
     marks = 0
     for human, gpt in turns:
-        if "<" in gpt and DEFAULT_IMAGE_TOKEN in gpt:
-            raise _misplaced()
-        found = human.count(DEFAULT_IMAGE_TOKEN)
-        marks += found
-        if human.count("<") > found or "[IMG]" in human:
+        if "<" in gpt:
+            if DEFAULT_IMAGE_TOKEN in gpt:
+                raise _misplaced()
+            if found := _OTHER_MEDIUM.search(gpt):
+                raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
+        count = human.count(DEFAULT_IMAGE_TOKEN)
+        marks += count
+        if human.count("<") > count or "[IMG]" in human:
             _refuse_other_marks(human)
     if system is not None and "<" in system:
         if DEFAULT_IMAGE_TOKEN in system:

@@ -184,6 +184,8 @@ RECORDS = {
     "numbered mark": (llava("<image>\n<image_2>", "Red", **IMAGE), "!mark that is not read"),
     "capital mark": (llava("<IMAGE>What?", "Red", **IMAGE), "!mark that is not read"),
     "mark of a pad": (llava("<|image_pad|>What?", "Red", **IMAGE), "!mark that is not read"),
+    "picture in an answer": (llava("Draw", "<img>a.png</img>"), "!mark that is not read"),
+    "code in an answer": (llava("Hi", "<video> <b>x</b>"), "Q:HiA:⟨<video> <b>x</b>[E]⟩\n"),
     "Pixtral's mark": (llava("[IMG]What?", "Red"), "!mark that is not read"),
     "empty tools": (said("Hi", "Yes", tools="[]"), TALK),
     "markup": (
@@ -619,13 +621,19 @@ def next_list(strategy, **more):
     return write
 
 
-def meta_list(times):
+def meta_list(times, **more):
     def write(folder):
         (folder / "pictures").mkdir()
         Image.new("RGB", (4, 4), GREEN).save(folder / "pictures" / "a.png")
         record = llava("<image>\nWhat?", "Red", image="a.png")
         (folder / "a.jsonl").write_text("\n".join([json.dumps(record)] * 4))
-        entry = {"root": "pictures", "annotation": "a.jsonl", "repeat_time": times, "length": 4}
+        entry = {
+            "root": "pictures",
+            "annotation": "a.jsonl",
+            "repeat_time": times,
+            "length": 4,
+            **more,
+        }
         (folder / "meta.json").write_text(json.dumps({"x": entry}, indent=2))
         return folder / "meta.json"
 
@@ -829,6 +837,8 @@ REFUSED = {
         next_list("all", json_path="no.json"),
         "names no.json, which does not",
     ),
+    "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5; above 1"),
+    "meta of another project": (meta_list(1, sample_ratio=2), "sample_ratio of 'x' is not read"),
     "plain text": (other("a.txt", b"Hello there\n"), "begins with 'H'; expected a JSON array"),
     "an empty folder": (folder_of(), "holds no data set"),
     "a folder of JSON": (

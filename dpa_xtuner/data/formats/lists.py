@@ -127,6 +127,8 @@ def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarra
 
 
 def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
+    if entry.get("sample_ratio", 1) != 1:
+        raise DPAError(f"data file {path}: sample_ratio of {name!r} is not read; use repeat_time.")
     times = entry.get("repeat_time", 1)
     if isinstance(times, bool) or not isinstance(times, (int, float)) or times <= 0:
         raise DPAError(
