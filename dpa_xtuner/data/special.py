@@ -121,5 +121,7 @@ def _words(tokenizer: Any, template: Mapping[str, Any]) -> set[str]:
     found |= {*map(str, tokenizer.all_special_tokens)}
     words = [word for word in found if word.strip() and word != DEFAULT_IMAGE_TOKEN]
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in words}
-    unknown = {None, tokenizer.unk_token_id}  # a name that was set and is no token
-    return {w for w, i in ids.items() if i not in unknown or w == str(tokenizer.unk_token)}
+    unk = tokenizer.special_tokens_map.get("unk_token")
+    # A name that was set and is no token has the id of the unknown token, or none.
+    unknown = {None} if unk is None else {None, tokenizer.convert_tokens_to_ids(unk)}
+    return {word for word, i in ids.items() if i not in unknown or word == unk}
