@@ -87,6 +87,40 @@ def test_broken_and_missing_images_are_found_with_their_records(tiny, tmp_path):
     assert f": {records[3]['id']}\n" in bad.stdout and f": {records[7]['id']}\n" in bad.stdout
 
 
+def test_the_check_writes_a_report_and_a_page(tiny, tmp_path):
+    data = shutil.copytree(tiny, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
+    file = data / "captions.json"
+    records = json.loads(file.read_text())
+    (data / "images" / records[3]["image"][0]).write_bytes(b"no picture")
+    records[5]["conversations"] = []
+    file.write_text(json.dumps(records))
+    written = ("--report", tmp_path / "report.jsonl", "--html", tmp_path / "page.html")
+    result = run("check_data.py", harness.TINY_CONFIG, *written, DPA_TINY=str(data))
+    assert result.returncode == 1
+    assert (
+        f"{file}: JSON array" in result.stdout and "letters of the answers: latin" in result.stdout
+    )
+    found = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    told = {
+        each["record"]: (each["file"], each["id"], each["reason"].partition(":")[0])
+        for each in found
+        if each["stage"] == "align"  # tune may show the same picture
+    }
+    assert told == {
+        3: (str(file), records[3]["id"], "broken image"),
+        5: (str(file), records[5]["id"], "no conversations"),
+    }
+    page = (tmp_path / "page.html").read_text()
+    assert "Stage align" in page and "Stage tune" in page and "data:image/png;base64" in page
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "x"])
+def test_a_check_of_no_samples_is_refused(number):
+    result = run("check_data.py", harness.TINY_CONFIG, f"--sample={number}")
+    assert result.returncode == 2
+    assert f"argument --sample: {number} samples: expected 1 or more" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ Exit code 1 if anything can't be used.
 
 import argparse
 import sys
+from pathlib import Path
 
 from _configs import check_options, find_config, parse_options
 
@@ -13,7 +14,11 @@ def main() -> int:
     """Print a report on each data set, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="path or name of a config")
-    parser.add_argument("--sample", type=int, help="samples whose images are opened; default: all")
+    parser.add_argument(
+        "--sample", type=_positive, help="samples whose images are opened; default: all"
+    )
+    parser.add_argument("--report", type=Path, help="JSON lines to write: a line for each problem")
+    parser.add_argument("--html", type=Path, help="page to write: samples as the model sees them")
     parser.add_argument(
         "--cfg-options", nargs="+", action="extend", default=[], help="as in xtuner train"
     )
@@ -27,7 +32,15 @@ def main() -> int:
 
     options = parse_options(arguments.cfg_options)
     with cli_errors():
-        return 0 if check_config(path, options, arguments.sample) else 1
+        ok = check_config(path, options, arguments.sample, arguments.report, arguments.html)
+        return 0 if ok else 1
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} samples: expected 1 or more")
+    return number
 
 
 if __name__ == "__main__":

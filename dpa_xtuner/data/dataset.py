@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,24 +17,26 @@ from xtuner.registry import BUILDER
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.images import ImageProblem, load_image, load_pixels, load_tiles
+from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
 from dpa_xtuner.data.mixture import choose
-from dpa_xtuner.data.problems import Problem, enforce_skip_limit
+from dpa_xtuner.data.places import joined
+from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
 from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.pictures import WHITE
 
 
 @DATASETS.register_module()
 class DPADataset(Dataset):
-    """LLaVA-format data in one of three sample formats, tokenised once and memory-mapped.
+    """Data in one of three sample formats, tokenised once and memory-mapped.
 
     Numbers that are out of range are answered where the settings are read.
 
     Args:
-        data_path: JSON array or JSON lines in LLaVA format; see :func:`read_records`. A list of
+        data_path: a file or folder of any format of :mod:`dpa_xtuner.data.formats`. A list of
             files is a mixture.
         image_folder: folder that the records' image paths are relative to; None where the format
             has no images. Of a mixture, one for all files or a list with one for each.
@@ -59,8 +61,13 @@ class DPADataset(Dataset):
             every format, and a smaller share is part of a larger one.
         weights: of a mixture, how large a part of an epoch each file gives, relative to the others;
             see :mod:`dpa_xtuner.data.mixture`. None takes every sample once.
+        special_tokens: what a special token in a text is, "text" or a "token"; see
+            :mod:`dpa_xtuner.data.special`.
+        background: colour behind transparent images.
+        num_proc: processes that tokenise at the first start; any number gives the same tokens.
 
     Attributes:
+        files: the data files, one or more.
         stores: the tokenised store of each file.
         encoding: what its tokens were made by and what was chosen of them: the facts of
             :class:`RecordTokenizer`, the settings that choose, and a hash of the chosen samples
@@ -90,52 +97,63 @@ class DPADataset(Dataset):
         tile_size: int = 336,
         share: float = 1.0,
         weights: Sequence[float] | None = None,
+        special_tokens: Literal["text", "token"] = "text",
+        background: str = WHITE,
+        num_proc: int = 1,
     ) -> None:
-        self._files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
+        self.files: list[str | Path]
+        self.files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
         self._folders: list[str | Path | None]
         if image_folder is None or isinstance(image_folder, (str, Path)):
-            self._folders = [image_folder] * len(self._files)
+            self._folders = [image_folder] * len(self.files)
         else:
             self._folders = list(image_folder)
-        if len({os.path.realpath(file) for file in self._files}) < len(self._files):
+        if len({os.path.realpath(file) for file in self.files}) < len(self.files):
             raise DPAError(
-                f"data_path names a file twice: {', '.join(map(str, self._files))}; name it once, "
+                f"data_path names a file twice: {', '.join(map(str, self.files))}; name it once, "
                 "and have it seen more often by weights."
             )
         tiling = Tiling(max_tiles, tile_size) if max_tiles > 1 else None
         tokenize = RecordTokenizer(
-            _build(tokenizer), sample_format, image_tokens, prompt_template, max_length, tiling
-        )
+            _build(tokenizer), sample_format, image_tokens, prompt_template, max_length, tiling,
+            special_tokens,
+        )  # fmt: skip
         self.stores = [
-            open_store(file, tokenize, folder)
-            for file, folder in zip(self._files, self._folders, strict=True)
+            open_store(file, tokenize, folder, num_proc)
+            for file, folder in zip(self.files, self._folders, strict=True)
         ]
         self.image_processor = _build(image_processor)
         self.image_tokens = image_tokens
         self.pad_image_to_square = pad_image_to_square
         self.skip_limit = skip_limit
+        self.background = background
         self.tiling = tokenize.tiling
         self._ends = np.cumsum([len(store) for store in self.stores])
-        enforce_skip_limit(self.problems, self.records, skip_limit, self._files)
+        enforce_skip_limit(self.problems, self.records, skip_limit, self.files)
         self._refuse_empty_files()
         choice: dict[str, Any] = {"held_out": held_out, "split": split, "share": share}
         choice["weights"] = None if weights is None else list(weights)
-        positions = [store.arrays["positions"] for store in self.stores]
-        self._rows = choose(positions, [store.records for store in self.stores], **choice)
-        if not len(self._rows):
-            raise DPAError(
-                f"no usable sample is left of data file {', '.join(map(str, self._files))}: "
-                f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
-            )
+        self._rows = self._choose(choice)
         if len(self.stores) > 1 or share < 1:
             print_log(f"{split}: {self._describe_epoch()}", logger="current")
         chosen = hashlib.sha256(self._rows.tobytes() + self._lengths.tobytes()).hexdigest()
         self.encoding = tokenize.facts() | choice | {"chosen": chosen}
 
+    def _choose(self, choice: dict[str, Any]) -> np.ndarray:
+        positions = [store.arrays["positions"] for store in self.stores]
+        rows = choose(positions, [store.records for store in self.stores], **choice)
+        if not len(rows):
+            raise DPAError(
+                f"no usable sample is left of data file {', '.join(map(str, self.files))}: "
+                f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
+            )
+        return rows
+
     def _refuse_empty_files(self) -> None:
-        for file, store in zip(self._files, self.stores, strict=True):
+        for file, store in zip(self.files, self.stores, strict=True):
             if not len(store):
-                raise DPAError(f"data file {file} has no usable sample: {store}.")
+                told = f":\n{list_problems(store.problems)}" if store.problems else "."
+                raise DPAError(f"data file {file} has no usable sample: {store}{told}")
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -157,11 +175,11 @@ class DPADataset(Dataset):
             return None
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        record_id, images = self._names(index)
+        _, images = self._names(index)
         try:
             pixels = [tensor for image in images for tensor in self._load(*image)]
         except ImageProblem as problem:
-            return Problem(record_id, str(problem))
+            return self._problem(index, str(problem))
         return self.text(index) | {"pixel_values": pixels}
 
     def text(self, index: int) -> dict[str, Any]:
@@ -190,14 +208,14 @@ class DPADataset(Dataset):
         }
 
     def check_images(self, index: int) -> Problem | None:
-        """Open and decode a sample's images; return what is wrong with the first bad one."""
-        record_id, images = self._names(index)
-        try:
-            for path, size in images:
-                load_image(path, self.pad_image_to_square, size)
-        except ImageProblem as problem:
-            return Problem(record_id, str(problem))
-        return None
+        """Load a sample's images as training does; return what is wrong with the first bad one."""
+        sample = self[index]
+        return sample if isinstance(sample, Problem) else None
+
+    def _problem(self, index: int, reason: str) -> Problem:
+        file, row = self._find(index)
+        position = int(self.stores[file].arrays["positions"][row])
+        return Problem(self._names(index)[0], reason, position=position, file=str(self.files[file]))
 
     @property
     def fingerprint(self) -> str:
@@ -218,7 +236,11 @@ class DPADataset(Dataset):
     def problems(self) -> list[Problem]:
         """The records that were left out when the stores were built."""
         return [
-            replace(problem, record_id=self._name(file, problem.record_id))
+            replace(
+                problem,
+                record_id=self._name(file, problem.record_id),
+                file=problem.file or str(self.files[file]),
+            )
             for file, store in enumerate(self.stores)
             for problem in store.problems
         ]
@@ -260,17 +282,16 @@ class DPADataset(Dataset):
         """Read a sample's record id, and each image's full path and, if it is tiled, its size."""
         file, row = self._find(index)
         record_id, names, sizes = self.stores[file].names(row)
-        folder = cast("str | Path", self._folders[file])  # None where no record has an image
-        paths = [os.path.join(folder, name) for name in names]
+        paths = [joined(self._folders[file], name) for name in names]
         known: Sequence[tuple[int, int] | None] = sizes or [None] * len(paths)
         return self._name(file, record_id), list(zip(paths, known, strict=True))
 
     def _name(self, file: int, record_id: str) -> str:
-        return record_id if len(self.stores) == 1 else f"{self._files[file]}: {record_id}"
+        return record_id if len(self.stores) == 1 else f"{self.files[file]}: {record_id}"
 
     def _describe_epoch(self) -> str:
         parts = []
-        for file, end, store in zip(self._files, self._ends, self.stores, strict=True):
+        for file, end, store in zip(self.files, self._ends, self.stores, strict=True):
             rows = self._rows[(self._rows >= end - len(store)) & (self._rows < end)]
             distinct = len(np.unique(rows))
             parts.append(f"{len(rows)} ({distinct} different ones of {len(store)}) of {file}")
@@ -278,8 +299,17 @@ class DPADataset(Dataset):
 
     def _load(self, path: str, size: tuple[int, int] | None) -> list[torch.Tensor]:
         if size is None or self.tiling is None:
-            return [load_pixels(path, self.image_processor, self.pad_image_to_square)]
-        return load_tiles(path, self.image_processor, self.pad_image_to_square, self.tiling, size)
+            return [
+                load_pixels(path, self.image_processor, self.pad_image_to_square, self.background)
+            ]
+        return load_tiles(
+            path,
+            self.image_processor,
+            self.pad_image_to_square,
+            self.tiling,
+            size,
+            self.background,
+        )
 
 
 def _build(part: Any) -> Any:

@@ -7,14 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.data.records import Record
-from dpa_xtuner.data.templates import Piece, SampleFormat, Special, resolve_template, to_pieces
+from dpa_xtuner.data.special import SpecialTokens
+from dpa_xtuner.data.templates import (
+    Piece,
+    SampleFormat,
+    Special,
+    resolve_template,
+    silent_turns,
+    to_pieces,
+)
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
 
@@ -31,6 +39,8 @@ class TokenizedRecords:
         lengths: (N,) int64, tokens per sample with its images expanded.
         truncated: (N,) bool, whether a sample's end was cut off.
         problems: what is wrong with the other records.
+        notes: what is special about usable ones, told of as problems are: special tokens in a text,
+            answers that are not trained on.
     """
 
     records: list[Record]
@@ -40,6 +50,7 @@ class TokenizedRecords:
     lengths: np.ndarray
     truncated: np.ndarray
     problems: list[Problem]
+    notes: list[Problem]
 
 
 class RecordTokenizer:
@@ -57,6 +68,8 @@ class RecordTokenizer:
         max_length: tokens that a sample may have, its images expanded; at least 2.
         tiling: how images are cut, so that their sizes decide how many tokens they take: then the
             records must tell these. None where an image is one picture.
+        special_tokens: what a special token in a text of the data is, "text" or a "token"; stock
+            XTuner takes it for the token. See :mod:`dpa_xtuner.data.special`.
 
     Attributes:
         tokenizer: as given.
@@ -75,6 +88,7 @@ class RecordTokenizer:
         prompt_template: str | Mapping[str, Any] | None,
         max_length: int,
         tiling: Tiling | None = None,
+        special_tokens: Literal["text", "token"] = "text",
     ) -> None:
         self.tokenizer = tokenizer
         self.sample_format = sample_format
@@ -82,6 +96,8 @@ class RecordTokenizer:
         self._template = resolve_template(prompt_template) if sample_format == "chat" else {}
         self._image_tokens = image_tokens
         self._max_length = max_length
+        self._special_tokens = special_tokens
+        self._special = SpecialTokens(tokenizer, self._template)
         first = tokenizer("a").input_ids[:1]
         self._bos = first if first == [tokenizer.bos_token_id] else []
         self._in_context = self._template.get("AS_ONE_TEXT", False) and self._adds_prefix_space()
@@ -101,6 +117,7 @@ class RecordTokenizer:
             "max_length": self._max_length,
             "max_tiles": self.tiling.max_tiles if self.tiling else 1,
             "tile_size": self.tiling.tile_size if self.tiling else None,
+            "special_tokens": self._special_tokens,
             "bos": self._bos,
             "eos": self.tokenizer.eos_token_id,
             "tokenizer": _tokenizer_hash(self.tokenizer),
@@ -119,24 +136,54 @@ class RecordTokenizer:
             DPAError: a record has an image, and none takes any token.
         """
         records, layouts, problems = [], [], []
+        notes: list[Problem] = []
         for item in items:
             if self.sample_format == "caption_text" and isinstance(item, Record):
                 item = replace(item, images=())
-            pieces = item if isinstance(item, Problem) else self._lay_out(item)
+            pieces = item if isinstance(item, Problem) else self._lay_out(item, notes)
             if isinstance(pieces, Problem):
                 problems.append(pieces)
             else:
                 records.append(cast("Record", item))  # a problem is its own pieces
                 layouts.append(pieces)
-        return self._cut(records, *self._tokenise(layouts), problems)
+        found = self._cut(records, *self._tokenise(layouts), problems)
+        lost = {problem.position for problem in found.problems}
+        found.notes.extend(note for note in notes if note.position not in lost)
+        return found
 
-    def _lay_out(self, record: Record) -> list[Piece] | Problem:
+    def _lay_out(self, record: Record, notes: list[Problem]) -> list[Piece] | Problem:
         if record.images and self._image_tokens < 1:
             raise DPAError(
                 f"record {record.id} has an image, but image_tokens is {self._image_tokens}; set "
                 "the number of tokens that an image takes (576 for CLIP ViT-L/14-336)."
             )
-        return to_pieces(record, self.sample_format, self._template)
+        pieces = to_pieces(self._plain(record, notes), self.sample_format, self._template)
+        chat = self.sample_format == "chat"
+        if chat and isinstance(pieces, list) and (silent := silent_turns(record)):
+            left = (
+                f"answers not trained on: {len(silent)} of {len(record.turns)}, empty or marked so"
+            )
+            notes.append(Problem(record.id, left, position=record.position))
+        return pieces
+
+    def _plain(self, record: Record, notes: list[Problem]) -> Record:
+        """Hide the special tokens that a record's texts hold, so that they are taken for text."""
+        special = self._special
+        if not any(map(special.are_in, self._texts(record))):
+            return record
+        reason = "special token in a text"
+        notes.append(Problem(record.id, reason, position=record.position))
+        if self._special_tokens == "token":
+            return record
+        hidden = tuple((special.hide(human), special.hide(gpt)) for human, gpt in record.turns)
+        system = record.system if record.system is None else special.hide(record.system)
+        return replace(record, turns=hidden, system=system)
+
+    def _texts(self, record: Record) -> list[str]:
+        """The texts of a record that this format uses."""
+        if self.sample_format != "chat":
+            return [gpt for _, gpt in record.turns]
+        return [record.system or "", *chain.from_iterable(record.turns)]
 
     def _tokenise(self, layouts: list[list[Piece]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens (T,) int32, supervised (T,) bool and the sample of each token (T,)."""
@@ -166,9 +213,13 @@ class RecordTokenizer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(
+        rows = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
         ).input_ids
+        for i, text in enumerate(texts):
+            if self._special.is_hidden(text):
+                rows[i] = self._special.ids(text)
+        return rows
 
     def _adds_prefix_space(self) -> bool:
         """Tell whether a text on its own is tokenised as if a space preceded it."""
@@ -227,7 +278,7 @@ class RecordTokenizer:
             lost = (
                 self._image_reason(pictures[i]) if image_lost[i] else self._answer_reason(full[i])
             )
-            problems.append(Problem(records[i].id, lost))
+            problems.append(Problem(records[i].id, lost, position=records[i].position))
         good = ~(image_lost | no_answer)
         kept = fits & good[samples]
         return TokenizedRecords(
@@ -238,6 +289,7 @@ class RecordTokenizer:
             lengths=_sum_by(samples, cost * kept, n)[good],
             truncated=(full > self._max_length)[good],
             problems=problems,
+            notes=[],
         )
 
     def _pictures(self, record: Record) -> list[int]:

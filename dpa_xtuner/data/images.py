@@ -1,4 +1,4 @@
-"""Load an image file into the tensors that the visual encoder takes."""
+"""Load a picture into the tensors that the visual encoder takes."""
 
 import contextlib
 import struct
@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from xtuner.dataset.utils import expand2square
 
+from dpa_xtuner.data.places import open_bytes, short
 from dpa_xtuner.data.tiles import Tiling
+from dpa_xtuner.pictures import WHITE, as_rgb, padded, upright_size
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _MOST_PIXELS = 178_956_970  # Pillow's own limit, held against the padded square too
@@ -28,69 +29,78 @@ def read_size(path: str | Path) -> tuple[int, int]:
         ImageProblem: the file is missing or no image. What lies behind the header is not read.
     """
     with _opened(path) as image:
-        return image.size
+        return upright_size(image)
 
 
 def load_image(
-    path: str | Path, pad_to_square: bool, size: tuple[int, int] | None = None
+    path: str | Path,
+    pad_to_square: bool,
+    size: tuple[int, int] | None = None,
+    background: str = WHITE,
 ) -> Image.Image:
     """Open and decode an image.
 
     Args:
-        path: the image file.
+        path: the image file, or another name of :mod:`dpa_xtuner.data.places`.
         pad_to_square: whether it is to be padded; then it must not be huge as a square, else it
             must not be too thin to be scaled.
         size: (width, height) that it had when it was measured; None where it was not.
+        background: colour behind what is transparent.
 
     Returns:
-        The whole image, decoded, in RGB, not padded.
+        The whole image, decoded, upright, in RGB (:func:`dpa_xtuner.pictures.as_rgb`), not padded.
 
     Raises:
         ImageProblem: the file is missing, is no image that can be decoded, is out of shape, or has
             another size than it had.
     """
     with _opened(path) as image:
-        if size is not None and image.size != size:
-            raise ImageProblem(f"changed image: {path} {image.size}, was {size}")
-        longest, shortest = max(image.size), min(image.size)
+        found = upright_size(image)
+        if size is not None and found != size:
+            raise ImageProblem(f"changed image: {short(str(path))} {found}, was {size}")
+        longest, shortest = max(found), min(found)
         if longest**2 > _MOST_PIXELS if pad_to_square else longest > _THINNEST * shortest:
-            raise ImageProblem(f"image out of shape: {path} {image.size}")
-        return image.convert("RGB")
+            raise ImageProblem(f"image out of shape: {short(str(path))} {found}")
+        return as_rgb(image, background)
 
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(open_bytes(str(path))) as image:
             yield image
     except FileNotFoundError:
-        raise ImageProblem(f"missing image: {path}") from None
+        raise ImageProblem(f"missing image: {short(str(path))}") from None
     except _BROKEN as error:
-        raise ImageProblem(f"broken image: {path} ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise ImageProblem(f"broken image: {short(str(path))} ({what})") from error
 
 
-def load_pixels(path: str | Path, image_processor: Any, pad_to_square: bool) -> torch.Tensor:
+def load_pixels(
+    path: str | Path, image_processor: Any, pad_to_square: bool, background: str = WHITE
+) -> torch.Tensor:
     """Load an image and prepare it as stock ``LLaVADataset`` does.
 
     Args:
-        path: the image file.
+        path: as of :func:`load_image`.
         image_processor: a Hugging Face image processor.
         pad_to_square: whether to pad it to a square in the processor's mean colour first.
+        background: colour behind what is transparent.
 
     Returns:
         Pixel values of shape (3, H, W), float32.
 
     Raises:
-        ImageProblem: the file is missing or broken, or the processor can't take it.
+        ImageProblem: the file is missing or broken.
     """
-    image = load_image(path, pad_to_square)
+    image = load_image(path, pad_to_square, background=background)
     if pad_to_square:
-        image = expand2square(image, _mean_colour(image_processor))
-    try:
-        pixels = image_processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
-    except ValueError as error:  # an image of 1 x N pixels, whose colour axis cannot be told
-        raise ImageProblem(f"unusable image: {path} {image.size} ({error})") from error
-    return pixels.float()
+        image = padded(image, _mean_colour(image_processor))
+    # Of an image that is 1 or 3 pixels high it can't be told on which side its channels are.
+    pixels = image_processor.preprocess(
+        image, return_tensors="pt", input_data_format="channels_last"
+    )
+    return pixels["pixel_values"][0].float()
 
 
 def load_tiles(
@@ -99,6 +109,7 @@ def load_tiles(
     pad_to_square: bool,
     tiling: Tiling,
     size: tuple[int, int],
+    background: str = WHITE,
 ) -> list[torch.Tensor]:
     """Load an image, cut it into tiles and prepare these.
 
@@ -106,12 +117,13 @@ def load_tiles(
     off a margin), the tiles would no longer join.
 
     Args:
-        path: the image file.
+        path: as of :func:`load_image`.
         image_processor: a Hugging Face image processor.
         pad_to_square: whether the thumbnail, or an image of a single tile, is padded to a square in
             the processor's mean colour. Else it is stretched, as in InternVL.
         tiling: how it is cut.
         size: (width, height) that the image had when its tokens were counted.
+        background: colour behind what is transparent.
 
     Returns:
         ``tiling.count(size)`` tensors of shape (3, tile_size, tile_size), float32, the thumbnail
@@ -120,12 +132,14 @@ def load_tiles(
     Raises:
         ImageProblem: the file is missing or broken, or the image has another size now.
     """
-    image = load_image(path, pad_to_square, size)
+    image = load_image(path, pad_to_square, size, background)
     tiles = tiling.cut(image, _mean_colour(image_processor) if pad_to_square else None)
     steps = [name for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)]
     left_out = dict.fromkeys(steps, False)
-    pixels = image_processor.preprocess(tiles, return_tensors="pt", **left_out)["pixel_values"]
-    return list(pixels.float())
+    pixels = image_processor.preprocess(
+        tiles, return_tensors="pt", input_data_format="channels_last", **left_out
+    )
+    return list(pixels["pixel_values"].float())
 
 
 def _mean_colour(image_processor: Any) -> tuple[int, ...]:

@@ -15,11 +15,22 @@ class Problem:
         record_id: the record's id.
         reason: "kind" or "kind: details"; problems are counted by kind.
         image: path of the image whose size could not be read; None for any other problem.
+        position: the record's place among all that the data file gives, from 0.
+        file: the file that it is in; "" for the data file itself, in a store.
+        number: its place in that file, where the data file names several; None elsewhere.
     """
 
     record_id: str
     reason: str
     image: str | None = None
+    position: int = 0
+    file: str = ""
+    number: int | None = None
+
+    @property
+    def place(self) -> int:
+        """The record's place in its file, from 0."""
+        return self.position if self.number is None else self.number
 
     @property
     def kind(self) -> str:

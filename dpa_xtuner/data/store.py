@@ -3,13 +3,16 @@
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock
@@ -17,14 +20,18 @@ from mmengine import print_log
 from tqdm import tqdm
 
 from dpa_xtuner.data.encode import RecordTokenizer, TokenizedRecords
+from dpa_xtuner.data.formats import open_source, read_source
+from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.images import ImageProblem, read_size
+from dpa_xtuner.data.places import joined
 from dpa_xtuner.data.problems import Problem
-from dpa_xtuner.data.records import Record, read_records
+from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 
-FORMAT = 4  # raise it whenever other bytes would be written for the same input
+FORMAT = 5  # raise it whenever other bytes would be written for the same input
 _HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
+_NOTED = 10  # records of a kind whose ids are kept
 _BATCH_CHARACTERS = 500_000  # text tokenised at once; bounds the memory that a build takes
 _COLUMNS = {
     "tokens": np.int32,  # of all samples, one after the other
@@ -48,6 +55,8 @@ class TokenStore:
         folder: the same.
         records: number of records in the data file, usable or not.
         problems: the records that were left out, in no particular order.
+        notes: what is special about usable records, by kind: how many there are, and the first ids.
+        format: what kind of data file they are from.
         arrays: the memory-mapped columns by name: "tokens" and "supervised" of all samples one
             after the other, and of shape (S,) "counts" (a sample's tokens, an image being one),
             "positions" (its record's place in the data file), "lengths" (its tokens with its images
@@ -62,6 +71,10 @@ class TokenStore:
         meta = read_json(folder / "meta.json", "Remove its folder.")
         self.records: int = meta["records"]
         self.problems = [Problem(*fields) for fields in meta["problems"]]
+        self.notes: dict[str, tuple[int, list[str]]] = {
+            kind: (count, ids) for kind, (count, ids) in meta["notes"].items()
+        }
+        self.format: str = meta["format"]
         self.arrays: dict[str, np.ndarray] = {
             name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _COLUMNS
         }
@@ -106,7 +119,10 @@ class TokenStore:
 
 
 def open_store(
-    data_path: str | Path, tokenizer: RecordTokenizer, image_folder: str | Path | None = None
+    data_path: str | Path,
+    tokenizer: RecordTokenizer,
+    image_folder: str | Path | None = None,
+    num_proc: int = 1,
 ) -> TokenStore:
     """Open the store of a data file; build it first where there is none.
 
@@ -118,17 +134,20 @@ def open_store(
     for those that could not be read. If one of them can be read by now, the store is built again.
 
     Args:
-        data_path: LLaVA-format JSON or JSON lines.
+        data_path: a data file or folder of any format of :mod:`dpa_xtuner.data.formats`.
         tokenizer: makes the tokens.
         image_folder: folder that the images' paths are relative to; read where images are tiled.
+        num_proc: processes that tokenise where a store is built; any number gives the same one.
 
     Raises:
         OSError: the data file can't be read.
-        DPAError: it is no JSON or changes meanwhile, or the cache can't be written.
+        DPAError: it is of no format that is read, broken, or changes meanwhile; or the cache can't
+            be written.
     """
-    source = _identify(data_path)
+    source = open_source(data_path)
+    files = _identify(data_path, source)
     images = os.path.realpath(image_folder or "") if tokenizer.tiling else ""
-    key = json.dumps([FORMAT, source, tokenizer.facts(), images], sort_keys=True)
+    key = json.dumps([FORMAT, files, tokenizer.facts(), images], sort_keys=True)
     folder = cache_root() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     how = "read"
     store = _usable_store(folder)
@@ -136,7 +155,9 @@ def open_store(
         with _lock(folder):
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
-                how, store = "built", _build(Path(data_path), source, tokenizer, images, folder)
+                how = "built"
+                make = functools.partial(_write, Path(data_path), source, tokenizer, images)
+                store = _build(Path(data_path), files, make, num_proc, folder)
     print_log(
         f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
     )
@@ -148,9 +169,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("DPA_CACHE") or "~/.cache/dpa_xtuner").expanduser().absolute()
 
 
-def _identify(data_path: str | Path) -> tuple[str, int, int]:
-    stat = os.stat(data_path)
-    return os.path.realpath(data_path), stat.st_size, stat.st_mtime_ns
+def _identify(data_path: str | Path, source: Source) -> list[list[Any]]:
+    stats = [(os.path.realpath(file), os.stat(file)) for file in source.files]
+    found: list[list[Any]] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    return [[os.path.realpath(data_path), source.format], *found]
 
 
 def _usable_store(folder: Path) -> TokenStore | None:
@@ -179,18 +201,30 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 
 def _build(
-    data_path: Path, source: tuple, tokenizer: RecordTokenizer, image_folder: str, folder: Path
+    data_path: Path,
+    files: list[list[Any]],
+    write: Callable[[int, Path], None],
+    num_proc: int,
+    folder: Path,
 ) -> TokenStore:
     """Build a store beside its place and move it there; the caller holds its lock."""
     with whole_folder(folder) as partial:
-        _write(data_path, tokenizer, image_folder, partial)
-        if _identify(data_path) != source:
+        write(num_proc, partial)
+        if _identify(data_path, open_source(data_path)) != files:
             raise DPAError(f"data file {data_path} changed while it was read; start again.")
     return TokenStore(folder)
 
 
-def _write(data_path: Path, tokenizer: RecordTokenizer, image_folder: str, folder: Path) -> None:
+def _write(
+    data_path: Path,
+    source: Source,
+    tokenizer: RecordTokenizer,
+    image_folder: str,
+    num_proc: int,
+    folder: Path,
+) -> None:
     problems: list[Problem] = []
+    notes: dict[str, tuple[int, list[str]]] = {}
     what = tokenizer.sample_format + (", reading image sizes" if tokenizer.tiling else "")
     with ExitStack() as stack:
         append = {
@@ -201,17 +235,69 @@ def _write(data_path: Path, tokenizer: RecordTokenizer, image_folder: str, folde
         progress = stack.enter_context(
             tqdm(desc=f"Tokenising {data_path.name} ({what})", unit=" records")
         )
-        for batch in _batches(read_records(data_path)):
-            if tokenizer.tiling:
-                batch = list(pool.map(functools.partial(_measure, image_folder), batch))
-            tokenized = tokenizer(batch)
+        batches = _batches(read_source(source, data_path))
+        if tokenizer.tiling:
+            measure = functools.partial(_measure, image_folder)
+            batches = (list(pool.map(measure, batch)) for batch in batches)
+        for size, tokenized in _tokenized(batches, tokenizer, num_proc):
             for name, values in _columns(tokenized).items():
                 append[name](values)
             problems += tokenized.problems
-            progress.update(len(batch))
+            for note in tokenized.notes:
+                count, ids = notes.get(note.kind, (0, []))
+                notes[note.kind] = (count + 1, [*ids, note.record_id] if count < _NOTED else ids)
+            progress.update(size)
         records = progress.n
-    meta = {"data": str(data_path), "sample_format": tokenizer.sample_format, "records": records}
-    write_json(folder / "meta.json", meta | {"problems": list(map(astuple, problems))})
+    meta = {
+        "data": str(data_path),
+        "format": source.format,
+        "sample_format": tokenizer.sample_format,
+        "records": records,
+        "notes": notes,
+        "problems": list(map(astuple, problems)),
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def _tokenized(
+    batches: Iterator[list[Record | Problem]], tokenizer: RecordTokenizer, num_proc: int
+) -> Iterator[tuple[int, TokenizedRecords]]:
+    """Tokenise batches in order: their sizes and their tokens."""
+    if num_proc == 1:
+        for batch in batches:
+            yield len(batch), tokenizer(batch)
+        return
+    # Forked, the processes share the tokenizer and need not import XTuner again.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(num_proc, fork, _begin, (tokenizer,)) as pool:
+        begun: deque[Future] = deque()
+        try:
+            for batch in batches:
+                begun.append(pool.submit(_tokenize_here, batch))
+                if len(begun) > 2 * num_proc:  # else all of the data would wait in memory
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        except BrokenProcessPool:
+            raise DPAError(
+                f"a process that tokenises was killed, perhaps for want of memory; lower "
+                f"num_proc={num_proc}."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_in_process: list[RecordTokenizer] = []  # of a process that tokenises
+
+
+def _begin(tokenizer: RecordTokenizer) -> None:
+    # XTuner sets it to true; a forked process would wait for threads that only its parent has.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _in_process[:] = [tokenizer]
+
+
+def _tokenize_here(batch: list[Record | Problem]) -> tuple[int, TokenizedRecords]:
+    return len(batch), _in_process[0](batch)
 
 
 @contextmanager
@@ -244,11 +330,11 @@ def _measure(image_folder: str, item: Record | Problem) -> Record | Problem:
         return item
     sizes = []
     for name in item.images:
-        path = os.path.join(image_folder, name)
+        path = joined(image_folder, name)
         try:
             sizes.append(read_size(path))
         except ImageProblem as problem:
-            return Problem(item.id, str(problem), path)
+            return Problem(item.id, str(problem), path, item.position)
     return replace(item, sizes=tuple(sizes))
 
 

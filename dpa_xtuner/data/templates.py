@@ -110,25 +110,41 @@ def to_pieces(
     """
     if sample_format == "chat":
         return _chat(record, template)
+
+    def problem(reason: str) -> Problem:
+        return Problem(record.id, reason, position=record.position)
+
     if len(record.turns) > 1:
-        return Problem(
-            record.id,
-            f"several answers: caption record has {len(record.turns)} answers, expected 1",
+        return problem(
+            f"several answers: caption record has {len(record.turns)} answers, expected 1"
         )
     caption = record.turns[0][1]
     if not caption.strip():
-        return Problem(record.id, "empty caption")
+        return problem("empty caption")
+    if record.silent:
+        return problem("no answer to train on: the record says so")
     if sample_format == "caption_text":
         return [Piece(caption + "\n", True)]
     if not record.images:
-        return Problem(record.id, "caption without an image")
+        return problem("caption without an image")
     return [Piece(Special.IMAGE, False)] * len(record.images) + [Piece(caption + "\n", True)]
+
+
+def silent_turns(record: Record) -> set[int]:
+    """The turns, from 0, whose answer is not trained on: it is empty, or the record says so."""
+    blank = {i for i, (_, gpt) in enumerate(record.turns) if not gpt or gpt.isspace()}
+    return blank.union(record.silent) if record.silent else blank
 
 
 def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
     system = record.system or template.get("DEFAULT_SYSTEM")
     if system and not (template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")):
-        return Problem(record.id, "system turn: the prompt template has no SYSTEM")
+        reason = "system turn: the prompt template has no SYSTEM"
+        return Problem(record.id, reason, position=record.position)
+    silent = silent_turns(record)
+    if len(silent) == len(record.turns):
+        reason = "no answer to train on: the record says so" if record.silent else "empty answer"
+        return Problem(record.id, reason, position=record.position)
     strip = str.strip if template.get("STRIP") else str
     suffix, separator = template.get("SUFFIX") or "", template.get("SEP", "")
     pieces = []
@@ -139,9 +155,10 @@ def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
             if i > 0:
                 pieces.append(Piece(Special.IMAGE, False))
             pieces.append(Piece(chunk, False))
-        pieces.append(Piece(template.get("PREFIX", "") + strip(gpt) + suffix, True))
+        trained = number - 1 not in silent
+        pieces.append(Piece(template.get("PREFIX", "") + strip(gpt) + suffix, trained))
         if not template.get("SUFFIX_AS_EOS", False):
-            pieces.append(Piece(Special.EOS, True))
+            pieces.append(Piece(Special.EOS, trained))
         pieces.append(Piece(separator, False))
     return [piece for piece in pieces if piece.content]
 

@@ -27,7 +27,8 @@ import functools
 from dataclasses import dataclass
 
 from PIL import Image
-from xtuner.dataset.utils import expand2square
+
+from dpa_xtuner.pictures import padded
 
 
 @dataclass(frozen=True)
@@ -93,5 +94,5 @@ class Tiling:
                 for x in range(0, columns * side, side)
             ]
         if background is not None:
-            image = expand2square(image, background)
+            image = padded(image, background)
         return [*tiles, image.resize((side, side), Image.Resampling.BICUBIC)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json
 from dpa_xtuner.layout import HF_FOLDER, PROVENANCE_FILE, STAGE_NAMES, STATE_FILE
+from dpa_xtuner.pictures import WHITE
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ _ADVICE = "Copy or export the folder again."
 def files_read(folder: Path) -> list[Path]:
     """List the files that transformers may read, sorted; no README, log or folder.
 
-    ``dpa.json`` is left out: only its ``pads_pictures`` matters.
+    ``dpa.json`` is left out: only its ``pads_pictures`` and ``background`` matter.
     """
     return sorted(
         path for path in folder.iterdir()
@@ -39,6 +40,11 @@ def files_read(folder: Path) -> list[Path]:
 def pads_pictures(folder: str | Path) -> bool:
     """Tell whether the model was trained on pictures that were padded to a square."""
     return bool(read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("pad_image_to_square"))
+
+
+def background(folder: str | Path) -> str:
+    """Return the colour that was behind transparent pictures when the model was trained."""
+    return read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("background", WHITE)
 
 
 def computing_dtype(folder: str | Path, device: str) -> torch.dtype:

@@ -22,8 +22,9 @@ from transformers.utils import is_flash_attn_2_available
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.folder import computing_dtype, pads_pictures
+from dpa_xtuner.evaluation.folder import background, computing_dtype, pads_pictures
 from dpa_xtuner.model.configs import caps_attention, caps_logits
+from dpa_xtuner.pictures import WHITE, as_rgb, padded
 from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 LLAVA_1_5 = (  # llava-v1.5's template (conv_vicuna_v1): its first folders have none
@@ -49,9 +50,10 @@ class ChatModel(BaseModel):
         image_token: the text that stands for a picture in a prompt.
         image_id: id of that token; -1 for a model without pictures.
         image_tokens: the number of tokens of a picture in the prompt.
+        background: the colour behind transparent pictures.
     """
 
-    image_token, image_id, image_tokens = "<image>", -1, 0
+    image_token, image_id, image_tokens, background = "<image>", -1, 0, WHITE
 
     def __init__(self, path: str, device: str | None, max_seq_len: int = 2048) -> None:
         super().__init__(path=path, max_seq_len=max_seq_len, generation_kwargs={})
@@ -194,7 +196,7 @@ class ChatModel(BaseModel):
         ids = [i for i in ids for _ in range(self.image_tokens if i == self.image_id else 1)]
         if self.longest is not None and len(ids) >= self.longest:
             raise DPAError(f"a prompt of {len(ids)} tokens; the model has {self.longest} positions")
-        return ids, [self._pixels(_opened(path)) for path in paths]
+        return ids, [self._pixels(_opened(path, self.background)) for path in paths]
 
     def _message(self, message: dict) -> dict:
         parts: list[Any] = []
@@ -263,7 +265,7 @@ class LlavaFolder(ChatModel):
                 f"{path}: its tokenizer has no token {self.image_token!r} with the id "
                 f"{self.image_id}, the image_token_index of config.json."
             )
-        self.pads = pads_pictures(path)
+        self.pads, self.background = pads_pictures(path), background(path)
         dtype = computing_dtype(path, self.device.type)
         for inner in (config.text_config, config.vision_config):
             # transformers 4.48 saves this key with some models, and then uses eager attention.
@@ -297,23 +299,11 @@ class LlavaFolder(ChatModel):
         return pixels["pixel_values"]
 
 
-def padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """Put a picture into the middle of a square, as XTuner's ``expand2square`` does.
-
-    If the margins can't be equal, the left or upper one is smaller.
-    """
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), colour)
-    left, upper = ((side - length) // 2 for length in picture.size)
-    square.paste(picture, (left, upper))
-    return square
-
-
-def _opened(path: str | None) -> Image.Image:
+def _opened(path: str | None, background: str) -> Image.Image:
     if not path:
         raise DPAError("no picture is given")
     with Image.open(path) as picture:
-        return picture.convert("RGB")
+        return as_rgb(picture, background)
 
 
 def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.report import Details
+from dpa_xtuner.pictures import as_rgb
 
 SIDE = 280
 """Longest side of a picture on the page, in pixels."""
@@ -48,7 +49,7 @@ def _embedded(path: str | None) -> str:
     """Make a thumbnail as a data URI; an empty text if the picture is broken or missing."""
     try:
         with Image.open(path or "") as picture:
-            small = picture.convert("RGB")
+            small = as_rgb(picture)
     except Exception:  # the answer says what is wrong with it
         return ""
     small.thumbnail((SIDE, SIDE))

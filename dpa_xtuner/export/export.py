@@ -165,7 +165,7 @@ def _messages(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> lis
     if fmt == "hf" and source.stage_settings.pad_image_to_square:
         lines.append(
             "Images were padded to a square in training, which no image processor of transformers "
-            "4.48 does: pad them in the mean colour first (tools/eval.py does)"
+            "4.48 does: pad them in the mean colour first (padded in dpa_xtuner/pictures.py)"
         )
     if fmt == "xtuner" and not source.stage_settings.pad_image_to_square:
         lines.append(

@@ -144,6 +144,7 @@ class Source:
                 "max_tiles": self.settings.max_tiles,
                 "image_processor": self.cfg.image_processor.to_dict(),
                 "pad_image_to_square": self.stage_settings.pad_image_to_square,
+                "background": self.stage_settings.background,
             }
         return found
 

@@ -1,17 +1,30 @@
 """Check all data of a config, without training."""
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mmengine.registry import DATASETS, DefaultScope
 
-from dpa_xtuner.data import check_dataset
+from dpa_xtuner.data import DPADataset, check_dataset
+from dpa_xtuner.data.figures import file_figures
+from dpa_xtuner.data.problems import Problem, list_problems
+from dpa_xtuner.data.sample_page import page
+from dpa_xtuner.files import write_text
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import config_from_file, read_settings
 
 
-def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
+def check_config(
+    path: Path,
+    options: dict | None,
+    sample: int | None,
+    report: Path | None = None,
+    html: Path | None = None,
+) -> bool:
     """Check the data of ``align`` and ``tune``, and print a report on each.
 
     ``proxy`` reads the captions of ``align``.
@@ -20,24 +33,67 @@ def check_config(path: Path, options: dict | None, sample: int | None) -> bool:
         path: a DPA config.
         options: settings as in ``--cfg-options``.
         sample: number of samples whose images are opened; None opens all.
+        report: JSON lines to write, one for each problem; None writes none.
+        html: page to write that shows samples; None writes none.
 
     Returns:
         Whether all data can be used.
 
     Raises:
-        DPAError: settings, models or data files can't be read.
+        DPAError: settings, models or data files can't be read, or no record can be used.
     """
     cfg = config_from_file(path, options)
     run = Run.of(cfg, read_settings(cfg), Precision("fp32"))  # no weight is loaded
-    ok = True
+    ok, lines = True, []
+    datasets: dict[str, DPADataset] = {}
     for name, stage in run.stages.items():
         if not stage.sees_pictures:
             continue
-        dataset = dataset_config(run, stage)
         with DefaultScope.overwrite_default_scope("mmengine"):
             everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
-            built = DATASETS.build(dataset | everything)
-        report = check_dataset(built, sample=sample)
-        print(f"\nStage {name}: {dataset['data_path']}\n{report}")
-        ok = ok and report.ok
+            built = DATASETS.build(dataset_config(run, stage) | everything)
+        found = check_dataset(built, sample=sample)
+        print(f"\nStage {name}")
+        for figures in file_figures(built, run.tokenizer):
+            print(figures)
+            if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
+                print(f"{len(own):>8}  problems:\n{list_problems(own)}")
+        print(found if len(built.files) == 1 else f"All files\n{found}")
+        ok = ok and found.ok
+        named = list(map(str, built.files))
+        lines += [json.dumps({"stage": name, **each}) for each in _rows(found.problems, named)]
+        datasets[f"Stage {name}"] = built
+    if report is not None:
+        write_text(report, "".join(f"{line}\n" for line in lines))
+        print(f"\nWrote {len(lines)} problems to {report}")
+    if html is not None:
+        write_text(html, page(datasets, run.tokenizer))
+        print(f"\nWrote samples as the model sees them to {html}")
     return ok
+
+
+def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
+    """The problems of a mixture's file, with ids that do not name it."""
+    return [
+        replace(problem, record_id=_bare_id(problem, [file]))
+        for problem in problems
+        if problem.record_id.startswith(f"{file}: ")
+    ]
+
+
+def _bare_id(problem: Problem, files: list[str]) -> str:
+    """The record's own id; that of a record in a mixture is "file: id" elsewhere."""
+    for file in files:
+        if problem.record_id.startswith(f"{file}: "):
+            return problem.record_id.removeprefix(f"{file}: ")
+    return problem.record_id
+
+
+def _rows(problems: list[Problem], files: list[str]) -> Iterator[dict]:
+    for problem in problems:
+        yield {
+            "file": problem.file,
+            "record": problem.place,
+            "id": _bare_id(problem, files),
+            "reason": problem.reason,
+        }

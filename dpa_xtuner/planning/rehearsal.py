@@ -128,7 +128,7 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
 
 
 def _is_here(file: str, images: str) -> bool:
-    return Path(file).is_file() and Path(images).is_dir()
+    return Path(file).exists() and Path(images).is_dir()
 
 
 def _targets(data: DataSettings, inputs: Path, name: str) -> list[Path]:

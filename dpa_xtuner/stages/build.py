@@ -400,6 +400,7 @@ def dataset_config(run: Run, stage: Stage) -> dict:
         sample_format=stage.sample_format,
         max_length=stage_settings.max_length,
         pad_image_to_square=stage_settings.pad_image_to_square,
+        background=stage_settings.background,
     )
     if stage.sample_format == "chat":
         dataset["prompt_template"] = run.settings.template

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import file_sha256
 from dpa_xtuner.stages.build import constructor_of
 from dpa_xtuner.stages.components import COMPONENTS, PUBLISHED
 from dpa_xtuner.stages.inputs import input_hashes, lineage
@@ -31,7 +31,7 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
     found = {
         "stage": stage.name,
         "config": str(cfg.filename),
-        "data": data.changing("weights") | {"sha256": [file_sha256(path) for path in data.files]},
+        "data": data.changing("weights") | {"sha256": [data_sha256(path) for path in data.files]},
         "seed": cfg.randomness.seed,
         "precision": run.precision.name,
         "settings": _of_stage(run, stage, "weights"),

@@ -25,6 +25,7 @@ from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import Family, find_family
 from dpa_xtuner.loss import build_scheme
 from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.pictures import colour_of
 from dpa_xtuner.registry import FAMILIES, PROJECTORS, find_named
 from dpa_xtuner.stages.methods import METHODS, Method, find_method
 from dpa_xtuner.stages.signatures import config_problems
@@ -95,6 +96,11 @@ def _by_type(name: Any) -> Any:
     return {"type": name} if isinstance(name, str) else name
 
 
+def _colour(name: str) -> str:
+    colour_of(name)  # raises ValueError
+    return name
+
+
 def _passes(check: Callable[[Any], Any]) -> AfterValidator:
     """Validate a value by ``check``, which raises; None passes."""
 
@@ -114,6 +120,7 @@ _Scheme = Annotated[dict[str, Any], _passes(find_scheme)]
 _Encoder = Annotated[_Named, _passes(find_encoder_spec)]
 # 2: the first two arguments, the sizes, come from the models.
 _ProjectorConfig = Annotated[_Named, _passes(lambda cfg: find_named(PROJECTORS, cfg, 2))]
+_Colour = Annotated[str, AfterValidator(_colour)]
 _Template = Annotated[str | dict[str, Any] | None, _passes(resolve_template)]
 
 
@@ -139,9 +146,9 @@ class _Settings(BaseModel):
 
 
 class DataSettings(_Settings):
-    """LLaVA-format data; see :class:`dpa_xtuner.data.DPADataset`."""
+    """Data; see :class:`dpa_xtuner.data.DPADataset`."""
 
-    data_path: str | _List[str] = setting("JSON or JSONL file, or a list of files, a mixture")
+    data_path: str | _List[str] = setting("data file or folder, or a list of them, a mixture")
     image_folder: str | _List[str] = setting("folder of the images, or one for each file")
     weights: _List[Annotated[float, Field(gt=0)]] | None = setting(
         "fractions of an epoch that the files give", default=None
@@ -149,6 +156,10 @@ class DataSettings(_Settings):
     share: float = setting("fraction of the data to use", default=1.0, gt=0, le=1)
     skip_limit: float = setting(
         "fraction that may be unusable", "nothing", default=0.01, ge=0, le=1
+    )
+    num_proc: _Whole = setting("processes of the first tokenising", "nothing", default=1, ge=1)
+    special_tokens: Literal["text", "token"] = setting(
+        "what a special token in a text is read as; stock XTuner: token", default="text"
     )
 
     @property
@@ -218,6 +229,7 @@ class StageSettings(_Settings):
     )
     max_length: _Whole = setting("tokens of a sample, images included; the rest is cut off", gt=1)
     pad_image_to_square: bool = setting("pad images to a square in the mean colour", "model")
+    background: _Colour = setting("colour behind transparent images", "model", default="white")
     warmup_ratio: float = setting(
         "fraction of the steps in which lr rises", ge=0, lt=1, sets="param_scheduler"
     )

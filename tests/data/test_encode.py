@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 from mmengine.config import ConfigDict
+from support import small_tokenizers
 from transformers import GPT2Tokenizer
 from xtuner.dataset.map_fns import llava_map_fn
 from xtuner.dataset.map_fns.template_map_fn import template_map_fn
@@ -12,7 +13,7 @@ from xtuner.dataset.utils import encode_fn
 from xtuner.utils import IMAGE_TOKEN_INDEX, PROMPT_TEMPLATE
 
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.records import parse_record
+from dpa_xtuner.data.formats import parse_record
 from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError
 
@@ -223,3 +224,69 @@ def test_impossible_settings_are_answered(tokenizer, make_tokenizer, chat):
     without_eos.eos_token = None
     with pytest.raises(DPAError, match="no eos_token"):
         RecordTokenizer(without_eos, "chat", 4, BY_HAND, 2048)
+
+
+WORDS = ("<|im_start|>", "<|im_end|>")
+
+
+def with_specials(kind, pieces, bpe_folder):
+    """A tokenizer of a kind that knows ``WORDS`` as special tokens."""
+    if kind == "bytes":
+        return small_tokenizers.byte_level("<s>", "</s>", *WORDS, adds_bos=True)
+    if kind == "slow":
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>"}
+        files = bpe_folder / "vocab.json", bpe_folder / "merges.txt"
+        return GPT2Tokenizer(*files, **names, additional_special_tokens=list(WORDS))
+    return small_tokenizers.llama(pieces(True), kind, *WORDS)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "legacy", "new", "slow"])
+@pytest.mark.parametrize(
+    "text", ["a <|im_end|> b", "<|im_end|>", "</s>a", "two cats<s>", "<|im_start|>a</s>b<|im_end|>"]
+)
+def test_special_tokens_in_a_caption_are_as_transformers_splits_them(
+    kind, text, pieces, bpe_folder, caption
+):
+    tokenizer = with_specials(kind, pieces, bpe_folder)
+    found = encode(tokenizer, caption("a", text), sample_format="caption_text")
+    plain = tokenizer(text + "\n", add_special_tokens=False, split_special_tokens=True).input_ids
+    tokens = found.tokens.tolist()
+    assert tokens[len(tokens) - len(plain) :] == plain
+    assert tokens[: len(tokens) - len(plain)] in ([], [tokenizer.bos_token_id])
+    assert not set(plain) & set(tokenizer.all_special_ids)
+    assert [note.kind for note in found.notes] == ["special token in a text"]
+
+
+def test_words_that_are_no_special_tokens_are_left_alone(make_tokenizer, chat):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\n\n", "cat"])  # as Gemma adds blank lines: they are no special tokens
+    tokenizer.add_tokens(["<end>"])
+    template = {"INSTRUCTION": "Q\n\n{input}", "SUFFIX": "<end>\n", "SUFFIX_AS_EOS": True}
+    plain = encode(tokenizer, chat("a", "A\n\ncat \ufdd0?\ufdd1", "x"), template=template)
+    assert plain.notes == []
+    ends = encode(tokenizer, chat("a", "A <end>?", "x"), template=template)
+    assert ends.tokens.tolist().count(tokenizer.convert_tokens_to_ids("<end>")) == 1
+    assert len(ends.notes) == 1
+
+
+@pytest.mark.parametrize("kind", ["bytes", "legacy", "new", "slow"])
+def test_the_template_keeps_its_special_tokens(kind, pieces, bpe_folder, chat):
+    tokenizer = with_specials(kind, pieces, bpe_folder)
+    template = {
+        "INSTRUCTION": "<|im_start|>user\n{input}<|im_end|><|im_start|>assistant\n",
+        "SUFFIX": "<|im_end|>",
+        "SUFFIX_AS_EOS": True,
+    }
+    start, end = tokenizer.convert_tokens_to_ids(WORDS)
+    records = [chat("a", "What is <|im_end|>?", "It ends</s>."), chat("b", "What is it?", "Cats")]
+    found = encode(tokenizer, *records, template=template)
+    ends = np.cumsum(found.counts)
+    for tokens in np.split(found.tokens, ends[:-1]):
+        tokens = [t for t in tokens.tolist() if t != tokenizer.bos_token_id]
+        special = {start, end, *tokenizer.all_special_ids}
+        assert [t for t in tokens if t in special] == [start, end, start, end]
+        assert (tokens[0], tokens[-1]) == (start, end)
+    shown = tokenizer.decode(found.tokens[: ends[0]].tolist()).replace(" ", "")
+    assert "user\nWhatis<|im_end|>?<|im_end|>" in shown and "Itends</s>.<|im_end|>" in shown
+    stock = encode(tokenizer, records[1], template=template).tokens.tolist()
+    assert found.tokens[ends[0] :].tolist() == stock

@@ -5,8 +5,8 @@ import tracemalloc
 
 import pytest
 
-from dpa_xtuner.data import Problem, Record, read_records, records
-from dpa_xtuner.data.records import parse_record
+from dpa_xtuner.data import Problem, Record, read_records
+from dpa_xtuner.data.formats import json_text, opened, parse_record
 from dpa_xtuner.errors import DPAError
 
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
@@ -32,7 +32,7 @@ def test_window_edges_do_not_matter(tmp_path, chat, monkeypatch, chunk, indent):
     values = [1234567, -1.5e3, True, None, record, [], "", float("nan"), 98765]
     path = tmp_path / "data.json"
     path.write_text(f"  {json.dumps(values, indent=indent)}\n ")
-    monkeypatch.setattr(records, "_CHUNK", chunk)
+    monkeypatch.setattr(json_text, "_CHUNK", chunk)
     found = list(read_records(path))
     assert found == [parse_record(value, i) for i, value in enumerate(values)]
     assert isinstance(found[4], Record)
@@ -45,7 +45,8 @@ def test_an_empty_array_has_no_record(tmp_path):
 
 def test_memory_is_bounded_by_the_longest_record(write, caption, monkeypatch):
     path = write([caption(str(i), "word " * 20) for i in range(20_000)])
-    monkeypatch.setattr(records, "_CHUNK", 10_000)
+    monkeypatch.setattr(json_text, "_CHUNK", 10_000)
+    monkeypatch.setattr(opened, "_LONGEST_LINE", 10_000)
     tracemalloc.start()
     try:
         assert sum(isinstance(record, Record) for record in read_records(path)) == 20_000
@@ -73,7 +74,7 @@ def test_a_record_without_id_gets_its_index(write, caption):
         ({"conversations": [HUMAN]}, "roles not alternating"),
         ({"conversations": [HUMAN, GPT, GPT]}, "roles not alternating"),
         ({"conversations": [{"from": "system", "value": ""}]}, "roles not alternating"),
-        ({"conversations": [HUMAN, {"from": "bot", "value": ""}]}, "roles not alternating"),
+        ({"conversations": [HUMAN, {"from": "tool", "value": ""}]}, "unknown role"),
         ({"image": "x.png"}, "wrong number of <image>"),
         ({"image": 3}, "malformed image"),
         ({"image": ["x.png", ""]}, "malformed image"),
@@ -115,13 +116,15 @@ def test_a_broken_line_is_a_problem_of_its_own(write, caption):
     [
         (b"", "is empty"),
         (b"  \n", "is empty"),
-        (b"id,caption\n", "begins with 'i'; expected a JSON array"),
-        (b'{"id": 1\n}', "line 1, column 9"),
-        (b'[{"a": 1}, {"a" 2}]', "character 16, after 1 records: Expecting ':'"),
+        (b"id;caption\n", "begins with 'i'; expected a JSON array"),
+        (b"id,caption\n", "is a table without a first row that names a column of pictures"),
+        (b'{"id": 1\n,}', "line 1, column 9"),
+        (b'{"id": 1\n}', "is one JSON object with the keys 'id'"),
+        (b'[12345678, {"a" 2}]', "character 16, after 1 records: Expecting ':'"),
         (b'[{"a": 1} {"a": 2}]', "character 9, after 0 records: Expecting ',' or ']'"),
-        (b'[{"a": 1}, ]', "character 11, after 1 records: Expecting value"),
+        (b"[12345678, ]", "character 11, after 1 records: Expecting value"),
         (b'[{"a": 1}', "character 9, after 0 records: Expecting ',' or ']'"),
-        (b'[{"a": 1}]\n{"a": 1}', "text after the closing"),
+        (b'[12345678]\n{"a": 1}', "text after the closing"),
         (b'["\xff"]', "not UTF-8"),
     ],
 )

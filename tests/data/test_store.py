@@ -13,8 +13,8 @@ import pytest
 from dpa_xtuner import files
 from dpa_xtuner.data import store
 from dpa_xtuner.data.encode import RecordTokenizer
+from dpa_xtuner.data.formats import parse_record
 from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
-from dpa_xtuner.data.records import parse_record
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.errors import DPAError
 
@@ -130,6 +130,35 @@ def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
     merges = (bpe_folder / "merges.txt").read_text().splitlines()
     (bpe_folder / "merges.txt").write_text("\n".join(merges[:-1]) + "\n")
     assert key() != before
+
+
+def test_any_number_of_processes_gives_the_same_store(write, caption, tokenizer, monkeypatch):
+    monkeypatch.setattr(store, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")  # as XTuner sets it
+    tokenizer(["a", "b"] * 50)  # starts the threads
+    data = [caption(f"r{i}", "A red </s> balloon. " * (i % 30)) for i in range(300)]
+    path = write([*data, {**caption("bad"), "image": 3}])
+    found = {}
+    for processes in (1, 3):
+        monkeypatch.setenv("DPA_CACHE", str(path.parent / str(processes)))
+        folder = open_store(path, encoder(tokenizer), num_proc=processes).folder
+        found[processes] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert found[1] == found[3] and len(found[1]) == 9
+
+
+def test_what_fails_in_another_process_is_told(write, caption, tokenizer):
+    path = write([caption(f"r{i}") for i in range(30)])
+    with pytest.raises(DPAError, match="image_tokens is 0"):
+        open_store(path, encoder(tokenizer, image_tokens=0), num_proc=2)
+
+
+def test_a_process_that_is_killed_is_told(data, tokenizer, monkeypatch):
+    def die(self, items):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(RecordTokenizer, "__call__", die)
+    with pytest.raises(DPAError, match=r"was killed.*lower num_proc=2"):
+        open_store(data, encoder(tokenizer), num_proc=2)
 
 
 def test_two_processes_at_once_build_once(data, tokenizer, tmp_path, monkeypatch):

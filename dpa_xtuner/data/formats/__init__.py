@@ -1,0 +1,156 @@
+"""The formats that data are read from, recognised by the content; ``docs/data.md`` shows each.
+
+A file or folder is opened by one of the readers (JSON, tables, rows of Parquet and Arrow, tar
+shards, lists of files), which gives its records as plain dicts. What a dict means is told by its
+keys: LLaVA, messages, query/response, user/assistant texts, image and caption.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from dpa_xtuner.data.formats import captions, llava, messages, opened, pairs, texts
+from dpa_xtuner.data.formats.source import Source
+from dpa_xtuner.data.formats.turns import refuse_what_is_not_read
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.records import Malformed, Record, make_record, shown_id
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import file_sha256
+
+_FORMATS = (llava, messages, pairs, texts, captions)  # asked in this order
+# What other formats call what ours need.
+_ALIKE = {
+    "query": ("question", "instruction", "prompt", "input", "prefix"),
+    "response": ("answer", "answers", "output", "completion", "suffix"),
+    "conversations": ("conversation", "dialog", "dialogue", "turns"),
+    "caption": ("captions",),
+    "image": ("url", "image_url", "img"),
+}
+_SHOWN = 300  # characters of a record that no format fits
+_ENDS = 1 << 20  # bytes at either end of a file with pictures that stand for all of it
+
+
+def open_source(path: str | Path) -> Source:
+    """Find out what a data file or folder is.
+
+    Raises:
+        DPAError: it is missing, or is nothing that is read.
+    """
+    return opened.open_source(Path(path), open_source, read_source)
+
+
+def read_records(path: str | Path) -> Iterator[Record | Problem]:
+    """Stream the records of a data file or folder in any of the formats.
+
+    Yields:
+        a :class:`Record`, or a :class:`Problem` for one that can't be used.
+
+    Raises:
+        DPAError: the file is missing, empty, broken, or of no format that is read.
+    """
+    return read_source(open_source(path), path)
+
+
+def read_source(source: Source, path: str | Path) -> Iterator[Record | Problem]:
+    """Stream the records of what :func:`open_source` has found at ``path``."""
+    first = True
+    for position, item in enumerate(source.items()):
+        if isinstance(item, (Record, Problem)):
+            yield replace(item, position=position)
+            continue
+        if first and isinstance(value := messages.as_item(item), Mapping):
+            if not any(each.fits(value) for each in _FORMATS):
+                raise DPAError(f"data file {path}: {_fits_none(value)}")
+            first = False
+        yield parse_record(item, position)
+
+
+def parse_record(item: Any, index: int) -> Record | Problem:
+    """Read one decoded record.
+
+    Args:
+        item: what the file holds at this place.
+        index: its place among the file's records, the id of a record without "id".
+
+    Returns:
+        The :class:`Record`, or the :class:`Problem` with it.
+    """
+    if isinstance(item, list):
+        item = messages.as_item(item)
+    if not isinstance(item, dict):
+        reason = f"not a record: {type(item).__name__}, expected an object"
+        return Problem(str(index), reason, position=index)
+    try:
+        for each in _FORMATS:
+            if each.fits(item):
+                refuse_what_is_not_read(item)
+                return make_record(item, each.read(item), index)
+        raise Malformed(f"unknown format: {_nearest(item)}")
+    except Malformed as error:
+        return Problem(shown_id(item, index), str(error), position=index)
+
+
+def data_sha256(path: str | Path) -> str:
+    """A hash of what a data file says, of all files where it names or holds several.
+
+    A file with pictures inside is known by its size and its two ends: of Parquet files the place
+    and size of all columns is there.
+    """
+    files = open_source(path).files
+    hashes = [_ends_sha256(f) if opened.holds_pictures(f) else file_sha256(f) for f in files]
+    if files == (Path(path),):
+        return hashes[0]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@functools.cache
+def _ends_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        digest = hashlib.sha256(f"{path.name} {size} ".encode())
+        for start in (0, max(0, size - _ENDS)):
+            file.seek(start)
+            digest.update(file.read(_ENDS))
+    return digest.hexdigest()
+
+
+def _fits_none(item: Mapping[str, Any]) -> str:
+    shown = json.dumps(item, ensure_ascii=False, default=str)
+    shown = shown[:_SHOWN] + "..." * (len(shown) > _SHOWN)
+    return (
+        f"its records fit no format that is read. {_nearest(item)} Its first record: {shown} "
+        "docs/data.md shows a record of each format."
+    )
+
+
+def _nearest(item: Mapping[str, Any]) -> str:
+    """The format that is nearest, what it asks for that is there, and what is not."""
+    keys = list(map(str, item))
+
+    def likeness(need: str) -> float:
+        alike = 0.9 if set(_ALIKE.get(need, ())) & set(keys) else 0.0
+        ratios = [0.8 * SequenceMatcher(None, need, key).ratio() for key in keys]
+        return 1.0 if _there(need, keys) else max([alike, *ratios])
+
+    best = max(_FORMATS, key=lambda each: sum(map(likeness, each.NEEDS)) / len(each.NEEDS))
+    lacks = [need for need in best.NEEDS if not _there(need, keys)]
+    has = [repr(found) for need in best.NEEDS if (found := _there(need, keys))]
+    told = f"Nearest is {best.NAME!r}, which needs {' and '.join(map(repr, best.NEEDS))}: "
+    told += f"has {' and '.join(has) or 'none of it'}"
+    told += f", lacks {' and '.join(map(repr, lacks))}" if lacks else ""
+    if best is captions and (others := captions.reserved(keys)):
+        told += f", but with {', '.join(map(repr, others))} it may be something else"
+    return f"{told}. Keys: {', '.join(map(repr, keys[:12])) or 'none'}."
+
+
+def _there(need: str, keys: list[str]) -> str | None:
+    """The key by which a record has what a format needs; None where it has none."""
+    names = {"image": captions.IMAGES, "caption": captions.CAPTIONS}.get(need, (need,))
+    return next((name for name in names if name in keys), None)

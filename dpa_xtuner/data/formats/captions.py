@@ -1,0 +1,59 @@
+"""A picture and its caption: rows of a table, or JSON objects of the same two keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from xtuner.utils import DEFAULT_IMAGE_TOKEN
+
+from dpa_xtuner.data.formats.turns import picture_names
+from dpa_xtuner.data.records import Malformed, Parts
+
+NAME = "image and caption"
+NEEDS = ("image", "caption")
+IMAGES = (
+    "image", "images", "image_path", "image_file", "img_path", "file_name", "filename", "filepath",
+)  # fmt: skip
+CAPTIONS = ("caption", "text", "description", "title", "blip_caption")
+# With one of these, a "text" may be a question and is no caption for sure.
+_NO_CAPTION = (
+    "question", "question_id", "questions", "answer", "answers", "prompt", "instruction", "input",
+    "output", "options", "choices", "category", "label", "labels", "query", "response", "bbox",
+    "prefix", "suffix", "messages", "conversations", "texts", "turns", "dialog",
+)  # fmt: skip
+
+
+def keys_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """The key of the picture and that of the caption among a record's; None for another record."""
+    names = list(names)
+    images = [name for name in IMAGES if name in names]
+    captions = [name for name in CAPTIONS if name in names]
+    if not images or not captions or reserved(names):
+        return None
+    return images[0], captions[0]
+
+
+def reserved(names: Iterable[str]) -> list[str]:
+    """Those of a record's keys that captions don't have."""
+    return [name for name in names if name in _NO_CAPTION]
+
+
+def fits(item: Mapping[str, Any]) -> bool:
+    """Whether a record is one of this format."""
+    return keys_of(item) is not None
+
+
+def read(item: Mapping[str, Any]) -> Parts:
+    """Read a record.
+
+    Raises:
+        Malformed: it is not as the format says.
+    """
+    keys = keys_of(item)
+    assert keys is not None, "fits was asked"
+    image, caption = (item[key] for key in keys)
+    if not isinstance(caption, str):
+        raise Malformed(f"malformed caption: expected a string under {keys[1]!r}")
+    images = picture_names(image)
+    return Parts(images, None, ((DEFAULT_IMAGE_TOKEN * len(images), caption),))

@@ -1,0 +1,92 @@
+"""JSON: an array, or an object on each line, decoded one by one in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.errors import DPAError
+
+_CHUNK = 1 << 20  # characters read at a time
+_LONGEST_RECORD = 1 << 26  # characters; an array item beyond this is taken for a missing bracket
+_SPACE = re.compile(r"[ \t\r\n]*")
+_MARK = re.compile(r"[ \t\r\n]*([,\]])")  # what follows an item of an array
+
+
+def line_items(file: TextIO, path: Path) -> Iterator[Any]:
+    """Decode JSON lines; a line that is broken is a :class:`Problem`.
+
+    Args:
+        file: the open file.
+        path: its name, for messages.
+
+    Raises:
+        DPAError: not even the first line is JSON.
+    """
+    read = 0
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            if not read:
+                raise DPAError(
+                    f"data file {path} is neither a JSON array nor JSON lines: line {number}, "
+                    f"column {error.colno}: {error.msg}. Expected one whole record a line."
+                ) from error
+            item = Problem(f"line {number}", f"not JSON: {error.msg} at column {error.colno}")
+        read += 1
+        yield item
+
+
+def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
+    """Decode the items of a JSON array one by one, with about one chunk of its text in memory.
+
+    Where an item and the mark behind it can't be read, the text may only end too early: they are
+    read again with the next chunk.
+
+    Args:
+        file: the open file, behind the array's ``[``.
+        path: the file, for messages.
+        position: characters before the file's place.
+
+    Raises:
+        DPAError: the array is broken; the message names the place.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text, at, read, mark = "", 0, 0, ","
+    while mark != "]":
+        space = _SPACE.match(text, at)
+        assert space is not None, "no space is space too"
+        at = space.end()
+        if not read and text.startswith("]", at):  # an empty array
+            at += 1
+            break
+        try:
+            item, end = decode(text, at)
+            found = _MARK.match(text, end)
+            if not found:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+        except json.JSONDecodeError as error:
+            chunk = file.read(max(_CHUNK, len(text) - at))
+            if not chunk or len(text) - at > _LONGEST_RECORD:
+                raise _broken(path, position + error.pos, read, error.msg) from error
+            text, at, position = text[at:] + chunk, 0, position + at
+            continue
+        yield item
+        read += 1
+        at, mark = found.end(), found[1]
+    if (text[at:] + file.read(_CHUNK)).strip():
+        raise _broken(path, position + at, read, "text after the closing ']'")
+
+
+def _broken(path: Path, position: int, read: int, what: str) -> DPAError:
+    return DPAError(
+        f"data file {path} is broken at character {position}, after {read} records: {what}. "
+        "Expected a JSON array of records; write the file again."
+    )

@@ -1,0 +1,182 @@
+"""Files that name other data files: LLaVA-NeXT's YAML and InternVL's meta.json."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import yaml as yaml_package
+
+from dpa_xtuner.data.formats.source import Source
+from dpa_xtuner.data.places import is_place
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.records import Record
+from dpa_xtuner.errors import DPAError
+
+Find = Callable[[Path], Source]
+Read = Callable[[Source, Path], Iterator[Any]]
+
+_SAMPLING = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
+_YAML_HEAD = re.compile(r"^(datasets\s*:|-\s*json_path\s*:)", re.MULTILINE)
+_LARGEST = 1 << 20  # characters of a list
+_ROOTS = ("root", "media_root")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A data file that a list names.
+
+    Attributes:
+        path: the file.
+        root: folder of its pictures, relative to the image folder; "" for that itself.
+        keep: gives of the number of its records the places of those that are taken, in order, and
+            None for all.
+        times: how often they are seen.
+    """
+
+    path: Path
+    root: str
+    keep: Callable[[int], np.ndarray] | None
+    times: int = 1
+
+
+def is_yaml(file: TextIO) -> bool:
+    """Whether a text is LLaVA-NeXT's list of data sets."""
+    return _YAML_HEAD.search(file.read(_LARGEST)) is not None
+
+
+def yaml(path: Path, opened: Callable[[], TextIO], find: Find, read: Read) -> Source:
+    """Open LLaVA-NeXT's list: "datasets" of "json_path" and "sampling_strategy".
+
+    Raises:
+        DPAError: it is broken, or names what is not there.
+    """
+    with opened() as file:
+        try:
+            found = yaml_package.safe_load(file.read(_LARGEST))
+        except yaml_package.YAMLError as error:
+            raise DPAError(f"data file {path} is no YAML: {' '.join(str(error).split())}") from None
+    entries = found.get("datasets") if isinstance(found, dict) else found
+    if not isinstance(entries, list) or not entries:
+        raise DPAError(f"data file {path}: 'datasets' names no file.")
+    files = [_of_yaml(path, each) for each in entries]
+    return _source("LLaVA-NeXT list", path, files, find, read)
+
+
+def is_meta(found: Any) -> bool:
+    """Whether a JSON object is InternVL's list of data sets."""
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(isinstance(each, dict) and "annotation" in each for each in found.values())
+    )
+
+
+def meta(path: Path, found: dict[str, Any], find: Find, read: Read) -> Source:
+    """Open InternVL's list: name -> "annotation", "root" and "repeat_time".
+
+    Raises:
+        DPAError: it is no such list, or names what is not there.
+    """
+    if not is_meta(found):
+        keys = ", ".join(map(repr, list(found)[:8])) or "none"
+        raise DPAError(
+            f"data file {path} is one JSON object with the keys {keys}; expected an array of "
+            "records, a record on each line, or InternVL's meta.json, whose values have "
+            "'annotation' and 'root'."
+        )
+    files = [_of_meta(path, name, each) for name, each in found.items()]
+    return _source("InternVL meta", path, files, find, read)
+
+
+def _of_yaml(path: Path, entry: Any) -> _File:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("json_path"), str):
+        raise DPAError(f"data file {path}: expected 'json_path' in {entry!r}.")
+    asked = str(entry.get("sampling_strategy") or "all").strip()
+    keep = None
+    if asked != "all":
+        match = _SAMPLING.fullmatch(asked)
+        if match is None:
+            raise DPAError(
+                f"data file {path}: sampling_strategy {asked!r} of {entry['json_path']} is "
+                "unknown; known: all, first:N, end:N, random:N, each also with N%."
+            )
+        keep = _sampled(*match.groups())
+    root = next((entry[key] for key in ("data_root", "images_folder") if entry.get(key)), "")
+    return _File(_found(path, entry["json_path"]), str(root), keep)
+
+
+def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarray]:
+    def keep(records: int) -> np.ndarray:
+        asked = math.ceil(float(number) * records / 100) if percent else int(float(number))
+        asked = min(asked, records)
+        if which == "first":
+            return np.arange(asked)
+        if which == "end":
+            return np.arange(records - asked, records)
+        return np.sort(np.random.default_rng(0).permutation(records)[:asked])
+
+    return keep
+
+
+def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
+    if entry.get("sample_ratio", 1) != 1:
+        raise DPAError(f"data file {path}: sample_ratio of {name!r} is not read; use repeat_time.")
+    times = entry.get("repeat_time", 1)
+    if isinstance(times, bool) or not isinstance(times, (int, float)) or times <= 0:
+        raise DPAError(
+            f"data file {path}: repeat_time of {name!r} is {times!r}, expected a number."
+        )
+    if times > 1 and not float(times).is_integer():
+        raise DPAError(
+            f"data file {path}: repeat_time of {name!r} is {times!r}; above 1 it is a whole number."
+        )
+    if not isinstance(entry["annotation"], str):
+        raise DPAError(f"data file {path}: 'annotation' of {name!r} is no path.")
+    root = next((entry[key] for key in _ROOTS if entry.get(key)), "")
+    keep = None if times >= 1 else lambda records: np.arange(int(records * times))
+    return _File(_found(path, entry["annotation"]), str(root), keep, max(1, int(times)))
+
+
+def _found(path: Path, named: str) -> Path:
+    """A named file: as it is written, or relative to the list."""
+    for place in (path.parent / named, Path(named)):
+        if place.exists():
+            return place
+    raise DPAError(f"data file {path} names {named}, which does not exist here or beside it.")
+
+
+def _source(name: str, path: Path, files: list[_File], find: Find, read: Read) -> Source:
+    sources = [find(file.path) for file in files]
+
+    def items() -> Iterator[Record | Problem]:
+        for file, source in zip(files, sources, strict=True):
+            for _ in range(file.times):
+                yield from _records(file, functools.partial(read, source, file.path))
+
+    return Source(name, (path, *(each for source in sources for each in source.files)), items)
+
+
+def _records(file: _File, read: Callable[[], Iterator[Any]]) -> Iterator[Record | Problem]:
+    kept = None
+    if file.keep is not None:
+        kept = set(file.keep(sum(1 for _ in read())).tolist())
+    for number, found in enumerate(read()):
+        if kept is not None and number not in kept:
+            continue
+        if isinstance(found, Problem):
+            where = (found.file, found.number) if found.file else (str(file.path), number)
+            yield replace(found, file=where[0], number=where[1])
+        else:
+            yield replace(found, images=tuple(_under(file.root, name) for name in found.images))
+
+
+def _under(root: str, name: str) -> str:
+    return os.path.join(root, name) if root and not is_place(name) else name

@@ -1,0 +1,156 @@
+"""Recognise a data file or folder by what is in it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from dpa_xtuner.data.formats import folders, json_text, lists, messages, rows, tables, tars
+from dpa_xtuner.data.formats.source import Source
+from dpa_xtuner.errors import DPAError
+
+_GZIP = b"\x1f\x8b"
+_OTHERS = {
+    b"PK\x03\x04": "a zip file; unpack it",
+    b"\x89HDF": "an HDF5 file, which is not read",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
+    b"BZh": "compressed by bzip2; unpack it, or compress it by gzip",
+    b"\xfd7zXZ": "compressed by xz; unpack it, or compress it by gzip",
+    b"\x80\x04": "a pickle, which is not read",
+}
+_HEAD = 1 << 10  # bytes that tell binary files apart
+_LONGEST_LINE = 1 << 20  # characters of a first line that may be a list of messages
+_LARGEST_OBJECT = 1 << 24  # characters of a file that is one JSON object
+_EXPECTED = (
+    "expected a JSON array ('['), JSON lines ('{'), a CSV or TSV table with a column of pictures "
+    "and one of captions, a YAML list of files, Parquet, Arrow, or tar shards; see docs/data.md"
+)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a file is one that pictures may be inside of, and so may be too large to hash."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    return head.startswith((rows.PARQUET, *rows.ARROW)) or tars.is_tar(head)
+
+
+def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
+    """Find out what a data file or folder is.
+
+    Args:
+        path: the file or folder.
+        find: finds out the same of a file that another one names.
+        read: streams the records of what it has found at a path.
+
+    Raises:
+        DPAError: it is missing, empty, or nothing that is read.
+    """
+    if path.is_dir():
+        return folders.open_folder(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        packed = head.startswith(_GZIP)
+        if packed:
+            with gzip.open(path) as file:
+                head = file.read(_HEAD)
+    except FileNotFoundError:
+        raise DPAError(f"data file {path} does not exist; check data_path.") from None
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DPAError(f"data file {path} is no whole gzip file: {error}.") from None
+    if head.startswith(rows.PARQUET) and not packed:
+        return rows.parquet((path,))
+    if head.startswith(rows.ARROW) and not packed:
+        return rows.arrow((path,))
+    if tars.is_tar(head):
+        if packed:
+            raise DPAError(
+                f"data file {path} is a compressed tar, whose pictures can't be opened one by one; "
+                "unpack it: gunzip."
+            )
+        return tars.shards((path,))
+    for magic, what in _OTHERS.items():
+        if head.startswith(magic):
+            raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
+    return _text(path, gzip.open if packed else open, find, read)
+
+
+def _text(path: Path, opener: Callable[..., Any], find: lists.Find, read: lists.Read) -> Source:
+    def opened() -> TextIO:
+        return cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline=""))
+
+    def guarded(items: Callable[[TextIO], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+        def run() -> Iterator[Any]:
+            with _text_of(path), opened() as file:
+                yield from items(file)
+
+        return run
+
+    with _text_of(path), opened() as file:
+        before = 0
+        while (first := file.read(1)).isspace():
+            before += 1
+        file.seek(0)
+        line = file.read(before) + file.readline(_LONGEST_LINE)
+        if first == "[" and not _is_list_of_messages(line):
+
+            def array(file: TextIO) -> Iterator[Any]:
+                file.read(before + 1)
+                return json_text.array_items(file, path, before + 1)
+
+            return Source("JSON array", (path,), guarded(array))
+        if first == "{" and (named := _object(file, line)) is not None:
+            return lists.meta(path, named, find, read)
+        if first in ("[", "{"):
+            items = guarded(lambda file: json_text.line_items(file, path))
+            return Source("JSON lines", (path,), items)
+        file.seek(0)
+        if lists.is_yaml(file):
+            return lists.yaml(path, opened, find, read)
+        if first and (table := tables.delimiter(line.strip())) is not None:
+            rows_of = guarded(lambda file: tables.rows(file, table, path))
+            return Source({",": "CSV", "\t": "TSV"}[table], (path,), rows_of)
+    found = f"begins with {first!r}" if first else "is empty"
+    raise DPAError(f"data file {path} {found}; {_EXPECTED}.")
+
+
+@contextmanager
+def _text_of(path: Path) -> Iterator[None]:
+    """Tells of bytes that are no text."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DPAError(
+            f"data file {path} is not UTF-8 text ({error.reason}); {_EXPECTED}."
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DPAError(
+            f"data file {path} is no whole gzip file ({error}); copy it again."
+        ) from error
+
+
+def _is_list_of_messages(line: str) -> bool:
+    try:
+        return isinstance(messages.as_item(json.loads(line)), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _object(file: TextIO, line: str) -> dict[str, Any] | None:
+    """The files that a JSON object names, if the file is one object; None for JSON lines."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:  # it may be one that takes several lines
+        file.seek(0)
+        text = file.read(_LARGEST_OBJECT)
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            return None
+        return found
+    return found if lists.is_meta(found) else None

@@ -1,0 +1,36 @@
+"""A question and its answer: "query" and "response", earlier turns under "history"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpa_xtuner.data.formats.turns import pictures_of, with_marks, with_pictures_in_front
+from dpa_xtuner.data.records import Malformed, Parts
+
+NAME = "query/response"
+NEEDS = ("query", "response")
+
+
+def fits(item: Mapping[str, Any]) -> bool:
+    """Whether a record is one of this format."""
+    return "query" in item and "response" in item
+
+
+def read(item: Mapping[str, Any]) -> Parts:
+    """Read a record; pictures that no mark places stand before the first question.
+
+    Raises:
+        Malformed: it is not as the format says.
+    """
+    turns = []
+    for pair in [*(item.get("history") or []), [item["query"], item["response"]]]:
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(t, str) for t in pair)
+        ):
+            raise Malformed("malformed turn: 'query' and 'response' are texts, 'history' has pairs")
+        turns.append((with_marks(pair[0]), with_marks(pair[1])))
+    images = pictures_of(item)
+    return Parts(images, None, with_pictures_in_front(turns, images))

@@ -1,0 +1,45 @@
+"""CSV and TSV tables whose first row names a column of pictures and one of captions."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from dpa_xtuner.data.formats import captions
+from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.errors import DPAError
+
+_LONGEST_FIELD = 1 << 26
+
+
+def delimiter(header: str) -> str | None:
+    """What separates the columns of a table with such a first row; None if it is no table."""
+    found = "\t" if "\t" in header else ","
+    return found if found in header else None
+
+
+def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
+    """Read the rows as dicts; one of another number of fields is a :class:`Problem`.
+
+    Raises:
+        DPAError: the first row does not name the columns.
+    """
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(file, delimiter=separator)
+    names = [name.strip() for name in next(reader)]
+    if captions.keys_of(names) is None or len(set(names)) < len(names):
+        raise DPAError(
+            f"data file {path} is a table without a first row that names a column of pictures "
+            f"({', '.join(captions.IMAGES)}) and one of captions ({', '.join(captions.CAPTIONS)}); "
+            f"its first row: {', '.join(map(repr, names[:8]))}."
+        )
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(names):
+            found = f"{len(row)} fields, the first row names {len(names)}"
+            yield Problem(f"line {reader.line_num}", f"broken row: {found}")
+        else:
+            yield dict(zip(names, row, strict=True))

@@ -1,0 +1,930 @@
+"""Every record, picture and file that people have: used as written here, or told of by name.
+
+Tokens are worked by hand: the tokenizer below has one token for each letter.
+"""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, DatasetDict, Features, Sequence, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+
+from dpa_xtuner.data import DPADataset, Problem, formats, read_records
+from dpa_xtuner.data.formats import data_sha256, open_source
+from dpa_xtuner.errors import DPAError
+
+SPECIAL = ("<unk>", "</s>", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
+LETTERS = [chr(i) for i in range(32, 127)] + ["\n", "é"]
+IDS = {word: i for i, word in enumerate([*SPECIAL, *LETTERS])}
+TEMPLATE = {
+    "SYSTEM": "<|im_start|>S:{system}",
+    "INSTRUCTION": "Q:{input}A:",
+    "SUFFIX": "<|im_end|>",
+    "SUFFIX_AS_EOS": True,
+    "SEP": "\n",
+}
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_end|>", "<|im_start|>", "<|endoftext|>"],
+    )
+
+
+@pytest.fixture(scope="module")
+def plain_processor():
+    """Scales pixels to 0 - 1 and makes 4 x 4 of them."""
+    return CLIPImageProcessor(
+        size={"height": 4, "width": 4}, do_center_crop=False, image_mean=[0] * 3, image_std=[1] * 3
+    )
+
+
+@pytest.fixture
+def load(letters, plain_processor, tmp_path):
+    """Opens data of one file in a format."""
+
+    def make(path, sample_format="chat", **settings):
+        settings = {"skip_limit": 1, "prompt_template": TEMPLATE, "image_tokens": 1, **settings}
+        return DPADataset(path, tmp_path, letters, plain_processor, sample_format, **settings)
+
+    return make
+
+
+def by_hand(text):
+    """Tokens and labels of a text; [I] is a picture, [E] and [B] a turn's end and start, and what
+    stands in ⟨⟩ is supervised."""
+    named = {"[I]": -200, "[E]": IDS["<|im_end|>"], "[B]": IDS["<|im_start|>"]}
+    tokens, labels, supervised = [], [], False
+    while text:
+        if text[0] in "⟨⟩":
+            supervised, text = text[0] == "⟨", text[1:]
+            continue
+        piece = text[:3] if text[:3] in named else text[0]
+        token = named.get(piece, IDS.get(piece, 0))
+        tokens.append(token)
+        labels.append(token if supervised else -100)
+        text = text[len(piece) :]
+    return tokens, labels
+
+
+def assert_used(dataset, index, expected):
+    sample = dataset.text(index)
+    assert (sample["input_ids"].tolist(), sample["labels"].tolist()) == by_hand(expected)
+
+
+def colours(dataset, index):
+    """The colour of each picture of a sample, 0 to 255; all are of one colour."""
+    sample = dataset[index]
+    assert not isinstance(sample, Problem), sample
+    return [tuple(int(x) for x in (p[:, 2, 2] * 255).round()) for p in sample["pixel_values"]]
+
+
+def llava(*texts, roles=("human", "gpt"), **more):
+    turns = [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns, **more}
+
+
+def said(*texts, **more):
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": turns, **more}
+
+
+def block(kind, value=None):
+    return {"type": kind} if value is None else {"type": kind, kind: value}
+
+
+ONE = "Q:[I]\nWhat?A:⟨Red[E]⟩\n"
+TALK = "Q:HiA:⟨Yes[E]⟩\n"
+IMAGE = {"image": "red.png"}
+PNG = base64.b64encode(b"x").decode()
+
+# name: (record, its tokens), or (record, "!" and the kind of its problem)
+RECORDS = {
+    # LLaVA
+    "llava": (llava("<image>\nWhat?", "Red", **IMAGE), ONE),
+    "mark at the end": (llava("What?\n<image>", "Red", **IMAGE), ONE),
+    "mark of XTuner": (llava("<ImageHere>What?", "Red", **IMAGE), ONE),
+    "user, assistant": (llava("Hi", "Yes", roles=("user", "assistant")), TALK),
+    "bot": (llava("Hi", "Yes", roles=("human", "bot")), TALK),
+    "images": (llava("<image>\nWhat?", "Red", images=["red.png"]), ONE),
+    "both keys": (llava("<image>\nWhat?", "Red", images=["red.png"], **IMAGE), ONE),
+    "two pictures": (
+        llava("A <image> B <image>", "No", image=["red.png", "blue.png"]),
+        "Q:A [I] B [I]A:⟨No[E]⟩\n",
+    ),
+    "role and content": (
+        {
+            "conversations": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yes"},
+            ]
+        },
+        TALK,
+    ),
+    "two turns": (llava("Hi", "Yes", "So", "No"), "Q:HiA:⟨Yes[E]⟩\nQ:SoA:⟨No[E]⟩\n"),
+    "empty image": (llava("Hi", "Yes", image=""), TALK),
+    "null image": (llava("Hi", "Yes", image=None), TALK),
+    "no images": (llava("Hi", "Yes", images=[]), TALK),
+    "null id": (llava("Hi", "Yes", id=None), TALK),
+    "float id": (llava("Hi", "Yes", id=1.5), TALK),
+    "web picture": (llava("<image>\nWhat?", "Red", image="https://x/y.png"), "!picture on the web"),
+    "file picture": (llava("<image>\nWhat?", "Red", image="file://red%2Epng"), ONE),
+    "images unmarked": (llava("What?", "Red", images=["red.png"]), "!wrong number of <image>"),
+    "mark without image": (llava("<image>What?", "Red"), "!wrong number of <image>"),
+    "different keys": (
+        llava("<image>", "Red", images=["blue.png"], **IMAGE),
+        "!two lists of pictures",
+    ),
+    "mark in the answer": (llava("What?", "<image>", **IMAGE), "!misplaced <image>"),
+    "number as image": (llava("<image>", "Red", image=3), "!malformed image"),
+    # system prompts
+    "system turn": (
+        {
+            "conversations": [
+                {"from": "system", "value": "Be"},
+                *llava("Hi", "Yes")["conversations"],
+            ]
+        },
+        "[B]S:Be" + TALK,
+    ),
+    "empty system turn": (
+        {"conversations": [{"from": "system", "value": ""}, *llava("Hi", "Yes")["conversations"]]},
+        TALK,
+    ),
+    "system key": (llava("Hi", "Yes", system="Be"), "[B]S:Be" + TALK),
+    "system_prompt key": (llava("Hi", "Yes", system_prompt="Be"), "[B]S:Be" + TALK),
+    "blank system key": (llava("Hi", "Yes", system=" "), TALK),
+    "two systems": (llava("Hi", "Yes", system="Be", system_prompt="Do"), "!several system prompts"),
+    "system of a wrong kind": (llava("Hi", "Yes", system=["Be"]), "!malformed system"),
+    # other media and marks
+    "video": (llava("<video>\nWhat?", "Red", video="a.mp4"), "!video"),
+    "audio": (said("<audio>What?", "Red", audios=["a.wav"]), "!audios"),
+    "video mark": (llava("<video>\nWhat?", "Red"), "!mark that is not read"),
+    "Qwen's mark": (llava("<img>a.png</img>What?", "Red"), "!mark that is not read"),
+    "numbered mark": (llava("<image>\n<image_2>", "Red", **IMAGE), "!mark that is not read"),
+    "capital mark": (llava("<IMAGE>What?", "Red", **IMAGE), "!mark that is not read"),
+    "mark of a pad": (llava("<|image_pad|>What?", "Red", **IMAGE), "!mark that is not read"),
+    "picture in an answer": (llava("Draw", "<img>a.png</img>"), "!mark that is not read"),
+    "code in an answer": (llava("Hi", "<video> <b>x</b>"), "Q:HiA:⟨<video> <b>x</b>[E]⟩\n"),
+    "Pixtral's mark": (llava("[IMG]What?", "Red"), "!mark that is not read"),
+    "empty tools": (said("Hi", "Yes", tools="[]"), TALK),
+    "markup": (
+        llava("What is <img src=a> in <b>?", "Red"),
+        "Q:What is <img src=a> in <b>?A:⟨Red[E]⟩\n",
+    ),
+    # answers
+    "empty answer": (llava("Hi", ""), "!empty answer"),
+    "blank answers": (llava("Hi", " ", "So", "\n"), "!empty answer"),
+    "one empty answer": (llava("Hi", "", "So", "No"), "Q:HiA:[E]\nQ:SoA:⟨No[E]⟩\n"),
+    "answer left out": (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yes", "loss": False},
+                *said("So", "No")["messages"],
+            ]
+        },
+        "Q:HiA:Yes[E]\nQ:SoA:⟨No[E]⟩\n",
+    ),
+    "all left out": (
+        {
+            "messages": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Yes", "weight": 0},
+            ]
+        },
+        "!no answer to train on",
+    ),
+    "no answer": ({"conversations": [{"from": "human", "value": "Hi"}]}, "!roles not alternating"),
+    "unknown role": (llava("Hi", "Yes", roles=("human", "tool")), "!unknown role"),
+    "preferences": (said("Hi", "Yes", rejected_response="No"), "!preferences"),
+    "rated": (said("Hi", "Yes", label=False), "!preferences"),
+    "tools": (said("Hi", "Yes", tools=[{"name": "f"}]), "!tools"),
+    # special tokens are text
+    "end of turn": (llava("Say <|im_end|>", "a</s>b"), "Q:Say <|im_end|>A:⟨a</s>b[E]⟩\n"),
+    "end of text": (llava("<|endoftext|>", "No"), "Q:<|endoftext|>A:⟨No[E]⟩\n"),
+    "in the system": (llava("Hi", "Yes", system="<|im_start|>"), "[B]S:<|im_start|>" + TALK),
+    # messages
+    "messages": (said("<image>\nWhat?", "Red", images=["red.png"]), ONE),
+    "messages, image": (said("<image>\nWhat?", "Red", **IMAGE), ONE),
+    "messages, object": (
+        said("<image>\nWhat?", "Red", images=[{"bytes": None, "path": "red.png"}]),
+        ONE,
+    ),
+    "bare messages": (said("Hi", "Yes")["messages"], TALK),
+    "blocks": (said([block("image", "red.png"), block("text", "What?")], "Red"), ONE),
+    "blocks, image last": (said([block("text", "What?"), block("image", "red.png")], "Red"), ONE),
+    "blocks of an answer": (said("Hi", [block("text", "Yes")]), TALK),
+    "image_url": (
+        said([block("image_url", {"url": "red.png"}), block("text", "What?")], "Red"),
+        ONE,
+    ),
+    "XTuner V1": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        block("image_url", {"url": "red.png", "image_wh": [4, 4]}),
+                        block("text", "<IMG_CONTEXT>\nWhat?"),
+                    ],
+                },
+                {"from": "assistant", "value": "Red"},
+            ]
+        },
+        ONE,
+    ),
+    "blocks that stand for images": (
+        said([block("image"), block("text", "What?")], "Red", images=["red.png"]),
+        ONE,
+    ),
+    "blocks without pictures": (
+        said([block("image"), block("text", "?")], "Red"),
+        "!malformed image",
+    ),
+    "block of a video": (said([block("video", "a.mp4")], "Red"), "!block that is not read"),
+    "messages unmarked": (said("What?", "Red", images=["red.png"]), "!wrong number of <image>"),
+    "broken base64": (
+        said(
+            [block("image_url", {"url": "data:image/png;base64,&"}), block("text", "What?")], "Red"
+        ),
+        "broken picture",
+    ),
+    "base64 of no picture": (
+        said(
+            [block("image_url", {"url": f"data:image/png;base64,{PNG}"}), block("text", "What?")],
+            "Red",
+        ),
+        "broken picture",
+    ),
+    # pairs, texts, captions
+    "pair": ({"query": "<image>\nWhat?", "response": "Red", "images": ["red.png"]}, ONE),
+    "pair unmarked": ({"query": "What?", "response": "Red", "images": ["red.png"]}, ONE),
+    "pair of texts": ({"query": "Hi", "response": "Yes", "system": "Be"}, "[B]S:Be" + TALK),
+    "pair with history": (
+        {"query": "So", "response": "No", "history": [["Hi", "Yes"]]},
+        "Q:HiA:⟨Yes[E]⟩\nQ:SoA:⟨No[E]⟩\n",
+    ),
+    "texts": ({"images": ["red.png"], "texts": [{"user": "What?", "assistant": "Red"}]}, ONE),
+    "caption": ({"image": "red.png", "caption": "Red"}, "Q:[I]A:⟨Red[E]⟩\n"),
+    "question with text": (
+        {"image": "red.png", "text": "What?", "question_id": 3},
+        "!unknown format",
+    ),
+    "answers without turns": (
+        {"image": "red.png", "question": "What?", "answer": "Red"},
+        "!unknown format",
+    ),
+    # no records
+    "a number": (5, "!not a record"),
+    "an empty list": ([], "!not a record"),
+    "half a letter": (llava("Hi", "\ud83d"), "!malformed text"),
+}
+
+
+def test_each_record_is_used_as_expected_or_told_of_by_name(load, tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "red.png")
+    Image.new("RGB", (4, 4), BLUE).save(tmp_path / "blue.png")
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record, _ in RECORDS.values()))
+    dataset = load(path)
+    places = dataset.stores[0].arrays["positions"].tolist()
+    problems = {problem.position: problem for problem in dataset.problems}
+    assert dataset.records == len(RECORDS)
+    assert sorted([*places, *problems]) == list(range(len(RECORDS)))
+    wrong = {}
+    for place, (name, (_, expected)) in enumerate(RECORDS.items()):
+        if expected.startswith("!"):
+            found = problems[place].kind if place in problems else "used"
+            if found != expected.removeprefix("!"):
+                wrong[name] = found
+            continue
+        if place in problems:
+            wrong[name] = problems[place].reason
+            continue
+        sample = dataset[places.index(place)]
+        if expected == "broken picture":
+            assert sample.kind == "broken image" and sample.position == place, name
+            continue
+        found = sample["input_ids"].tolist(), sample["labels"].tolist()
+        if found != by_hand(expected):
+            wrong[name] = "".join([*SPECIAL, *LETTERS][t] if t >= 0 else "[I]" for t in found[0])
+        assert len(sample["pixel_values"]) == expected.count("[I]"), name
+    assert not wrong
+    assert {kind: count for kind, (count, _) in dataset.stores[0].notes.items()} == {
+        "special token in a text": 3,
+        "answers not trained on": 2,
+    }
+
+
+def test_special_tokens_are_tokens_where_that_is_asked_for(load, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([llava("Say <|im_end|>", "Yes")]))
+    dataset = load(path, special_tokens="token")
+    assert_used(dataset, 0, "Q:Say [E]A:⟨Yes[E]⟩\n")
+    assert dataset.fingerprint != load(path).fingerprint
+    assert dataset.stores[0].notes == {"special token in a text": (1, ["0"])}
+
+
+def test_captions_hold_special_tokens_as_text(load, tmp_path):
+    Image.new("RGB", (4, 4), RED).save(tmp_path / "red.png")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"image": "red.png", "caption": "a</s>"}]))
+    assert_used(load(path, "caption"), 0, "[I]⟨a</s>\n⟩")
+    assert_used(load(path, "caption_text"), 0, "⟨a</s>\n⟩")
+
+
+# Pictures: name, how to write it, and the RGB pixels that come out.
+
+
+def wave(dtype, high):
+    """A 4 x 6 ramp from 0 to ``high``."""
+    return np.linspace(0, high, 24).reshape(4, 6).astype(dtype)
+
+
+RAMP = np.linspace(0, 255, 24).reshape(4, 6)
+NOISE = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+ALPHA = np.random.default_rng(1).integers(0, 256, (4, 6), np.uint8)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def over(colour):
+    share = ALPHA[..., None] / 255
+    return NOISE * share + np.array(colour) * (1 - share)
+
+
+PALETTE = Image.fromarray(NOISE).quantize(8)
+TURNS = {
+    2: NOISE[:, ::-1],
+    3: NOISE[::-1, ::-1],
+    4: NOISE[::-1],
+    5: NOISE.transpose(1, 0, 2),
+    6: np.rot90(NOISE, -1),
+    7: NOISE[::-1, ::-1].transpose(1, 0, 2),
+    8: np.rot90(NOISE, 1),
+}
+WITH_ALPHA = Image.fromarray(np.dstack([NOISE, ALPHA]))
+GREY_ALPHA = Image.merge("LA", [Image.fromarray(NOISE[..., 0]), Image.fromarray(ALPHA)])
+PICTURES = {
+    "RGB": ("a.png", Image.fromarray(NOISE), {}, NOISE),
+    "grey": ("a.png", Image.fromarray(NOISE[..., 0]), {}, np.dstack([NOISE[..., :1]] * 3)),
+    "16-bit PNG": ("a.png", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
+    "16-bit PNG, dark": ("a.png", Image.fromarray(wave(np.uint16, 32767)), {}, RAMP / 2),
+    "16-bit TIFF": ("a.tif", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
+    "16-bit PGM": ("a.pgm", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
+    "32-bit integers": ("a.tif", Image.fromarray(wave(np.int32, 1_000_000)), {}, RAMP),
+    "floats to 1": ("a.tif", Image.fromarray(wave(np.float32, 1)), {}, RAMP),
+    "large floats": ("a.tif", Image.fromarray(wave(np.float32, 9e9) - 5e9), {}, RAMP),
+    "equal floats": ("a.tif", Image.fromarray(np.full((4, 6), 7, np.float32)), {}, RAMP * 0 + 7),
+    "not finite": ("a.tif", Image.fromarray(wave(np.float32, np.nan)), {}, "broken image"),
+    "alpha": ("a.png", WITH_ALPHA, {}, over((255, 255, 255))),
+    "grey with alpha": (
+        "a.png",
+        GREY_ALPHA,
+        {},
+        NOISE[..., :1] * (ALPHA[..., None] / 255) + 255 * (1 - ALPHA[..., None] / 255),
+    ),
+    "alpha in WebP": ("a.webp", WITH_ALPHA, {"lossless": True, "exact": True}, over((255,) * 3)),
+    "transparent colour": (
+        "a.png",
+        Image.fromarray(NOISE),
+        {"transparency": tuple(map(int, NOISE[1, 2]))},
+        np.where((NOISE[1, 2] == NOISE).all(-1)[..., None], 255, NOISE),
+    ),
+    "transparent palette": (
+        "a.png",
+        PALETTE,
+        {"transparency": 3},
+        np.where((np.asarray(PALETTE) == 3)[..., None], 255, np.asarray(PALETTE.convert("RGB"))),
+    ),
+    "palette": ("a.png", PALETTE, {}, np.asarray(PALETTE.convert("RGB"))),
+    "CMYK": ("a.tif", Image.fromarray(NOISE).convert("CMYK"), {}, NOISE),
+    "black and white": (
+        "a.png",
+        Image.fromarray(NOISE[..., 0] > 99),
+        {},
+        255 * (NOISE[..., :1] > 99),
+    ),
+    "frames": (
+        "a.gif",
+        Image.new("RGB", (6, 4), RED),
+        {"save_all": True, "append_images": [Image.new("RGB", (6, 4), BLUE)]},
+        np.full((4, 6, 3), RED),
+    ),
+    **{
+        f"turned {i}": ("a.png", Image.fromarray(NOISE), {"exif": turned(i)}, pixels)
+        for i, pixels in TURNS.items()
+    },
+    "turned TIFF": ("a.tif", Image.fromarray(NOISE), {"exif": turned(6)}, TURNS[6]),
+}
+
+
+def written(folder, name, picture, options):
+    picture.save(folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_comes_out_as_it_looks(name, tmp_path, monkeypatch):
+    from dpa_xtuner.data.images import ImageProblem, load_image, read_size
+    from dpa_xtuner.evaluation import show
+
+    file, picture, options, expected = PICTURES[name]
+    path = written(tmp_path, file, picture, options)
+    if isinstance(expected, str):
+        with pytest.raises(ImageProblem, match=expected):
+            load_image(path, True)
+        assert show._embedded(str(path)) == ""
+        return
+    expected = np.broadcast_to(
+        np.asarray(expected if np.ndim(expected) == 3 else np.asarray(expected)[..., None]),
+        (*np.shape(expected)[:2], 3),
+    )
+    found = load_image(path, True)
+    assert found.mode == "RGB" and read_size(path) == found.size
+    np.testing.assert_allclose(np.asarray(found).astype(float), expected, atol=1)
+
+
+def test_the_colour_behind_a_picture_is_a_setting(load, tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"image": "a.png", "caption": "None"}]))
+    assert colours(load(path, "caption"), 0) == [(255, 255, 255)]
+    assert colours(load(path, "caption", background="#00ff00"), 0) == [GREEN]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3), (3, 1), (2, 3), (3, 4), (4, 3)])
+@pytest.mark.parametrize("square", [True, False])
+def test_the_channels_of_a_tiny_picture_are_not_guessed(size, square, tmp_path, plain_processor):
+    from dpa_xtuner.data.images import load_pixels
+
+    Image.new("RGB", size, RED).save(tmp_path / "a.png")
+    pixels = load_pixels(tmp_path / "a.png", plain_processor, square)
+    assert pixels.shape == (3, 4, 4)
+    assert pixels[:, 2, 2].tolist() == pytest.approx([1, 0, 0]) or size != (1, 1)
+    if not square:
+        assert pixels.amin((1, 2)).tolist() == pytest.approx([1, 0, 0])
+
+
+# Files: each is written by a function, and holds these samples, or is refused with a message.
+
+
+def picture_bytes(colour):
+    content = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(content, "PNG")
+    return content.getvalue()
+
+
+def text_file(name, *records, lines=True):
+    def write(folder):
+        for colour, file in ((RED, "red.png"), (BLUE, "blue.png")):
+            Image.new("RGB", (4, 4), colour).save(folder / file)
+        content = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+        content = content.encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        return folder / name
+
+    return write
+
+
+def table_file(name, content):
+    def write(folder):
+        text_file("unused")(folder)
+        (folder / name).write_text(content, encoding="utf-8")
+        return folder / name
+
+    return write
+
+
+def rows(**columns):
+    """Parquet with row groups of two, and a picture as Hugging Face keeps it."""
+
+    def write(folder):
+        pq.write_table(pa.table(columns), folder / "a.parquet", row_group_size=2)
+        return folder / "a.parquet"
+
+    return write
+
+
+def picture(colour, path=None):
+    return {"bytes": None if colour is None else picture_bytes(colour), "path": path}
+
+
+CAULDRON = dict(
+    images=[[picture(RED)], [picture(BLUE), picture(GREEN)], []],
+    texts=[
+        [{"user": "What?", "assistant": "Red", "source": "x"}],
+        [{"user": "Both?", "assistant": "Yes", "source": "x"}],
+        [{"user": "Hi", "assistant": "Yes", "source": "x"}],
+    ],
+)
+TWO = "Q:[I]\n[I]\nBoth?A:⟨Yes[E]⟩\n"
+
+
+def saved_to_disk(folder):
+    features = Features(
+        {
+            "id": Value("string"),
+            "image": ImageFeature(),
+            "conversations": [{"from": Value("string"), "value": Value("string")}],
+        }
+    )
+    data = Dataset.from_dict(
+        {
+            "id": ["a", "b"],
+            "image": [picture(RED), None],
+            "conversations": [
+                llava("<image>\nWhat?", "Red")["conversations"],
+                llava("Hi", "Yes")["conversations"],
+            ],
+        },
+        features=features,
+    )
+    DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def hub_folder(folder):
+    data = folder / "hub" / "data"
+    data.mkdir(parents=True)
+    features = Features(
+        {
+            "images": Sequence(ImageFeature()),
+            "texts": Sequence({"user": Value("string"), "assistant": Value("string")}),
+        }
+    )
+    for i, colour in enumerate((RED, BLUE)):
+        part = Dataset.from_dict(
+            {"images": [[picture(colour)]], "texts": [{"user": ["What?"], "assistant": ["Red"]}]},
+            features=features,
+        )
+        part.to_parquet(data / f"train-0000{i}-of-00002.parquet")
+        part.to_parquet(data / f"validation-0000{i}-of-00002.parquet")
+    return folder / "hub"
+
+
+def tar_file(*members, name="a.tar"):
+    def write(folder):
+        with tarfile.open(folder / name, "w") as tar:
+            for file, content in members:
+                info = tarfile.TarInfo(file)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        return folder / name
+
+    return write
+
+
+def zipped(write):
+    def zip_it(folder):
+        path = write(folder)
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+        return path.with_suffix(".tar.gz")
+
+    return zip_it
+
+
+def next_list(strategy, **more):
+    def write(folder):
+        (folder / "lists").mkdir()
+        text_file("a.json", *(llava("Hi", str(i)) for i in range(10)), lines=False)(folder)
+        entry = {"json_path": "a.json", "sampling_strategy": strategy, **more}
+        lines = [f"    {key}: {value}" for key, value in entry.items()]
+        (folder / "list.yaml").write_text("datasets:\n  -" + "\n".join(lines)[3:] + "\n")
+        return folder / "list.yaml"
+
+    return write
+
+
+def meta_list(times, **more):
+    def write(folder):
+        (folder / "pictures").mkdir()
+        Image.new("RGB", (4, 4), GREEN).save(folder / "pictures" / "a.png")
+        record = llava("<image>\nWhat?", "Red", image="a.png")
+        (folder / "a.jsonl").write_text("\n".join([json.dumps(record)] * 4))
+        entry = {
+            "root": "pictures",
+            "annotation": "a.jsonl",
+            "repeat_time": times,
+            "length": 4,
+            **more,
+        }
+        (folder / "meta.json").write_text(json.dumps({"x": entry}, indent=2))
+        return folder / "meta.json"
+
+    return write
+
+
+def numbers(*found):
+    return [(f"Q:HiA:⟨{i}[E]⟩\n", []) for i in found]
+
+
+CAPTION = [("Q:[I]A:⟨Red[E]⟩\n", [RED])]
+FILES = {
+    "JSON": (
+        text_file("a.json", llava("<image>\nWhat?", "Red", **IMAGE), lines=False),
+        "JSON array",
+        [(ONE, [RED])],
+    ),
+    "JSON lines": (
+        text_file("a.json", llava("Hi", "Yes"), said("Hi", "Yes")),
+        "JSON lines",
+        [(TALK, []), (TALK, [])],
+    ),
+    "lists of messages": (
+        text_file("a.jsonl", said("Hi", "Yes")["messages"]),
+        "JSON lines",
+        [(TALK, [])],
+    ),
+    "gzip": (text_file("a.json.gz", llava("Hi", "Yes")), "JSON lines", [(TALK, [])]),
+    "base64": (
+        text_file(
+            "a.jsonl",
+            said(
+                [
+                    block(
+                        "image_url",
+                        {
+                            "url": "data:image/png;base64,"
+                            + base64.b64encode(picture_bytes(GREEN)).decode()
+                        },
+                    ),
+                    block("text", "What?"),
+                ],
+                "Red",
+            ),
+        ),
+        "JSON lines",
+        [(ONE, [GREEN])],
+    ),
+    "CSV": (
+        table_file("a.csv", 'file_name,text\nred.png,Red\nblue.png,"a, ""b"""\n'),
+        "CSV",
+        [*CAPTION, ('Q:[I]A:⟨a, "b"[E]⟩\n', [BLUE])],
+    ),
+    "TSV": (table_file("a.tsv", "image\tcaption\tx\nred.png\tRed\t1\n"), "TSV", CAPTION),
+    "captions in lines": (
+        text_file("a.jsonl", {"file_name": "red.png", "text": "Red"}),
+        "JSON lines",
+        CAPTION,
+    ),
+    "The Cauldron": (rows(**CAULDRON), "Parquet", [(ONE, [RED]), (TWO, [BLUE, GREEN]), (TALK, [])]),
+    "bytes alone": (
+        rows(
+            image=[picture_bytes(RED), None],
+            conversations=[
+                llava("<image>\nWhat?", "Red")["conversations"],
+                llava("Hi", "Yes")["conversations"],
+            ],
+        ),
+        "Parquet",
+        [(ONE, [RED]), (TALK, [])],
+    ),
+    "paths in Parquet": (rows(image=["red.png"], caption=["Red"]), "Parquet", CAPTION),
+    "paths beside no bytes": (
+        rows(image=[picture(None, "red.png")], caption=["Red"]),
+        "Parquet",
+        CAPTION,
+    ),
+    "messages in Parquet": (
+        rows(
+            images=[[picture(RED)]],
+            messages=[
+                said(
+                    [{"type": "image", "text": None}, {"type": "text", "text": "What?"}],
+                    [{"type": "text", "text": "Red"}],
+                )["messages"]
+            ],
+        ),
+        "Parquet",
+        [(ONE, [RED])],
+    ),
+    "save_to_disk": (saved_to_disk, "Arrow", [(ONE, [RED]), (TALK, [])]),
+    "hub folder": (hub_folder, "Parquet", [(ONE, [RED]), (ONE, [BLUE])]),
+    "tar of captions": (
+        tar_file(
+            ("0.png", picture_bytes(RED)),
+            ("0.txt", b"Red"),
+            ("0.json", b'{"width": 4}'),
+            ("d/1.png", picture_bytes(BLUE)),
+            ("d/1.txt", b"No"),
+        ),
+        "WebDataset tar",
+        [*CAPTION, ("Q:[I]A:⟨No[E]⟩\n", [BLUE])],
+    ),
+    "tar of conversations": (
+        tar_file(
+            ("0.json", json.dumps(llava("<image>\nWhat?", "Red", image="0.jpg")).encode()),
+            ("0.png", picture_bytes(GREEN)),
+        ),
+        "WebDataset tar",
+        [(ONE, [GREEN])],
+    ),
+    "list, all": (next_list("all"), "LLaVA-NeXT list", numbers(*range(10))),
+    "list, first": (next_list("first:2"), "LLaVA-NeXT list", numbers(0, 1)),
+    "list, end": (next_list("end:15%"), "LLaVA-NeXT list", numbers(8, 9)),
+    "meta": (meta_list(1), "InternVL meta", [(ONE, [GREEN])] * 4),
+    "meta, half": (meta_list(0.5), "InternVL meta", [(ONE, [GREEN])] * 2),
+    "meta, twice": (meta_list(2), "InternVL meta", [(ONE, [GREEN])] * 8),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_recognised_and_read(name, load, tmp_path):
+    write, kind, expected = FILES[name]
+    path = write(tmp_path)
+    for file, colour in (("red.png", RED), ("blue.png", BLUE)):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / file)
+    dataset = load(path)
+    assert (dataset.stores[0].format, dataset.problems) == (kind, [])
+    assert len(dataset) == dataset.records == len(expected)
+    for i, (text, pictures) in enumerate(expected):
+        assert_used(dataset, i, text)
+        assert colours(dataset, i) == pictures
+    again = load(path)
+    assert again.stores[0].folder == dataset.stores[0].folder
+    assert again.fingerprint == dataset.fingerprint
+    tiled = load(path, max_tiles=2, tile_size=4)
+    assert [len(tiled[i]["pixel_values"]) for i in range(len(tiled))] == [
+        len(pictures) for _, pictures in expected
+    ]
+
+
+def other(name, *content):
+    def write(folder):
+        path = folder / name
+        path.write_bytes(b"".join(content))
+        return path
+
+    return write
+
+
+def folder_of(*names):
+    def write(folder):
+        (folder / "d").mkdir()
+        for name in names:
+            (folder / "d" / name).write_bytes(b"x")
+        return folder / "d"
+
+    return write
+
+
+REFUSED = {
+    "zip": (other("a.zip", b"PK\x03\x04", b"x" * 99), "is a zip file; unpack it"),
+    "compressed tar": (zipped(tar_file(("0.txt", b"Red"))), "is a compressed tar"),
+    "half a gzip": (other("a.json.gz", gzip.compress(b"[" + b"1," * 9999)[:-20]), "no whole gzip"),
+    "a picture": (other("a.png", picture_bytes(RED)), "is not UTF-8 text"),
+    "half a Parquet file": (other("a.parquet", b"PAR1", b"x" * 99), "no whole Parquet file"),
+    "half an Arrow file": (other("a.arrow", b"ARROW1", b"x" * 99), "no whole Arrow file"),
+    "alpaca": (
+        text_file("a.json", {"instruction": "x" * 999, "output": "y"}, lines=False),
+        r"fit no format .*'query/response'.* has none of it, .* Keys: 'instruction', 'output'\. "
+        r"Its first record: .{300}\.\.\. docs",
+    ),
+    "a typing error": (
+        text_file("a.jsonl", {"conversation": [], "image": "x"}),
+        "Nearest is 'LLaVA', which needs 'conversations': has none of it, lacks 'conversations'",
+    ),
+    "half a pair": (
+        text_file("a.jsonl", {"query": "x", "answer": "y"}),
+        "Nearest is 'query/response'.* has 'query', lacks 'response'",
+    ),
+    "LLaVA's questions": (
+        text_file("a.jsonl", {"image": "x.png", "text": "What?", "question_id": 1}),
+        "Nearest is 'image and caption'.* has 'image' and 'text', but with 'question_id' it may be",
+    ),
+    "a conversation": (text_file("a.json", *said("Hi", "Yes")["messages"][:1]), "fit no format"),
+    "COCO": (
+        other("a.json", json.dumps({"images": [], "annotations": []}).encode()),
+        "fit no format|is one JSON object",
+    ),
+    "COCO, indented": (
+        other("a.json", json.dumps({"images": [], "annotations": []}, indent=1).encode()),
+        "is one JSON object with the keys 'images', 'annotations'",
+    ),
+    "CSV without header": (other("a.csv", b"red.png,A red one\n"), "without a first row"),
+    "CSV with a question": (other("a.csv", b"image,question,text\na,b,c\n"), "without a first row"),
+    "YAML of an unknown strategy": (
+        next_list("some:3"),
+        "sampling_strategy 'some:3' .* is unknown",
+    ),
+    "YAML of a missing file": (
+        next_list("all", json_path="no.json"),
+        "names no.json, which does not",
+    ),
+    "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5; above 1"),
+    "meta of another project": (meta_list(1, sample_ratio=2), "sample_ratio of 'x' is not read"),
+    "plain text": (other("a.txt", b"Hello there\n"), "begins with 'H'; expected a JSON array"),
+    "an empty folder": (folder_of(), "holds no data set"),
+    "a folder of JSON": (
+        folder_of("a.json"),
+        "it holds a.json. For JSON or a table, name the file",
+    ),
+    "a folder to test on": (folder_of("test-0-of-1.parquet"), "only splits to measure on"),
+    "nothing": (lambda folder: folder / "none.json", "none.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_of_no_format_is_refused_with_a_reason(name, tmp_path):
+    write, message = REFUSED[name]
+    path = write(tmp_path)
+    with pytest.raises(DPAError, match=message) as error:
+        list(read_records(path))
+    assert str(path) in str(error.value)
+
+
+def test_a_mixture_names_files_of_different_formats(load, tmp_path):
+    one = text_file("a.json", llava("Hi", "Yes"), lines=False)(tmp_path)
+    other_file = rows(**CAULDRON)(tmp_path)
+    dataset = load([one, other_file])
+    assert [len(store) for store in dataset.stores] == [1, 3]
+    assert [store.format for store in dataset.stores] == ["JSON array", "Parquet"]
+    assert colours(dataset, 2) == [BLUE, GREEN]
+
+
+def test_a_random_choice_is_the_same_every_time(load, tmp_path):
+    path = next_list("random:40%")(tmp_path)
+    found = [record.turns[0][1] for record in read_records(path)]
+    assert len(found) == len(set(found)) == 4
+    assert [record.turns[0][1] for record in read_records(path)] == found
+
+
+def test_a_change_of_a_named_file_builds_the_store_anew(load, tmp_path):
+    path = meta_list(1)(tmp_path)
+    before = load(path)
+    annotation = tmp_path / "a.jsonl"
+    annotation.write_text(json.dumps(llava("Hi", "Yes")))
+    after = load(path)
+    assert (len(before), len(after)) == (4, 1)
+    assert before.fingerprint != after.fingerprint
+
+
+def test_a_list_may_name_files_of_any_format(load, tmp_path):
+    table = rows(**CAULDRON)(tmp_path)
+    hub_folder(tmp_path)
+    entries = {"a": {"annotation": table.name}, "b": {"annotation": "hub", "root": "x"}}
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps(entries))
+    dataset = load(path)
+    assert [colours(dataset, i) for i in range(5)] == [[RED], [BLUE, GREEN], [], [RED], [BLUE]]
+    named = [file.name for file in open_source(path).files]
+    assert named[:2] == ["meta.json", "a.parquet"] and len(named) == 4
+
+
+def test_the_hash_of_data_follows_the_content(tmp_path):
+    path = rows(**CAULDRON)(tmp_path)
+    before = data_sha256(path)
+    copied = tmp_path / "copies" / path.name
+    copied.parent.mkdir()
+    copied.write_bytes(path.read_bytes())
+    assert data_sha256(copied) == before
+    rows(**{**CAULDRON, "images": [[], [], []]})(tmp_path / "copies")
+    formats._ends_sha256.cache_clear()
+    assert data_sha256(copied) != before
+    text = text_file("a.json", llava("Hi", "Yes"))(tmp_path)
+    assert data_sha256(text) == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert data_sha256(hub_folder(tmp_path)) != data_sha256(saved_to_disk(tmp_path))
+
+
+def test_problems_of_a_list_name_their_file(load, tmp_path):
+    path = meta_list(1)(tmp_path)
+    annotation = tmp_path / "a.jsonl"
+    annotation.write_text(annotation.read_text() + "\n" + json.dumps(llava("Hi", "")) + "\nx\n")
+    found = {problem.kind: problem for problem in load(path).problems}
+    assert found["not JSON"].file == str(annotation) and found["not JSON"].number == 5
+
+
+def test_pictures_in_large_row_groups_are_refused_by_name(load, tmp_path, monkeypatch):
+    from dpa_xtuner.data import places
+
+    dataset = load(rows(**CAULDRON)(tmp_path))
+    places._row_group.cache_clear()
+    monkeypatch.setattr(places, "_LARGEST_GROUP", 10)
+    found = dataset[0]
+    assert isinstance(found, Problem) and "write the file again with row groups" in found.reason
