@@ -74,7 +74,7 @@ def padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
 
 @functools.cache
 def colour_of(background: str) -> tuple[int, ...]:
-    """The RGB values of a colour, 0 to 255.
+    """Return the RGB values of a colour, 0 to 255.
 
     Raises:
         ValueError: there is no such colour.
@@ -88,7 +88,7 @@ def colour_of(background: str) -> tuple[int, ...]:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation, 1 for none; that of a PNG counts if it stands before the pixels."""
+    """Read the EXIF orientation, 1 for none; a PNG's counts if it stands before the pixels."""
     if picture.format == "TIFF":  # which Pillow turns itself
         return 1
     try:

@@ -180,7 +180,7 @@ class RecordTokenizer:
         return replace(record, turns=hidden, system=system)
 
     def _texts(self, record: Record) -> list[str]:
-        """The texts of a record that this format uses."""
+        """Return the texts of a record that this format uses."""
         if self.sample_format != "chat":
             return [gpt for _, gpt in record.turns]
         return [record.system or "", *chain.from_iterable(record.turns)]

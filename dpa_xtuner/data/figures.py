@@ -114,7 +114,7 @@ def _content(store: TokenStore, index: int) -> int:
 
 
 def _scripts(store: TokenStore, tokenizer: Any) -> dict[str, float]:
-    """The scripts of the answers' letters, by the first word of their Unicode names."""
+    """Return the scripts of the answers' letters, by the first word of their Unicode names."""
     letters: Counter[str] = Counter()
     for index in np.unique(np.linspace(0, len(store) - 1, _READ, dtype=np.int64)).tolist():
         tokens, supervised = store.tokens(index)

@@ -36,27 +36,27 @@ def is_place(name: str) -> bool:
 
 
 def joined(folder: str | Path | None, name: str) -> str:
-    """A picture's name with the folder that its path is relative to."""
+    """Return a picture's name with the folder that its path is relative to."""
     return name if is_place(name) else os.path.join(folder or "", name)
 
 
 def short(name: str) -> str:
-    """A picture's name for a message."""
+    """Shorten a picture's name for a message."""
     return name if len(name) <= 300 else f"{name[:60]}... ({len(name)} characters)"
 
 
 def in_row(kind: str, path: Path, row: int, column: str, index: int) -> str:
-    """The name of a picture in a row of a "parquet" or "arrow" file."""
+    """Return the name of a picture in a row of a "parquet" or "arrow" file."""
     return f"{kind}://{os.path.realpath(path)}#row={row}&{column}={index}"
 
 
 def in_tar(path: Path, start: int, size: int) -> str:
-    """The name of a picture that takes ``size`` bytes of a tar from ``start`` on."""
+    """Return the name of a picture that takes ``size`` bytes of a tar from ``start`` on."""
     return f"tar://{os.path.realpath(path)}#at={start}&size={size}"
 
 
 def open_bytes(name: str) -> str | io.BytesIO:
-    """What ``PIL.Image.open`` takes for a picture: its path, or its bytes.
+    """Return what ``PIL.Image.open`` takes for a picture: its path, or its bytes.
 
     Args:
         name: the picture's name. Where a row has a path in place of bytes, it is relative to the
@@ -104,7 +104,7 @@ def _value(kind: str, path: str, row: int, column: str) -> Any:
 
 @functools.lru_cache(_TABLES)
 def open_table(path: str) -> Any:
-    """An Arrow file as a table, mapped into memory."""
+    """Return an Arrow file as a table, mapped into memory."""
     import pyarrow as pa
 
     source = pa.memory_map(path)
@@ -116,7 +116,7 @@ def open_table(path: str) -> Any:
 
 @functools.lru_cache(_TABLES * 64)
 def _row_groups(path: str, process: int) -> list[int]:
-    """The first row of each row group, and the number of rows."""
+    """Return the first row of each row group, and the number of rows."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

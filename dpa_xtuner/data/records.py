@@ -89,7 +89,7 @@ def make_record(item: Mapping[str, Any], parts: Parts, position: int) -> Record:
 
 
 def read_id(item: Mapping[str, Any], position: int) -> str:
-    """A record's "id" as text; its position where it has none.
+    """Return a record's "id" as text; its position where it has none.
 
     Raises:
         Malformed: it is neither a text nor a number.
@@ -107,7 +107,7 @@ def read_id(item: Mapping[str, Any], position: int) -> str:
 
 
 def shown_id(item: Any, position: int) -> str:
-    """A record's id for a message, whatever is wrong with it."""
+    """Return a record's id for a message, whatever is wrong with the record."""
     try:
         found = read_id(item, position) if isinstance(item, Mapping) else str(position)
     except Malformed:
@@ -120,7 +120,7 @@ def _half(text: str) -> bool:
 
 
 def _system(item: Mapping[str, Any], turn: str | None) -> str | None:
-    """The system prompt of a system turn or of a key; None for one that is empty or blank."""
+    """Return the system prompt of a system turn or a key; None if it is empty or blank."""
     if turn is None and _SYSTEM_KEYS.isdisjoint(item):
         return None
     found = {turn: None} if turn is not None and turn.strip() else {}

@@ -70,7 +70,7 @@ def _parts(tokens: np.ndarray, labels: np.ndarray, tokenizer: Any) -> list[dict[
 
 
 def _shown(pixels: torch.Tensor, image_processor: Any) -> str:
-    """What the visual encoder is given, (3, H, W), as a picture in a data URI."""
+    """Show the visual encoder's input, (3, H, W), as a picture in a data URI."""
     mean, std = (torch.tensor(x)[:, None, None] for x in _scale(image_processor))
     scaled = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     content = io.BytesIO()

@@ -59,7 +59,7 @@ class SpecialTokens:
         return _OPEN in text and self._hidden.search(text) is not None
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text with stand-ins: what they stand for as text, the rest as ever."""
+        """Tokenise a text with stand-ins: what they stand for becomes plain text."""
         if self._renamed is None:
             return self._ids_of_slow(text)
         named = self._pattern.sub(lambda m: self._name(m[0]), text)
@@ -114,7 +114,7 @@ class SpecialTokens:
 
 
 def _words(tokenizer: Any, template: Mapping[str, Any]) -> set[str]:
-    """Special tokens, and added ones that end an answer, but for the mark of a picture."""
+    """List special tokens and added ones that end an answer, without the mark of a picture."""
     ends = [(template.get("SUFFIX") or "").strip(), *(template.get("STOP_WORDS") or ())]
     added = tokenizer.added_tokens_decoder.values()
     found = {str(token) for token in added if token.special or str(token) in ends}

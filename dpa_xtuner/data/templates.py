@@ -131,7 +131,7 @@ def to_pieces(
 
 
 def silent_turns(record: Record) -> set[int]:
-    """The turns, from 0, whose answer is not trained on: it is empty, or the record says so."""
+    """List the turns, from 0, whose answer is empty or that the record leaves untrained."""
     blank = {i for i, (_, gpt) in enumerate(record.turns) if not gpt or gpt.isspace()}
     return blank.union(record.silent) if record.silent else blank
 

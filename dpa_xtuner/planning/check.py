@@ -73,7 +73,7 @@ def check_config(
 
 
 def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
-    """The problems of a mixture's file, with ids that do not name it."""
+    """Return the problems of a mixture's file, with ids that do not name the file."""
     return [
         replace(problem, record_id=_bare_id(problem, [file]))
         for problem in problems
@@ -82,7 +82,7 @@ def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
 
 
 def _bare_id(problem: Problem, files: list[str]) -> str:
-    """The record's own id; that of a record in a mixture is "file: id" elsewhere."""
+    """Return the record's own id; elsewhere, a mixture's records are "file: id"."""
     for file in files:
         if problem.record_id.startswith(f"{file}: "):
             return problem.record_id.removeprefix(f"{file}: ")

@@ -98,7 +98,7 @@ def parse_record(item: Any, index: int) -> Record | Problem:
 
 
 def data_sha256(path: str | Path) -> str:
-    """A hash of what a data file says, of all files where it names or holds several.
+    """Hash a data file's content; of a list or a folder, that of all its files.
 
     A file with pictures inside is known by its size and its two ends: of Parquet files the place
     and size of all columns is there.
@@ -131,7 +131,7 @@ def _fits_none(item: Mapping[str, Any]) -> str:
 
 
 def _nearest(item: Mapping[str, Any]) -> str:
-    """The format that is nearest, what it asks for that is there, and what is not."""
+    """Name the nearest format, which of its keys are there, and which are missing."""
     keys = list(map(str, item))
 
     def likeness(need: str) -> float:
@@ -151,6 +151,6 @@ def _nearest(item: Mapping[str, Any]) -> str:
 
 
 def _there(need: str, keys: list[str]) -> str | None:
-    """The key by which a record has what a format needs; None where it has none."""
+    """Find the key that gives a record what a format needs; None if there is none."""
     names = {"image": captions.IMAGES, "caption": captions.CAPTIONS}.get(need, (need,))
     return next((name for name in names if name in keys), None)

@@ -25,7 +25,7 @@ _NO_CAPTION = (
 
 
 def keys_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """The key of the picture and that of the caption among a record's; None for another record."""
+    """Find a record's keys of the picture and of the caption; None for another record."""
     names = list(names)
     images = [name for name in IMAGES if name in names]
     captions = [name for name in CAPTIONS if name in names]

@@ -52,7 +52,7 @@ def _train_of(path: Path) -> Path:
 
 
 def _to_train_on(path: Path, files: list[Path]) -> tuple[Path, ...]:
-    """The files without those of splits to measure on."""
+    """Return the files without those of splits to measure on."""
 
     def is_of(split: re.Pattern, file: Path) -> bool:
         return any(split.match(part) for part in file.relative_to(path).parts)

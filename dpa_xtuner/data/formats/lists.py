@@ -146,7 +146,7 @@ def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
 
 
 def _found(path: Path, named: str) -> Path:
-    """A named file: as it is written, or relative to the list."""
+    """Return a named file: as it is written, or relative to the list."""
     for place in (path.parent / named, Path(named)):
         if place.exists():
             return place

@@ -35,7 +35,7 @@ def fits(item: Mapping[str, Any]) -> bool:
 
 
 def as_item(value: Any) -> Any:
-    """A bare list of messages as a record; anything else as it is."""
+    """Make a record of a bare list of messages; return anything else unchanged."""
     if not isinstance(value, list) or not value:
         return value
     said = all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
@@ -58,7 +58,7 @@ def read(item: Mapping[str, Any]) -> Parts:
 
 
 def _images(named: tuple[str, ...], in_blocks: list[str | None]) -> tuple[str, ...]:
-    """The pictures, which a record names under a key of its own or in blocks."""
+    """Return the pictures, which a record names under a key of its own or in blocks."""
     whole = tuple(name for name in in_blocks if name is not None)
     if not named and len(whole) < len(in_blocks):
         raise Malformed("malformed image: a block of a picture does not say which")
@@ -68,7 +68,7 @@ def _images(named: tuple[str, ...], in_blocks: list[str | None]) -> tuple[str, .
 
 
 def _message(message: Any) -> tuple[Any, str, list[str | None]]:
-    """A message's role, its text with marks, and the pictures of its blocks."""
+    """Return a message's role, its text with marks, and the pictures of its blocks."""
     if not isinstance(message, Mapping):
         raise Malformed("malformed message: expected {'role': ..., 'content': ...}")
     role = message.get("role") or message.get("from")

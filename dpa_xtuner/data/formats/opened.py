@@ -142,7 +142,7 @@ def _is_list_of_messages(line: str) -> bool:
 
 
 def _object(file: TextIO, line: str) -> dict[str, Any] | None:
-    """The files that a JSON object names, if the file is one object; None for JSON lines."""
+    """Return the files that a file of one JSON object names; None for JSON lines."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError:  # it may be one that takes several lines

@@ -71,7 +71,7 @@ def _parquet_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, dict[str, boo
 
 
 def _leaves(file: Any) -> tuple[list[str], dict[str, str]]:
-    """The columns to read, and those with pictures' bytes beside a path, which are not read."""
+    """Return the columns to read, and those of pictures' bytes that have a path instead."""
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     found, unread = [], {}
     for field in file.schema_arrow:
@@ -142,7 +142,7 @@ def _rows(
 
 
 def _pictures(column: pa.Array, inside: bool | None) -> list[list[str | None]]:
-    """The pictures of each row: None for one whose bytes are in the row, else its path or "".
+    """Return each row's pictures: None if the row holds the bytes, else the path or "".
 
     Args:
         column: pictures or lists of them.
@@ -175,7 +175,7 @@ def _named(values: pa.Array, inside: bool | None) -> list[str | None]:
 
 
 def _as_list_of_dicts(value: dict[str, Any]) -> Any:
-    """What datasets keeps as a dict of lists, such as {"user": [...], "assistant": [...]}."""
+    """Turn datasets' dict of lists, such as {"user": [...], "assistant": [...]}, around."""
     lists = list(value.values())
     if not all(isinstance(each, list) for each in lists) or len(set(map(len, lists))) != 1:
         return value

@@ -15,7 +15,7 @@ _LONGEST_FIELD = 1 << 26
 
 
 def delimiter(header: str) -> str | None:
-    """What separates the columns of a table with such a first row; None if it is no table."""
+    """Find what separates the columns of a table by its first row; None for no table."""
     found = "\t" if "\t" in header else ","
     return found if found in header else None
 

@@ -45,7 +45,7 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
 
 
 def with_marks(text: str) -> str:
-    """A text whose marks of pictures are all ``<image>``."""
+    """Spell all marks of pictures in a text ``<image>``."""
     for spelling in _OTHER_SPELLINGS:
         if spelling in text:
             text = text.replace(spelling, DEFAULT_IMAGE_TOKEN)
@@ -53,7 +53,7 @@ def with_marks(text: str) -> str:
 
 
 def picture_names(value: Any, what: str = "image") -> tuple[str, ...]:
-    """The pictures under a key: none, a path, or a list of paths.
+    """Return the pictures under a key: none, a path, or a list of paths.
 
     Raises:
         Malformed: it is something else, or a picture on the web.
@@ -68,7 +68,7 @@ def picture_names(value: Any, what: str = "image") -> tuple[str, ...]:
 
 
 def picture_name(value: Any, what: str = "image") -> str:
-    """A picture's path: as it is written, of a ``file://`` address, or of ``{"path": ...}``.
+    """Return a picture's path: as written, of a ``file://`` address or of ``{"path": ...}``.
 
     Raises:
         Malformed: it is none, or it is on the web.
@@ -83,7 +83,7 @@ def picture_name(value: Any, what: str = "image") -> str:
 
 
 def pictures_of(item: Mapping[str, Any]) -> tuple[str, ...]:
-    """The pictures that a record names under "image" or "images".
+    """Return the pictures that a record names under "image" or "images".
 
     Raises:
         Malformed: they are no paths, or the two keys name different ones.
