@@ -195,7 +195,7 @@ def by_family(tiny, tmp_path):
 
 def test_a_model_of_another_family_is_refused(by_family, tiny, tmp_path):
     message = refusal(tmp_path / "run", config=by_family("gemma2", tiny / "llm"))
-    assert "is a model of type 'llama', and family 'gemma2' loads gemma2" in message
+    assert "is a model of type 'llama', but family 'gemma2' loads gemma2" in message
 
 
 def test_a_template_that_is_not_the_tokenizers_is_refused(by_family, tiny, tmp_path):
