@@ -201,6 +201,10 @@ class DPADataset(Dataset):
             return Problem(record_id, str(problem))
         return None
 
+    def images_of(self, index: int) -> list[str]:
+        """The files of a sample's images."""
+        return [path for path, _ in self._names(index)[1]]
+
     @property
     def fingerprint(self) -> str:
         """Hash of ``encoding``: another one means other tokens, or other samples."""

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
-from jinja2 import Environment
-from PIL import Image
-
+from dpa_xtuner import pages
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.report import Details
-
-SIDE = 280
-"""Longest side of a picture on the page, in pixels."""
 
 _TEMPLATE = Path(__file__).with_name("wrong_answers.html")
 
@@ -33,27 +26,11 @@ def page(details: Details, count: int) -> str:
         groups.append(
             dict(model=model, dataset=dataset, asked=len(samples), wrong=len(wrong), shown=shown)
         )
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        _TEMPLATE.read_text(encoding="utf-8")
-    )
-    return template.render(groups=groups, side=SIDE) + "\n"
+    return pages.render(_TEMPLATE, groups=groups)
 
 
 def _sample(detail: dict) -> dict:
     said = str(detail["prediction"])
     if said.startswith(NO_ANSWER):
         said = f"none{said.removeprefix(NO_ANSWER)}"
-    return {**detail, "prediction": said, "picture": _embedded(detail["image"])}
-
-
-def _embedded(path: str | None) -> str:
-    """Make a thumbnail as a data URI; the empty text for a broken picture, or none."""
-    try:
-        with Image.open(path or "") as picture:
-            small = picture.convert("RGB")
-    except Exception:  # the answer says what was wrong with it
-        return ""
-    small.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    small.save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    return {**detail, "prediction": said, "picture": pages.embedded(detail["image"])}
