@@ -108,25 +108,25 @@ def _refuse_changed(source: Source, model: DPALLaVAModel, loads: dict[str, str])
             )
 
 
-def held_out_data(run: Run, stage: Stage) -> tuple[DPADataset, str]:
-    """The samples to look at: those held out, or, where none are, those that were trained on.
+def split_data(run: Run, stage: Stage) -> tuple[DPADataset, DPADataset | None]:
+    """Build a stage's samples.
 
     Args:
         run: the run.
         stage: the row of the stage table.
 
     Returns:
-        The data set, and what its samples are.
+        Those that are trained on, and those held out, None where none are.
 
     Raises:
-        DPAError: too much of it can't be used.
+        DPAError: too much of the data can't be used.
     """
     with DefaultScope.overwrite_default_scope("mmengine"):
-        built = usable_data(run, stage)
-        if not (count := built.encoding["held_out"]):
-            return built, "samples that it was trained on"
+        train = usable_data(run, stage)
+        if not (count := train.encoding["held_out"]):
+            return train, None
         config = dataset_config(run, stage) | {"held_out": count, "split": "held_out"}
-        return DATASETS.build(config), "held-out samples"
+        return train, DATASETS.build(config)
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner import pages
-from dpa_xtuner.analysis.models import held_out_data, spread, trained_model
+from dpa_xtuner.analysis.models import split_data, spread, trained_model
 from dpa_xtuner.analysis.words import CLASSES, classes_of, token_texts
 from dpa_xtuner.data import collate
 from dpa_xtuner.export.source import Source
@@ -195,7 +195,9 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     Raises:
         DPAError: weights or data can't be read.
     """
-    dataset, what = held_out_data(source.run, source.stage)
+    train, held_out = split_data(source.run, source.stage)
+    dataset = train if held_out is None else held_out
+    what = "samples that it was trained on" if held_out is None else "held-out samples"
     model, tokenizer = trained_model(source), source.run.tokenizer
     samples = []
     for index in spread(len(dataset), count):
