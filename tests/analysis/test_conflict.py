@@ -248,6 +248,12 @@ def test_a_runs_own_proxy_and_its_leakage_are_reported(run):
     assert (out / "conflict.png").read_bytes().startswith(b"\x89PNG")
     for value in (one["original"], one["proxy"], one["conflict"]):
         assert f"{value:.3f}" in text
+    state = made.work_dir / "proxy" / "stage.json"
+    told = json.loads(state.read_text())
+    told["origin"]["data"]["sha256"] = ["another"]
+    state.write_text(json.dumps(told))
+    with pytest.raises(DPAError, match="was trained on other captions than the config's files"):
+        measure(Asked(made.config, {"captions.held_out": 4}, 4, 5, made.work_dir), [], [])
 
 
 @pytest.mark.slow
