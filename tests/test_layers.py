@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "planning": {"data", "loss", "model", "stages"},
     "engine": {"data", "loss", "model", "planning", "stages"},
     "export": {"data", "model", "stages"},
+    "analysis": {"data", "export", "families", "loss", "model", "stages"},
     "evaluation": {"model"},
     "demo": {"evaluation", "stages"},
 }

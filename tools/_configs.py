@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -63,6 +64,19 @@ def parse_options(given: list[str]) -> dict:
 
     pairs = (option.partition("=") for option in given)
     return {key: DictAction._parse_iterable(value) for key, _, value in pairs}
+
+
+def numbers(kind: Callable) -> Callable:
+    """Make an argparse type that reads numbers above 0 separated by commas, such as 4,16,64."""
+
+    def read(text: str) -> list:
+        found = [kind(part) for part in text.split(",")]
+        if min(found) <= 0:
+            raise ValueError
+        return found
+
+    read.__name__ = "list of numbers above 0, such as 4,16,64:"  # in argparse's message
+    return read
 
 
 def say(text: str, stream=None) -> None:

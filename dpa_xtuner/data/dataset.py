@@ -217,6 +217,10 @@ class DPADataset(Dataset):
         position = int(self.stores[file].arrays["positions"][row])
         return Problem(self._names(index)[0], reason, position=position, file=str(self.files[file]))
 
+    def images_of(self, index: int) -> list[str]:
+        """Return the names of a sample's images."""
+        return [path for path, _ in self._names(index)[1]]
+
     @property
     def fingerprint(self) -> str:
         """Hash of ``encoding``: another one means other tokens, or other samples."""

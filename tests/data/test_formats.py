@@ -451,15 +451,15 @@ def written(folder, name, picture, options):
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_comes_out_as_it_looks(name, tmp_path, monkeypatch):
+    from dpa_xtuner import pages
     from dpa_xtuner.data.images import ImageProblem, load_image, read_size
-    from dpa_xtuner.evaluation import show
 
     file, picture, options, expected = PICTURES[name]
     path = written(tmp_path, file, picture, options)
     if isinstance(expected, str):
         with pytest.raises(ImageProblem, match=expected):
             load_image(path, True)
-        assert show._embedded(str(path)) == ""
+        assert pages.embedded(str(path)) == ""
         return
     expected = np.broadcast_to(
         np.asarray(expected if np.ndim(expected) == 3 else np.asarray(expected)[..., None]),

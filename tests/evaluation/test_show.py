@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from support.tiny_folder import picture
 
+from dpa_xtuner import pages
 from dpa_xtuner.evaluation import show
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 
@@ -61,4 +62,4 @@ def test_page_needs_no_other_file_and_escapes(samples):
         kind, content = source.split(",", 1)
         assert kind == "data:image/jpeg;base64"
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-            assert max(image.size) == show.SIDE
+            assert max(image.size) == pages.SIDE

@@ -1,0 +1,55 @@
+"""What tools/conflict.py does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpa_xtuner.analysis.conflict import Asked, by_rank, measure
+from dpa_xtuner.analysis.leakage import style_leakage
+from dpa_xtuner.analysis.models import find_source
+from dpa_xtuner.analysis.report import write_report
+from dpa_xtuner.errors import check_installed
+from dpa_xtuner.layout import ALIGN
+from dpa_xtuner.stages.artifacts import is_finished
+
+
+def compare(
+    config: Path,
+    options: dict,
+    captions: Sequence[str],
+    llm: Sequence[str],
+    samples: int,
+    steps: int,
+    ranks: Sequence[int],
+    shares: Sequence[float],
+    out: Path | None,
+    work_dir: Path | None,
+) -> str:
+    """Measure the conflict, the floor by rank where ranks are given, and a finished run's leakage.
+
+    Args:
+        config: a DPA config.
+        options: as of ``--cfg-options``.
+        captions: files in place of the config's.
+        llm: LLMs in place of the config's.
+        samples: held-out captions to measure.
+        steps: of a quick fit, at most.
+        ranks: to compare.
+        shares: of the captions, for each of the ranks.
+        out: folder of the report; ``conflict`` in the work dir where it is None.
+        work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
+
+    Returns:
+        The tables, in Markdown.
+
+    Raises:
+        DPAError: settings, models or data can't be used, or matplotlib is missing.
+    """
+    check_installed("demo", "matplotlib")
+    base = work_dir or Path(f"work_dirs/{config.stem}")
+    asked = Asked(config, options, samples, steps, base)
+    conflicts = measure(asked, llm, captions)
+    floors = by_rank(asked, ranks, shares) if ranks else {}
+    leakage = None
+    if not llm and not captions and is_finished(base / ALIGN):
+        leakage = style_leakage(find_source(config, ALIGN, base, options=options), samples)
+    return write_report(out or base / "conflict", conflicts, floors, leakage)

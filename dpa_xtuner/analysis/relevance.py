@@ -1,0 +1,224 @@
+"""What a run's loss looks at: each token's weight, on one HTML page that needs no other file."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dpa_xtuner import pages
+from dpa_xtuner.analysis.models import split_data, spread, trained_model
+from dpa_xtuner.analysis.words import CLASSES, classes_of, token_texts
+from dpa_xtuner.data import collate
+from dpa_xtuner.data.places import open_bytes
+from dpa_xtuner.export.source import Source
+from dpa_xtuner.files import write_text
+from dpa_xtuner.loss import supervised_mask
+from dpa_xtuner.model.contrast import contrast_log_probs
+from dpa_xtuner.model.dpa_llava import DPALLaVAModel
+
+BINS = 12
+"""Bars of a histogram."""
+
+_TEMPLATE = Path(__file__).with_name("relevance.html")
+
+
+class Weights(NamedTuple):
+    """What the loss makes of a sample's N supervised tokens; each float32 on the CPU.
+
+    Attributes:
+        weight: (N,), what each cross entropy is multiplied by.
+        p_w: (N,), the token's probability with the picture.
+        p_wo: (N,), without it.
+        d: (N,), the scheme's clamped comparison before pooling; for a scheme that compares
+            nothing, ``p_w - p_wo``.
+    """
+
+    weight: Tensor
+    p_w: Tensor
+    p_wo: Tensor
+    d: Tensor
+
+
+@dataclass(frozen=True)
+class Token:
+    """A supervised token as the page shows it; the numbers as of :class:`Weights`."""
+
+    text: str
+    kind: str
+    weight: float
+    p_w: float
+    p_wo: float
+    d: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample as the page shows it.
+
+    Attributes:
+        name: the record's id.
+        images: the files of its pictures.
+        pieces: its text in order: tokens that are supervised, and text between them that is not.
+    """
+
+    name: str
+    images: list[str]
+    pieces: list[Token | str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[Token]:
+        """The supervised ones."""
+        return [piece for piece in self.pieces if isinstance(piece, Token)]
+
+
+@torch.no_grad()
+def weigh(model: DPALLaVAModel, data: dict) -> Weights:
+    """Weigh a batch's tokens as its training does; the pass without pictures is run for any scheme.
+
+    Args:
+        model: in evaluation mode.
+        data: a batch of :func:`dpa_xtuner.data.collate`.
+    """
+    scheme, supervised = model.objective.scheme, supervised_mask(data["labels"])
+    log_probs = model.log_probs(data)
+    has_image = data["image_mask"].any(1, keepdim=True).expand_as(supervised)[supervised]
+    no_image = contrast_log_probs(model.llm, data).where(has_image, log_probs)
+    found = scheme.weights(log_probs, no_image if scheme.contrast else None, supervised)
+    p_w, p_wo = log_probs.probability, no_image.probability
+    d = p_w - p_wo if found.relevance is None else found.relevance
+    return Weights(*(each.float().cpu() for each in (found.values, p_w, p_wo, d)))
+
+
+def read_sample(
+    sample: dict, weights: Weights, tokenizer: PreTrainedTokenizerBase, images: list[str]
+) -> Sample:
+    """Put a sample's text and its weights together.
+
+    Args:
+        sample: of a :class:`dpa_xtuner.data.DPADataset`.
+        weights: of its supervised tokens.
+        tokenizer: the run's.
+        images: the files of its pictures.
+    """
+    ids, labels = sample["input_ids"], sample["labels"].copy()
+    labels[0] = -100  # predicted from nothing
+    is_text = ids >= 0
+    texts = token_texts(tokenizer, ids[is_text].tolist())
+    numbers = iter(zip(*(each.tolist() for each in weights), strict=True))
+    found = Sample(sample["id"], images)
+    supervised = (labels[is_text] >= 0).tolist()
+    for text, kind, counts in zip(texts, classes_of(texts), supervised, strict=True):
+        if counts:
+            found.pieces.append(Token(text, kind, *next(numbers)))
+        elif found.pieces and isinstance(found.pieces[-1], str):
+            found.pieces[-1] += text
+        else:
+            found.pieces.append(text)
+    return found
+
+
+def by_class(samples: Iterable[Sample], bounds: tuple[float, float]) -> list[dict]:
+    """Count and average the tokens of each word class that occurs.
+
+    Args:
+        samples: whose tokens.
+        bounds: between which the histogram's :data:`BINS` lie.
+
+    Returns:
+        Each class's ``kind``, number of ``tokens``, ``share`` of all weight, mean ``weight``,
+        ``p_w``, ``p_wo`` and ``d``, and ``bars``, the histogram of its weights, the highest 1.
+    """
+    tokens = [token for sample in samples for token in sample.tokens]
+    total = sum(token.weight for token in tokens) or 1.0
+    rows = []
+    for kind in CLASSES:
+        own = [token for token in tokens if token.kind == kind]
+        if not own:
+            continue
+        means = {
+            name: float(np.mean([getattr(token, name) for token in own]))
+            for name in ("weight", "p_w", "p_wo", "d")
+        }
+        low, high = bounds
+        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        values = np.clip([token.weight for token in own], edges[0], edges[-1])
+        counts, _ = np.histogram(values, edges)
+        share = sum(token.weight for token in own) / total
+        bars = (counts / counts.max()).tolist()
+        rows.append(dict(kind=kind, tokens=len(own), share=share, bars=bars, **means))
+    return rows
+
+
+def page(samples: list[Sample], title: str, facts: dict[str, str]) -> str:
+    """Make the page.
+
+    Args:
+        samples: to show.
+        title: of the page.
+        facts: what it says of the run, by name.
+    """
+    weights = [token.weight for sample in samples for token in sample.tokens]
+    low, high = min(weights, default=0.0), max(weights, default=1.0)
+    shown = [
+        {
+            "sample": sample,
+            "pictures": [pages.embedded(open_bytes(image)) for image in sample.images],
+        }
+        for sample in samples
+    ]
+    return pages.render(
+        _TEMPLATE,
+        title=title,
+        facts=facts,
+        shown=shown,
+        classes=by_class(samples, (low, high)),
+        low=low,
+        high=high,
+        spread=(high - low) or 1.0,
+        is_token=lambda piece: isinstance(piece, Token),
+    )
+
+
+def show_relevance(source: Source, count: int, out: Path | None) -> Path:
+    """Write the page of a run's stage.
+
+    Args:
+        source: of :func:`dpa_xtuner.analysis.models.find_source`.
+        count: samples to show, evenly spread.
+        out: where to; ``relevance.html`` in the stage's folder where it is None.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        DPAError: weights or data can't be read.
+    """
+    train, held_out = split_data(source.run, source.stage)
+    dataset = train if held_out is None else held_out
+    what = "samples that it was trained on" if held_out is None else "held-out samples"
+    model, tokenizer = trained_model(source), source.run.tokenizer
+    samples = []
+    for index in spread(len(dataset), count):
+        if not isinstance(sample := dataset[index], dict):
+            continue  # its picture can't be read, as the check of the data has said
+        data = model.data_preprocessor(collate([sample]), False)["data"]
+        with source.precision.autocast(get_device()):
+            weights = weigh(model, data)
+        samples.append(read_sample(sample, weights, tokenizer, dataset.images_of(index)))
+    facts = {
+        "run": f"{source.base}, method {source.settings.method}",
+        "stage": f"{source.stage.name}, {source.checkpoint or 'as it ended'}",
+        "loss": str(model.objective.scheme),
+        "LLM": source.settings.llm_name_or_path,
+        "shown": f"{len(samples)} of {len(dataset)} {what}",
+    }
+    file = out or source.base / source.stage.name / "relevance.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, page(samples, f"What {source.stage.name} looks at", facts))
+    return file

@@ -1,0 +1,198 @@
+"""The conflict as a table, a JSON file and a plot."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpa_xtuner.analysis.conflict import WORTH, Conflict
+from dpa_xtuner.analysis.fit import NEAR, Fit, recommend
+from dpa_xtuner.analysis.leakage import Leakage
+from dpa_xtuner.analysis.words import CLASSES
+from dpa_xtuner.files import write_json
+from dpa_xtuner.tables import markdown
+
+Ranks = Mapping[float, Mapping[int, Fit]]
+"""Fits by share and rank."""
+
+_COLUMNS = ("LLM", "captions", "original", "proxy", "conflict", "per caption")
+
+
+def write_report(
+    out: Path, conflicts: Sequence[Conflict], ranks: Ranks, leakage: Leakage | None
+) -> str:
+    """Write ``conflict.json``, ``conflict.png`` and, of a leakage, ``scores.json``.
+
+    The last is found by the sweep's table where ``out`` is in a run's folder.
+
+    Args:
+        out: the folder; made where it is missing.
+        conflicts: side by side.
+        ranks: of the question of rank; may be empty.
+        leakage: of a finished run.
+
+    Returns:
+        The table and what follows from it, in Markdown.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    facts: dict[str, Any] = {"conflicts": [each.facts() for each in conflicts]}
+    if ranks:
+        facts["ranks"] = {str(share): _ranks(fits) for share, fits in ranks.items()}
+    if leakage:
+        facts["leakage"] = leakage.facts()
+        write_json(out / "scores.json", {"leakage": leakage.facts()})
+    write_json(out / "conflict.json", facts)
+    draw(conflicts, ranks, out / "conflict.png")
+    parts = [_conflicts(conflicts), _classes(conflicts)]
+    parts += [_ranks_table(ranks)] if ranks else []
+    parts += [_leakage(leakage)] if leakage else []
+    return "\n\n".join([*parts, f"Written: {out}/conflict.json, {out}/conflict.png"])
+
+
+def _conflicts(conflicts: Sequence[Conflict]) -> str:
+    rows = [
+        (each.llm, each.captions, *(f"{value:.3f}" for value in (
+            each.original.per_token, each.proxy.per_token, each.per_token)),
+         f"{each.per_caption:.1f}")
+        for each in conflicts
+    ]  # fmt: skip
+    told = [f"- {each.llm}, {each.captions}: {each.how}.{_advice(each)}" for each in conflicts]
+    count = ", ".join(sorted({str(each.original.captions) for each in conflicts}))
+    head = f"Nats per token of {count} held-out captions, text only\n\n"
+    return head + markdown(_COLUMNS, rows) + "\n\n" + "\n".join(told)
+
+
+def _advice(conflict: Conflict) -> str:
+    if conflict.per_token >= WORTH:
+        return ""
+    return (
+        f" The LLM writes like these captions already (less than {WORTH} nats per token): a proxy "
+        f"has next to nothing to learn."
+    )
+
+
+def _classes(conflicts: Sequence[Conflict]) -> str:
+    found = [each.facts()["classes"] for each in conflicts]
+    kinds = [kind for kind in CLASSES if any(kind in one for one in found)]
+    rows = [
+        (kind, *(_of_class(one[kind]) if kind in one else "-" for one in found)) for kind in kinds
+    ]
+    names = [f"{Path(each.llm).name}, {Path(each.captions).name}" for each in conflicts]
+    head = "By word class: original - proxy = conflict, and tokens\n\n"
+    return head + markdown(["class", *names], rows)
+
+
+def _of_class(one: dict) -> str:
+    told = f"{one['original']:.2f} - {one['proxy']:.2f} = {one['conflict']:.2f}"
+    return f"{told} ({one['tokens']})"
+
+
+def _ranks(fits: Mapping[int, Fit]) -> dict[str, Any]:
+    each = {
+        str(rank): {"floor": one.floor, "verdict": one.verdict, "curve": one.curve}
+        for rank, one in fits.items()
+    }
+    return {"ranks": each, "recommended": recommend(fits)}
+
+
+def _ranks_table(ranks: Ranks) -> str:
+    every = sorted({rank for fits in ranks.values() for rank in fits})
+    rows = [
+        (f"{share:g}", *(f"{fits[rank].floor:.3f}" for rank in every), str(recommend(fits)))
+        for share, fits in ranks.items()
+    ]
+    told = [
+        f"- share {share:g}, rank {rank}: {one.verdict}"
+        for share, fits in ranks.items()
+        for rank, one in fits.items()
+        if one.over_fits or not one.converged
+    ]
+    head = (
+        f"The floor (held-out nats per token of the best step) by rank. Recommended: the smallest "
+        f"rank within {NEAR:.0%} of the best\n\n"
+    )
+    table = markdown(["share", *map(str, every), "recommended"], rows)
+    return head + table + "".join(f"\n{line}" for line in ["", *told] if told)
+
+
+def _leakage(leakage: Leakage) -> str:
+    facts = leakage.facts()
+    rows = [(name, f"{facts[name]:.3f}") for name in ("text", "own", "other", "blank")]
+    return (
+        f"After align, nats per token of {leakage.own.captions} captions under the original LLM: "
+        f"as text only, with their own picture, with another's, with a blank one\n\n"
+        + markdown(["picture", "nats per token"], rows)
+        + f"\n\nStyle leakage: another picture takes {facts['leaked_by_other']:.3f} nats off, a "
+        f"blank one {facts['leaked_by_blank']:.3f}; the right one {facts['picture']:.3f} more."
+    )
+
+
+def draw(conflicts: Sequence[Conflict], ranks: Ranks, file: Path) -> None:
+    """Plot each conflict by word class beside its fit's curve, and the floors by rank.
+
+    Args:
+        conflicts: a row each.
+        ranks: a row below them; may be empty.
+        file: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = len(conflicts) + bool(ranks)
+    figure = Figure(figsize=(12, 3.6 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(count, 2, squeeze=False)
+    for (left, right), one in zip(grid, conflicts, strict=False):
+        _draw_classes(left, one)
+        _draw_curve(right, one)
+    if ranks:
+        _draw_ranks(grid[-1, 0], grid[-1, 1], ranks)
+    figure.savefig(file, dpi=110)
+
+
+def _draw_classes(axes, one: Conflict) -> None:
+    before, after = one.original.by_class(), one.proxy.by_class()
+    places = np.arange(len(before))
+    axes.bar(places - 0.2, before.values(), 0.4, label="original LLM", color="#b0b0b0")
+    axes.bar(places + 0.2, after.values(), 0.4, label="proxy", color="#e15a00")
+    names = [f"{kind}\n{one.original.tokens[kind]}".replace(" ", "\n") for kind in before]
+    axes.set_xticks(places, names, fontsize=8)
+    axes.set_ylabel("nats per token")
+    axes.set_title(
+        f"{Path(one.llm).name}, {Path(one.captions).name}: "
+        f"{one.original.per_token:.2f} - {one.proxy.per_token:.2f} = {one.per_token:.2f}",
+        fontsize=10,
+    )
+    axes.legend(frameon=False)
+
+
+def _draw_curve(axes, one: Conflict) -> None:
+    if one.fitted is None:
+        axes.axis("off")
+        axes.text(0.5, 0.5, one.how, ha="center", wrap=True)
+        return
+    curve = one.fitted.curve
+    axes.plot(list(curve), list(curve.values()), "o-", color="#e15a00")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("steps of the fit")
+    axes.set_ylabel("held-out nats per token")
+    axes.set_title(one.how, fontsize=10)
+
+
+def _draw_ranks(left, right, ranks: Ranks) -> None:
+    for share, fits in ranks.items():
+        places = sorted(fits)
+        floors = [fits[rank].floor for rank in places]
+        left.plot(places, floors, "o-", label=f"share {share:g}: rank {recommend(fits)}")
+    left.set_xscale("log", base=2)
+    left.set_xlabel("rank")
+    left.set_ylabel("floor, nats per token")
+    left.legend(frameon=False, title="recommended")
+    largest = max(ranks)
+    for rank, one in ranks[largest].items():
+        right.plot(list(one.curve), list(one.curve.values()), ".-", label=f"rank {rank}")
+    right.set_xlabel("steps of the fit")
+    right.set_ylabel("held-out nats per token")
+    right.set_title(f"share {largest:g}", fontsize=10)
+    right.legend(frameon=False)

@@ -1,0 +1,40 @@
+"""HTML pages that need no other file: templates, and pictures inside them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+from jinja2 import Environment
+from PIL import Image
+
+from dpa_xtuner.pictures import as_rgb
+
+SIDE = 280
+"""Longest side of a picture on a page, in pixels."""
+
+
+def render(template: Path, **values) -> str:
+    """Fill in a template; whatever is filled in is escaped.
+
+    Args:
+        template: a Jinja file.
+        values: its variables, besides ``side``, which is :data:`SIDE`.
+    """
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template.read_text(encoding="utf-8"))
+    return page.render(side=SIDE, **values) + "\n"
+
+
+def embedded(picture_file: str | Path | io.BytesIO | None) -> str:
+    """Make a thumbnail as a data URI; an empty text if the picture is broken or missing."""
+    try:
+        with Image.open(picture_file or "") as picture:
+            small = as_rgb(picture)
+    except Exception:  # the page says what is wrong with it
+        return ""
+    small.thumbnail((SIDE, SIDE))
+    content = io.BytesIO()
+    small.save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,51 @@
+"""Measure, before any training, whether captions conflict with an LLM's own way of writing.
+
+    python tools/conflict.py CONFIG
+    python tools/conflict.py CONFIG --captions plain.json ornate.json --llm A B
+    python tools/conflict.py CONFIG --ranks 4,16,64 --shares 0.25,1
+
+Prints a table, and writes conflict.json and conflict.png. Of a run with a finished align it also
+says how much of the captions' style the projector carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from _configs import check_options, find_config, numbers, parse_options, say
+
+
+def main() -> None:
+    """Measure, print, and say where the files are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="path or name of a config")
+    parser.add_argument("--captions", nargs="+", default=[], help="files in place of the config's")
+    parser.add_argument("--llm", nargs="+", default=[], help="LLMs in place of the config's")
+    parser.add_argument("--samples", type=int, default=128, help="held-out captions to measure")
+    parser.add_argument("--steps", type=int, default=200, help="of a quick LoRA fit, at most")
+    parser.add_argument("--ranks", type=numbers(int), default=[], help="of LoRA, to compare")
+    parser.add_argument("--shares", type=numbers(float), default=[1.0], help="of the captions")
+    parser.add_argument("--out", type=Path, help="default: <work dir>/conflict")
+    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
+    check_options(sys.argv[1:])
+    given = vars(parser.parse_args())
+    if given["samples"] < 1 or given["steps"] < 1:
+        parser.error("--samples and --steps are numbers from 1 on")
+    given["config"] = find_config(given["config"])
+    given["options"] = parse_options(given.pop("cfg_options"))
+
+    import dpa_xtuner.plugin  # noqa: F401
+    from dpa_xtuner.analysis.command import compare
+    from dpa_xtuner.errors import cli_errors
+
+    with cli_errors():
+        say(compare(**given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Show what a run's loss looks at, on one HTML page: pictures, and each token by its weight.
+
+    python tools/show_relevance.py work_dirs/RUN
+
+With --cfg-options align.loss=cal it shows what another scheme would make of the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from _configs import check_options, find_config, parse_options, say
+
+
+def main() -> None:
+    """Write the page, and say where to."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="CONFIG_OR_RUN", help="a run's folder, or its config")
+    parser.add_argument("--stage", help="align or tune; default: the last that is finished")
+    parser.add_argument("--samples", type=int, default=24, help="default: 24, evenly spread")
+    parser.add_argument("--out", type=Path, help="default: relevance.html in the stage's folder")
+    parser.add_argument("--checkpoint", type=Path, help="a .pth file or DeepSpeed folder of the "
+                        "stage, in place of what it wrote at its end")  # fmt: skip
+    parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
+    )
+    check_options(sys.argv[1:])
+    given = parser.parse_args()
+    if given.samples < 1:
+        parser.error(f"--samples {given.samples}: expected a number from 1 on")
+    path = Path(given.run) if Path(given.run).is_dir() else find_config(given.run)
+    options = parse_options(given.cfg_options)
+
+    import dpa_xtuner.plugin  # noqa: F401
+    from dpa_xtuner.analysis.models import find_source
+    from dpa_xtuner.analysis.relevance import show_relevance
+    from dpa_xtuner.errors import cli_errors
+
+    with cli_errors():
+        source = find_source(path, given.stage, given.work_dir, given.checkpoint, options)
+        say(f"Written: {show_relevance(source, given.samples, given.out)}")
+
+
+if __name__ == "__main__":
+    main()
