@@ -13,10 +13,10 @@ from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
 from dpa_xtuner.analysis.fit import Fit, fit
 from dpa_xtuner.analysis.models import split_data, spread
 from dpa_xtuner.data import DPADataset
+from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import read_source
 from dpa_xtuner.families.base import known_families
-from dpa_xtuner.files import file_sha256
 from dpa_xtuner.layout import PROXY
 from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.proxy_llm import ProxyLLM
@@ -180,7 +180,7 @@ def _of_run(asked: Asked, run: Run) -> Conflict | None:
     if not run.settings.captions.held_out or not is_finished(asked.base / PROXY):
         return None
     source = read_source(asked.config, PROXY, asked.base, options=asked.options)
-    now = [file_sha256(file) for file in run.settings.captions.files]
+    now = [data_sha256(file) for file in run.settings.captions.files]
     if source.stage_provenance.get("data", {}).get("sha256") != now:
         raise DPAError(
             f"The proxy in {asked.base} was trained on other captions than the config's files hold "

@@ -18,6 +18,7 @@ from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
 from dpa_xtuner.analysis.fit import Fit, fit, recommend
 from dpa_xtuner.analysis.leakage import leakage_of
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.proxy_llm import ProxyLLM
 from dpa_xtuner.precision import Precision
 
@@ -228,6 +229,11 @@ def costs_plainly(llm, made, file: str, held_out: int) -> float:
 def test_a_runs_own_proxy_and_its_leakage_are_reported(run):
     made = run("smollm2", stage="align")
     file = captions(made, "data.json", 40)
+    file_sha256.cache_clear()  # the run was made of what the file held before
+    state = made.work_dir / "proxy" / "stage.json"
+    trained = json.loads(state.read_text())
+    trained["origin"]["data"]["sha256"] = [file_sha256(file)]
+    state.write_text(json.dumps(trained))
     text = compare(made.config, {"captions.held_out": 4}, [], [], 4, 5, [], [1.0], None,
                    made.work_dir)  # fmt: skip
     out = made.work_dir / "conflict"
@@ -248,10 +254,8 @@ def test_a_runs_own_proxy_and_its_leakage_are_reported(run):
     assert (out / "conflict.png").read_bytes().startswith(b"\x89PNG")
     for value in (one["original"], one["proxy"], one["conflict"]):
         assert f"{value:.3f}" in text
-    state = made.work_dir / "proxy" / "stage.json"
-    told = json.loads(state.read_text())
-    told["origin"]["data"]["sha256"] = ["another"]
-    state.write_text(json.dumps(told))
+    trained["origin"]["data"]["sha256"] = ["another"]
+    state.write_text(json.dumps(trained))
     with pytest.raises(DPAError, match="was trained on other captions than the config's files"):
         measure(Asked(made.config, {"captions.held_out": 4}, 4, 5, made.work_dir), [], [])
 
