@@ -51,9 +51,10 @@ class _StageRunner(_Mixed):
             if stage is None:
                 print_log(f"All stages are finished:\n{summary(cfg.work_dir)}", "current")
                 raise SystemExit(0)
-            if "strategy" in stage and stage.launcher == "none":
-                compat.deepspeed_without_mpi()
+            if "strategy" in stage:
                 compat.deepspeed_without_onebit()
+                if stage.launcher == "none":
+                    compat.deepspeed_without_mpi()
             rank = global_rank(stage.launcher)
             lock = lock_stage_folder(stage) if rank == 0 else None
             state_file = StateFile(Path(stage.work_dir), rank)
