@@ -197,7 +197,7 @@ def test_only_what_is_read_of_a_models_folder_counts(folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", '{"model_type": "llava", "vision_config": "x"}', "vision_config is no obj"),
+        ("config.json", '{"model_type": "llava", "vision_config": "x"}', "vision_config is not"),
         ("config.json", '{"model_type": "llava", "text_config": [1]}', "text_config is not a dict"),
         ("generation_config.json", "{", r"generation_config.json is broken \(Expecting"),
         ("tokenizer_config.json", "[]", r"tokenizer_config.json is broken \(no object in it"),

@@ -122,7 +122,7 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
         ),
         (["max_tiles=0"], "max_tiles: Input should be greater than or equal to 1 (got 0)"),
         (["prompt_template=None"], "does not say what kind of LLM"),
-        (["encoder=siglip"], "is a model of type 'clip_vision_model', and the encoder SigLIP"),
+        (["encoder=siglip"], "is a model of type 'clip_vision_model', but the encoder SigLIP"),
         (["projector.type=avg_pool", "projector.factor=3"], "does not divide the encoder's 2 x 2"),
         (["projector.type=resampler", "projector.queries=0"], "projector.queries=0 is not"),
         (["model.projector_depth=3"], "set projector.depth instead"),

@@ -93,7 +93,7 @@ def test_a_finished_stage_with_other_settings_is_refused_with_the_differences(co
     folder = copied("proxy", "align")
     decay = "optim_wrapper.paramwise_cfg.norm_decay_mult=0.0"
     message = harness.refusal(None, folder, "proxy.lr=5e-3", "proxy.lora.r=2", decay)
-    assert f"{folder / 'proxy'} was trained with other settings" in message
+    assert f"{folder / 'proxy'} was trained with settings that differ" in message
     assert "settings.lr: was 0.01, is 0.005" in message
     assert "settings.lora.r: was 4, is 2" in message
     assert "paramwise_cfg: was None, is {'norm_decay_mult': 0.0}" in message

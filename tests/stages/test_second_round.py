@@ -341,7 +341,7 @@ def test_a_stopped_second_round_goes_on_and_ends_the_same(train_llm, rounds, tmp
     message = harness.refusal(
         None, tmp_path / "run", *first.options(**{"tune.init_projector": copied})
     )
-    assert "was trained with other settings" in message
+    assert "was trained with settings that differ" in message
     assert "Stage tune is finished" in harness.finish(None, tmp_path / "run", *first.options())
 
 

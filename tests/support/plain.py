@@ -32,7 +32,8 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
         inputs = processor(images=[image], text=text, return_tensors="pt").to(torch.float64)
         with torch.no_grad():
             found["exact"].append(model(**inputs).logits[0])
-    found["attention"] = model.config.text_config._attn_implementation
+    llm = model.language_model if hasattr(model, "language_model") else model.model.language_model
+    found["attention"] = llm.config._attn_implementation
     found["ends"] = model.generation_config.eos_token_id
     found["image_id"] = model.config.image_token_index
     return found
