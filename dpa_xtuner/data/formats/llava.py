@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpa_xtuner.data.formats.turns import is_silent, pair_up, pictures_of, with_marks
+from dpa_xtuner.data.formats.turns import is_silent, list_under, pair_up, pictures_of, with_marks
 from dpa_xtuner.data.records import Malformed, Parts
 
 NAME = "LLaVA"
@@ -23,9 +23,7 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
-    turns = item["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise Malformed("no conversations: expected a list of turns under 'conversations'")
+    turns = list_under(item, "conversations", "turns under 'conversations'")
     roles, texts, silent = [], [], []
     for turn in turns:
         if not isinstance(turn, dict):

@@ -16,6 +16,7 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 from dpa_xtuner.data.formats.turns import (
     ANSWERS,
     is_silent,
+    list_under,
     pair_up,
     picture_name,
     pictures_of,
@@ -48,9 +49,7 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
-    messages = item["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise Malformed("no messages: expected a list of messages under 'messages'")
+    messages = list_under(item, "messages", "messages under 'messages'")
     said = [_message(message) for message in messages]
     roles, texts = [role for role, _, _ in said], [text for _, text, _ in said]
     images = _images(pictures_of(item), [name for _, _, names in said for name in names])

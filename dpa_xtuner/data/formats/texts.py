@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dpa_xtuner.data.formats.turns import pictures_of, with_marks, with_pictures_in_front
+from dpa_xtuner.data.formats.turns import (
+    list_under,
+    pictures_of,
+    with_marks,
+    with_pictures_in_front,
+)
 from dpa_xtuner.data.records import Malformed, Parts
 
 NAME = "user/assistant texts"
@@ -23,9 +28,7 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
-    texts = item["texts"]
-    if not isinstance(texts, list) or not texts:
-        raise Malformed("no texts: expected a list of {'user': ..., 'assistant': ...}")
+    texts = list_under(item, "texts", "{'user': ..., 'assistant': ...}")
     turns = []
     for each in texts:
         known = each if isinstance(each, Mapping) else {}

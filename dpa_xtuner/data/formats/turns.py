@@ -44,6 +44,18 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
             raise Malformed(f"tools: {key!r} is not read")
 
 
+def list_under(item: Mapping[str, Any], key: str, expected: str) -> list:
+    """Return the list under a key.
+
+    Raises:
+        Malformed: there is none, or it is empty.
+    """
+    found = item[key]
+    if not isinstance(found, list) or not found:
+        raise Malformed(f"no {key}: expected a list of {expected}")
+    return found
+
+
 def with_marks(text: str) -> str:
     """Spell all marks of pictures in a text ``<image>``."""
     for spelling in _OTHER_SPELLINGS:
