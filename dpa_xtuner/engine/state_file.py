@@ -39,6 +39,8 @@ class StateFile:
         self.measured: dict[str, float] = {}
         self.before = read_state(folder).get("seconds", 0.0)
         self.began = time.monotonic()
+        # Looked up now: another rank may fail, and say why, while this one writes.
+        self.versions = installed_versions()
 
     def seconds(self) -> float:
         """Count the seconds of this run and of those it continues, as far as these wrote them."""
@@ -52,7 +54,7 @@ class StateFile:
 
     def write(self, state: dict) -> None:
         """Replace the file's content."""
-        about = {"seconds": self.seconds(), "versions": installed_versions()}
+        about = {"seconds": self.seconds(), "versions": self.versions}
         write_json(self.folder / STATE_FILE, state | about)
 
     def write_measured(self) -> None:
