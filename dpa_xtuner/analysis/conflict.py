@@ -1,5 +1,6 @@
 """Language prior conflict: what captions cost an LLM, and a proxy that has learned their style."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,9 +127,9 @@ def measure(asked: Asked, llms: Sequence[str], captions: Sequence[str]) -> list[
     run = _run(asked, {})  # its own settings are told of first
     if not llms and not captions and (found := _of_run(asked, run)):
         return [found]
-    every: list[tuple[str | None, str | None]]
-    every = [(llm, file) for llm in llms or [None] for file in captions or [None]]  # type: ignore[list-item]
-    return [fitted(asked, _changes(asked, *each)) for each in every]
+    own: Sequence[str | None] = [None]
+    every = itertools.product(llms or own, captions or own)
+    return [fitted(asked, _changes(asked, llm, file)) for llm, file in every]
 
 
 def by_rank(asked: Asked, ranks: Sequence[int], shares: Sequence[float]) -> dict[float, dict]:
@@ -238,10 +239,8 @@ def _changes(asked: Asked, llm: str | None, captions: str | None) -> dict:
     """Make settings for another LLM or other captions."""
     found: dict[str, Any] = {}
     if captions is not None:
-        if not Path(captions).is_file():
-            raise DPAError(
-                f"--captions {captions} does not exist: give JSON files in LLaVA format."
-            )
+        if not Path(captions).exists():
+            raise DPAError(f"--captions {captions} does not exist: give data files or folders.")
         # Their pictures are not looked at.
         found |= {"captions.data_path": captions, "captions.weights": None}
         found["captions.image_folder"] = str(Path(captions).parent)

@@ -27,6 +27,7 @@ def parquet(files: tuple[Path, ...]) -> Source:
     """Open Parquet files, one after the other."""
 
     def items() -> Iterator[dict[str, Any]]:
+        """Decode the rows of one file after the other, without the pictures' bytes."""
         for path in files:
             start = 0
             for batch, inside in _parquet_batches(path):
@@ -40,6 +41,7 @@ def arrow(files: tuple[Path, ...]) -> Source:
     """Open Arrow files, one after the other."""
 
     def items() -> Iterator[dict[str, Any]]:
+        """Decode the rows of one file after the other."""
         import pyarrow as pa
 
         for path in files:
