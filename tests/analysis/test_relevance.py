@@ -26,7 +26,6 @@ from dpa_xtuner.loss import ContrastScheme
 from dpa_xtuner.registry import SCHEMES
 
 
-@SCHEMES.register_module("twice_the_difference")
 @dataclass(frozen=True)
 class Twice(ContrastScheme):
     d_min: float = 0.01
@@ -34,6 +33,14 @@ class Twice(ContrastScheme):
 
     def difference(self, log_probs, no_image):
         return 2 * (log_probs.probability - no_image.probability)
+
+
+@pytest.fixture
+def twice_the_difference():
+    """A user's scheme, known by its name while a test runs."""
+    SCHEMES.register_module("twice_the_difference", module=Twice)
+    yield
+    del SCHEMES.module_dict["twice_the_difference"]
 
 
 def plainly(model, row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,6 +69,7 @@ def pooled(values: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor,
     return clamped, torch.stack(windows)
 
 
+@pytest.mark.usefixtures("twice_the_difference")
 @pytest.mark.parametrize("loss", ["uniform", "cmo", "cal", "twice_the_difference"])
 def test_weights_and_probabilities_are_those_of_whole_softmaxes(loss):
     model = tiny_llava.build(sharp=True, loss=loss).eval()
