@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpa_xtuner.analysis.conflict import Asked, by_rank, measure
-from dpa_xtuner.analysis.leakage import style_leakage
-from dpa_xtuner.analysis.models import find_source
 from dpa_xtuner.analysis.report import write_report
 from dpa_xtuner.errors import check_installed
 from dpa_xtuner.layout import ALIGN
-from dpa_xtuner.stages.artifacts import is_finished
+from dpa_xtuner.stages.artifacts import read_state
 
 
 def compare(
@@ -24,7 +22,7 @@ def compare(
     out: Path | None,
     work_dir: Path | None,
 ) -> str:
-    """Measure the conflict, the floor by rank where ranks are given, and a finished run's leakage.
+    """Measure the conflict and, of given ranks, the floor; add what a finished run has measured.
 
     Args:
         config: a DPA config.
@@ -49,7 +47,6 @@ def compare(
     asked = Asked(config, options, samples, steps, base)
     conflicts = measure(asked, llm, captions)
     floors = by_rank(asked, ranks, shares) if ranks else {}
-    leakage = None
-    if not llm and not captions and is_finished(base / ALIGN):
-        leakage = style_leakage(find_source(config, ALIGN, base, options=options), samples)
+    measured = {} if llm or captions else read_state(base / ALIGN).get("measured", {})
+    leakage = measured if "leakage" in measured else None
     return write_report(out or base / "conflict", conflicts, floors, leakage)

@@ -8,7 +8,6 @@ import numpy as np
 
 from dpa_xtuner.analysis.conflict import WORTH, Conflict
 from dpa_xtuner.analysis.fit import NEAR, Fit, recommend
-from dpa_xtuner.analysis.leakage import Leakage
 from dpa_xtuner.analysis.words import CLASSES
 from dpa_xtuner.files import write_json
 from dpa_xtuner.tables import markdown
@@ -16,21 +15,20 @@ from dpa_xtuner.tables import markdown
 Ranks = Mapping[float, Mapping[int, Fit]]
 """Fits by share and rank."""
 
+_PICTURES = ("without_picture", "own_picture", "other_picture", "blank_picture")
 _COLUMNS = ("LLM", "captions", "original", "proxy", "conflict", "per caption")
 
 
 def write_report(
-    out: Path, conflicts: Sequence[Conflict], ranks: Ranks, leakage: Leakage | None
+    out: Path, conflicts: Sequence[Conflict], ranks: Ranks, leakage: Mapping[str, float] | None
 ) -> str:
-    """Write ``conflict.json``, ``conflict.png`` and, of a leakage, ``scores.json``.
-
-    The last is found by the sweep's table where ``out`` is in a run's folder.
+    """Write ``conflict.json`` and ``conflict.png``.
 
     Args:
         out: the folder; made where it is missing.
         conflicts: side by side.
         ranks: of the question of rank; may be empty.
-        leakage: of a finished run.
+        leakage: what a finished ``align`` has measured, by name.
 
     Returns:
         The table and what follows from it, in Markdown.
@@ -40,8 +38,7 @@ def write_report(
     if ranks:
         facts["ranks"] = {str(share): _ranks(fits) for share, fits in ranks.items()}
     if leakage:
-        facts["leakage"] = leakage.facts()
-        write_json(out / "scores.json", {"leakage": leakage.facts()})
+        facts["leakage"] = {name: leakage[name] for name in (*_PICTURES, "leakage")}
     write_json(out / "conflict.json", facts)
     draw(conflicts, ranks, out / "conflict.png")
     parts = [_conflicts(conflicts), _classes(conflicts)]
@@ -116,15 +113,14 @@ def _ranks_table(ranks: Ranks) -> str:
     return head + table + "".join(f"\n{line}" for line in ["", *told] if told)
 
 
-def _leakage(leakage: Leakage) -> str:
-    facts = leakage.facts()
-    rows = [(name, f"{facts[name]:.3f}") for name in ("text", "own", "other", "blank")]
+def _leakage(measured: Mapping[str, float]) -> str:
+    rows = [(name.replace("_", " "), f"{measured[name]:.3f}") for name in _PICTURES]
+    none, own, other, blank = (measured[name] for name in _PICTURES)
     return (
-        f"After align, nats per token of {leakage.own.captions} captions under the original LLM: "
-        f"as text only, with their own picture, with another's, with a blank one\n\n"
-        + markdown(["picture", "nats per token"], rows)
-        + f"\n\nStyle leakage: another picture takes {facts['leaked_by_other']:.3f} nats off, a "
-        f"blank one {facts['leaked_by_blank']:.3f}; the right one {facts['picture']:.3f} more."
+        "After align, as the run logged it: held-out captions under the original LLM\n\n"
+        + markdown(["", "nats per token"], rows)
+        + f"\n\nStyle leakage: another picture takes {none - other:.3f} nats off, a blank one "
+        f"{none - blank:.3f}; the right one {other - own:.3f} more than another."
     )
 
 

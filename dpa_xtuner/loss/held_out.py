@@ -1,5 +1,6 @@
 """The cross entropy of held-out captions, per token."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +28,11 @@ class HeldOutModel(Protocol):
 
 @torch.no_grad()
 def cross_entropy_per_token(
-    model: HeldOutModel, dataset, batch_size: int, amp: torch.autocast
+    model: HeldOutModel,
+    dataset,
+    batch_size: int,
+    amp: torch.autocast,
+    ask: Callable[[dict], TokenLogProbs] | None = None,
 ) -> float:
     """Average the cross entropy of a data set's supervised tokens, each sample's first left out.
 
@@ -38,6 +43,7 @@ def cross_entropy_per_token(
         dataset: a :class:`dpa_xtuner.data.DPADataset`.
         batch_size: samples at a time on a device.
         amp: context to compute in.
+        ask: gives a batch's log-probabilities; by default the model's own.
 
     Returns:
         Nats per token over all ranks.
@@ -55,7 +61,7 @@ def cross_entropy_per_token(
         data = model.data_preprocessor(batch, False)["data"]
         data = data | {"labels": without_first(data["labels"])}
         with amp:
-            losses = model.log_probs(data).cross_entropy  # (N,)
+            losses = (ask or model.log_probs)(data).cross_entropy  # (N,)
         if mine < len(batches):
             total += torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
     model.train(training)

@@ -16,7 +16,7 @@ from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.declared import problems
 from dpa_xtuner.errors import DPAError, refuse
-from dpa_xtuner.stages.components import COMPONENTS, ModelPlan
+from dpa_xtuner.stages.components import COMPONENTS, LLM, LLM_ADAPTER, ModelPlan
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
 from dpa_xtuner.stages.table import Stage
@@ -366,7 +366,12 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
         provenance=provenance,
         samples=samples,
     )
-    return [*hooks, hand_over]
+    hooks.append(hand_over)
+    if dataset.get("held_out") and stage.sees_pictures:
+        on_proxy = stage.loads.keys() & {LLM, LLM_ADAPTER}
+        original = run.cfg.model.llm.to_dict() if on_proxy else None
+        hooks.append(dict(type="LeakageHook", data=data, precision=precision, original=original))
+    return hooks
 
 
 def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:

@@ -106,6 +106,7 @@ def test_the_table_holds_what_each_run_measured(tmp_path):
     for name, status in {"a": "finished", "b": "failed (exit code 1)", "c": "refused"}.items():
         sweep.write_status(tmp_path, runs[name], status)
     write_stage(tmp_path / "a/proxy", {"original": 4.0, "floor": 0.5}, {"loss": 1, "step": 2})
+    write_stage(tmp_path / "a/align", {"floor": 0.5, "leakage": 2.5}, {"loss": 1, "step": 2})
     write_stage(
         tmp_path / "a/tune",
         {},
@@ -117,12 +118,12 @@ def test_the_table_holds_what_each_run_measured(tmp_path):
     markdown = sweep.save_table(tmp_path)
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in markdown.splitlines()]
     assert cells[0] == [
-        "method", "proxy.lora.r", "status", "original", "floor", "tune cross_entropy", "mmbench",
-        "mmvp.pairs",
+        "method", "proxy.lora.r", "status", "original", "floor", "leakage", "tune cross_entropy",
+        "mmbench", "mmvp.pairs",
     ]  # fmt: skip
     assert set("".join(cells[1])) == {"-", ":"}
-    assert cells[2] == ["dpa", "8", "finished", "4", "0.5", "1.25", "61.5", "30"]
-    assert cells[3] == ["vanilla", "-", "failed (exit code 1)", *"-----"]
+    assert cells[2] == ["dpa", "8", "finished", "4", "0.5", "2.5", "1.25", "61.5", "30"]
+    assert cells[3] == ["vanilla", "-", "failed (exit code 1)", *"------"]
     assert cells[4][2] == "refused"
     with open(tmp_path / "sweep.csv") as file:
         first = next(csv.DictReader(file))
@@ -152,7 +153,8 @@ def test_a_failure_stops_neither_the_others_nor_the_table(swept):
         (work_dir / "method=vanilla,align.batch_size=2/align/stage.json").read_text()
     )
     assert stage["steps"] == 2  # the settings of all runs
-    assert found["vanilla2"]["align"] == stage["measured"]["align"]
+    for name in ("align", "leakage"):
+        assert found["vanilla2"][name] == stage["measured"][name]
 
 
 def test_a_restart_runs_what_is_not_finished(swept):

@@ -79,26 +79,54 @@ def test_the_floor_is_that_of_a_plain_computation(reference, tiny, held_out):
     assert found["floor"] < found["original"] - 0.1
 
 
-def test_align_is_measured_on_the_same_captions_with_their_pictures(reference, tiny, held_out):
-    work_dir = reference(FULL).work_dir
-    _, proxy = llm_with(tiny, work_dir)
+def align_pictures(tiny, work_dir):
+    """What the projector makes of a picture (None: of a blank one), by plain transformers."""
     vit = CLIPVisionModel.from_pretrained(tiny / "visual_encoder").float()
     projector = AutoModel.from_pretrained(work_dir / "align/projector", trust_remote_code=True)
     processor = CLIPImageProcessor.from_pretrained(tiny / "visual_encoder")
     mean = tuple(int(255 * m) for m in processor.image_mean)
 
     def picture(file) -> torch.Tensor:
-        image = Image.open(file).convert("RGB")  # 30 x 40
         square = Image.new("RGB", (40, 40), mean)
-        square.paste(image, ((40 - image.width) // 2, (40 - image.height) // 2))
+        if file is not None:
+            image = Image.open(file).convert("RGB")  # 30 x 40
+            square.paste(image, ((40 - image.width) // 2, (40 - image.height) // 2))
         pixels = processor(square, return_tensors="pt").pixel_values
+        pixels = torch.zeros_like(pixels) if file is None else pixels
         return projector(vit(pixels, output_hidden_states=True).hidden_states[-2][:, 1:])
 
+    return picture
+
+
+def test_align_is_measured_on_the_same_captions_with_their_pictures(reference, tiny, held_out):
+    work_dir = reference(FULL).work_dir
+    _, proxy = llm_with(tiny, work_dir)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "llm")
-    expected = nats_per_token(proxy, tokenizer, held_out, picture)
+    expected = nats_per_token(proxy, tokenizer, held_out, align_pictures(tiny, work_dir))
     found = measured(work_dir, "align")
     assert found["align"] == pytest.approx(expected, abs=5e-3)
     assert found["floor"] == measured(work_dir, "proxy")["floor"]
+
+
+def test_the_style_leakage_is_that_of_the_original_llm(reference, tiny, held_out):
+    work_dir = reference(FULL).work_dir
+    original, _ = llm_with(tiny, work_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "llm")
+    picture = align_pictures(tiny, work_dir)
+    turned = [*held_out[1:], held_out[0]]
+    others = [(text, file) for (text, _), (_, file) in zip(held_out, turned, strict=True)]
+    blank = [(text, None) for text, _ in held_out]
+    expected = {
+        "without_picture": nats_per_token(original, tokenizer, held_out),
+        "own_picture": nats_per_token(original, tokenizer, held_out, picture),
+        "other_picture": nats_per_token(original, tokenizer, others, picture),
+        "blank_picture": nats_per_token(original, tokenizer, blank, picture),
+    }
+    expected["leakage"] = expected["without_picture"] - expected["other_picture"]
+    found = measured(work_dir, "align")
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=8e-3)
+    # Not those of the proxy, which was in memory.
+    assert found["own_picture"] > found["align"] + 0.1
 
 
 @pytest.mark.parametrize("stage", ["proxy", "align"])
