@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,7 @@ def options_that_do_not_fit() -> None:
     """Report options such as ``proxy.lr.x=1``, where ``proxy.lr`` is a number, without a traceback.
 
     ``xtuner train`` calls MMEngine 0.10.6 before a runner could say what is wrong. Its error
-    becomes a :class:`DPAError`, and an uncaught one ends the process with its message alone.
+    becomes a :class:`DPAError`.
     """
     from mmengine.config import Config
 
@@ -240,17 +240,6 @@ def options_that_do_not_fit() -> None:
             ) from None
 
     Config.merge_from_dict = told
-    sys.excepthook = _plainly(sys.excepthook)
-
-
-def _plainly(usual: Callable) -> Callable:
-    def hook(kind, error, trace) -> None:
-        if issubclass(kind, DPAError):
-            print(f"\ndpa_xtuner: {error}", file=sys.stderr, flush=True)
-        else:
-            usual(kind, error, trace)
-
-    return hook
 
 
 def _is_deepspeed(wrapper) -> bool:

@@ -17,3 +17,6 @@ import dpa_xtuner.engine.hooks
 import dpa_xtuner.engine.loop
 import dpa_xtuner.engine.optim
 import dpa_xtuner.engine.runner  # noqa: F401
+from dpa_xtuner.engine.uncaught import answer_uncaught
+
+answer_uncaught()

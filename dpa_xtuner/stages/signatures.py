@@ -160,6 +160,11 @@ _CONSTRUCTORS = registry.OPTIM_WRAPPER_CONSTRUCTORS
 # Rules that no signature shows: a test of the value (None for a missing key), the message, and the
 # known names.
 _RULES: dict[str, tuple[Callable[[Any], Any], str, Iterable[str]]] = {
+    "_scope_": (
+        lambda scope: scope in (None, "dpa_xtuner"),  # MMEngine takes it out on the way to us
+        "expected 'dpa_xtuner', by which XTuner finds our runner: leave it out",
+        ("dpa_xtuner",),
+    ),
     "default_hooks.checkpoint.max_keep_ckpts": (
         lambda number: number not in (0, 1),
         "expected at least 2, since MMEngine removes the oldest before the newest is on disk",

@@ -59,11 +59,46 @@ def copied(reference, work_dir):
         ("proxy", ["captions.data_path=nowhere.json"], "nowhere.json"),
         ("proxy", ["runner_type=Foo"], "runner_type='Foo' is not a known runner"),
         ("proxy", ["llm_name_or_path=nowhere"], "--cfg-options llm_name_or_path=FOLDER"),
+        ("proxy", ["_scope_=foo"], "_scope_: expected 'dpa_xtuner'"),
+        ("proxy", ["proxy.lr.x=1"], "--cfg-options don't fit"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:12],
 )
 def test_a_wrong_setting_is_told_in_one_message(stage, options, message, tiny, work_dir):
     assert message in harness.refusal(stage, work_dir, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("optim_wrapper=3", "optim_wrapper: expected a dict (got 3)"),
+        ("train_dataloader=x", "train_dataloader: expected a dict (got 'x')"),
+        ("optim_wrapper.clip_grad=3", "optim_wrapper.clip_grad: expected a dict (got 3)"),
+    ],
+)
+def test_what_xtuners_script_fails_on_with_deepspeed_is_told(option, message, tiny, work_dir):
+    assert message in harness.refusal("proxy", work_dir, option, deepspeed=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (None, "custom_imports: Failed to import my_module: No module named 'my_module'"),
+        ("import torch.no_such", "my_module: No module named 'torch.no_such'"),
+        ("from torch import no_such", "my_module: cannot import name 'no_such' from 'torch'"),
+    ],
+)
+def test_a_module_that_can_not_be_imported_is_named(body, message, tiny, work_dir, tmp_path):
+    if body:
+        (tmp_path / "my_module.py").write_text(body)
+    config = tmp_path / "with_imports.py"
+    config.write_text(
+        f"_base_ = [{str(harness.TINY_CONFIG)!r}]\n"
+        "custom_imports = dict(imports=['dpa_xtuner.plugin', 'my_module'])\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        assert message in harness.refusal("proxy", work_dir, config=config)
 
 
 def test_a_stage_does_not_start_from_an_unfinished_one(copied):
