@@ -15,6 +15,11 @@ def answer_uncaught() -> None:
 
 def _instead_of(usual: Callable) -> Callable:
     def hook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, (EOFError, ConnectionError)) and any(
+            _function(frame) == "multiprocessing.resource_sharer._serve"
+            for frame, _ in walk_tb(trace)
+        ):
+            return  # a dataloader worker's parent has ended, and has said so itself
         answer = error if isinstance(error, DPAError) else _mistake(error, trace)
         if answer:
             print(f"\ndpa_xtuner: {answer}", file=sys.stderr, flush=True)
