@@ -6,6 +6,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.layout import PROVENANCE_FILE
 from dpa_xtuner.model.projectors import read_projector
+from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import (
     KIND,
     is_finished,
@@ -57,6 +58,13 @@ def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
 
 
 def _refuse_other_kind(run: Run, folder: Path, provenance: dict) -> None:
+    trained_in = Precision(provenance["precision"])
+    if trained_in.fingerprint_dtype != run.precision.fingerprint_dtype:
+        raise DPAError(
+            f"tune.init_projector={str(folder)!r} was trained in precision={trained_in.name!r}, "
+            f"and this run computes in {run.precision.name!r}: weights rounded to another type "
+            f"can't be recognised. Set precision={trained_in.name!r}, on a device that has it."
+        )
     now = {
         "encoder": run.settings.encoder,
         "model.visual_select_layer": run.cfg.model.get("visual_select_layer"),

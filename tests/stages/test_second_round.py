@@ -240,6 +240,17 @@ def test_another_projector_is_refused(rounds, reference, tiny, tmp_path):
     assert "seed: 42, the projector's 7" in message and str(tampered) in message
 
 
+def test_a_projector_trained_in_another_precision_is_told(rounds, tmp_path):
+    first, _ = rounds("full")
+    run = shutil.copytree(first.work_dir, tmp_path / "first")
+    for file in (run / "tune/projector/dpa.json", run / "tune/llm/dpa.json"):
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"precision": "fp16"}))
+    given = {"tune.init_projector": run / "tune/projector", "llm_name_or_path": run / "tune/llm"}
+    message = told(first.options(**given), tmp_path / "run")
+    assert "was trained in precision='fp16', and this run computes in 'bf16'" in message
+
+
 def test_an_exported_llm_goes_with_the_very_projector_that_was_there(rounds, tmp_path):
     first, _ = rounds("lora")
     other = shutil.copytree(first.projector, tmp_path / "projector")
