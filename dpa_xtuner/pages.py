@@ -6,7 +6,7 @@ import base64
 import io
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from dpa_xtuner.pictures import as_rgb
@@ -19,10 +19,15 @@ def render(template: Path, **values) -> str:
     """Fill in a template; whatever is filled in is escaped.
 
     Args:
-        template: a Jinja file.
+        template: a Jinja file; it may import ``tokens.html``, which colours tokens.
         values: its variables, besides ``side``, which is :data:`SIDE`.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page = environment.from_string(template.read_text(encoding="utf-8"))
     return page.render(side=SIDE, **values) + "\n"
 

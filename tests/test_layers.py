@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "export": {"data", "model", "stages"},
     "analysis": {"data", "export", "families", "loss", "model", "stages"},
     "evaluation": {"model"},
+    "chat": {"analysis", "data", "evaluation", "export", "loss"},
     "demo": {"evaluation", "stages"},
 }
 

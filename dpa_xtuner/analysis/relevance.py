@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mmengine.device import get_device
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpa_xtuner import pages
 from dpa_xtuner.analysis.models import split_data, spread, trained_model
@@ -18,9 +19,10 @@ from dpa_xtuner.data import collate
 from dpa_xtuner.data.places import open_bytes
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.files import write_text
-from dpa_xtuner.loss import supervised_mask
+from dpa_xtuner.loss import TokenLogProbs, supervised_mask
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
+from dpa_xtuner.model.llm import supervised_log_probs
 
 BINS = 12
 """Bars of a histogram."""
@@ -77,6 +79,24 @@ class Sample:
         return [piece for piece in self.pieces if isinstance(piece, Token)]
 
 
+def both_passes(
+    llm: PreTrainedModel | PeftModel, inputs: dict[str, Tensor], data: dict
+) -> tuple[TokenLogProbs, TokenLogProbs]:
+    """Compute the log-probabilities of a batch's N supervised tokens with the pictures and without.
+
+    Args:
+        llm: the LLM, wrapped by peft or not.
+        inputs: the decoder's inputs, pictures spliced in.
+        data: a batch of :func:`dpa_xtuner.data.collate`.
+
+    Returns:
+        Both; they are the same for samples without a picture.
+    """
+    log_probs, supervised = supervised_log_probs(llm, inputs, data), supervised_mask(data["labels"])
+    has_image = data["image_mask"].any(1, keepdim=True).expand_as(supervised)[supervised]
+    return log_probs, contrast_log_probs(llm, data).where(has_image, log_probs)
+
+
 @torch.no_grad()
 def weigh(model: DPALLaVAModel, data: dict) -> Weights:
     """Weigh a batch's tokens as its training does; the pass without pictures is run for any scheme.
@@ -86,9 +106,7 @@ def weigh(model: DPALLaVAModel, data: dict) -> Weights:
         data: a batch of :func:`dpa_xtuner.data.collate`.
     """
     scheme, supervised = model.objective.scheme, supervised_mask(data["labels"])
-    log_probs = model.log_probs(data)
-    has_image = data["image_mask"].any(1, keepdim=True).expand_as(supervised)[supervised]
-    no_image = contrast_log_probs(model.llm, data).where(has_image, log_probs)
+    log_probs, no_image = both_passes(model.llm, model.splice(data), data)
     found = scheme.weights(log_probs, no_image if scheme.contrast else None, supervised)
     p_w, p_wo = log_probs.probability, no_image.probability
     d = p_w - p_wo if found.relevance is None else found.relevance

@@ -5,27 +5,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from opencompass.models.base import BaseModel
 from opencompass.utils import get_logger
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-)
-from transformers.utils import is_flash_attn_2_available
+from transformers import PreTrainedModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.folder import background, computing_dtype, pads_pictures
-from dpa_xtuner.model.configs import caps_attention, caps_logits
+from dpa_xtuner.evaluation.folder import background, pads_pictures
+from dpa_xtuner.evaluation.llava import load_llava
 from dpa_xtuner.pictures import WHITE, as_rgb, padded
-from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
 LLAVA_1_5 = (  # llava-v1.5's template (conv_vicuna_v1): its first folders have none
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -249,35 +240,11 @@ class LlavaFolder(ChatModel):
                 missing.
         """
         super().__init__(path, device)
-        config = AutoConfig.from_pretrained(path)
-        if not isinstance(config, LlavaConfig):
-            raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
-        if caps_logits(config.text_config) and not LLAVA_HOLDS_AN_LLM:
-            raise DPAError(
-                f"{path}: its LLM caps its logits, and LLaVA does not in transformers "
-                f"{transformers.__version__}: it would be another model. Use one before 4.52."
-            )
-        processor = AutoProcessor.from_pretrained(path)
-        self.image_token = getattr(processor, "image_token", self.image_token)
-        self.image_id = config.image_token_index
-        if processor.tokenizer.convert_tokens_to_ids(self.image_token) != self.image_id:
-            raise DPAError(
-                f"{path}: its tokenizer has no token {self.image_token!r} with the id "
-                f"{self.image_id}, the image_token_index of config.json."
-            )
+        model, processor = load_llava(path, self.device)
+        config = model.config
+        self.image_token, self.image_id = processor.image_token, config.image_token_index
         self.pads, self.background = pads_pictures(path), background(path)
-        dtype = computing_dtype(path, self.device.type)
-        for inner in (config.text_config, config.vision_config):
-            # transformers 4.48 saves this key with some models, and then uses eager attention.
-            inner._attn_implementation_autoset = False
-        model = load_whole(
-            LlavaForConditionalGeneration,
-            path,
-            config=config,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=True,
-            attn_implementation={"text_config": _attention(config, dtype, self.device)},
-        )
+        dtype = model.dtype
         self.set_up(model, config.text_config, processor.tokenizer, processor)
         blank = self._pixels(Image.new("RGB", (64, 64)))
         with torch.inference_mode():
@@ -304,40 +271,6 @@ def _opened(path: str | None, background: str) -> Image.Image:
         raise DPAError("no picture is given")
     with Image.open(path) as picture:
         return as_rgb(picture, background)
-
-
-def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:
-    """Call ``kind.from_pretrained`` and refuse a folder that lacks weights.
-
-    transformers would initialise missing weights at random.
-
-    Args:
-        kind: a model class of transformers, or an auto class.
-        path: the folder.
-        options: arguments of ``from_pretrained``.
-
-    Raises:
-        DPAError: weights are missing, or have another shape than the config says.
-    """
-    model, found = kind.from_pretrained(
-        path, ignore_mismatched_sizes=True, output_loading_info=True, **options
-    )
-    # On the meta device, transformers treats weights of equal size as tied, and misses none.
-    left = [name for name, weight in model.state_dict().items() if weight.is_meta]
-    lost = dict.fromkeys(sorted({*found["missing_keys"], *left}), "is missing")
-    for name, there, wanted in found["mismatched_keys"]:
-        lost[name] = f"has the shape {tuple(there)}, expected {tuple(wanted)}"
-    if lost:
-        raise DPAError(
-            f"{path}: {len(lost)} weights are missing or have another shape than config.json says, "
-            f"the first: {' '.join(next(iter(lost.items())))}. Copy or export the folder again."
-        )
-    if unknown := found["unexpected_keys"]:
-        get_logger().warning(
-            f"{path}: {len(unknown)} weights belong to no module of the model and are ignored, the "
-            f"first: {min(unknown)}."
-        )
-    return model
 
 
 def _unnamed(template: str | dict | list | None) -> str | None:
@@ -382,9 +315,3 @@ def failure(error: Exception) -> str:
     reason = " ".join(str(error).split()) or "no message"
     kind = "" if isinstance(error, DPAError) else f"{type(error).__name__}: "
     return f"{NO_ANSWER}: {kind}{reason}"[:_LONGEST_REASON]
-
-
-def _attention(config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "eager" if caps_attention(config.text_config) else None

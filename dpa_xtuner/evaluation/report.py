@@ -12,6 +12,7 @@ from dpa_xtuner.evaluation.benchmarks import BENCHMARK_KINDS, PAPER, Benchmark
 from dpa_xtuner.evaluation.folder import run_of_export
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_KINDS, TextBenchmark
 from dpa_xtuner.files import read_json, write_json, write_text
+from dpa_xtuner.model_card import write_card
 
 PAPER_MEANS = {
     "Qwen2.5-7B": {"vanilla": 49.0, "CAL": 51.0, "DPA": 51.7},
@@ -239,10 +240,14 @@ def save_report(report: Report, folder: Path, name: str = "table") -> str:
 def save_beside_runs(report: Report) -> None:
     """Write ``scores.json`` in each run whose export was evaluated: tools/sweep.py reads it.
 
-    Nothing is written for other folders. The file keeps scores of the same model on benchmarks
-    that were not asked this time.
+    The file keeps scores of the same model on benchmarks that were not asked this time. The model
+    card of an export gets the scores of this evaluation. Nothing is written for other folders.
     """
+    titles = {benchmark.name: benchmark.title for benchmark in report.benchmarks}
     for label, source in report.sources.items():
+        asked = report.models[label].items()
+        shown = {titles.get(name, name): r.score for name, r in asked if r.score is not None}
+        write_card(Path(source["folder"]), shown, report.limit)
         if run := run_of_export(Path(source["folder"])):
             file, results = run / "scores.json", report.models[label]
             before = read_json(file, "Remove it.")

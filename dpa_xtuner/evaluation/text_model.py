@@ -30,7 +30,8 @@ from dpa_xtuner import compat
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import failed_samples
 from dpa_xtuner.evaluation.folder import computing_dtype
-from dpa_xtuner.evaluation.model import ChatModel, failure, in_halves, load_whole
+from dpa_xtuner.evaluation.llava import load_whole
+from dpa_xtuner.evaluation.model import ChatModel, failure, in_halves
 from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.versions import language_model

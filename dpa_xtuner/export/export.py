@@ -16,7 +16,8 @@ from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import acquire_lock, whole_folder, write_json
-from dpa_xtuner.layout import PROVENANCE_FILE, TUNE
+from dpa_xtuner.layout import HF_FOLDER, PROVENANCE_FILE, TUNE
+from dpa_xtuner.model_card import MODEL_CARD, write_card
 from dpa_xtuner.precision import DTYPES
 from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
 from dpa_xtuner.versions import installed_versions
@@ -91,7 +92,10 @@ def _write(
         about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
         known = {"run": str(source.base.resolve()), "files": _file_sizes(partial)}
         known["versions"] = installed_versions()
+        known["training"] = source.training()
         write_json(partial / PROVENANCE_FILE, provenance | about | known)
+        if fmt == HF_FOLDER:
+            write_card(partial)
     return about
 
 
@@ -102,11 +106,10 @@ def _provenance(source: Source, fmt: str, dtype: str) -> dict[str, Any]:
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
-    """Measure each file but ``dpa.json``, in bytes."""
+    """Measure each file but ``dpa.json`` and the card, which an evaluation rewrites; in bytes."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    sizes.pop(PROVENANCE_FILE, None)
-    return sizes
+    return {name: size for name, size in sizes.items() if name not in (PROVENANCE_FILE, MODEL_CARD)}
 
 
 def _earlier_export(out: Path) -> dict[str, Any]:
@@ -164,8 +167,8 @@ def _messages(source: Source, fmt: str, out: Path, about: dict[str, Any]) -> lis
     lines = [f"Wrote {out}"]
     if fmt == "hf" and source.stage_settings.pad_image_to_square:
         lines.append(
-            "Images were padded to a square in training, which no image processor of transformers "
-            "4.48 does: pad them in the mean colour first (padded in dpa_xtuner/pictures.py)"
+            "Images were padded to a square in training. Newer versions of transformers do so by "
+            "themselves; on 4.48, pad them as README.md in the folder shows"
         )
     if fmt == "xtuner" and not source.stage_settings.pad_image_to_square:
         lines.append(

@@ -1,11 +1,13 @@
 """Writes a folder of transformers' LlavaForConditionalGeneration, with its processor."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AddedToken,
     AutoTokenizer,
     GenerationConfig,
@@ -28,6 +30,7 @@ from dpa_xtuner.export.refusals import extra_tokens
 from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
+from dpa_xtuner.files import write_json
 from dpa_xtuner.model.configs import caps_attention
 from dpa_xtuner.model.llm import fill
 from dpa_xtuner.model.llm_folder import SAVED_AS_JSON, write_portably
@@ -35,6 +38,8 @@ from dpa_xtuner.stages.components import VISUAL_ENCODER
 from dpa_xtuner.versions import llava_names, published_prefix
 
 SHARD = "4GB"
+# They resize, crop, rescale and normalise, each if it is asked to.
+_CLIP_STEPS = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor")
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
 
 
@@ -88,12 +93,35 @@ def write_hf(
         chat_template=jinja,
     ).save_pretrained(folder, **SAVED_AS_JSON)
     image_processor.save_pretrained(folder)
+    if source.stage_settings.pad_image_to_square:
+        _pad_by_itself(folder / "preprocessor_config.json")
     write_portably(folder, chat_template=jinja)
     loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     differs = disagreements(
         source.template, source.stage.sample_format, loaded, load_tokenizer(source)
     )
     return {"image_token_index": image_id, "template_differs": differs}
+
+
+def _pad_by_itself(file: Path) -> None:
+    """Have the image processor pad to a square, on versions of transformers that can.
+
+    Without ``image_processor_type`` the folder gets the processor of its model type: LLaVA's own,
+    which reads ``do_pad`` and pads in the mean colour; on transformers 4.48 CLIP's, which does not.
+    All steps are named, since their defaults are CLIP's: the encoder's processor may crop nothing.
+
+    Args:
+        file: ``preprocessor_config.json``; a processor of other steps than CLIP's is left alone.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kind = values.get("image_processor_type", "").removesuffix("Fast")
+    if kind not in _CLIP_STEPS:
+        return
+    del values["image_processor_type"]
+    size = values["size"]
+    square = {side: size.get("shortest_edge", size.get("height")) for side in ("height", "width")}
+    defaults = {"do_center_crop": False, "crop_size": square, "do_convert_rgb": True}
+    write_json(file, defaults | values | {"do_pad": True})
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -148,6 +176,8 @@ def _config(
     # eager one.
     llm.config._attn_implementation_autoset = caps_attention(llm.config)
     encoder.config._attn_implementation_autoset = False
+    # vLLM finds the LLM by this name, which InternLM's configurations lack.
+    llm.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(llm.config)].__name__]
     config = LlavaConfig(
         vision_config=encoder.config,
         text_config=llm.config,

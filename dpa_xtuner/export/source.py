@@ -95,6 +95,10 @@ class Source:
             )
         return found
 
+    def training(self) -> dict[str, Any]:
+        """Return the data and settings of the stage, as its ``stage.json`` has them."""
+        return {key: self.stage_provenance.get(key) for key in ("data", "settings", "seed")}
+
     @property
     def sees_pictures(self) -> bool:
         """Whether the stage's model takes images."""

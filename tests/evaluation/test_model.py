@@ -19,7 +19,7 @@ from transformers import (
 from xtuner.dataset.utils import expand2square
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation import model as module
+from dpa_xtuner.evaluation import llava as loading
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.model import LlavaFolder, padded
 from dpa_xtuner.evaluation.text_model import load_llm
@@ -302,7 +302,7 @@ def test_missing_weights_are_refused(part, count, first, folder, tmp_path):
 
 def test_weights_of_another_shape_are_refused_and_unknown_ones_said(folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(module.get_logger(), "warning", said.append)
+    monkeypatch.setattr(loading, "print_log", lambda line, *_: said.append(line))
 
     def add(weights):
         weights["language_model.model.layers.9.mlp.weight"] = torch.zeros(2)
