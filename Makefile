@@ -3,7 +3,7 @@
 # make check   the linters, types and fast tests, in a few minutes
 # make test    the linters, types and all tests
 # make matrix  the fast tests on each set of versions in constraints/, in environments of their own
-# make docs    site/: the pages of docs/ and an API reference
+# make docs    site/: the pages of docs/ and an API reference; a dead link ends it
 # STEPS=20     a quick smoke test
 # STACK=5      for make install: the versions of constraints/5.txt; stock has XTuner's own pins
 comma := ,
