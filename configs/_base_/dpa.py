@@ -27,6 +27,7 @@ method = 'dpa'
 precision = 'auto'
 
 # The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA layers.
+# Another size is another name: --cfg-options llm_name_or_path=Qwen/Qwen3-14B.
 # prompt_template (one of XTuner's names, or a dict with its keys) sets another chat template.
 #   llm_name_or_path = 'Qwen/Qwen2.5-7B-Instruct'
 #   family = 'qwen2_5'

@@ -16,6 +16,10 @@ template has XTuner's keys and, where a family's published chat template asks fo
 | `PREFIX`             | what stands before an answer and is supervised like it: a space |
 | `STRIP`              | whether the white space around contents is removed              |
 | `AS_ONE_TEXT`        | whether the pieces are tokenised as parts of one text           |
+| `NO_THINKING`        | what stands before the last answer alone: an empty thinking     |
+|                      | block. It is not supervised                                     |
+| `TODAY`              | the date (``2024-07-26``) in SYSTEM, where the published chat   |
+|                      | template writes that of the day on which it is used             |
 
 A chat template's rendering is tokenised as one text. XTuner tokenises each piece of its templates
 as if it stood alone, which differs for the tokenizers that put a space before a text (Llama-2,
@@ -45,7 +49,10 @@ _TEMPLATE_KEYS = (
     "PREFIX",
     "STRIP",
     "AS_ONE_TEXT",
+    "NO_THINKING",
+    "TODAY",
 )
+_END_OF_THINKING = "</think>"
 
 
 class Special(Enum):
@@ -145,12 +152,18 @@ def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
     if len(silent) == len(record.turns):
         reason = "no answer to train on: the record says so" if record.silent else "empty answer"
         return Problem(record.id, reason, position=record.position)
+    thinking = template["INSTRUCTION"] + template.get("NO_THINKING", "")
+    if _END_OF_THINKING in thinking and any(_END_OF_THINKING in gpt for _, gpt in record.turns):
+        reason = "answer with reasoning: the prompt template closes the thinking before answers"
+        return Problem(record.id, reason, position=record.position)
     strip = str.strip if template.get("STRIP") else str
     suffix, separator = template.get("SUFFIX") or "", template.get("SEP", "")
     pieces = []
     for number, (human, gpt) in enumerate(record.turns, 1):
         first = strip(system) if number == 1 and system is not None else None
         prompt = _prompt(strip(_image_first(human)), first, number, template)
+        if number == len(record.turns):
+            prompt += template.get("NO_THINKING", "")
         for i, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
             if i > 0:
                 pieces.append(Piece(Special.IMAGE, False))

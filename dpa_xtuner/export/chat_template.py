@@ -42,6 +42,7 @@ STRIP
 {%- else -%}
 {%- set turn.text = INSTRUCTION -%}
 {%- endif -%}
+THINKING
 BOS
 {%- for chunk in turn.text.split('<image>') -%}
 {{- IMAGE ~ chunk -}}
@@ -85,6 +86,7 @@ def chat_template(template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBas
         "STRIP": "{%- set turn.text = turn.text.strip() -%}" if template.get("STRIP") else "",
         "FIRST": first,
         "INSTRUCTION": instruction,
+        "THINKING": _no_thinking(template),
         "BOS": _first_bos(tokenizer),
         "IMAGE": _image(tokenizer),
         "ANSWER": answer,
@@ -106,6 +108,14 @@ def _expression(text: str, values: Mapping[str, str]) -> str:
         pieces += [repr(literal)] if literal else []
         pieces += [] if field is None else [values[field]]
     return " ~ ".join(pieces)
+
+
+def _no_thinking(template: Mapping[str, Any]) -> str:
+    """Build the Jinja line that ends the last prompt; at most its answer follows that message."""
+    if "NO_THINKING" not in template:
+        return ""
+    text = f"turn.text ~ {template['NO_THINKING']!r}"
+    return f"{{%- if loop.revindex <= 2 -%}}{{%- set turn.text = {text} -%}}{{%- endif -%}}"
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,6 +1,9 @@
 """The base class of LLM families, and how they are found."""
 
+from importlib.metadata import version
 from typing import Any, ClassVar, cast
+
+from packaging.version import Version
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import FAMILIES, find_named
@@ -18,6 +21,7 @@ class Family:
         template: its chat template, with the keys of :mod:`dpa_xtuner.data.templates`.
         tokenizer: the config type of its tokenizer's loader.
         lora_targets: the linear layers that LoRA adapts; by default all but the head.
+        since: the first version of transformers that has the class of ``llm``.
     """
 
     llm: ClassVar[str]
@@ -25,17 +29,23 @@ class Family:
     template: ClassVar[dict[str, Any]]
     tokenizer: ClassVar[str] = "transformers.AutoTokenizer.from_pretrained"
     lora_targets: ClassVar[tuple[str, ...]] = LLAMA_LAYERS
+    since: ClassVar[str] = "4.48"
 
 
 def find_family(name: str) -> type[Family]:
     """Find a family by its name.
 
     Raises:
-        DPAError: it is unknown, or lacks a required attribute.
+        DPAError: it is unknown, lacks a required attribute, or needs a newer transformers.
     """
     family, _ = find_named(FAMILIES, name)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
         raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
+    if Version(installed := version("transformers")) < Version(family.since):
+        raise DPAError(
+            f"family={name!r} needs transformers {family.since} or newer; installed is "
+            f"{installed}. Install the versions of constraints/5.txt (README, Install)."
+        )
     return cast("type[Family]", family)
 
 

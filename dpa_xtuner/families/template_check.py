@@ -1,6 +1,7 @@
 """Compares a family's chat template with the one that a tokenizer was published with."""
 
 from collections.abc import Iterator, Mapping
+from datetime import date
 from itertools import takewhile
 from typing import Any
 
@@ -24,7 +25,7 @@ def check_template(
 
     A tokenizer without a chat template passes. The comparison uses conversations of one and two
     turns, with a system prompt if both templates support one, and each prompt without its last
-    answer.
+    answer. Thinking is off, and today is the template's ``TODAY``, if it has one.
 
     Args:
         family: a family, or a template for ``resolve_template``.
@@ -70,6 +71,9 @@ def _renderings(
     template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Render conversations by the tokenizer's template and by ours, with and without answer."""
+    fixed: dict[str, Any] = {"enable_thinking": False, "return_dict": False}
+    if today := template.get("TODAY"):
+        fixed["strftime_now"] = date.fromisoformat(today).strftime
     says_system = template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")
     for turns in (_TURNS[:1], _TURNS):
         for system in (None, "Be brief.") if says_system else (None,):
@@ -78,9 +82,9 @@ def _renderings(
                 messages.append({"role": "user", "content": question})
                 messages.append({"role": "assistant", "content": answer})
             try:
-                whole = tokenizer.apply_chat_template(messages, return_dict=False)
+                whole = tokenizer.apply_chat_template(messages, **fixed)
                 prompt = tokenizer.apply_chat_template(
-                    messages[:-1], add_generation_prompt=True, return_dict=False
+                    messages[:-1], add_generation_prompt=True, **fixed
                 )
             except TemplateError as error:
                 if system is None:

@@ -14,7 +14,7 @@ from dpa_xtuner.export.chat_template import (
     end_of_turn,
     without_bos,
 )
-from dpa_xtuner.families import find_family
+from dpa_xtuner.families.base import known_families
 
 FAMILIES = [name for name in runs.KINDS if name != "mistral"]
 IMAGE, TEXT = {"type": "image"}, "What {is} it?"
@@ -77,7 +77,7 @@ def messages_of(system, turns, answers):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_are_those_of_training(pieces, name, conversation):
     trained, exported = both(pieces, name)
-    template = find_family(name).template
+    template = known_families()[name].template
     system, turns, asked = CONVERSATIONS[conversation]
     images = tuple("x" for human, _ in turns for _ in range(human.count("<image>")))
     record = Record("", images, system, tuple(turns))
@@ -127,7 +127,7 @@ def test_captions_are_an_image_and_a_text(pieces, kind):
 )  # fmt: skip
 def test_the_end_of_a_turn(pieces, name, ends):
     _, exported = both(pieces, name)
-    ids = end_of_turn(find_family(name).template, exported)
+    ids = end_of_turn(known_families()[name].template, exported)
     assert set(exported.convert_ids_to_tokens(ids)) == set(ends)
     assert exported.convert_ids_to_tokens(ids)[0] == ends[0]
 
@@ -141,7 +141,7 @@ def test_a_template_that_one_text_cant_say_is_told(pieces):
     told = disagreements(template, "chat", exported, trained)
     assert "1 turn(s) with an image" in told
     trained, exported = both(pieces, "vicuna")
-    family = find_family("vicuna").template
+    family = known_families()["vicuna"].template
     exported.chat_template = chat_template(family, exported)
     without_bos(exported)
     assert disagreements(family, "chat", exported, trained) == []

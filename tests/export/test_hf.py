@@ -24,6 +24,7 @@ MODELS = {
     "internlm3": ("internlm3", {}),
     "qwen2": ("qwen2", dict(encoder="siglip")),
     "qwen2_5": ("qwen2_5", dict(train_llm="full", encoder=DINO)),
+    "qwen3": ("qwen3", dict(train_llm="full")),
     "llama2": ("llama2", {}),
     "vicuna": ("vicuna", dict(train_llm="full")),
     "llama3_1": ("llama3_1", dict(start_from="proxy")),
@@ -57,6 +58,8 @@ def ask(jobs: dict, image: Path, folder: Path) -> dict:
 def answers(run, image, tmp_path_factory):
     made, jobs = {}, {}
     for name, (family, how) in MODELS.items():
+        if not runs.KINDS[family].is_known:
+            continue
         made[name] = run(family, **how)
         out = export_config(made[name].config, work_dir=made[name].work_dir, dtype="float32")
         jobs[name] = (str(out), CONVERSATIONS)
@@ -65,6 +68,7 @@ def answers(run, image, tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_text_are_those_of_the_training_model(name, answers, image):
+    assert runs.KINDS[MODELS[name][0]].llm  # skips an LLM that this transformers lacks
     made, found = answers[0][name], answers[1][name]
     assert not any(found["info"].values()), found["info"]
     assert found["attention"] == ("eager" if name == "gemma2" else "sdpa")

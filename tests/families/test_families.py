@@ -5,12 +5,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+import transformers
+from support import newer
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, Qwen2Config
+from transformers import CONFIG_MAPPING, Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 from xtuner.model.utils import LoadWoInit
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.families import Family, check_model_type, find_family
+from dpa_xtuner.families import Family, base, check_model_type, find_family
+from dpa_xtuner.families.base import known_families
 from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.llm import load
 from dpa_xtuner.registry import FAMILIES
@@ -24,18 +27,23 @@ NAMES = [
     "llama3_1",
     "qwen2",
     "qwen2_5",
+    "qwen3",
     "smollm2",
     "vicuna",
 ]
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}
 TINY = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=16, vocab_size=64,
 )  # fmt: skip
 
 
+def known(name):
+    newer.skip_unless_known(name)
+    return find_family(name)
+
+
 def tiny(family):
-    config = CONFIGS[family.model_types[-1]](**TINY)
+    config = CONFIG_MAPPING[family.model_types[-1]](**TINY)
     return model_class({"type": family.llm})(config)
 
 
@@ -45,7 +53,7 @@ def test_these_are_all_families():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loader_and_tokenizer_are_importable(name):
-    family = find_family(name)
+    family = known(name)
     for path in (family.llm, family.tokenizer):
         assert path.endswith(".from_pretrained")
         assert callable(model_class({"type": path}).from_pretrained)
@@ -53,7 +61,7 @@ def test_loader_and_tokenizer_are_importable(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_targets_are_all_linear_layers_but_the_head(name):
-    family = find_family(name)
+    family = known(name)
     llm = tiny(family)
     head = llm.get_output_embeddings()
     linear = {n.split(".")[-1] for n, m in llm.named_modules() if type(m) is nn.Linear}
@@ -63,13 +71,24 @@ def test_lora_targets_are_all_linear_layers_but_the_head(name):
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
-    [("qwen", "qwen2"), ("internlm_2", "internlm2"), ("gemma-2", "gemma2"), ("qwen2.5", "qwen2_5")],
+    [("qwen", "qwen3"), ("internlm_2", "internlm2"), ("gemma-2", "gemma2"), ("qwen2.5", "qwen2_5")],
 )
 def test_an_unknown_family_is_answered(wrong, right):
     with pytest.raises(DPAError) as caught:
         find_family(wrong)
     assert f"{wrong!r} is not a known family; did you mean {right!r}?" in str(caught.value)
     assert f"Known: {', '.join(NAMES)}" in str(caught.value)
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(base, "version", lambda package: "4.48.0")
+    assert find_family("qwen2_5")
+    with pytest.raises(DPAError, match=r"'qwen3' needs transformers 4.51 or .*installed is 4.48.0"):
+        find_family("qwen3")
+    for name, family in known_families().items():
+        if not family.llm.startswith("dpa_xtuner."):
+            here = hasattr(transformers, family.llm.split(".")[1])
+            assert here != newer.is_too_old_for(name), name
 
 
 def test_a_name_that_is_none_is_answered():

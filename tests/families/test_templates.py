@@ -8,7 +8,7 @@ from xtuner.utils import PROMPT_TEMPLATE
 from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.families import find_family
+from dpa_xtuner.families.base import known_families
 from dpa_xtuner.families.template_check import check_template
 
 IM = ("<|im_start|>", "<|im_end|>")
@@ -20,6 +20,7 @@ CASES = {
     "internlm3": (published.INTERNLM2, "legacy", IM, "<|im_end|>"),
     "qwen2": (published.QWEN2, "bytes", ("<|endoftext|>", "<|im_end|>", "<|im_start|>"), IM[1]),
     "qwen2_5": (published.QWEN2_5, "bytes", ("<|endoftext|>", "<|im_end|>", IM[0]), IM[1]),
+    "qwen3": (published.QWEN3, "bytes", ("<|endoftext|>", IM[1], IM[0]), IM[1]),
     "llama2": (published.LLAMA2, "new", (), "</s>"),
     "vicuna": (published.VICUNA, "legacy", (), "</s>"),
     "llama3": (published.LLAMA3, "bytes+bos", ("<|begin_of_text|>", "<eos>", *HEADERS), HEADERS[2]),
@@ -42,6 +43,8 @@ def make(sentencepiece, name):
         tokenizer = byte_level(*specials, adds_bos=kind == "bytes+bos")
     else:
         tokenizer = sentencepiece(kind, *specials)
+    if "<think>" in template:
+        tokenizer.add_tokens(["<think>", "</think>"])  # tokens, but no special ones
     tokenizer.chat_template = template
     return tokenizer
 
@@ -62,7 +65,7 @@ def as_messages(system, turns):
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_are_those_of_the_published_template(sentencepiece, name, conversation):
-    tokenizer, template = make(sentencepiece, name), find_family(name).template
+    tokenizer, template = make(sentencepiece, name), known_families()[name].template
     system, turns = CONVERSATIONS[conversation]
     encoded = encode(tokenizer, template, system, turns)
     if name == "gemma2" and system:
@@ -80,7 +83,7 @@ def test_tokens_are_those_of_the_published_template(sentencepiece, name, convers
             turns, answers = turns[1:], []
     assert turns == [] and answers == []
     prompt = tokenizer.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, return_dict=False
+        messages[:-1], add_generation_prompt=True, return_dict=False, enable_thinking=False
     )
     assert encoded.tokens[: len(prompt)].tolist() == prompt
     assert not encoded.supervised[len(prompt) - 1] and encoded.supervised[len(prompt)]
@@ -89,7 +92,7 @@ def test_tokens_are_those_of_the_published_template(sentencepiece, name, convers
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1] != "bytes"])
 def test_there_is_one_bos_at_the_start(sentencepiece, name):
     tokenizer = make(sentencepiece, name)
-    encoded = encode(tokenizer, find_family(name).template, None, TURN * 2)
+    encoded = encode(tokenizer, known_families()[name].template, None, TURN * 2)
     tokens = encoded.tokens.tolist()
     assert tokens[0] == tokenizer.bos_token_id
     assert tokens.count(tokenizer.bos_token_id) == (2 if name == "llama2" else 1)
@@ -100,8 +103,8 @@ def test_there_is_one_bos_at_the_start(sentencepiece, name):
 def test_both_kinds_of_llama_tokenizers(sentencepiece, name, kind):
     tokenizer = sentencepiece(kind, *CASES[name][2])
     tokenizer.chat_template = CASES[name][0]
-    check_template(find_family(name), tokenizer, name)
-    encoded = encode(tokenizer, find_family(name).template, "Be brief.", TURN * 3)
+    check_template(known_families()[name], tokenizer, name)
+    encoded = encode(tokenizer, known_families()[name].template, "Be brief.", TURN * 3)
     assert encoded.tokens.tolist() == tokenizer.apply_chat_template(
         as_messages("Be brief.", TURN * 3), return_dict=False
     )
@@ -111,7 +114,7 @@ def test_both_kinds_of_llama_tokenizers(sentencepiece, name, kind):
 def test_white_space_around_contents_goes_where_the_published_template_strips(sentencepiece, name):
     tokenizer = make(sentencepiece, name)
     turns = [("  Why?\n", "\nDusk. "), ("Why ", " It sleeps.")]
-    encoded = encode(tokenizer, find_family(name).template, None, turns)
+    encoded = encode(tokenizer, known_families()[name].template, None, turns)
     assert encoded.tokens.tolist() == tokenizer.apply_chat_template(
         as_messages(None, turns), return_dict=False
     )
@@ -119,7 +122,7 @@ def test_white_space_around_contents_goes_where_the_published_template_strips(se
 
 @pytest.mark.parametrize("name", ["llama2", "vicuna", "qwen2_5"])
 def test_an_image_stands_in_the_first_turn(sentencepiece, name):
-    tokenizer, template = make(sentencepiece, name), find_family(name).template
+    tokenizer, template = make(sentencepiece, name), known_families()[name].template
     record = Record("a", ("x.png",), None, (("What is it?\n<image>", "Cats."),))
     encoded = RecordTokenizer(tokenizer, "chat", 4, template, 4096)([record])
     (place,) = (encoded.tokens < 0).nonzero()[0]
@@ -131,9 +134,18 @@ def test_an_image_stands_in_the_first_turn(sentencepiece, name):
     assert encoded.lengths.tolist() == [len(encoded.tokens) + 3]
 
 
+def test_an_answer_with_reasoning_is_no_answer_after_an_empty_thinking_block(sentencepiece):
+    tokenizer, template = make(sentencepiece, "qwen3"), known_families()["qwen3"].template
+    turns = [*TURN, ("And the dog?", "<think>\nIt lies still.\n</think>\n\nIt sleeps.")]
+    encoded = encode(tokenizer, template, None, turns)
+    assert [problem.kind for problem in encoded.problems] == ["answer with reasoning"]
+    plain = {key: value for key, value in template.items() if key != "NO_THINKING"}
+    assert encode(tokenizer, plain, None, turns).problems == []
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_right_family_passes_the_check(sentencepiece, name):
-    check_template(find_family(name), make(sentencepiece, name), name)
+    check_template(known_families()[name], make(sentencepiece, name), name)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +160,7 @@ def test_the_right_family_passes_the_check(sentencepiece, name):
 def test_another_familys_template_is_refused(sentencepiece, used, published_with, right):
     tokenizer = make(sentencepiece, published_with)
     with pytest.raises(DPAError) as caught:
-        check_template(find_family(used), tokenizer, used)
+        check_template(known_families()[used], tokenizer, used)
     message = str(caught.value)
     assert f"family={right!r} has it" in message
     question = [{"role": "user", "content": "What is shown here?"}]
@@ -178,7 +190,7 @@ def test_a_template_that_no_family_has_names_none(sentencepiece):
     tokenizer = sentencepiece("legacy")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     with pytest.raises(DPAError) as caught:
-        check_template(find_family("vicuna"), tokenizer, "vicuna")
+        check_template(known_families()["vicuna"], tokenizer, "vicuna")
     assert "has it" not in str(caught.value)
     assert "tokenizer.chat_template=''" in str(caught.value)
 
@@ -187,11 +199,11 @@ def test_a_tokenizer_without_eos_fits_no_template_that_needs_one(sentencepiece):
     tokenizer = make(sentencepiece, "qwen2")
     tokenizer.eos_token = None
     with pytest.raises(DPAError, match="family='qwen2' has it"):
-        check_template(find_family("qwen2_5"), tokenizer, "qwen2_5")
+        check_template(known_families()["qwen2_5"], tokenizer, "qwen2_5")
 
 
 def test_a_broken_chat_template_is_answered(sentencepiece):
     tokenizer = make(sentencepiece, "qwen2")
     tokenizer.chat_template = "{{ raise_exception('No chat today') }}"
     with pytest.raises(DPAError, match=r"can't render a question and its answer .No chat today."):
-        check_template(find_family("qwen2"), tokenizer, "qwen2")
+        check_template(known_families()["qwen2"], tokenizer, "qwen2")

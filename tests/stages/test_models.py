@@ -108,7 +108,7 @@ def refusal(work_dir: Path, *options: str, **how) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["family=qwen"], "family: 'qwen' is not a known family; did you mean 'qwen2'"),
+        (["family=qwen"], "family: 'qwen' is not a known family; did you mean 'qwen3'"),
         (["encoder=clipp"], "encoder: 'clipp' is not a known encoder; did you mean 'clip'"),
         (["encoder=siglip2.0"], "encoder: 'siglip2.0' is not a known encoder; did you mean"),
         (

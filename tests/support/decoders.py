@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -42,6 +43,11 @@ MODELS = {
         NTK | dict(bias=False, rope_scaling=dict(type="dynamic", factor=2.0)),
     ),
 }
+NEWER = {"qwen3": ("Qwen3", SIZES | dict(head_dim=16))}
+for name, (kind, sizes) in NEWER.items():  # what the installed transformers has
+    if hasattr(transformers, f"{kind}ForCausalLM"):
+        llm, config = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
+        MODELS[name] = (llm, config, sizes)
 if InternLM2ForCausalLM is None:
     del MODELS["internlm2"], MODELS["internlm2-ntk"]
 

@@ -1,0 +1,23 @@
+"""Qwen3."""
+
+from dpa_xtuner.families.base import Family
+from dpa_xtuner.families.chatml import CHATML
+from dpa_xtuner.registry import FAMILIES
+
+
+@FAMILIES.register_module("qwen3")
+class Qwen3(Family):
+    """ChatML without a default system prompt, and an empty thinking block.
+
+    The published template writes the block before the last answer of a conversation, and into a
+    prompt with ``enable_thinking=False``. It is part of the prompt here, so it is not supervised.
+    """
+
+    llm = "transformers.Qwen3ForCausalLM.from_pretrained"
+    model_types = ("qwen3",)
+    template = dict(
+        CHATML,
+        NO_THINKING="<think>\n\n</think>\n\n",
+        STOP_WORDS=["<|im_end|>", "<|endoftext|>"],
+    )
+    since = "4.51"
