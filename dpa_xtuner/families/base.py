@@ -38,7 +38,8 @@ def find_family(name: str) -> type[Family]:
     Raises:
         DPAError: it is unknown, lacks a required attribute, or needs a newer transformers.
     """
-    family, _ = find_named(FAMILIES, name)
+    found, _ = find_named(FAMILIES, name)
+    family = cast("type[Family]", found)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
         raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
     if Version(installed := version("transformers")) < Version(family.since):
@@ -46,7 +47,7 @@ def find_family(name: str) -> type[Family]:
             f"family={name!r} needs transformers {family.since} or newer; installed is "
             f"{installed}. Install the versions of constraints/5.txt (README, Install)."
         )
-    return cast("type[Family]", family)
+    return family
 
 
 def known_families() -> dict[str, type[Family]]:
