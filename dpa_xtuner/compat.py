@@ -84,17 +84,28 @@ def mend_xtuner() -> str:
     Raises:
         DPAError: XTuner is not installed.
     """
+    files = files_to_mend()
+    for file, mended in files.items():
+        file.write_text(mended, encoding="utf-8")
+    return f"mended for transformers 5: {', '.join(map(str, files)) or 'nothing left to mend'}"
+
+
+def files_to_mend() -> dict[Path, str]:
+    """Find the files of the installed XTuner that :func:`mend_xtuner` changes, with new content.
+
+    Raises:
+        DPAError: XTuner is not installed.
+    """
     found = importlib.util.find_spec("xtuner")
     if found is None or found.origin is None:
         raise DPAError(f"XTuner is not installed: {XTUNER_COMMAND}")
-    mended = []
+    files = {}
     for name, (line, instead) in _MENDED.items():
         file = Path(found.origin).parent / name
         text = file.read_text(encoding="utf-8")
         if line in text:
-            file.write_text(text.replace(line, instead), encoding="utf-8")
-            mended.append(str(file))
-    return f"mended for transformers 5: {', '.join(mended) or 'nothing left to mend'}"
+            files[file] = text.replace(line, instead)
+    return files
 
 
 def remote_code_without_post_init() -> None:

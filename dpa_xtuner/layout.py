@@ -1,4 +1,6 @@
-"""Names of a run's folders and files. It imports nothing, so that any process can import it."""
+"""Names of a run's folders and files. Any process can import it: it needs no other package."""
+
+from pathlib import Path
 
 PROXY, ALIGN, TUNE = STAGE_NAMES = ("proxy", "align", "tune")
 """All stages in their order; each has a folder of this name in the work dir. A method without a
@@ -16,3 +18,12 @@ PROVENANCE_FILE = "dpa.json"
 
 HF_FOLDER = "hf"
 """In a stage's folder: its export as a Hugging Face LLaVA."""
+
+
+def shipped(folder: str) -> Path:
+    """Find a folder that comes with the package: ``configs`` or ``tools``.
+
+    An installation has it inside the package, a checkout has it beside the package.
+    """
+    inside = Path(__file__).with_name(folder)
+    return inside if inside.is_dir() else Path(__file__).parents[1] / folder

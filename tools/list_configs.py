@@ -1,8 +1,9 @@
 """List the configs whose names contain a pattern, like ``xtuner list-cfg``."""
 
 import argparse
+import sys
 
-from _configs import config_names, say
+from _configs import CONFIGS, config_names, say
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -13,3 +14,6 @@ if __name__ == "__main__":
         known = ", ".join(config_names())
         raise SystemExit(f"No config's name contains {pattern!r}. Known: {known}.")
     say("\n".join(names))
+    path = f"{CONFIGS}/{names[0]}.py"
+    say(f"\nTrain:  xtuner train {path}\nChange: write a file with\n", sys.stderr)
+    say(f"        _base_ = [{path!r}]\n\n        and what differs.", sys.stderr)
