@@ -1,4 +1,4 @@
-"""Run a tool by its name: ``python -m dpa_xtuner train CONFIG`` is ``python tools/train.py CONFIG``.
+"""Run a tool by name: ``python -m dpa_xtuner train CONFIG`` is ``python tools/train.py CONFIG``.
 
 An installation without a checkout has the tools inside the package.
 """
