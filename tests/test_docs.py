@@ -181,3 +181,9 @@ def test_the_readme_is_short_and_its_links_and_pictures_exist():
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", BLOCK.sub("", page.read_text())):
             if not target.startswith(("http", "mailto")):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_site_s_menu():
+    """``make docs`` refuses a page that is not; this says so before."""
+    menu = set(re.findall(r": ([\w./]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert menu == {page.name for page in (ROOT / "docs").glob("*.md")}
