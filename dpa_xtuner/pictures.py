@@ -33,6 +33,7 @@ _UPRIGHT = {
 }
 _LYING = (5, 6, 7, 8)  # orientations that change width and height
 _GREY_16 = 65535
+_PHOTOMETRIC = 262  # the TIFF tag; 0 where the smallest value is white
 _IN_16_BITS = ("PNG", "PPM")  # files whose grey of 16 bits Pillow may open as 32-bit integers
 
 
@@ -100,10 +101,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _colours(picture: Image.Image, background: str) -> Image.Image:
     mode = picture.mode
-    if mode.startswith("I;16"):
-        return _grey(np.asarray(picture), 0, _GREY_16)
-    if mode == "I" and picture.format in _IN_16_BITS:
-        return _grey(np.asarray(picture), 0, _GREY_16)
+    if mode.startswith("I;16") or (mode == "I" and picture.format in _IN_16_BITS):
+        return _grey_16(picture, background)
     if mode in ("I", "F"):
         return _stretched(np.asarray(picture))
     picture.load()  # a palette's transparency may stand behind the header
@@ -112,6 +111,16 @@ def _colours(picture: Image.Image, background: str) -> Image.Image:
     layer = picture.convert("RGBA")
     ground = Image.new("RGBA", layer.size, (*colour_of(background), 255))
     return Image.alpha_composite(ground, layer).convert("RGB")
+
+
+def _grey_16(picture: Image.Image, background: str) -> Image.Image:
+    values = np.asarray(picture)
+    from_white = picture.format == "TIFF" and picture.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore
+    grey = _grey(values, *((_GREY_16, 0) if from_white else (0, _GREY_16)))
+    transparent = picture.info.get("transparency")
+    if transparent is not None:
+        grey.paste(colour_of(background), None, Image.fromarray(values == transparent))
+    return grey
 
 
 def _stretched(values: np.ndarray) -> Image.Image:

@@ -13,11 +13,13 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 # What other projects put into a text for something that is not read here. "<image>" itself is
 # counted, and "<ImageHere>" and its like were replaced by it.
 _OTHER_MARK = re.compile(
-    r"<\s?\|?(?:image|img|picture|video|audio|speech|vision|bbox|ref-object)"
-    r"(?:[ _-]?(?:\d+|pad|start|end|context|placeholder|token|here))*\|?\s?/?>|\[IMG\]",
+    r"<[\s|/]{0,2}(?:(?:start|begin|end|of|fake|token|around|global|vila)[_/-]?)*"
+    r"(?:image|img|picture|video|audio|speech|sound|vision|media|point_?cloud|bbox|ref-object)"
+    r"(?:[ _-]?(?:\d+|pad|start|begin|bos|end|eos|context|content|placeholder|plh|soft|tokens?|here"
+    r"|features?|patch))*[\s|/]{0,2}>|<im_(?:start|end|patch)>|\[IMG\]",
     re.IGNORECASE,
 )
-_OTHER_MEDIUM = re.compile(r"<(img|video|audio)>[^<>]*</\1>", re.IGNORECASE)
+_OTHER_IN_ANSWER = re.compile(r"<(img|video|audio)>[^<>]*</\1>|<(bbox|ref-object)>", re.IGNORECASE)
 _SYSTEM_KEYS = frozenset(("system", "system_prompt"))
 
 
@@ -144,7 +146,7 @@ def _check_marks(
         if "<" in gpt:
             if DEFAULT_IMAGE_TOKEN in gpt:
                 raise _misplaced()
-            if found := _OTHER_MEDIUM.search(gpt):
+            if found := _OTHER_IN_ANSWER.search(gpt):
                 raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
         count = human.count(DEFAULT_IMAGE_TOKEN)
         marks += count

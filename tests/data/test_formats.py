@@ -8,13 +8,15 @@ import gzip
 import hashlib
 import io
 import json
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features, Sequence, Value
+from datasets import Dataset, DatasetDict, Features, Sequence, Value, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
@@ -107,6 +109,12 @@ def said(*texts, **more):
     roles = ("user", "assistant")
     turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
     return {"messages": turns, **more}
+
+
+def turns_with(question, answer=()):
+    """A question and an answer with more keys."""
+    user, assistant = said("Hi", "Yes")["messages"]
+    return {"messages": [{**user, **question}, {**assistant, **dict(answer)}]}
 
 
 def block(kind, value=None):
@@ -295,6 +303,89 @@ RECORDS = {
         {"image": "red.png", "question": "What?", "answer": "Red"},
         "!unknown format",
     ),
+    # what would be lost without a word
+    "picture of a message": (
+        {
+            "messages": [
+                {"role": "user", "content": "What?", "images": ["red.png"]},
+                {"role": "assistant", "content": "Red"},
+            ]
+        },
+        "!picture that is not read",
+    ),
+    "picture of a turn": (turns_with({"image": "red.png"}), "!picture that is not read"),
+    "video of a turn": (turns_with({"video": "a.mp4"}), "!other medium in a message"),
+    "picture under another key": (
+        llava("What?", "Red", image_path="red.png"),
+        "!picture that is not read",
+    ),
+    "picture's address": (
+        said("What?", "Red", image_url="https://x/y?z=1"),
+        "!picture that is not read",
+    ),
+    "picture of any name": (
+        {"query": "What?", "response": "Red", "figure": ["d/1.JPG"]},
+        "!picture that is not read",
+    ),
+    "numbered pictures": (
+        llava("<image>\nWhat?", "Red", **IMAGE, image_2="blue.png"),
+        "!picture that is not read",
+    ),
+    "picture's source": (llava("<image>\nWhat?", "Red", **IMAGE, file_name="y.jpg"), ONE),
+    "reasoning": (turns_with({}, {"reasoning_content": "Hm"}), "!reasoning"),
+    "no reasoning": (turns_with({"name": "x"}, {"reasoning_content": None}), TALK),
+    "call of a tool": (turns_with({}, {"tool_calls": [{"id": 1}]}), "!tools"),
+    "train": (turns_with({}, {"train": False}), "!no answer to train on"),
+    "loss of 1": (turns_with({}, {"loss": True, "weight": 1.0}), TALK),
+    "half a weight": (turns_with({}, {"weight": 0.5}), "!malformed weight"),
+    "loss as text": (turns_with({}, {"loss": "false"}), "!malformed loss"),
+    "two conversations": ({**llava("Hi", "Yes"), **said("Hi", "Yes")}, "!two conversations"),
+    "empty one beside it": ({**said("Hi", "Yes"), "conversations": None}, TALK),
+    "boxes in an answer": (
+        said("<image>Find", "<bbox>", images=["red.png"], objects={"bbox": [[1, 2]]}),
+        "!mark that is not read",
+    ),
+    "Gemma's mark": (llava("<start_of_image>What?", "Red"), "!mark that is not read"),
+    "Gemma's token": (llava("<image_soft_token>What?", "Red"), "!mark that is not read"),
+    "Idefics' mark": (llava("<fake_token_around_image>?", "Red"), "!mark that is not read"),
+    "VILA's mark": (llava("<vila/video>What?", "Red"), "!mark that is not read"),
+    "Kimi's mark": (llava("<|media_pad|>What?", "Red"), "!mark that is not read"),
+    "LLaVA's first mark": (llava("<im_patch>What?", "Red"), "!mark that is not read"),
+    "MiniGPT's mark": (llava("<Img><ImageHere></Img>?", "Red", **IMAGE), "!mark that is not read"),
+    "MiniCPM's pictures": (
+        said("<image_00>What?", "Red", image={"<image_00>": "red.png"}),
+        "!malformed image",
+    ),
+    "blocks in another order": (
+        said(
+            [{"type": "image", "index": 1}, {"type": "image", "index": 0}, block("text", "?")],
+            "Red",
+            images=["red.png", "blue.png"],
+        ),
+        "!pictures out of order",
+    ),
+    "numbered blocks": (
+        said([{"type": "image", "index": 0}, block("text", "What?")], "Red", images=["red.png"]),
+        ONE,
+    ),
+    "Anthropic's block": (
+        said([{"type": "image", "source": {"type": "base64"}}, block("text", "?")], "Red"),
+        "!malformed image",
+    ),
+    "history of no list": ({"query": "Hi", "response": "Yes", "history": 3}, "!malformed turn"),
+    "caption without a picture": ({"image": "", "caption": "Red"}, "!caption without an image"),
+    "list of captions": ({"image": "red.png", "caption": ["Red"]}, "!malformed caption"),
+    "bucket": (llava("<image>", "Red", image="oss:s3://b/y.png"), "!picture on the web"),
+    "system in the middle": (
+        {"messages": [*said("Hi", "Yes")["messages"], {"role": "system", "content": "Be"}]},
+        "!roles not alternating",
+    ),
+    "answer first": (llava("Yes", "Hi", roles=("gpt", "human")), "!roles not alternating"),
+    "two questions": (llava("Hi", "So", roles=("human", "human")), "!roles not alternating"),
+    "number as content": (said(3, "Yes"), "!malformed message"),
+    "no conversation": ({"conversations": []}, "!no conversations"),
+    "text as conversation": ({"conversations": "Hi"}, "!no conversations"),
+    "packed records": ([llava("Hi", "Yes"), llava("Hi", "Yes")], "!not a record"),
     # no records
     "a number": (5, "!not a record"),
     "an empty list": ([], "!not a record"),
@@ -379,6 +470,26 @@ def over(colour):
 
 
 PALETTE = Image.fromarray(NOISE).quantize(8)
+
+
+def png_16(values, transparent):
+    """A PNG of 16-bit grey with one transparent value, which Pillow does not write."""
+
+    def chunk(name, content):
+        checked = name + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    height, width = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0),
+        b"tRNS": struct.pack(">H", transparent),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
+
+
 TURNS = {
     2: NOISE[:, ::-1],
     3: NOISE[::-1, ::-1],
@@ -396,6 +507,18 @@ PICTURES = {
     "16-bit PNG": ("a.png", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
     "16-bit PNG, dark": ("a.png", Image.fromarray(wave(np.uint16, 32767)), {}, RAMP / 2),
     "16-bit TIFF": ("a.tif", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
+    "16-bit TIFF from white to black": (
+        "a.tif",
+        Image.fromarray(wave(np.uint16, 65535)),
+        {"tiffinfo": {262: 0}},
+        255 - RAMP,
+    ),
+    "16-bit PNG with a transparent value": (
+        "a.png",
+        png_16(wave(np.uint16, 65535), 0),
+        {},
+        np.where(RAMP == 0, 255, RAMP),
+    ),
     "16-bit PGM": ("a.pgm", Image.fromarray(wave(np.uint16, 65535)), {}, RAMP),
     "32-bit integers": ("a.tif", Image.fromarray(wave(np.int32, 1_000_000)), {}, RAMP),
     "floats to 1": ("a.tif", Image.fromarray(wave(np.float32, 1)), {}, RAMP),
@@ -445,7 +568,10 @@ PICTURES = {
 
 
 def written(folder, name, picture, options):
-    picture.save(folder / name, **options)
+    if isinstance(picture, bytes):
+        (folder / name).write_bytes(picture)
+    else:
+        picture.save(folder / name, **options)
     return folder / name
 
 
@@ -754,6 +880,99 @@ FILES = {
 }
 
 
+def other(name, *content):
+    def write(folder):
+        path = folder / name
+        path.write_bytes(b"".join(content))
+        return path
+
+    return write
+
+
+def linked_folder(folder):
+    rows(**CAULDRON)(folder)
+    (folder / "all").mkdir()
+    (folder / "all" / "part").symlink_to(hub_folder(folder))
+    (folder / "all" / "above").symlink_to(folder / "all")
+    return folder / "all"
+
+
+def mapped(folder):
+    """Two saved data sets, one with the cached result of a map."""
+    for name in ("a", "b"):
+        data = Dataset.from_dict({"conversations": [llava("Hi", "Yes")["conversations"]]})
+        data.save_to_disk(folder / "saved" / name)
+    load_from_disk(folder / "saved" / "a").map(lambda row: row)
+    assert list((folder / "saved" / "a").glob("cache-*.arrow"))
+    return folder / "saved"
+
+
+FILES |= {
+    "BOM": (
+        other("a.json", b"\xef\xbb\xbf", json.dumps([llava("Hi", "Yes")]).encode()),
+        "JSON array",
+        [(TALK, [])],
+    ),
+    "CRLF": (
+        other("a.jsonl", *[json.dumps(llava("Hi", "Yes")).encode() + b"\r\n\r\n"] * 2),
+        "JSON lines",
+        [(TALK, [])] * 2,
+    ),
+    "two gzips in one": (
+        other("a.gz", *[gzip.compress(json.dumps(llava("Hi", "Yes")).encode() + b"\n")] * 2),
+        "JSON lines",
+        [(TALK, [])] * 2,
+    ),
+    "dictionary columns": (
+        rows(
+            image=pa.array(["red.png"]).dictionary_encode(),
+            caption=pa.array(["Red"], pa.large_string()),
+        ),
+        "Parquet",
+        CAPTION,
+    ),
+    "an empty list of videos": (
+        rows(image=[picture(RED)], videos=pa.array([[]], pa.list_(pa.binary())), caption=["Red"]),
+        "Parquet",
+        CAPTION,
+    ),
+    "linked folders": (linked_folder, "Parquet", [(ONE, [RED]), (ONE, [BLUE])]),
+    "results of a map": (mapped, "Arrow", [(TALK, [])] * 2),
+    "tar with odd names": (
+        tar_file(
+            ("README", b"x"),
+            ("./a.b/\u00fc 0.PNG", picture_bytes(RED)),
+            ("./a.b/\u00fc 0.meta.json", b"[]"),
+            ("./a.b/._0.png", b"x"),
+            ("./a.b/\u00fc 0.TXT", b"Red"),
+        ),
+        "WebDataset tar",
+        CAPTION,
+    ),
+    "tar of many pictures": (
+        tar_file(
+            *[(f"0.{i}.png", picture_bytes(c)) for i, c in ((10, GREEN), (9, BLUE), (1, RED))],
+            ("0.json", json.dumps(llava("A<image><image><image>", "Yes")).encode()),
+        ),
+        "WebDataset tar",
+        [("Q:A[I][I][I]A:⟨Yes[E]⟩\n", [RED, BLUE, GREEN])],
+    ),
+    "tar that orders its pictures": (
+        tar_file(
+            *[(f"0.{i}.png", picture_bytes(c)) for i, c in ((1, RED), (2, BLUE))],
+            (
+                "0.json",
+                json.dumps(
+                    llava("A<image><image>", "Yes", image=["x/0.2.png", "0.1.png"])
+                ).encode(),
+            ),
+        ),
+        "WebDataset tar",
+        [("Q:A[I][I]A:⟨Yes[E]⟩\n", [BLUE, RED])],
+    ),
+}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_is_recognised_and_read(name, load, tmp_path):
     write, kind, expected = FILES[name]
@@ -775,15 +994,6 @@ def test_a_file_is_recognised_and_read(name, load, tmp_path):
     ]
 
 
-def other(name, *content):
-    def write(folder):
-        path = folder / name
-        path.write_bytes(b"".join(content))
-        return path
-
-    return write
-
-
 def folder_of(*names):
     def write(folder):
         (folder / "d").mkdir()
@@ -794,7 +1004,106 @@ def folder_of(*names):
     return write
 
 
+def damaged(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    return path
+
+
+def both_kinds(folder):
+    hub_folder(folder)
+    (folder / "hub" / "a.tar").write_bytes(b"x")
+    return folder / "hub"
+
+
+# Files of which each record is used ("ok") or a problem of this kind.
+RECORDS_OF_FILES = {
+    "tar without texts": (
+        tar_file(
+            ("0.png", picture_bytes(RED)),
+            ("1.png", picture_bytes(RED)),
+            ("1.cls", b"3"),
+            ("2.png", picture_bytes(RED)),
+            ("2.txt", b"Red"),
+        ),
+        ["no text", "no text", "ok"],
+    ),
+    "tar without pictures": (
+        tar_file(("0.txt", b"Red"), ("1.png", picture_bytes(RED)), ("1.txt", b"Red")),
+        ["caption without an image", "ok"],
+    ),
+    "tar with masks": (
+        tar_file(*[(f"0.{kind}png", picture_bytes(RED)) for kind in ("", "seg.")], ("0.txt", b"x")),
+        ["several pictures of a caption"],
+    ),
+    "tar with two captions": (
+        tar_file(("0.png", picture_bytes(RED)), ("0.txt", b"x"), ("0.caption", b"y")),
+        ["several texts"],
+    ),
+    "tar of videos": (tar_file(("0.mp4", b"x"), ("0.txt", b"Red")), ["video"]),
+    "tar of broken texts": (
+        tar_file(("0.json", b"{"), ("1.json", b"3"), ("2.txt", b"\xff")),
+        ["broken json", "not a record", "broken txt"],
+    ),
+    "table with broken rows": (
+        table_file(
+            "a.csv", 'image,caption\nr.png\n,x\nr.png,"a" b\nr.png,x\nr.png,"open\nr.png,x\n'
+        ),
+        ["broken row", "caption without an image", "broken row", "ok", "broken row", "broken row"],
+    ),
+    "lines of broken JSON": (
+        other(
+            "a.jsonl",
+            json.dumps(llava("Hi", "Yes")).encode(),
+            b"\n{\n" + b"[" * 200_000 + b'\n{"id": ' + b"1" * 5000 + b"}\n",
+        ),
+        ["ok", "not JSON", "not JSON", "not JSON"],
+    ),
+    "pictures in a column of another name": (
+        rows(jpg=[picture(RED), None], messages=[said("Hi", "Yes")["messages"]] * 2),
+        ["picture that is not read", "ok"],
+    ),
+    "sounds beside pictures": (
+        rows(
+            image=[picture(RED)] * 2,
+            audio=[picture(RED), None],
+            messages=[said("<image>What?", "Red")["messages"]] * 2,
+        ),
+        ["audio", "ok"],
+    ),
+    "conversations as JSON texts": (
+        rows(conversations=[json.dumps(llava("Hi", "Yes")["conversations"])]),
+        ["no conversations"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS_OF_FILES)
+def test_each_record_of_a_file_is_used_or_told_of(name, tmp_path):
+    write, expected = RECORDS_OF_FILES[name]
+    found = list(read_records(write(tmp_path)))
+    assert [r.kind if isinstance(r, Problem) else "ok" for r in found] == expected
+    assert [r.position for r in found] == list(range(len(expected)))
+
+
 REFUSED = {
+    "UTF-16": (other("a.json", json.dumps([5]).encode("utf-16")), "is text in UTF-16; save it as"),
+    "gzip twice over": (
+        other("a.gz", gzip.compress(gzip.compress(b"[]"))),
+        "compressed twice over",
+    ),
+    "too deep an array": (other("a.json", b"[" * 200_000), "is broken at character 1"),
+    "too long a number": (other("a.json", b"[" + b"1" * 5000 + b"]"), "is broken at character 1"),
+    "a damaged Parquet file": (
+        lambda folder: damaged(rows(**CAULDRON)(folder)),
+        "is no whole Parquet file",
+    ),
+    "folder of two kinds": (both_kinds, r"several kinds \(.parquet, .tar\); name the files"),
+    "YAML that names itself": (next_list("all", json_path="list.yaml"), "names itself"),
+    "meta that names itself": (
+        other("meta.json", b'{"x": {"annotation": "meta.json"}}'),
+        "names itself",
+    ),
     "zip": (other("a.zip", b"PK\x03\x04", b"x" * 99), "is a zip file; unpack it"),
     "compressed tar": (zipped(tar_file(("0.txt", b"Red"))), "is a compressed tar"),
     "half a gzip": (other("a.json.gz", gzip.compress(b"[" + b"1," * 9999)[:-20]), "no whole gzip"),

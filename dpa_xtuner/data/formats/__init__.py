@@ -18,7 +18,7 @@ from typing import Any
 
 from dpa_xtuner.data.formats import captions, llava, messages, opened, pairs, texts
 from dpa_xtuner.data.formats.source import Source
-from dpa_xtuner.data.formats.turns import refuse_what_is_not_read
+from dpa_xtuner.data.formats.turns import refuse_unread_pictures, refuse_what_is_not_read
 from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.data.records import Malformed, Record, make_record, shown_id
 from dpa_xtuner.errors import DPAError
@@ -87,11 +87,16 @@ def parse_record(item: Any, index: int) -> Record | Problem:
     if not isinstance(item, dict):
         reason = f"not a record: {type(item).__name__}, expected an object"
         return Problem(str(index), reason, position=index)
+    if None in item.values():  # as a table has it in a row that lacks something
+        item = {key: value for key, value in item.items() if value is not None}
     try:
         for each in _FORMATS:
             if each.fits(item):
                 refuse_what_is_not_read(item)
-                return make_record(item, each.read(item), index)
+                parts = each.read(item)
+                if each is not captions:
+                    refuse_unread_pictures(item, parts.images)
+                return make_record(item, parts, index)
         raise Malformed(f"unknown format: {_nearest(item)}")
     except Malformed as error:
         return Problem(shown_id(item, index), str(error), position=index)

@@ -56,4 +56,6 @@ def read(item: Mapping[str, Any]) -> Parts:
     if not isinstance(caption, str):
         raise Malformed(f"malformed caption: expected a string under {keys[1]!r}")
     images = picture_names(image)
+    if not images:
+        raise Malformed("caption without an image")
     return Parts(images, None, ((DEFAULT_IMAGE_TOKEN * len(images), caption),))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from dpa_xtuner.data.formats import rows, tars
@@ -10,7 +12,7 @@ from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json
 
-_OTHER_SPLIT = re.compile(r"(validation|valid|val|dev|test)([-_.]|$)")
+_OTHER_SPLIT = re.compile(r"(validation|valid|val|dev|test|eval|evaluation)([-_.]|$)")
 _TRAIN = re.compile(r"train([-_.]|$)")
 
 
@@ -25,18 +27,35 @@ def open_folder(path: Path) -> Source:
     if (path / "state.json").is_file():
         named = read_json(path / "state.json", "Save the data set again.").get("_data_files", [])
         return rows.arrow(tuple(path / each["filename"] for each in named))
-    for pattern, opened in (
-        ("*.parquet", rows.parquet),
-        ("*.tar", tars.shards),
-        ("*.arrow", rows.arrow),
-    ):
-        if files := sorted(path.rglob(pattern)):
-            return opened(_to_train_on(path, files))
-    found = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
+    kinds = {".parquet": rows.parquet, ".tar": tars.shards, ".arrow": rows.arrow}
+    files = sorted(_files(path))
+    found = {kind: [file for file in files if file.suffix == kind] for kind in kinds}
+    there = [kind for kind in kinds if found[kind]]
+    if len(there) > 1:
+        raise DPAError(
+            f"data folder {path} holds files of several kinds ({', '.join(there)}); name the files "
+            "or the folder of one kind."
+        )
+    for kind in there:
+        return kinds[kind](_to_train_on(path, found[kind]))
+    holds = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
     raise DPAError(
         f"data folder {path} holds no data set: expected save_to_disk's state.json, or Parquet, "
-        f"Arrow or tar files; it holds {found}. For JSON or a table, name the file."
+        f"Arrow or tar files; it holds {holds}. For JSON or a table, name the file."
     )
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """List the files below a folder, linked folders too, without hidden and cached ones."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (real := os.path.realpath(folder)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        # datasets keeps what a map has made in cache-*.arrow.
+        yield from (Path(folder, name) for name in names if not name.startswith((".", "cache-")))
 
 
 def _train_of(path: Path) -> Path:

@@ -33,13 +33,13 @@ def line_items(file: TextIO, path: Path) -> Iterator[Any]:
             continue
         try:
             item = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
             if not read:
                 raise DPAError(
-                    f"data file {path} is neither a JSON array nor JSON lines: line {number}, "
-                    f"column {error.colno}: {error.msg}. Expected one whole record a line."
+                    f"data file {path} is neither a JSON array nor JSON lines: line {number}: "
+                    f"{error}. Expected one whole record a line."
                 ) from error
-            item = Problem(f"line {number}", f"not JSON: {error.msg} at column {error.colno}")
+            item = Problem(f"line {number}", f"not JSON: {error}")
         read += 1
         yield item
 
@@ -78,6 +78,8 @@ def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
                 raise _broken(path, position + error.pos, read, error.msg) from error
             text, at, position = text[at:] + chunk, 0, position + at
             continue
+        except (ValueError, RecursionError) as error:
+            raise _broken(path, position + at, read, str(error)) from error
         yield item
         read += 1
         at, mark = found.end(), found[1]

@@ -35,7 +35,7 @@ def read(item: Mapping[str, Any]) -> Parts:
             raise _malformed()
         roles.append(turn.get("from") or turn.get("role"))
         texts.append(with_marks(text) if "<" in text else text)
-        silent.append(len(turn) > 2 and is_silent(turn))
+        silent.append(is_silent(turn))
     return Parts(pictures_of(item), *pair_up(roles, texts, silent))
 
 

@@ -51,9 +51,10 @@ def read(item: Mapping[str, Any]) -> Parts:
     """
     messages = list_under(item, "messages", "messages under 'messages'")
     said = [_message(message) for message in messages]
+    silent = [is_silent(message) for message in messages]
     roles, texts = [role for role, _, _ in said], [text for _, text, _ in said]
     images = _images(pictures_of(item), [name for _, _, names in said for name in names])
-    return Parts(images, *pair_up(roles, texts, list(map(is_silent, messages))))
+    return Parts(images, *pair_up(roles, texts, silent))
 
 
 def _images(named: tuple[str, ...], in_blocks: list[str | None]) -> tuple[str, ...]:
@@ -73,8 +74,6 @@ def _message(message: Any) -> tuple[Any, str, list[str | None]]:
     role = message.get("role") or message.get("from")
     content = message.get("content")
     content = message.get("value") if content is None else content
-    if message.get("tool_calls") or message.get("function_call"):
-        raise Malformed("tools: calls of tools are not read")
     if isinstance(content, str):
         return role, with_marks(content), []
     if content is None and role in ANSWERS:
@@ -105,6 +104,7 @@ def _blocks(blocks: list[Any]) -> tuple[str, list[str | None]]:
 
 def _parts(blocks: list[Any]) -> Iterator[tuple[str | None, str | None]]:
     """(text, None) of each block of text, (None, path or None) of each picture."""
+    index = 0  # of the next picture in the message
     for block in blocks:
         if isinstance(block, str):
             yield with_marks(block), None
@@ -116,6 +116,9 @@ def _parts(blocks: list[Any]) -> Iterator[tuple[str | None, str | None]]:
         if kind == "text" and isinstance(block.get("text"), str):
             yield with_marks(block["text"]), None
         elif kind in _PICTURES:
+            if isinstance(block.get("index"), int) and block["index"] != index:
+                raise Malformed("pictures out of order: a block's 'index' is not its place")
+            index += 1
             yield None, _picture(block)
         else:
             raise Malformed(f"block that is not read: type {kind!r}; known: text, image, image_url")

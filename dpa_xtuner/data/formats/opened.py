@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -22,6 +22,8 @@ _OTHERS = {
     b"BZh": "compressed by bzip2; unpack it, or compress it by gzip",
     b"\xfd7zXZ": "compressed by xz; unpack it, or compress it by gzip",
     b"\x80\x04": "a pickle, which is not read",
+    b"\xff\xfe": "text in UTF-16; save it as UTF-8",
+    b"\xfe\xff": "text in UTF-16; save it as UTF-8",
 }
 _HEAD = 1 << 10  # bytes that tell binary files apart
 _LONGEST_LINE = 1 << 20  # characters of a first line that may be a list of messages
@@ -74,6 +76,8 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
                 "unpack it: gunzip."
             )
         return tars.shards((path,))
+    if head.startswith((rows.PARQUET, *rows.ARROW, _GZIP)):
+        raise DPAError(f"data file {path} is compressed twice over; unpack it: gunzip.")
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
             raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
@@ -137,20 +141,17 @@ def _text_of(path: Path) -> Iterator[None]:
 def _is_list_of_messages(line: str) -> bool:
     try:
         return isinstance(messages.as_item(json.loads(line)), dict)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
 
 
 def _object(file: TextIO, line: str) -> dict[str, Any] | None:
     """Return the files that a file of one JSON object names; None for JSON lines."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:  # it may be one that takes several lines
-        file.seek(0)
-        text = file.read(_LARGEST_OBJECT)
-        try:
+    for text in (line, None):  # it may take several lines
+        if text is None:
+            file.seek(0)
+            text = file.read(_LARGEST_OBJECT)
+        with suppress(ValueError, RecursionError):
             found = json.loads(text)
-        except json.JSONDecodeError:
-            return None
-        return found
-    return found if lists.is_meta(found) else None
+            return found if text is not line or lists.is_meta(found) else None
+    return None

@@ -23,13 +23,11 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
+    history = item.get("history") or []
+    pairs = [*history, [item["query"], item["response"]]] if isinstance(history, list) else [None]
     turns = []
-    for pair in [*(item.get("history") or []), [item["query"], item["response"]]]:
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(t, str) for t in pair)
-        ):
+    for pair in pairs:
+        if not isinstance(pair, list) or list(map(type, pair)) != [str, str]:
             raise Malformed("malformed turn: 'query' and 'response' are texts, 'history' has pairs")
         turns.append((with_marks(pair[0]), with_marks(pair[1])))
     images = pictures_of(item)

@@ -68,7 +68,7 @@ def _parquet_batches(path: Path) -> Iterator[tuple[pa.RecordBatch, dict[str, boo
             inside = {name: not _all_null(file, leaf) for name, leaf in unread.items()}
             for batch in file.iter_batches(_ROWS, columns=leaves, use_threads=False):
                 yield batch, inside
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise DPAError(f"data file {path} is no whole Parquet file: {error}") from None
 
 
@@ -129,8 +129,13 @@ def _rows(
     schema = batch.schema
     pictures = [n for n in _PICTURES if n in schema.names and _is_picture(schema.field(n).type)]
     others = [n for n in schema.names if n not in pictures]
-    plain = [n for n in others if not _holds_bytes(schema.field(n).type)]
+    plain = [n for n in others if n not in inside and not _holds_bytes(schema.field(n).type)]
     found = {name: _pictures(batch.column(name), inside.get(name)) for name in pictures}
+    unread = {
+        name: _pictures(batch.column(name), inside.get(name))
+        for name in others
+        if name not in plain and _is_picture(schema.field(name).type)
+    }
     for number, row in enumerate(batch.select(plain).to_pylist()):
         for name in _LISTS_OF_DICTS:
             if isinstance(value := row.get(name), dict):
@@ -140,6 +145,8 @@ def _rows(
                 in_row(kind, path, start + number, name, i) if named is None else named
                 for i, named in enumerate(found[name][number])
             ]
+        # What else has bytes, such as sounds, is told of by its name.
+        row.update({name: b"..." for name in unread if set(unread[name][number]) - {""}})
         yield row
 
 

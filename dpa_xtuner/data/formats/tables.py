@@ -27,7 +27,7 @@ def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
         DPAError: the first row does not name the columns.
     """
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(file, delimiter=separator)
+    reader = csv.reader(file, delimiter=separator, strict=True)
     names = [name.strip() for name in next(reader)]
     if captions.keys_of(names) is None or len(set(names)) < len(names):
         raise DPAError(
@@ -35,11 +35,18 @@ def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
             f"({', '.join(captions.IMAGES)}) and one of captions ({', '.join(captions.CAPTIONS)}); "
             f"its first row: {', '.join(map(repr, names[:8]))}."
         )
-    for row in reader:
-        if not row:
+    while True:
+        begun = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # an open quote may have swallowed many rows
+            for line in range(begun, reader.line_num + 1):
+                yield Problem(f"line {line}", f'broken row: {error}; a quote in quotes is ""')
             continue
-        if len(row) != len(names):
+        if row and len(row) != len(names):
             found = f"{len(row)} fields, the first row names {len(names)}"
-            yield Problem(f"line {reader.line_num}", f"broken row: {found}")
-        else:
+            yield Problem(f"line {begun}", f"broken row: {found}")
+        elif row:
             yield dict(zip(names, row, strict=True))

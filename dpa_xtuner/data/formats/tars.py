@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.places import in_tar
@@ -18,6 +19,7 @@ _PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _CAPTIONS = ("txt", "caption", "cap")
 _MEDIA = {"mp4": "video", "avi": "video", "mkv": "video", "webm": "video", "wav": "audio",
           "mp3": "audio", "flac": "audio", "npy": "video", "npz": "video"}  # fmt: skip
+_TALKS = frozenset(("conversations", "messages", "texts", "query", "response"))
 _MAGIC = slice(257, 262)
 
 
@@ -47,7 +49,8 @@ def _items(path: Path) -> Iterator[Any]:
 
 def _files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        if member.isreg() and not Path(member.name).name.startswith("."):
+        name = Path(member.name).name
+        if member.isreg() and "." in name and not name.startswith("."):
             yield member
         tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps all it has seen
 
@@ -57,42 +60,51 @@ def _key(member: tarfile.TarInfo) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _item(path: Path, key: str, members: list[tarfile.TarInfo], content: Any) -> Any:
-    item: Any = {}
-    caption, pictures, media = None, [], {}
+def _item(path: Path, key: str, members: list[tarfile.TarInfo], content: BinaryIO) -> Any:
+    pictures, texts, media = {}, {}, {}
     for member in members:
-        kind = member.name.rpartition(".")[2].lower()
-        if kind in _PICTURES:
-            pictures.append((member.name, in_tar(path, member.offset_data, member.size)))
-        elif kind in _CAPTIONS or kind == "json":
+        kind = Path(member.name).name.partition(".")[2].lower()
+        last = kind.rpartition(".")[2]
+        if last in _PICTURES:
+            pictures[member.name] = in_tar(path, member.offset_data, member.size)
+        elif kind == "json" or kind in _CAPTIONS:
+            kind = "json" if kind == "json" else "caption"
+            if kind in texts:
+                return Problem(key, f"several texts: of the kind {kind}")
             content.seek(member.offset_data)
             try:
                 text = content.read(member.size).decode("utf-8-sig")
-                if kind == "json":
-                    item = json.loads(text)
-                else:
-                    caption = text
-            except ValueError as error:
-                return Problem(key, f"broken {kind}: {member.name} ({error})")
-        elif kind in _MEDIA:
-            media[_MEDIA[kind]] = member.name
+                texts[kind] = json.loads(text) if kind == "json" else text
+            except (ValueError, RecursionError) as error:
+                return Problem(key, f"broken {last}: {member.name} ({error})")
+        elif last in _MEDIA:
+            media[_MEDIA[last]] = member.name
+    item = texts.get("json", {})
     if isinstance(item, list):
         item = {"messages": item}
     if not isinstance(item, dict):
         return Problem(key, f"not a record: the JSON of {key} holds {type(item).__name__}")
-    images = [place for _, place in sorted(pictures)]
-    if caption is not None:
-        item = {"caption": caption} if _only_about(item) else item
-    item = {name: value for name, value in item.items() if not (images and name in _NAMES)}
-    if images:
-        item["image"] = images
+    if not texts and not media:
+        names = ", ".join(member.name for member in members)
+        return Problem(key, f"no text: expected a .txt or .json beside {names}")
+    named = item.get("images") or item.get("image")
+    if _TALKS.isdisjoint(item):
+        if "caption" in texts:  # the JSON only tells where the picture came from
+            item = {"caption": texts["caption"], "image": []}
+        if len(pictures) > 1:
+            return Problem(key, f"several pictures of a caption: {', '.join(sorted(pictures))}")
+    if pictures:
+        item = {**item, "image": _in_order(pictures, named), "images": None}
     return {"id": key, **item, **media}
 
 
-_NAMES = ("image", "images")  # of pictures outside the tar, which those in it replace
-_TALKS = ("conversations", "messages", "texts", "query", "response")
-
-
-def _only_about(item: dict[str, Any]) -> bool:
-    """Whether the JSON tells of the picture (its size, its address), and not of a conversation."""
-    return not any(name in item for name in _TALKS)
+def _in_order(pictures: dict[str, str], named: Any) -> list[str]:
+    """Return the places of pictures as the JSON lists them; else by the numbers in their names."""
+    listed = [named] if isinstance(named, str) else named or []
+    names = [Path(each).name for each in listed if isinstance(each, str)]
+    places = {Path(name).name: place for name, place in pictures.items()}
+    if sorted(names) == sorted(places):
+        return [places[name] for name in names]
+    parts = {name: re.split(r"(\d+)", name) for name in pictures}  # text, digits, text, ...
+    keys = {name: (each[::2], list(map(int, each[1::2]))) for name, each in parts.items()}
+    return [pictures[name] for name in sorted(pictures, key=keys.__getitem__)]

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
+from dpa_xtuner.data.places import is_place
 from dpa_xtuner.data.records import Malformed
 
 HUMAN = ("human", "user")
 ANSWERS = ("gpt", "assistant", "bot")
 SYSTEM = "system"
 _OTHER_SPELLINGS = ("<ImageHere>",)  # of "<image>"
-_WEB = ("http://", "https://", "s3://", "gs://", "oss://")
 _MEDIA = ("video", "videos", "audio", "audios", "speech", "point_cloud")
 _PREFERENCES = (
     "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
 )  # fmt: skip
 _TOOLS = ("tools", "functions")
 _SUSPECT = frozenset((*_MEDIA, *_PREFERENCES, *_TOOLS, "label"))
+_READ = frozenset(("id", "image", "images", "conversations", "messages", "texts"))
+_TALKS = frozenset(("conversations", "messages", "texts"))
+_NUMBERED = re.compile(r"(?:image|img)s?[_-]?\d+", re.IGNORECASE)
+_PICTURE_KEY = re.compile(
+    r"(?:image|img|picture|photo)s?(?:[_-]?(?:path|url|file|name|list)s?)?", re.IGNORECASE
+)
+_PICTURE_FILE = re.compile(r".+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
+_LONGEST_PATH = 4096
+# Keys of a message that change what is trained: the kind of the problem for each.
+_NOT_READ_IN_A_MESSAGE = {
+    **dict.fromkeys(_MEDIA, "other medium in a message"),
+    **dict.fromkeys(("image", "images", "image_url", "img"), "picture that is not read"),
+    **dict.fromkeys(("tool_calls", "function_call"), "tools"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
+    "train_detail": "answer trained in part",
+}
+_TRAINED = ("loss", "weight", "train", "training", "loss_scale")
 
 
 def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
     """Refuse what a record has besides pictures and texts, and would be trained without.
 
     Raises:
-        Malformed: there is a video or audio, tools, or an answer that others are preferred to.
+        Malformed: there is a video or audio, tools, or an answer that others are preferred to; or
+            two conversations.
     """
+    if len(_TALKS & item.keys()) > 1:
+        named = " and ".join(sorted(map(repr, _TALKS & item.keys())))
+        raise Malformed(f"two conversations: under {named}; keep one")
     if _SUSPECT.isdisjoint(item):
         return
     for key in _MEDIA:
@@ -44,6 +66,40 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
             raise Malformed(f"tools: {key!r} is not read")
 
 
+def refuse_unread_pictures(item: Mapping[str, Any], images: Sequence[str]) -> None:
+    """Refuse a record with a picture under a key that is not read.
+
+    Where pictures are read, another key may tell where they came from, and does no harm.
+
+    Args:
+        item: the record as it is in the file.
+        images: its pictures that are read.
+
+    Raises:
+        Malformed: there is one.
+    """
+    for key, value in item.items():
+        if key in _READ or not value:
+            continue
+        if _NUMBERED.fullmatch(key) or (
+            not images and (_PICTURE_KEY.fullmatch(key) or _is_picture(value))
+        ):
+            raise Malformed(
+                f"picture that is not read: {key!r}; pictures belong under 'image' or 'images'"
+            )
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value names or holds a picture; bytes stand for a column of them."""
+    if isinstance(value, str):
+        return len(value) < _LONGEST_PATH and _PICTURE_FILE.fullmatch(value) is not None
+    if isinstance(value, list):
+        return bool(value) and _is_picture(value[0])
+    if isinstance(value, Mapping):
+        return "bytes" in value or _is_picture(value.get("path"))
+    return isinstance(value, bytes)
+
+
 def list_under(item: Mapping[str, Any], key: str, expected: str) -> list:
     """Return the list under a key.
 
@@ -52,7 +108,8 @@ def list_under(item: Mapping[str, Any], key: str, expected: str) -> list:
     """
     found = item[key]
     if not isinstance(found, list) or not found:
-        raise Malformed(f"no {key}: expected a list of {expected}")
+        got = "none" if found == [] else type(found).__name__
+        raise Malformed(f"no {key}: expected a list of {expected}, got {got}")
     return found
 
 
@@ -89,9 +146,11 @@ def picture_name(value: Any, what: str = "image") -> str:
         value = value.get("path") or value.get("url")
     if not isinstance(value, str) or not value:
         raise Malformed(f"malformed {what}: expected a path or a list of paths")
-    if value.startswith(_WEB):
+    if value.startswith("file://"):
+        return unquote(value.removeprefix("file://"))
+    if "://" in value and not is_place(value):
         raise Malformed(f"picture on the web: {value[:200]}; download it, and name the file")
-    return unquote(value.removeprefix("file://")) if value.startswith("file://") else value
+    return value
 
 
 def pictures_of(item: Mapping[str, Any]) -> tuple[str, ...]:
@@ -159,8 +218,22 @@ def _wrong_roles(roles: Sequence[Any]) -> Malformed:
 
 
 def is_silent(message: Mapping[str, Any]) -> bool:
-    """Whether a message says of itself that it is not to be trained on ("loss", "weight")."""
-    return any(key in message and message[key] in (0, False) for key in ("loss", "weight"))
+    """Whether a message says of itself that it is not to be trained on.
+
+    Raises:
+        Malformed: it holds what is not read, such as a picture of its own, or a weight other than
+            0 and 1.
+    """
+    if len(message) == 2:  # who speaks, and what is said
+        return False
+    for key, kind in _NOT_READ_IN_A_MESSAGE.items():
+        if message.get(key):
+            raise Malformed(f"{kind}: {key!r} of a message is not read")
+    said = [(key, message[key]) for key in _TRAINED if message.get(key) is not None]
+    for key, value in said:
+        if value not in (0, 1):
+            raise Malformed(f"malformed {key}: expected true or false, 1 or 0")
+    return any(not value for _, value in said)
 
 
 def with_pictures_in_front(
