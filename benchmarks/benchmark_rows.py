@@ -162,7 +162,7 @@ def main() -> None:
         run("data", args, folder)
         results = {kind: run(kind, args, folder) for kind in _KINDS}
     theirs = results[_KINDS[0]]["seconds"]
-    print(f"{args.rows} rows, {args.num_proc} process(es), {os.cpu_count()} cores")
+    print(f"{args.rows} rows, {args.num_proc} process(es), {len(os.sched_getaffinity(0))} cores")
     print(f"{'':<20}{'s':>8}{'rows/s':>10}{'MB after':>10}{'MB peak':>10}{'theirs / this':>15}")
     for kind, found in results.items():
         print(

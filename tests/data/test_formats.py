@@ -365,8 +365,14 @@ RECORDS = {
         "!pictures out of order",
     ),
     "numbered blocks": (
-        said([{"type": "image", "index": 0}, block("text", "What?")], "Red", images=["red.png"]),
-        ONE,
+        said(
+            [{"type": "image", "index": 0}, {"type": "text", "text": "What?", "index": None}],
+            "Red",
+            [{"type": "image", "index": 1}, block("text", "So?")],
+            "No",
+            images=["red.png", "blue.png"],
+        ),
+        ONE + "Q:[I]\nSo?A:⟨No[E]⟩\n",
     ),
     "Anthropic's block": (
         said([{"type": "image", "source": {"type": "base64"}}, block("text", "?")], "Red"),

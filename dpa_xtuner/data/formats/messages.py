@@ -54,6 +54,9 @@ def read(item: Mapping[str, Any]) -> Parts:
     silent = [is_silent(message) for message in messages]
     roles, texts = [role for role, _, _ in said], [text for _, text, _ in said]
     images = _images(pictures_of(item), [name for _, _, names in said for name in names])
+    blocks = [each for message in messages for each in _picture_blocks(message)]
+    if any(block.get("index", i) not in (None, i) for i, block in enumerate(blocks)):
+        raise Malformed("pictures out of order: the 'index' of a block is not its place")
     return Parts(images, *pair_up(roles, texts, silent))
 
 
@@ -102,9 +105,15 @@ def _blocks(blocks: list[Any]) -> tuple[str, list[str | None]]:
     return joined, pictures
 
 
+def _picture_blocks(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    content = message.get("content")
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, Mapping) and block.get("type") in _PICTURES:
+            yield block
+
+
 def _parts(blocks: list[Any]) -> Iterator[tuple[str | None, str | None]]:
     """(text, None) of each block of text, (None, path or None) of each picture."""
-    index = 0  # of the next picture in the message
     for block in blocks:
         if isinstance(block, str):
             yield with_marks(block), None
@@ -116,9 +125,6 @@ def _parts(blocks: list[Any]) -> Iterator[tuple[str | None, str | None]]:
         if kind == "text" and isinstance(block.get("text"), str):
             yield with_marks(block["text"]), None
         elif kind in _PICTURES:
-            if isinstance(block.get("index"), int) and block["index"] != index:
-                raise Malformed("pictures out of order: a block's 'index' is not its place")
-            index += 1
             yield None, _picture(block)
         else:
             raise Malformed(f"block that is not read: type {kind!r}; known: text, image, image_url")
