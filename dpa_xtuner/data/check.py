@@ -18,20 +18,14 @@ class DataReport:
     """What a check found; as a string, a short table.
 
     Attributes:
-        records: records in the data file.
         samples: usable samples in the data set, each counted once.
-        checked: samples whose images were opened.
-        truncated: samples whose end is cut off.
-        lengths: shortest, median and longest sample in tokens, images expanded.
+        checked: those whose images were opened.
         record_problems: records that were left out when the data was tokenised.
         image_problems: checked samples with a missing or broken image.
     """
 
-    records: int
     samples: int
     checked: int
-    truncated: int
-    lengths: tuple[int, int, int]
     record_problems: list[Problem]
     image_problems: list[Problem]
 
@@ -47,13 +41,9 @@ class DataReport:
 
     def __str__(self) -> str:
         """Return the table."""
-        shortest, median, longest = self.lengths
         return "\n".join(
             [
-                f"{self.records:>8}  records",
-                f"{self.samples:>8}  samples, {shortest} to {longest} tokens, median {median}",
-                f"{self.truncated:>8}  truncated at their end",
-                f"{self.checked:>8}  samples with all images opened",
+                f"{self.checked:>8}  samples of {self.samples} whose images were opened",
                 f"{len(self.problems):>8}  problems" + (":" if self.problems else ""),
                 *([list_problems(self.problems)] if self.problems else []),
             ]
@@ -71,13 +61,9 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
     samples = chosen = np.array(dataset.distinct)
     if sample is not None and sample < len(samples):
         chosen = np.sort(np.random.default_rng(seed).choice(samples, sample, replace=False))
-    lengths = np.array(dataset.length)
     return DataReport(
-        records=dataset.records,
         samples=len(samples),
         checked=len(chosen),
-        truncated=dataset.truncated,
-        lengths=(int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
         record_problems=dataset.problems,
         image_problems=_check_images(dataset, chosen),
     )

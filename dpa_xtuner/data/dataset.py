@@ -265,11 +265,6 @@ class DPADataset(Dataset):
         return self._column("counts")[self._rows].tolist()
 
     @property
-    def truncated(self) -> int:
-        """Number of samples whose end is cut off, each counted once."""
-        return int(self._column("truncated")[np.unique(self._rows)].sum())
-
-    @property
     def _lengths(self) -> np.ndarray:
         return self._column("lengths")[self._rows]
 

@@ -66,10 +66,10 @@ def test_a_record_without_id_gets_its_index(write, caption):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"conversations": None}, "no conversations"),
+        ({"conversations": None}, "unknown format"),
         ({"conversations": []}, "no conversations"),
-        ({"conversations": [HUMAN, {"from": "gpt", "value": 3}]}, "malformed turn"),
-        ({"conversations": [HUMAN, "Hello"]}, "malformed turn"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": 3}]}, "malformed message"),
+        ({"conversations": [HUMAN, "Hello"]}, "malformed message"),
         ({"conversations": [GPT]}, "roles not alternating"),
         ({"conversations": [HUMAN]}, "roles not alternating"),
         ({"conversations": [HUMAN, GPT, GPT]}, "roles not alternating"),

@@ -194,7 +194,7 @@ def test_max_length_counts_tiles(make, caption):
     (length,) = full.length
     cut_off = make([caption("a", "A red balloon.")], max_length=length - 1)
     assert cut_off.length == [length - 1] == [len(cut_off[0]["input_ids"])]
-    assert cut_off.truncated == 1 and len(cut_off[0]["pixel_values"]) == 7
+    assert cut_off.stores[0].arrays["truncated"].all() and len(cut_off[0]["pixel_values"]) == 7
     with pytest.raises(
         DPAError, match=r"image cut off: 1 image\(s\) in 7 tiles of 4 tokens .* max_length 28"
     ):

@@ -10,21 +10,36 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpa_xtuner.data.formats import captions, llava, messages, opened, pairs, texts
+from dpa_xtuner.data.formats import captions, messages, opened, pairs, texts
 from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.formats.turns import refuse_unread_pictures, refuse_what_is_not_read
 from dpa_xtuner.data.problems import Problem
-from dpa_xtuner.data.records import Malformed, Record, make_record, shown_id
+from dpa_xtuner.data.records import Malformed, Parts, Record, make_record, shown_id
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 
-_FORMATS = (llava, messages, pairs, texts, captions)  # asked in this order
+
+class _Format(NamedTuple):
+    """A format of records: its name, the keys that tell it, and what reads one."""
+
+    name: str
+    needs: tuple[str, ...]
+    read: Callable[[Mapping[str, Any]], Parts]
+
+
+_OF_KEYS = (
+    _Format("LLaVA", ("conversations",), functools.partial(messages.read, key="conversations")),
+    _Format("messages", ("messages",), messages.read),
+    _Format("query/response", ("query", "response"), pairs.read),
+    _Format("user/assistant texts", ("texts",), texts.read),
+)
+_CAPTIONS = _Format("image and caption", ("image", "caption"), captions.read)
 # What other formats call what ours need.
 _ALIKE = {
     "query": ("question", "instruction", "prompt", "input", "prefix"),
@@ -66,7 +81,7 @@ def read_source(source: Source, path: str | Path) -> Iterator[Record | Problem]:
             yield replace(item, position=position)
             continue
         if first and isinstance(value := messages.as_item(item), Mapping):
-            if not any(each.fits(value) for each in _FORMATS):
+            if _format_of(value) is None:
                 raise DPAError(f"data file {path}: {_fits_none(value)}")
             first = False
         yield parse_record(item, position)
@@ -90,16 +105,22 @@ def parse_record(item: Any, index: int) -> Record | Problem:
     if None in item.values():  # as a table has it in a row that lacks something
         item = {key: value for key, value in item.items() if value is not None}
     try:
-        for each in _FORMATS:
-            if each.fits(item):
-                refuse_what_is_not_read(item)
-                parts = each.read(item)
-                if each is not captions:
-                    refuse_unread_pictures(item, parts.images)
-                return make_record(item, parts, index)
-        raise Malformed(f"unknown format: {_nearest(item)}")
+        if (found := _format_of(item)) is None:
+            raise Malformed(f"unknown format: {_nearest(item)}")
+        refuse_what_is_not_read(item)
+        parts = found.read(item)
+        if found is not _CAPTIONS:
+            refuse_unread_pictures(item, parts.images)
+        return make_record(item, parts, index)
     except Malformed as error:
         return Problem(shown_id(item, index), str(error), position=index)
+
+
+def _format_of(item: Mapping[str, Any]) -> _Format | None:
+    for each in _OF_KEYS:
+        if each.needs[0] in item and each.needs[-1] in item:
+            return each
+    return _CAPTIONS if captions.keys_of(item) else None
 
 
 def data_sha256(path: str | Path) -> str:
@@ -144,13 +165,14 @@ def _nearest(item: Mapping[str, Any]) -> str:
         ratios = [0.8 * SequenceMatcher(None, need, key).ratio() for key in keys]
         return 1.0 if _there(need, keys) else max([alike, *ratios])
 
-    best = max(_FORMATS, key=lambda each: sum(map(likeness, each.NEEDS)) / len(each.NEEDS))
-    lacks = [need for need in best.NEEDS if not _there(need, keys)]
-    has = [repr(found) for need in best.NEEDS if (found := _there(need, keys))]
-    told = f"Nearest is {best.NAME!r}, which needs {' and '.join(map(repr, best.NEEDS))}: "
+    formats = (*_OF_KEYS, _CAPTIONS)
+    best = max(formats, key=lambda each: sum(map(likeness, each.needs)) / len(each.needs))
+    lacks = [need for need in best.needs if not _there(need, keys)]
+    has = [repr(found) for need in best.needs if (found := _there(need, keys))]
+    told = f"Nearest is {best.name!r}, which needs {' and '.join(map(repr, best.needs))}: "
     told += f"has {' and '.join(has) or 'none of it'}"
     told += f", lacks {' and '.join(map(repr, lacks))}" if lacks else ""
-    if best is captions and (others := captions.reserved(keys)):
+    if best is _CAPTIONS and (others := captions.reserved(keys)):
         told += f", but with {', '.join(map(repr, others))} it may be something else"
     return f"{told}. Keys: {', '.join(map(repr, keys[:12])) or 'none'}."
 

@@ -10,8 +10,6 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 from dpa_xtuner.data.formats.turns import picture_names
 from dpa_xtuner.data.records import Malformed, Parts
 
-NAME = "image and caption"
-NEEDS = ("image", "caption")
 IMAGES = (
     "image", "images", "image_path", "image_file", "img_path", "file_name", "filename", "filepath",
 )  # fmt: skip
@@ -39,11 +37,6 @@ def reserved(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in _NO_CAPTION]
 
 
-def fits(item: Mapping[str, Any]) -> bool:
-    """Whether a record is one of this format."""
-    return keys_of(item) is not None
-
-
 def read(item: Mapping[str, Any]) -> Parts:
     """Read a record.
 
@@ -51,7 +44,7 @@ def read(item: Mapping[str, Any]) -> Parts:
         Malformed: it is not as the format says.
     """
     keys = keys_of(item)
-    assert keys is not None, "fits was asked"
+    assert keys is not None, "only such records are read as captions"
     image, caption = (item[key] for key in keys)
     if not isinstance(caption, str):
         raise Malformed(f"malformed caption: expected a string under {keys[1]!r}")

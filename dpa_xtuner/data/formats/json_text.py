@@ -36,12 +36,18 @@ def line_items(file: TextIO, path: Path) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:  # also a number of too many digits
             if not read:
                 raise DPAError(
-                    f"data file {path} is neither a JSON array nor JSON lines: line {number}: "
-                    f"{error}. Expected one whole record a line."
+                    f"data file {path} is neither a JSON array nor JSON lines: line {number}, "
+                    f"{_told(error)}. Expected one whole record a line."
                 ) from error
-            item = Problem(f"line {number}", f"not JSON: {error}")
+            item = Problem(f"line {number}", f"not JSON: {_told(error)}")
         read += 1
         yield item
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}: {error.msg}"
+    return str(error)
 
 
 def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:

@@ -8,14 +8,6 @@ from typing import Any
 from dpa_xtuner.data.formats.turns import pictures_of, with_marks, with_pictures_in_front
 from dpa_xtuner.data.records import Malformed, Parts
 
-NAME = "query/response"
-NEEDS = ("query", "response")
-
-
-def fits(item: Mapping[str, Any]) -> bool:
-    """Whether a record is one of this format."""
-    return "query" in item and "response" in item
-
 
 def read(item: Mapping[str, Any]) -> Parts:
     """Read a record; pictures that no mark places stand before the first question.

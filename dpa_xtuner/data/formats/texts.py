@@ -13,14 +13,6 @@ from dpa_xtuner.data.formats.turns import (
 )
 from dpa_xtuner.data.records import Malformed, Parts
 
-NAME = "user/assistant texts"
-NEEDS = ("texts",)
-
-
-def fits(item: Mapping[str, Any]) -> bool:
-    """Whether a record is one of this format."""
-    return "texts" in item
-
 
 def read(item: Mapping[str, Any]) -> Parts:
     """Read a record; its pictures stand before the first question unless marks place them.
