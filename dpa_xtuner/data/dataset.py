@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from mmengine import print_log
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
@@ -17,7 +16,7 @@ from xtuner.registry import BUILDER
 from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
+from dpa_xtuner.data.images import ImageProblem, load_pixels
 from dpa_xtuner.data.mixture import choose
 from dpa_xtuner.data.places import joined
 from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
@@ -177,7 +176,14 @@ class DPADataset(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         _, images = self._names(index)
         try:
-            pixels = [tensor for image in images for tensor in self._load(*image)]
+            pixels = [
+                tensor
+                for path, size in images
+                for tensor in load_pixels(
+                    path, self.image_processor, self.pad_image_to_square, self.background,
+                    self.tiling, size,
+                )
+            ]  # fmt: skip
         except ImageProblem as problem:
             return self._problem(index, str(problem))
         return self.text(index) | {"pixel_values": pixels}
@@ -295,20 +301,6 @@ class DPADataset(Dataset):
             distinct = len(np.unique(rows))
             parts.append(f"{len(rows)} ({distinct} different ones of {len(store)}) of {file}")
         return f"{len(self)} samples an epoch: {'; '.join(parts)}"
-
-    def _load(self, path: str, size: tuple[int, int] | None) -> list[torch.Tensor]:
-        if size is None or self.tiling is None:
-            return [
-                load_pixels(path, self.image_processor, self.pad_image_to_square, self.background)
-            ]
-        return load_tiles(
-            path,
-            self.image_processor,
-            self.pad_image_to_square,
-            self.tiling,
-            size,
-            self.background,
-        )
 
 
 def _build(part: Any) -> Any:

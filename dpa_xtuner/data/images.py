@@ -77,67 +77,47 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def load_pixels(
-    path: str | Path, image_processor: Any, pad_to_square: bool, background: str = WHITE
-) -> torch.Tensor:
-    """Load an image and prepare it as stock ``LLaVADataset`` does.
-
-    Args:
-        path: as of :func:`load_image`.
-        image_processor: a Hugging Face image processor.
-        pad_to_square: whether to pad it to a square in the processor's mean colour first.
-        background: colour behind what is transparent.
-
-    Returns:
-        Pixel values of shape (3, H, W), float32.
-
-    Raises:
-        ImageProblem: the file is missing or broken.
-    """
-    image = load_image(path, pad_to_square, background=background)
-    if pad_to_square:
-        image = padded(image, _mean_colour(image_processor))
-    # Of an image that is 1 or 3 pixels high it can't be told on which side its channels are.
-    pixels = image_processor.preprocess(
-        image, return_tensors="pt", input_data_format="channels_last"
-    )
-    return pixels["pixel_values"][0].float()
-
-
-def load_tiles(
     path: str | Path,
     image_processor: Any,
     pad_to_square: bool,
-    tiling: Tiling,
-    size: tuple[int, int],
     background: str = WHITE,
+    tiling: Tiling | None = None,
+    size: tuple[int, int] | None = None,
 ) -> list[torch.Tensor]:
-    """Load an image, cut it into tiles and prepare these.
+    """Load an image and prepare it as stock ``LLaVADataset`` does, or cut into tiles.
 
-    The processor only normalises them: where it would scale or crop (as DINOv2's does, which cuts
-    off a margin), the tiles would no longer join.
+    Of tiles, the processor only normalises them: where it would scale or crop (as DINOv2's does,
+    which cuts off a margin), the tiles would no longer join.
 
     Args:
         path: as of :func:`load_image`.
         image_processor: a Hugging Face image processor.
-        pad_to_square: whether the thumbnail, or an image of a single tile, is padded to a square in
-            the processor's mean colour. Else it is stretched, as in InternVL.
-        tiling: how it is cut.
-        size: (width, height) that the image had when its tokens were counted.
+        pad_to_square: whether to pad it to a square in the processor's mean colour first. Of a
+            tiled image, whether the thumbnail, or an image of a single tile, is padded; else it is
+            stretched, as in InternVL.
         background: colour behind what is transparent.
+        tiling: how it is cut; None leaves it whole.
+        size: as of :func:`load_image`; of a tiled image, the size that its tokens were counted for.
 
     Returns:
-        ``tiling.count(size)`` tensors of shape (3, tile_size, tile_size), float32, the thumbnail
-        last.
+        (3, H, W) float32 of the whole image; or ``tiling.count(size)`` tensors of shape
+        (3, tile_size, tile_size), the thumbnail last.
 
     Raises:
         ImageProblem: the file is missing or broken, or the image has another size now.
     """
     image = load_image(path, pad_to_square, size, background)
-    tiles = tiling.cut(image, _mean_colour(image_processor) if pad_to_square else None)
-    steps = [name for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)]
-    left_out = dict.fromkeys(steps, False)
+    colour = _mean_colour(image_processor) if pad_to_square else None
+    left_out: dict[str, bool] = {}
+    if tiling is not None:
+        pictures = tiling.cut(image, colour)
+        steps = [name for name in ("do_resize", "do_center_crop") if hasattr(image_processor, name)]
+        left_out = dict.fromkeys(steps, False)
+    else:
+        pictures = [image if colour is None else padded(image, colour)]
+    # Of an image that is 1 or 3 pixels high it can't be told on which side its channels are.
     pixels = image_processor.preprocess(
-        tiles, return_tensors="pt", input_data_format="channels_last", **left_out
+        pictures, return_tensors="pt", input_data_format="channels_last", **left_out
     )
     return list(pixels["pixel_values"].float())
 

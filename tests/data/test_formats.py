@@ -616,7 +616,7 @@ def test_the_channels_of_a_tiny_picture_are_not_guessed(size, square, tmp_path, 
     from dpa_xtuner.data.images import load_pixels
 
     Image.new("RGB", size, RED).save(tmp_path / "a.png")
-    pixels = load_pixels(tmp_path / "a.png", plain_processor, square)
+    (pixels,) = load_pixels(tmp_path / "a.png", plain_processor, square)
     assert pixels.shape == (3, 4, 4)
     assert pixels[:, 2, 2].tolist() == pytest.approx([1, 0, 0]) or size != (1, 1)
     if not square:

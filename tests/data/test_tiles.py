@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
 from dpa_xtuner.data import DPADataset, GroupedSampler, Problem, check_dataset, collate, store
-from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles
+from dpa_xtuner.data.images import ImageProblem, load_pixels
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
 
@@ -98,7 +98,7 @@ def test_a_padded_thumbnail_keeps_its_shape():
 def test_the_processor_only_normalises_tiles(processor, tmp_path):
     image = picture(16, 24)
     image.save(tmp_path / "a.png")
-    tensors = load_tiles(tmp_path / "a.png", processor, False, Tiling(6, 8), (16, 24))
+    tensors = load_pixels(tmp_path / "a.png", processor, False, "white", Tiling(6, 8), (16, 24))
     scaled = np.asarray(image) / 255
     pixels = ((scaled - processor.image_mean) / processor.image_std).transpose(2, 0, 1)
     slices = [pixels[:, y : y + 8, x : x + 8] for y in (0, 8, 16) for x in (0, 8)]
@@ -110,10 +110,10 @@ def test_the_processor_only_normalises_tiles(processor, tmp_path):
 
 def test_an_image_of_one_tile_is_as_without_tiles(processor, tmp_path):
     picture(10, 9).save(tmp_path / "a.png")
-    (tile,) = load_tiles(tmp_path / "a.png", processor, True, Tiling(12, 8), (10, 9))
+    (tile,) = load_pixels(tmp_path / "a.png", processor, True, "white", Tiling(12, 8), (10, 9))
     # Since transformers 5 the processor scales by torchvision, and not by Pillow as tiles are.
     by_pillow = not hasattr(transformers, "CLIPImageProcessorPil")
-    whole = load_pixels(tmp_path / "a.png", processor, True)
+    (whole,) = load_pixels(tmp_path / "a.png", processor, True)
     torch.testing.assert_close(tile, whole, atol=0 if by_pillow else 0.03, rtol=0)
 
 
@@ -272,7 +272,7 @@ def test_a_bad_image_behind_a_good_header_is_skipped(make, caption, images):
 def test_a_huge_image_has_a_size_but_no_pixels(processor, tmp_path):
     Image.new("1", (60_000, 1)).save(tmp_path / "long.png")
     with pytest.raises(ImageProblem, match="image out of shape"):
-        load_tiles(tmp_path / "long.png", processor, True, Tiling(6, 8), (60_000, 1))
+        load_pixels(tmp_path / "long.png", processor, True, "white", Tiling(6, 8), (60_000, 1))
 
 
 def test_encoding_tells_what_decides_the_counts(make, caption, images):

@@ -138,7 +138,7 @@ class Run:
     def batch(self, tokens: list[int], image: Path) -> dict:
         """What the training model takes."""
         processor = BUILDER.build(self.cfg.image_processor.to_dict())
-        pixels = load_pixels(image, processor, self.settings.tune.pad_image_to_square)
+        (pixels,) = load_pixels(image, processor, self.settings.tune.pad_image_to_square)
         count = self.resolved.tiles["image_tokens"]
         ids = [i for token in tokens
                for i in ([token] * count if token == IMAGE_TOKEN_INDEX else [token])]  # fmt: skip
