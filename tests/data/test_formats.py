@@ -1105,6 +1105,10 @@ REFUSED = {
         "is no whole Parquet file",
     ),
     "folder of two kinds": (both_kinds, r"several kinds \(.parquet, .tar\); name the files"),
+    "YAML of another project": (
+        next_list("all", sampling_ratio=0.5),
+        "sampling_ratio of 'a.json' is not read; use sampling_strategy",
+    ),
     "YAML that names itself": (next_list("all", json_path="list.yaml"), "names itself"),
     "meta that names itself": (
         other("meta.json", b'{"x": {"annotation": "meta.json"}}'),
@@ -1127,7 +1131,7 @@ REFUSED = {
     ),
     "half a pair": (
         text_file("a.jsonl", {"query": "x", "answer": "y"}),
-        "Nearest is 'query/response'.* has 'query', lacks 'response'",
+        "Nearest is 'query/response'.* has 'query', lacks 'response' \\(perhaps 'answer'\\)",
     ),
     "LLaVA's questions": (
         text_file("a.jsonl", {"image": "x.png", "text": "What?", "question_id": 1}),

@@ -171,10 +171,17 @@ def _nearest(item: Mapping[str, Any]) -> str:
     has = [repr(found) for need in best.needs if (found := _there(need, keys))]
     told = f"Nearest is {best.name!r}, which needs {' and '.join(map(repr, best.needs))}: "
     told += f"has {' and '.join(has) or 'none of it'}"
-    told += f", lacks {' and '.join(map(repr, lacks))}" if lacks else ""
+    told += f", lacks {' and '.join(f'{need!r}{_alike(need, keys)}' for need in lacks)}" * bool(
+        lacks
+    )
     if best is _CAPTIONS and (others := captions.reserved(keys)):
         told += f", but with {', '.join(map(repr, others))} it may be something else"
     return f"{told}. Keys: {', '.join(map(repr, keys[:12])) or 'none'}."
+
+
+def _alike(need: str, keys: list[str]) -> str:
+    """Name the key that may be meant."""
+    return next((f" (perhaps {key!r})" for key in _ALIKE.get(need, ()) if key in keys), "")
 
 
 def _there(need: str, keys: list[str]) -> str | None:

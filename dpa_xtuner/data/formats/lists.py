@@ -27,6 +27,7 @@ _SAMPLING = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
 _YAML_HEAD = re.compile(r"^(datasets\s*:|-\s*json_path\s*:)", re.MULTILINE)
 _LARGEST = 1 << 20  # characters of a list
 _ROOTS = ("root", "media_root")
+_SAYS_HOW_OFTEN = re.compile("ratio|weight|sampl|repeat|epoch|fraction|prob", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def meta(path: Path, found: dict[str, Any], find: Find, read: Read) -> Source:
 def _of_yaml(path: Path, entry: Any) -> _File:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("json_path"), str):
         raise DPAError(f"data file {path}: expected 'json_path' in {entry!r}.")
+    _refuse_other_sampling(path, entry, entry["json_path"], "sampling_strategy")
     asked = str(entry.get("sampling_strategy") or "all").strip()
     keep = None
     if asked != "all":
@@ -127,8 +129,7 @@ def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarra
 
 
 def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
-    if entry.get("sample_ratio", 1) != 1:
-        raise DPAError(f"data file {path}: sample_ratio of {name!r} is not read; use repeat_time.")
+    _refuse_other_sampling(path, entry, name, "repeat_time")
     times = entry.get("repeat_time", 1)
     if isinstance(times, bool) or not isinstance(times, (int, float)) or times <= 0:
         raise DPAError(
@@ -143,6 +144,12 @@ def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
     root = next((entry[key] for key in _ROOTS if entry.get(key)), "")
     keep = None if times >= 1 else lambda records: np.arange(int(records * times))
     return _File(_found(path, entry["annotation"]), str(root), keep, max(1, int(times)))
+
+
+def _refuse_other_sampling(path: Path, entry: Mapping[str, Any], name: str, known: str) -> None:
+    for key, value in entry.items():
+        if key != known and value not in (None, 1) and _SAYS_HOW_OFTEN.search(str(key)):
+            raise DPAError(f"data file {path}: {key} of {name!r} is not read; use {known}.")
 
 
 def _found(path: Path, named: str) -> Path:
