@@ -19,7 +19,7 @@ from dpa_xtuner.analysis.relevance import Token, both_passes
 from dpa_xtuner.analysis.words import classes_of, token_texts
 from dpa_xtuner.data import collate
 from dpa_xtuner.data.encode import RecordTokenizer
-from dpa_xtuner.data.images import ImageProblem, load_pixels, load_tiles, read_size
+from dpa_xtuner.data.images import ImageProblem, load_pixels, read_size
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
@@ -205,16 +205,13 @@ class RunChat(ChatModel):
         tokens = _expanded(
             encoded.tokens[: starts[-1]].tolist(), [n * self._image_tokens for n in counts]
         )
-        return tokens, [
-            tile for i, name in enumerate(pictures) for tile in self._load(name, i, sizes)
-        ]
-
-    def _load(self, picture: str, number: int, sizes: list[tuple[int, int]]) -> list[Tensor]:
         settings, processor = self._source.stage_settings, self._source.run.image_processor
         pads, ground = settings.pad_image_to_square, settings.background
-        if self._tiling:
-            return load_tiles(picture, processor, pads, self._tiling, sizes[number], ground)
-        return [load_pixels(picture, processor, pads, ground)]
+        return tokens, [
+            tile
+            for name in pictures
+            for tile in load_pixels(name, processor, pads, ground, self._tiling)
+        ]
 
 
 class FolderChat(ChatModel):
@@ -287,7 +284,7 @@ class FolderChat(ChatModel):
         ids = [IMAGE_TOKEN_INDEX if token == image_id else token for token in ids]
         pictures = [turn.picture for turn in turns if turn.picture]
         pixels = [
-            load_pixels(name, self._processor.image_processor, self._pads, self._background)
+            load_pixels(name, self._processor.image_processor, self._pads, self._background)[0]
             for name in pictures
         ]
         return _expanded(ids, [self._image_tokens] * len(pictures)), pixels

@@ -58,7 +58,7 @@ def snippet(folder) -> str:
 
 def pixels_of_training(run, picture) -> torch.Tensor:
     processor = BUILDER.build(run.cfg.image_processor.to_dict())
-    return load_pixels(picture, processor, pad_to_square=True)
+    return load_pixels(picture, processor, pad_to_square=True)[0]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -112,7 +112,7 @@ def test_pictures_that_training_cropped_are_cropped(run, picture):
     processor = AutoProcessor.from_pretrained(folder)
     found = processor.image_processor(as_rgb(Image.open(picture)), return_tensors="pt")
     trained = BUILDER.build(cropped.cfg.image_processor.to_dict())
-    assert torch.equal(found.pixel_values[0], load_pixels(picture, trained, pad_to_square=False))
+    assert torch.equal(found.pixel_values[0], load_pixels(picture, trained, False)[0])
     assert "square" not in (folder / MODEL_CARD).read_text()
 
 
