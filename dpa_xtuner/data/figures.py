@@ -91,8 +91,8 @@ def _figures(file: str, store: TokenStore, tokenizer: Any) -> FileFigures:
     starts = np.cumsum(arrays["counts"], dtype=np.int64) - arrays["counts"]
     answers = np.add.reduceat(arrays["supervised"].astype(np.int32), starts)
     lengths = np.abs(arrays["lengths"])
-    width = -(-(int(lengths.max()) + 1) // _BINS)
-    edges = np.arange(_BINS + 1) * width
+    width = -(-(int(np.ptp(lengths)) + 1) // _BINS)
+    edges = int(lengths.min()) + np.arange(_BINS + 1) * width
     return FileFigures(
         file=file,
         format=store.format,

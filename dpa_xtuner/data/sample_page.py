@@ -16,6 +16,7 @@ from xtuner.utils import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.dataset import DPADataset
 from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.data.special import special_ids
 
 SHOWN = 20
 """Samples of each data set on the page, evenly spread."""
@@ -53,15 +54,16 @@ def _sample(dataset: DPADataset, index: int, tokenizer: Any) -> dict[str, Any]:
 
 
 def _parts(tokens: np.ndarray, labels: np.ndarray, tokenizer: Any) -> list[dict[str, Any]]:
-    """Stretches of a text that are pictures, supervised, or neither."""
+    """Stretches of a text that are pictures, supervised, or neither; special tokens apart."""
     kinds = np.where(tokens == IMAGE_TOKEN_INDEX, 2, labels != IGNORE_INDEX).tolist()
+    special = np.isin(tokens, special_ids(tokenizer)).tolist()
     found, start = [], 0
-    for kind, run in groupby(kinds):
+    for (kind, is_special), run in groupby(zip(kinds, special, strict=True)):
         end = start + len(list(run))
         text = f"{end - start} picture tokens" if kind == 2 else ""
         found.append(
             {
-                "kind": ("prompt", "answer", "picture")[kind],
+                "kind": ("prompt", "answer", "picture")[kind] + " special" * is_special,
                 "text": text or tokenizer.decode(tokens[start:end].tolist()),
             }
         )

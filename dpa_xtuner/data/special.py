@@ -113,6 +113,12 @@ class SpecialTokens:
         return self._name(word) if word in self._numbers else word
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """List the tokens that no text becomes, such as the end of a turn."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(added.union(tokenizer.all_special_ids))
+
+
 def _words(tokenizer: Any, template: Mapping[str, Any]) -> set[str]:
     """List special tokens and added ones that end an answer, without the mark of a picture."""
     ends = [(template.get("SUFFIX") or "").strip(), *(template.get("STOP_WORDS") or ())]

@@ -80,7 +80,7 @@ def test_a_file_of_bad_records_says_why(make, caption):
 def test_the_page_shows_pictures_and_supervised_text(make, chat, tokenizer, images):
     Image.new("RGB", (8, 8), (200, 30, 100)).save(images / "plain.png")
     data = [
-        chat("a", "<image>\nWhat <b>?", "Two cats & a dog.", image="plain.png"),
+        chat("a", "<image>\nWhat <b>?", "Two cats & a dog. </s>", image="plain.png"),
         chat("b", "<image>", "Cats", image="none.png"),
     ]
     settings = {"prompt_template": {"INSTRUCTION": "{input} "}}
@@ -88,7 +88,8 @@ def test_the_page_shows_pictures_and_supervised_text(make, chat, tokenizer, imag
     assert shown.count("<section>") == 2
     assert '<span class="picture">4 picture tokens</span>' in shown
     assert re.search(r'<span class="prompt">\s*What &lt;b&gt;\? </span>', shown)
-    assert '<span class="answer">Two cats &amp; a dog.&lt;/s&gt;</span>' in shown
+    end = '<span class="answer special">&lt;/s&gt;</span>'
+    assert f'<span class="answer">Two cats &amp; a dog. &lt;/s&gt;</span>{end}' in shown
     assert "missing image" in shown
     (content,) = re.findall(r'src="data:image/png;base64,([^"]+)"', shown)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
