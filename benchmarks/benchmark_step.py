@@ -130,7 +130,7 @@ class PlainCMO(LLaVAModel):
             no_image = self.llm(**{**data, "attention_mask": text}).logits.float()  # (B, T, V)
             p_w = logits[:, :-1].softmax(-1).gather(-1, targets).squeeze(-1)
             # From the last text token before: for the token after an image, the one before it.
-            columns = torch.arange(text.shape[1]).expand(text.shape)
+            columns = torch.arange(text.shape[1], device=text.device).expand(text.shape)
             before = columns.where(text, 0).cummax(1).values[:, :-1]  # (B, T - 1)
             p_wo = no_image.softmax(-1)[torch.arange(len(text))[:, None], before, targets[..., 0]]
             relevance = (p_w - p_wo).clamp(0.05, 0.5).where(supervised, 0)
