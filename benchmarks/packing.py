@@ -130,28 +130,44 @@ def draw(stage: str, count: int) -> list[Sample]:
     ]
 
 
-def micro_batches(samples: list[Sample], batch_size: int, ranks: int, per_step: int) -> Iterator:
-    """Form an epoch's micro-batches, of all ranks, by the sampler of training.
+def deal_out(
+    samples: list[Sample], batch_size: int, ranks: int, per_step: int, level: bool = True
+) -> list[list[list[Sample]]]:
+    """Deal an epoch's samples to the ranks, by the sampler of training.
 
     Args:
         samples: of the data set.
-        batch_size: samples of a micro-batch.
+        batch_size: samples of a micro-batch, on average.
         ranks: how many there are.
         per_step: the global batch size.
+        level: whether several ranks get about as many tokens, as in training with
+            ``normalize="global"``; else they get the samples one by one.
+
+    Returns:
+        Of each rank its micro-batches; of an unfilled last step, some are empty.
     """
     # Samples without an image have a negative length, and form their own batches.
     data = _Lengths([s.text + s.images if s.images else -s.text for s in samples])
+    level = level and ranks > 1
+    places = 4 * batch_size if level else batch_size  # as stages/build.py sets them
+    how = dict(micro_batch_size=batch_size, most=places) if level else {}
+    dealt = []
     for rank in range(ranks):
         where = "xtuner.dataset.samplers.length_grouped.get_dist_info"
         with mock.patch(where, return_value=(rank, ranks)):
             sampler = GroupedSampler(
-                data, per_step // ranks, "modality_length", mega_batch_mult=1, seed=42
+                data, per_step // ranks, "modality_length", mega_batch_mult=1, seed=42, **how
             )
         order = list(sampler)
-        for start in range(0, len(order), batch_size):
-            found = [samples[i] for i in order[start : start + batch_size] if i != NOTHING]
-            if found:
-                yield found
+        cut = (order[start : start + places] for start in range(0, len(order), places))
+        dealt.append([[samples[i] for i in part if i != NOTHING] for part in cut])
+    return dealt
+
+
+def micro_batches(samples: list[Sample], batch_size: int, ranks: int, per_step: int) -> Iterator:
+    """Yield the micro-batches of all ranks that are not empty; see :func:`deal_out`."""
+    for parts in deal_out(samples, batch_size, ranks, per_step):
+        yield from (part for part in parts if part)
 
 
 class _Lengths:

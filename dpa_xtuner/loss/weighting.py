@@ -151,7 +151,7 @@ class ContrastScheme:
         both = torch.stack([grid, supervised.to(grid.dtype)], dim=1)  # (B, 2, T)
         pooled = avg_pool1d(both, self.window, stride=1, padding=self.window // 2)
         total, count = pooled.unbind(1)  # (B, T) each
-        return total[supervised] / count[supervised]  # (N,)
+        return (total / count)[supervised]  # (N,); 0 / 0 elsewhere
 
     def _pool_flat(self, relevance: Tensor, supervised: Tensor) -> Tensor:
         grid = relevance.new_full(supervised.shape, self.d_min)  # (B, T)

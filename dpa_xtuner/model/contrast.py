@@ -40,28 +40,33 @@ def contrast_log_probs(llm: PreTrainedModel | PeftModel, data: dict) -> TokenLog
     supervised = supervised_mask(labels)  # (B, T - 1)
     needs_contrast = data["image_mask"].any(1) & supervised.any(1)  # (B,)
     text = data["attention_mask"].bool() & ~data["image_mask"]  # (B, T)
-    rows = needs_contrast.nonzero()[:, 0]  # (R,)
-    inputs, before = _text_only(base_model(llm).config, data, text, rows)  # (R, S), (B, T - 1)
+    # Reading these numbers is what a GPU waits for: all at once. 0 for samples left out.
+    lengths = torch.where(needs_contrast, text.sum(1), 0).tolist()
+    rows = (~needs_contrast).int().argsort(stable=True)[: sum(map(bool, lengths))]  # (R,)
+    config, longest = base_model(llm).config, max(1, *lengths)
+    inputs, before = _text_only(config, data, text, rows, longest)  # (R, S), (B, T - 1)
     asked = supervised & needs_contrast.unsqueeze(1)  # (B, T - 1)
     has_context = asked & (before >= 0)  # (B, T - 1), K true
     with _evaluating(llm):
         hidden = decode(llm, inputs)  # (R, S, H)
         # Sample b is row (number of compared samples before b) of the decoder's inputs.
-        row = (needs_contrast.cumsum(0) - 1).unsqueeze(1).expand_as(supervised)  # (B, T - 1)
-        hidden = hidden[row[has_context], before[has_context]]  # (K, H)
+        row = needs_contrast.cumsum(0) - 1  # (B,)
+        sample, column = has_context.nonzero(as_tuple=True)  # (K,) each
+        hidden = hidden[row[sample], before[sample, column]]  # (K, H)
         check_finite(hidden, has_context, data["ids"], " without the images")
-        found = head_log_probs(llm, hidden, labels[:, 1:][has_context])  # (K,)
+        found = head_log_probs(llm, hidden, labels[sample, column + 1])  # (K,)
     uniform = math.log(output_head(llm).out_features)
     cross_entropy = asked.to(found.cross_entropy.dtype) * uniform  # (B, T - 1)
     cross_entropy = cross_entropy.masked_scatter(has_context, found.cross_entropy)
     logit = torch.zeros_like(cross_entropy).masked_scatter(has_context, found.logit)
-    return TokenLogProbs(cross_entropy[supervised], logit[supervised])  # (N,)
+    both = torch.stack([cross_entropy, logit], dim=-1)[supervised]  # (N, 2)
+    return TokenLogProbs(*both.unbind(-1))  # (N,) each
 
 
 def _text_only(
-    config: PretrainedConfig, data: dict, text: Tensor, rows: Tensor
+    config: PretrainedConfig, data: dict, text: Tensor, rows: Tensor, longest: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Select the text tokens (B, T) of some rows (R,).
+    """Select the text tokens (B, T) of some rows (R,), which have at most ``longest``.
 
     Returns:
         The decoder's inputs (R, S); and (B, T - 1), for each position but the last, the column of
@@ -74,7 +79,6 @@ def _text_only(
     else:
         # Masked image positions don't influence the text. So the text tokens run alone, at their
         # old position ids: T text tokens in place of T + 576.
-        longest = max([1, *text.sum(1)[rows].tolist()])
         # A stable sort brings the text to the front, in order: (B, longest).
         columns = (~text).int().argsort(dim=1, stable=True)[:, :longest]
         before = text.cumsum(1) - 1  # (B, T)

@@ -16,7 +16,13 @@ from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.problems import list_problems
 from dpa_xtuner.declared import problems
 from dpa_xtuner.errors import DPAError, refuse
-from dpa_xtuner.stages.components import COMPONENTS, LLM, LLM_ADAPTER, ModelPlan
+from dpa_xtuner.stages.components import (
+    COMPONENTS,
+    LLM,
+    LLM_ADAPTER,
+    VISUAL_ENCODER,
+    ModelPlan,
+)
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
 from dpa_xtuner.stages.table import Stage
@@ -196,6 +202,8 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
     if global_rank(run.cfg.launcher) == 0:
         log_schedule(stage_settings, numbers, len(built), stage.name)
     _set_schedule(config, stage_settings, numbers, run.deepspeed)
+    if stage_settings.normalize == "global" and world_size(run.cfg.launcher) > 1:
+        _balance_ranks(config, stage_settings.batch_size, VISUAL_ENCODER not in stage.trains)
     _set_precision(config, run.deepspeed)
     config.custom_hooks = config.custom_hooks + _hooks(
         run, stage, dataset, built.fingerprint, provenance
@@ -288,6 +296,20 @@ def _set_schedule(
     if (logger := config.default_hooks.get("logger")) is not None:
         # Log at the end of a step: within one, the log would repeat the figures of the last step.
         logger.interval = math.ceil(logger.get("interval", 10) / counts) * counts
+
+
+def _balance_ranks(config: Config, batch_size: int, unequal: bool) -> None:
+    """Have the sampler give all ranks about as many tokens.
+
+    Args:
+        config: of the stage; changed in place.
+        batch_size: samples of a micro-batch, on average.
+        unequal: whether micro-batches of short samples may hold more. A trained encoder keeps its
+            activations of all pictures, so there none holds more pictures than ``batch_size``.
+    """
+    most = 4 * batch_size if unequal else batch_size
+    config.train_dataloader.batch_size = most  # places, of which the sampler leaves some empty
+    config.train_dataloader.sampler.update(micro_batch_size=batch_size, most=most)
 
 
 # Trained float32 weights run under autocast. Autocast to bfloat16 needs no scaled loss.

@@ -1,11 +1,14 @@
 """Grouped sampling: what stock does, and beginning in the middle."""
 
+from itertools import combinations
+from random import Random
+
 import pytest
 from mmengine.registry import DATA_SAMPLERS
 from xtuner.dataset.samplers import LengthGroupedSampler
 
 from dpa_xtuner.data import GroupedSampler
-from dpa_xtuner.data.sampler import NOTHING
+from dpa_xtuner.data.sampler import NOTHING, deal
 
 
 class Lengths:
@@ -121,3 +124,101 @@ def test_built_by_name_with_its_arguments():
     config = {"type": "GroupedSampler", "length_property": "modality_length", "start": 2}
     config |= {"per_device_batch_size": 4, "round_up": False, "dataset": MIXED, "seed": 3}
     assert list(DATA_SAMPLERS.build(config)) == list(build(MIXED, round_up=False))[2:]
+
+
+# Dealt by deal: micro_batch_size is given.
+
+
+def dealt(dataset, world_size, rank, epoch=0, micro=2, counts=3, **more):
+    """Of each rank, its micro-batches of an epoch."""
+    shares = []
+    for i in range(world_size):
+        rank(i, world_size)
+        sampler = build(
+            dataset, micro * counts, mega_batch_mult=1, micro_batch_size=micro, most=2 * micro,
+            **more,
+        )  # fmt: skip
+        sampler.set_epoch(epoch)
+        share = list(sampler)
+        assert len(share) == len(sampler)
+        cut = [share[k : k + 2 * micro] for k in range(0, len(share), 2 * micro)]
+        shares.append([[index for index in part if index != NOTHING] for part in cut])
+    return shares
+
+
+@pytest.mark.parametrize("samples", [70, 72, 5, 1])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_dealt_global_batches_hold_the_same_samples(rank, world_size, samples, epoch):
+    dataset = Lengths(*[*range(1, 41), *range(-32, 0)][:samples])
+    shares = dealt(dataset, world_size, rank, epoch)
+    as_before = []
+    for i in range(world_size):
+        rank(i, world_size)
+        sampler = build(dataset, 6, mega_batch_mult=1)
+        sampler.set_epoch(epoch)
+        as_before.append(list(sampler))
+    for step in range(-(-samples // (6 * world_size))):
+        ours = [i for share in shares for part in share[3 * step : 3 * step + 3] for i in part]
+        theirs = [i for share in as_before for i in share[6 * step : 6 * step + 6] if i != NOTHING]
+        assert sorted(ours) == sorted(theirs) and ours
+    if samples >= 70 - 70 % (6 * world_size):
+        whole = samples // (6 * world_size) * 3
+        assert all(part for share in shares for part in share[:whole])
+
+
+def test_a_dealt_epoch_begins_in_its_middle(rank):
+    rank(1, 2)
+    whole = list(build(MIXED, 6, mega_batch_mult=1, micro_batch_size=2, most=4))
+    sampler = build(MIXED, 6, mega_batch_mult=1, micro_batch_size=2, most=4, start=8)
+    assert list(sampler) == whole[8:]
+    assert list(sampler) == whole
+
+
+def test_long_samples_are_dealt_in_small_micro_batches():
+    """By hand: 30 padded tokens in each micro-batch, and 60 on each rank."""
+    lengths = [5, 30, 10, 15, 5, 15, 5, 10, 10, 5, 5, 5]
+    given = deal(lengths, ranks=2, counts=2, most=6)
+    parts = sorted(sorted(lengths[i] for i in part) for share in given for part in share)
+    assert parts == [[5] * 6, [10, 10, 10], [15, 15], [30]]
+    assert [len(share) for share in given] == [2, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_fewest_padded_tokens_at_a_time(seed):
+    """Against all ways to cut the sorted samples into micro-batches of neighbours."""
+    random = Random(seed)
+    lengths = [random.randint(1, 40) for _ in range(9)]
+    given = [part for (part,) in deal(lengths, ranks=3, counts=1, most=6)]
+    assert sorted(i for part in given for i in part) == list(range(9))
+    order = sorted(lengths, reverse=True)
+    ways = [(order[:a], order[a:b], order[b:]) for a, b in combinations(range(1, 9), 2)]
+    best = min(
+        max(len(part) * part[0] for part in parts) for parts in ways if max(map(len, parts)) <= 6
+    )
+    found = [len(part) * max(lengths[i] for i in part) for part in given]
+    assert max(found) == best <= 3 * order[0]
+
+
+@pytest.mark.parametrize(("ranks", "counts", "size"), [(8, 4, 8), (8, 8, 4), (64, 4, 8)])
+@pytest.mark.parametrize("images", [576, 0])
+def test_ranks_have_as_many_tokens(ranks, counts, size, images):
+    """Texts of 50 - 470 tokens, with pictures or without: under 5 % are lost at a step's end."""
+    random = Random(0)
+    lengths = [images + random.randint(50, 470) for _ in range(ranks * counts * size)]
+    given = deal(lengths, ranks, counts, 4 * size)
+    padded = [sum(len(p) * max(lengths[i] for i in p) for p in parts) for parts in given]
+    assert 1 - sum(lengths) / (ranks * max(padded)) < 0.05
+    order = sorted(lengths, reverse=True)
+    one_by_one = [order[i::ranks] for i in range(ranks)]
+    before = max(sum(size * s[k] for k in range(0, len(s), size)) for s in one_by_one)
+    assert max(padded) < before
+
+
+def test_one_micro_batch_of_many_ranks_is_as_level_as_can_be():
+    """64 ranks with four samples each: 31 % would be lost where each has four."""
+    random = Random(0)
+    lengths = [random.randint(20, 80) for _ in range(256)]
+    given = deal(lengths, 64, 1, 8)
+    padded = [len(part) * max(lengths[i] for i in part) for (part,) in given]
+    assert 1 - sum(lengths) / (64 * max(padded)) < 0.16
