@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: it would wait
+
 ROOT = Path(__file__).parents[1]
 TINY_CONFIG = ROOT / "tests" / "support" / "tiny_config.py"
 COMMAND = "python benchmarks/gpu.py --minutes 8 --out results"
@@ -101,22 +103,15 @@ class Results:
         self.write()
         print(text, flush=True)
 
-    @property
-    def seconds_left(self) -> float:
-        """Seconds until the part is cut off."""
-        return self.end - time.monotonic()
+    def need(self, seconds: float) -> None:
+        """Raise a TimeoutError if a figure needs more time than is left."""
+        if self.end - time.monotonic() < seconds:
+            raise TimeoutError("no time was left")
 
     @contextlib.contextmanager
-    def attempt(self, what: str, seconds: float = 0) -> Iterator[None]:
-        """Note a failure, or that there is no time, in place of a figure.
-
-        Args:
-            what: the figure.
-            seconds: that it is known to need.
-        """
+    def attempt(self, what: str) -> Iterator[None]:
+        """Note a failure of ``what`` in place of its figure, and go on."""
         try:
-            if self.seconds_left < seconds:
-                raise TimeoutError("no time was left")
             yield
         except (Exception, SystemExit) as error:  # of whatever kind: the next figure is tried
             why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else error
@@ -479,7 +474,8 @@ def steps(results: Results) -> None:
     with results.attempt("products"):
         _matrix_products(results)
     for name, config in shapes.llms.items():
-        with results.attempt(f"steps of {name}", seconds=10):
+        with results.attempt(f"steps of {name}"):
+            results.need(10)
             bench = Bench(config, shapes, results)
             _step_rows(results, bench, name)
             _attention_rows(results, bench, name)
@@ -507,7 +503,8 @@ def _step_rows(results: Results, bench: Bench, name: str) -> None:
             texts = bench.texts(tokens)
             losses = {}
             for row in ("stock", "cmo", "uniform", "cal", "plain"):
-                with results.attempt(f"{name}, {row}, {tokens} tokens", seconds=3):
+                with results.attempt(f"{name}, {row}, {tokens} tokens"):
+                    results.need(3)
                     (model.activation_checkpointing_enable if again
                      else model.activation_checkpointing_disable)()  # fmt: skip
                     step = bench.step(row, texts)
@@ -565,7 +562,8 @@ def _attention_rows(results: Results, bench: Bench, name: str) -> None:
              ("sdpa", "no padding"), ("flex_attention", "padded"),
              ("flex_attention", "no padding")]  # fmt: skip
     for attention, layout in cases:
-        with results.attempt(f"{name}, {attention}, {layout}", seconds=5):
+        with results.attempt(f"{name}, {attention}, {layout}"):
+            results.need(5)
             use_attention(llm, attention)
             rows, width, inputs = layouts[layout]
             inputs = {key: value.to(device) for key, value in inputs.items()}
@@ -594,9 +592,11 @@ def _variants(results: Results, bench: Bench, name: str) -> None:
         results.add(table, candidate=what, ms=rounded(timing.seconds * 1000),
                     peak_GB=rounded(timing.peak_gb))  # fmt: skip
 
-    with results.attempt("the step as it is", seconds=3):
+    with results.attempt("the step as it is"):
+        results.need(3)
         add("as it is", bench.step("cmo", texts))
-    with results.attempt("the encoder alone", seconds=3):
+    with results.attempt("the encoder alone"):
+        results.need(3)
         pixels = bench.data("cmo", texts)["pixel_values"].to(torch.bfloat16)
         with torch.no_grad():
             add("the encoder alone: what a cache of its features saves",
@@ -605,12 +605,14 @@ def _variants(results: Results, bench: Bench, name: str) -> None:
         step = bench.step("cmo", texts)
         step()
         results.add("How often a step waits for the GPU", step="cmo", times=_synchronisations(step))
-    with results.attempt("flash_attention_2", seconds=5):
+    with results.attempt("flash_attention_2"):
+        results.need(5)
         use_attention(bench.llm, "flash_attention_2")
         add("FlashAttention-2, padded", bench.step("cmo", texts))
     use_attention(bench.llm, "sdpa")
     if results.device == "cuda":  # a CPU needs a compiler, and minutes
-        with results.attempt("compiled layers", seconds=60):
+        with results.attempt("compiled layers"):
+            results.need(60)
             layers = bench.llm.get_decoder().layers
             for layer in layers:
                 layer.compile()
@@ -641,7 +643,8 @@ def _tune_rows(results: Results, bench: Bench, name: str) -> None:
     from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 
     texts = bench.texts(bench.shapes.captions[-1])[: bench.shapes.samples // 2]
-    with results.attempt(f"{name}, tune", seconds=10):
+    with results.attempt(f"{name}, tune"):
+        results.need(10)
         rank = bench.shapes.rank
         model = DPALLaVAModel(
             llm=bench.llm, visual_encoder=bench.encoder, freeze_llm=True,
@@ -651,7 +654,8 @@ def _tune_rows(results: Results, bench: Bench, name: str) -> None:
         model.to(results.device).train()
         trained = sum(p.numel() for p in model.llm.parameters() if p.requires_grad)
         for again, fused in ((True, False), (True, True), (False, False)):
-            with results.attempt(f"{name}, tune, recomputed {again}", seconds=5):
+            with results.attempt(f"{name}, tune, recomputed {again}"):
+                results.need(5)
                 if not again:
                     model.activation_checkpointing_disable()
                 step = bench.step("cmo", texts, model, fused)
@@ -698,7 +702,8 @@ def heads(results: Results) -> None:
                     "torch's linear_cross_entropy": torchs, "liger-kernel": ligers}  # fmt: skip
             expected = torch.autograd.grad(plain().mean(), hidden)[0]
             for way, compute in ways.items():
-                with results.attempt(f"{way}, vocabulary {vocabulary}", seconds=2):
+                with results.attempt(f"{way}, vocabulary {vocabulary}"):
+                    results.need(2)
                     gradient = torch.autograd.grad(compute().mean(), hidden)[0]
                     error = (gradient - expected).norm() / expected.norm()
                     timing = measure(
@@ -780,8 +785,7 @@ def stages(results: Results) -> None:
     killed = False
     try:
         while any(process.poll() is None for process in going.values()):
-            if results.seconds_left < 15:
-                raise TimeoutError("the runs took too long")
+            results.need(15)
             if not killed and list((folder / "bf16, killed" / "align").glob("iter_*")):
                 os.killpg(going["bf16, killed"].pid, signal.SIGKILL)
                 going["bf16, killed"].wait()
@@ -805,7 +809,8 @@ def stages(results: Results) -> None:
         with results.attempt(f"weights of {name}"):
             results.add("Weights against those of the run `bf16`", run=name,
                         **_differences(folder / "bf16", folder / name))  # fmt: skip
-    with results.attempt("the export", seconds=10):
+    with results.attempt("the export"):
+        results.need(10)
         _open_export(results, folder, next(iter(runs)), environment)
 
 
@@ -874,7 +879,7 @@ def study(results: Results) -> None:
         return
     out = results.path.parent / "study"
     command = [sys.executable, str(script), "--device", results.device, "--out", str(out)]
-    command += ["--minutes", f"{results.seconds_left / 60:.2f}"]
+    command += ["--minutes", f"{(results.end - time.monotonic()) / 60:.2f}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in done.stdout.splitlines()[-30:]:
         results.note(line)

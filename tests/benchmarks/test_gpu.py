@@ -1,0 +1,93 @@
+"""benchmarks/gpu.py on a CPU, with tiny shapes: so that nothing breaks unseen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu
+import pytest
+
+FILE = Path(gpu.__file__)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(FILE), "--device", "cpu", "--out", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_all_parts_but_the_stages_run_on_a_cpu(tmp_path):
+    parts = ["correctness", "steps", "profile", "head", "study"]
+    done = run(tmp_path, "--minutes", "3", "--parts", *parts)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in parts}
+    assert {name: content["state"] for name, content in found.items()} == dict.fromkeys(
+        parts, "complete"
+    )
+    (precisions,) = found["correctness"]["tables"].values()
+    assert [(row["precision"], row["holds"]) for row in precisions] == [
+        ("fp32", "yes"), ("bf16", "yes"), ("fp16", "yes"),
+    ]  # fmt: skip
+    steps = found["steps"]["tables"]["A step of align, tiny, 2 layers"]
+    assert len(steps) == 5 * 2 * 2  # with captions of two lengths, recomputed or not
+    losses = {(row["step"], row["caption"]): row["loss"] for row in steps}
+    assert losses["stock", 20] == pytest.approx(losses["uniform", 20], rel=5e-3)
+    assert losses["plain", 20] == pytest.approx(losses["cmo", 20], rel=5e-3)
+    assert len(found["steps"]["tables"]["A step of tune with LoRA of rank 4, tiny"]) == 3
+    assert not any("differ" in note for note in found["steps"]["notes"])
+    report = gpu.report(tmp_path)
+    assert "| stock | 8 | no |" in report
+    assert report.count("**Not measured.**") == 1 and "--parts stages" in report
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_and_exported(tmp_path):
+    done = run(tmp_path, "--minutes", "8", "--parts", "stages")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    content = json.loads((tmp_path / "stages.json").read_text())
+    assert content["state"] == "complete" and not content["notes"]
+    (row,) = content["tables"]["The three stages of a tiny config"]
+    assert (row["run"], row["exit_code"]) == ("bf16, killed, resumed", 0)
+    (row,) = content["tables"]["Export of the run `bf16, killed`"]
+    assert row["finite"] == "yes"
+
+
+@pytest.fixture
+def results(tmp_path):
+    return gpu.Results(tmp_path, "head", "cpu", seconds=60)
+
+
+def test_a_figure_that_fails_is_noted_and_the_next_is_taken(results):
+    with results.attempt("one"):
+        raise ImportError("no such library\nand more")
+    with results.attempt("two"):
+        results.add("table", figure=1)
+    with results.attempt("three"):
+        results.need(1000)
+        raise AssertionError("not reached")
+    content = json.loads(results.path.read_text())
+    assert content["notes"] == [
+        "one: not measured (ImportError: no such library)",
+        "three: not measured (TimeoutError: no time was left)",
+    ]
+    assert content["tables"] == {"table": [{"figure": 1}]} and content["state"] == "cut off"
+
+
+def test_the_report_says_what_is_missing(results, tmp_path):
+    results.add("A table", way="a | b", ms=1.5, of_peak_FLOPs=None)
+    report = gpu.report(tmp_path)
+    assert "| way | ms | of peak FLOPs |\n|---|---|---|\n| a \\| b | 1.5 |  |" in report
+    assert "**Not complete** (cut off)" in report
+    assert report.count("**Not measured.**") == len(gpu.PARTS) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12),
+     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165e12)],
+)  # fmt: skip
+def test_the_peak_of_a_card(name, peak, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: name)
+    assert gpu.peak_flops() == peak
