@@ -91,3 +91,10 @@ def test_the_peak_of_a_card(name, peak, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: name)
     assert gpu.peak_flops() == peak
+
+
+def test_the_page_is_that_of_the_results():
+    docs = FILE.parents[1] / "docs"
+    assert (docs / "gpu.md").read_text() == gpu.report(docs / "gpu") + "\n", (
+        "run python benchmarks/gpu.py --report docs/gpu > docs/gpu.md"
+    )
