@@ -987,10 +987,10 @@ part names its card and date, or says that it was not measured. Many GPUs are in
 
 The goals, for a CMO step of `align` at the 7B shapes on one H100: at most 0.8 of stock XTuner's
 time; at least 45 % of the card's bfloat16 peak without activation checkpointing; at most 8 % more
-than a `uniform` step; at most 0.6 of `plain`'s peak memory. A candidate for a faster step is adopted
-with a figure before and after from one run. Only changes that need no figure were made: a CMO
-micro-batch makes the GPU wait 8 times in place of 14, with the same numbers to the bit, and ranks get
-about as many tokens."""
+than a `uniform` step; at most 0.6 of `plain`'s peak memory. A candidate for a faster step is
+adopted with a figure before and after from one run. Only changes that need no figure were made: a
+CMO micro-batch makes the GPU wait 8 times in place of 14, with the same numbers to the bit, and
+ranks get about as many tokens."""
 
 
 def report(folder: Path) -> str:

@@ -113,11 +113,14 @@ def _check_later_data(run: Run, stages: list[Stage]) -> None:
 def resume_key(config: Config) -> dict:
     """Collect what a checkpoint's iteration count and optimizer state depend on."""
     zero = config.strategy.config["zero_optimization"]["stage"] if "strategy" in config else None
-    return {
+    loader = config.train_dataloader
+    average = loader.sampler.get("micro_batch_size")
+    key = {
         "processes": world_size(config.launcher),
-        "batch_size": config.train_dataloader.batch_size,
+        "batch_size": average or loader.batch_size,
         "zero": zero,
     }
+    return key if average is None else key | {"balanced": True}  # runs before did not have it
 
 
 def samples_of(config: Config) -> str:

@@ -210,7 +210,7 @@ class StageSettings(_Settings):
     # Under normalize="micro_batch" it changes weights too. A finished stage ignores it all the
     # same, so that a run can continue with other GPUs or less memory.
     batch_size: _Whole = setting(
-        "samples on a device at a time",
+        "samples on a device at a time; on several devices, their average",
         "speed",
         gt=0,
         sets="train_dataloader.batch_size train_dataloader.batch_sampler",
