@@ -975,11 +975,10 @@ that is cut off keeps what it has:
 
     {COMMAND}
 
-It wants no network and no weights: models are made on the GPU. It runs on the versions of
-`constraints/stock.txt` and `constraints/5.txt`. On a machine without a network, bring XTuner,
-MMEngine and what they import along as wheels (`pip download`), install them with `pip install
---no-deps`, and run `python -m dpa_xtuner.compat`. A library that is missing costs only the figures
-that need it. `--device cpu` runs the same code with tiny shapes, as the tests do.
+It needs no network and no weights: models are made on the GPU. It runs on the versions of
+`constraints/stock.txt` and `constraints/5.txt`; [`install.md`](install.md) is for a machine without
+a network. A library that is missing costs only the figures that need it. `--device cpu` runs the
+same code with tiny shapes, as the tests do.
 
 `python benchmarks/gpu.py --report docs/gpu > docs/gpu.md` writes this page from the results. Each
 part names its card and date, or says that it was not measured. Many GPUs are in
