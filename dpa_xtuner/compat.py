@@ -134,6 +134,29 @@ def deepspeed_without_onebit() -> None:
     sys.modules[name] = module
 
 
+def deepspeed_leaves_float32() -> None:
+    """Cast what lies outside a partitioned model: DeepSpeed 0.19.8 leaves it in float32 in ZeRO-3.
+
+    With ZeRO-3 transformers loads an LLM partitioned, in the run's precision; the projector and
+    LoRA's matrices are made in float32. DeepSpeed 0.16.2 cast all; 0.19.8 keeps the model as it is
+    and then refuses to train weights of two dtypes.
+    """
+    from deepspeed import DeepSpeedEngine
+
+    cast = getattr(DeepSpeedEngine, "_cast_module_mixed_precision", None)
+    if cast is None or hasattr(cast, "__wrapped__"):
+        return
+
+    @functools.wraps(cast)
+    def cast_all(self, dtype, *args, **kwargs) -> None:
+        for parameter in self.module.parameters():
+            if dtype is not None and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(dtype)
+        cast(self, dtype, *args, **kwargs)
+
+    DeepSpeedEngine._cast_module_mixed_precision = cast_all
+
+
 def mmengine_overwritten() -> None:
     """Warn if mmengine-lite has overwritten MMEngine, as it does with OpenCompass 0.5.4.
 

@@ -5,7 +5,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from os import PathLike
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from dpa_xtuner.errors import nearest
 
@@ -15,19 +15,30 @@ def parameters(*calls: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
 
     Args:
         calls: each passes the keywords that it does not know on to the next. A class that takes
-            ``**kwargs`` has its parents' parameters as well.
+            ``**kwargs`` has its parents' parameters as well. ``**kwargs: Unpack[SomeTypedDict]``
+            stands for the parameters that the typed dict names.
     """
     found: dict[str, inspect.Parameter] = {}
     for each in _functions(calls):
         kinds = set()
         for name, parameter in inspect.signature(each).parameters.items():
             kinds.add(parameter.kind)
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                kind = _resolved(parameter.annotation, each)
+            kind = _resolved(parameter.annotation, each)
+            if parameter.kind is parameter.VAR_KEYWORD:
+                for field, of_field in _unpacked(kind).items():
+                    more = inspect.Parameter(field, parameter.KEYWORD_ONLY, annotation=of_field)
+                    found.setdefault(field, more)
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
                 found.setdefault(name, parameter.replace(annotation=kind))
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             return found, False
     return found, True
+
+
+def _unpacked(annotation: Any) -> dict[str, Any]:
+    """Return the fields and types of ``Unpack[SomeTypedDict]``, none of any other annotation."""
+    inner = get_args(annotation)
+    return get_type_hints(inner[0]) if inner and is_typeddict(inner[0]) else {}
 
 
 def _functions(calls: Iterable[Callable]) -> list[Callable]:
@@ -54,14 +65,17 @@ def _resolved(annotation: Any, call: Callable) -> Any:
 def taken(*calls: Callable) -> set[str]:
     """Collect the names that callables take, also those they look up in their ``**kwargs``.
 
-    The key of such a lookup, ``kwargs.pop("revision")``, is a constant of the code.
+    The key of such a lookup, ``kwargs.pop("revision")``, is a constant of the code, by itself or in
+    a tuple that is looped over.
     """
     names = set(parameters(*calls)[0])
     for each in _functions(calls):
         plain = inspect.unwrap(getattr(each, "__func__", each))
         code = getattr(plain, "__code__", None)
         if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
-            names.update(c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+            for constant in code.co_consts:
+                each_one = constant if isinstance(constant, tuple) else (constant,)
+                names.update(c for c in each_one if isinstance(c, str) and c.isidentifier())
     return names
 
 

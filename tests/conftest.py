@@ -26,6 +26,8 @@ _MISSING = [package for package in _NEED if find_spec(package) is None]
 collect_ignore = [path for package in _MISSING for path in _NEED[package]]
 
 torch.set_num_threads(1)
+# transformers 5 loads weights in threads, which wait for ever in a forked child, or fail.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 # XTuner sets it to true when it is imported; forked children, as the harness makes them, would
 # then wait for threads that their parent has and they have not.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -53,6 +53,7 @@ class _StageRunner(_Mixed):
                 raise SystemExit(0)
             if "strategy" in stage:
                 compat.deepspeed_without_onebit()
+                compat.deepspeed_leaves_float32()
                 if stage.launcher == "none":
                     compat.deepspeed_without_mpi()
             rank = global_rank(stage.launcher)

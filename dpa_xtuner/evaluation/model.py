@@ -253,7 +253,8 @@ class LlavaFolder(ChatModel):
                 vision_feature_layer=config.vision_feature_layer,
                 vision_feature_select_strategy=config.vision_feature_select_strategy,
             )
-        self.image_tokens = features.shape[1]  # (1, image tokens, hidden size)
+        # (1, image tokens, hidden size); since transformers 5 in an output, as a list of images.
+        self.image_tokens = len(getattr(features, "pooler_output", features)[0])
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         processor = self.processor.image_processor

@@ -226,7 +226,8 @@ class StageModel:
         LoRA          the output of its first matrix, in each linear layer        e r
         ============  ==========================================================  ============
 
-        Under autocast, each linear layer keeps its own 16-bit copy of its input.
+        Under autocast, each linear layer keeps its own 16-bit copy of its input. With
+        transformers 4.57 and 5, fused attention keeps other copies: the sum is within 15 %.
         """
         config, e, trains = self.llm_config, self.element, self.stage.trains
         h, i, a = config.hidden_size, config.intermediate_size, config.num_attention_heads

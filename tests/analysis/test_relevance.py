@@ -52,6 +52,8 @@ def plainly(model, row) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     inputs = {
         "input_ids": data["input_ids"][:, text],
         "position_ids": data["position_ids"][:, text],
+        # Without a mask, transformers 4.57 takes a gap of the positions for another text.
+        "attention_mask": torch.ones(1, int(text.sum()), dtype=torch.long),
     }
     without = model.llm(**inputs).logits[0]  # (S, V)
     places = [i for i, label in enumerate(row["labels"]) if i and label >= 0]

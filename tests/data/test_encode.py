@@ -235,7 +235,7 @@ def with_specials(kind, pieces, bpe_folder):
         return small_tokenizers.byte_level("<s>", "</s>", *WORDS, adds_bos=True)
     if kind == "slow":
         names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>"}
-        files = bpe_folder / "vocab.json", bpe_folder / "merges.txt"
+        files = str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")
         return GPT2Tokenizer(*files, **names, additional_special_tokens=list(WORDS))
     return small_tokenizers.llama(pieces(True), kind, *WORDS)
 

@@ -33,6 +33,7 @@ from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.evaluate import Options
 from dpa_xtuner.evaluation.text_benchmarks import TEXT_BENCHMARKS, TextBenchmark
 from dpa_xtuner.evaluation.text_model import LanguageModel, load_llm
+from dpa_xtuner.versions import language_model
 
 pytestmark = pytest.mark.slow
 
@@ -378,7 +379,7 @@ def test_a_run_has_an_original_a_proxy_and_a_tuned_llm(llm, tmp_path):
         merged = load_llm(str(adapted.llm), str(adapted.adapter))(ids).logits
         torch.testing.assert_close(merged, proxy.eval()(ids).logits, rtol=1e-4, atol=1e-4)
         found = load_llm(str(tuned.llm))(ids).logits
-        torch.testing.assert_close(found, llava.eval().language_model(ids).logits)
+        torch.testing.assert_close(found, language_model(llava.eval())(ids).logits)
     assert text.describe(tuned, Options()).config["max_seq_len"] == POSITIONS
     assert tuned.label == "some_run: tuned LLM"
     (exported / "dpa.json").write_text(json.dumps({"llm": "no/such-model"}))

@@ -145,7 +145,7 @@ tokenizer.pretrained_model_name_or_path=x | set llm_name_or_path
 image_processor=3 | image_processor: expected a dict (got 3)
 image_processor.siz=3 | did you mean 'size'
 image_processor.do_resiz=False | did you mean 'do_resize'
-image_processor.do_resize=no | image_processor.do_resize: expected bool (got 'no')
+image_processor.do_resize=no | image_processor.do_resize: expected bool
 image_processor.rescale_factor=x | image_processor.rescale_factor: expected
 image_processor.type=transformers.CLIPImageP.x | can't be imported
 model=3 | model: expected
@@ -329,7 +329,7 @@ tokenizer.clean_up_tokenization_spaces=False
 image_processor.do_resize=True image_processor.resample=3
 image_processor.size.shortest_edge=28
 model.llm.attn_implementation=sdpa model.llm.low_cpu_mem_usage=True model.llm.revision=main
-model.llm.rope_theta=1e4 model.llm.attention_dropout=0.1
+model.llm.rms_norm_eps=1e-5 model.llm.attention_dropout=0.1
 model.use_activation_checkpointing=False
 train_dataloader.num_workers=2 train_dataloader.prefetch_factor=4
 train_dataloader.persistent_workers=True train_dataloader.num_workers=2

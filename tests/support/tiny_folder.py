@@ -51,8 +51,9 @@ def write_folder(folder, template=TEMPLATE, seed=0, text_config=LlamaConfig, **t
         vision_feature_layer=-2, vision_feature_select_strategy="default",
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
-    for projection in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):
-        torch.nn.init.normal_(projection.weight, std=0.5)
+    for name, weight in model.named_parameters():
+        if "multi_modal_projector" in name and name.endswith("weight"):
+            torch.nn.init.normal_(weight, std=0.5)
     model.generation_config.eos_token_id = [words.convert_tokens_to_ids("<|im_end|>")]
     model.generation_config.suppress_tokens = [config.image_token_index]
     model.save_pretrained(folder)

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from support import harness, newer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers.integrations import sdpa_attention
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, decode
@@ -193,6 +194,8 @@ def test_the_formula_is_what_autograd_keeps_of_a_layer(
         llm = decoder(names["llm_name_or_path"], stage, attention, precision).train()
         real.append(layer_kept(llm, precision == "autocast"))
     computed, real = (pair[1] - pair[0] for pair in (computed, real))
+    if attention == "sdpa" and hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        tolerance = 0.15  # keys and values may be repeated, and the output be copied, or not
     assert computed == pytest.approx(real, rel=tolerance, abs=0)
 
 
