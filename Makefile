@@ -5,7 +5,8 @@
 # make matrix  the fast tests on each set of versions in constraints/, in environments of their own
 # make docs    site/: the pages of docs/ and an API reference; a dead link ends it
 # STEPS=20     a quick smoke test
-# STACK=5      for make install: the versions of constraints/5.txt; stock has XTuner's own pins
+# STACK=5      for make install: the versions of constraints/5.txt; 5-eval has OpenCompass as well,
+#              stock (the default) has XTuner's own pins
 comma := ,
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,7 +28,7 @@ RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/$(STACK).txt
 # OpenCompass needs numpy 1, and MMPretrain was tried with it alone.
-EXTRAS := deepspeed,demo,dev$(if $(filter stock,$(STACK)),$(comma)eval$(comma)mmpretrain)
+EXTRAS := deepspeed,demo,dev$(if $(filter stock 5-eval,$(STACK)),$(comma)eval$(comma)mmpretrain)
 MATRIX := stock:python3.10 4.57:python3.11 5:python3.12
 
 .PHONY: demo compare lint fast check test matrix docs install clean

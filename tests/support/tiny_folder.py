@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import pandas as pd
 import torch
@@ -62,6 +63,8 @@ def write_folder(folder, template=TEMPLATE, seed=0, text_config=LlamaConfig, **t
         words, patch_size=4, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=template,
     ).save_pretrained(folder)  # fmt: skip
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # newer versions' name of it
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     return folder
 
 
