@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from mmengine.logging.history_buffer import HistoryBuffer
 from xtuner.configs import cfgs_name_path
 
@@ -159,6 +160,18 @@ def test_a_start_with_deepspeed_finds_the_1_bit_optimizers(monkeypatch):
     compat.deepspeed_without_onebit()
     compat.deepspeed_without_onebit()
     assert "OnebitAdam" in register_deepspeed_optimizers()
+
+
+def test_zero3_casts_what_lies_outside_a_partitioned_llm():
+    if not hasattr(DeepSpeedEngine, "_cast_module_mixed_precision"):
+        pytest.skip("this DeepSpeed casts everything by itself")
+    compat.deepspeed_leaves_float32()
+    compat.deepspeed_leaves_float32()
+    model = torch.nn.Linear(2, 2)
+    model.weight.ds_id = 0  # as ZeRO-3 marks what it has partitioned
+    engine = types.SimpleNamespace(module=model)
+    DeepSpeedEngine._cast_module_mixed_precision(engine, torch.bfloat16, None, True)
+    assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_xtuners_files_are_mended_once(tmp_path, monkeypatch):

@@ -31,7 +31,10 @@ def nats(model, row: dict, pixels: torch.Tensor | None) -> list[float]:
         embeds[~keep] = model.encode_images(pixels[None])[0]
         keep = torch.ones_like(keep)
     at = torch.arange(len(tokens))[keep]
-    logits = model.llm(inputs_embeds=embeds[keep][None], position_ids=at[None]).logits[0]
+    inputs = dict(inputs_embeds=embeds[keep][None], position_ids=at[None])
+    # Without a mask, transformers 4.57 takes a gap of the positions for another text.
+    inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
+    logits = model.llm(**inputs).logits[0]
     kept = tokens[keep]
     places = [j for j, label in enumerate(kept.tolist()) if label >= 20][1:]
     return [-logits[j - 1].log_softmax(-1)[kept[j]].item() for j in places]
