@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 FILE = Path(gpu.__file__)
 
@@ -98,3 +99,16 @@ def test_the_page_is_that_of_the_results():
     assert (docs / "gpu.md").read_text() == gpu.report(docs / "gpu") + "\n", (
         "run python benchmarks/gpu.py --report docs/gpu > docs/gpu.md"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["uniform", "cmo"])
+def test_a_steps_operations_are_those_that_pytorch_counts(results, row):
+    """Up to attention's products and the encoder's embeddings, which are small here."""
+    shapes = gpu.sizes("cpu")
+    bench = gpu.Bench(shapes.llms["tiny"], shapes, results)
+    texts = bench.texts(20, equal=True)
+    step = bench.step(row, texts)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == pytest.approx(bench.useful_flops(row, texts), rel=0.1)
