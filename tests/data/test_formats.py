@@ -4,6 +4,7 @@ Tokens are worked by hand: the tokenizer below has one token for each letter.
 """
 
 import base64
+import copy
 import gzip
 import hashlib
 import io
@@ -432,6 +433,52 @@ def test_each_record_is_used_as_expected_or_told_of_by_name(load, tmp_path):
         "special token in a text": 3,
         "answers not trained on": 2,
     }
+
+
+ODD = (
+    None,
+    0,
+    -1.5,
+    True,
+    "",
+    "<image>",
+    "\ud800",
+    [],
+    {},
+    [None],
+    [[]],
+    {"path": 1},
+    b"x",
+    10**400,
+)
+
+
+def places_in(value, path=()):
+    """The path of each value inside a record."""
+    yield path
+    if isinstance(value, (dict, list)):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places_in(each, (*path, key))
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_an_odd_value_at_any_place_is_used_or_told_of(odd):
+    used = told = 0
+    for record, _ in RECORDS.values():
+        for path in places_in(record):
+            changed = copy.deepcopy([record])
+            inner = changed
+            for key in (0, *path)[:-1]:
+                inner = inner[key]
+            inner[(0, *path)[-1]] = odd
+            found = formats.parse_record(changed[0], 0)
+            if isinstance(found, Problem):
+                told += 1
+                continue
+            used += 1
+            assert sum(human.count("<image>") for human, _ in found.turns) == len(found.images)
+            assert all(isinstance(name, str) and name for name in found.images)
+    assert used and told
 
 
 def test_special_tokens_are_tokens_where_that_is_asked_for(load, tmp_path):

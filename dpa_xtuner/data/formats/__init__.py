@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
@@ -52,13 +53,21 @@ _SHOWN = 300  # characters of a record that no format fits
 _ENDS = 1 << 20  # bytes at either end of a file with pictures that stand for all of it
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, lists: frozenset[str] = frozenset()) -> Source:
     """Find out what a data file or folder is.
+
+    Args:
+        path: the file or folder.
+        lists: the lists that it is named by, one in the other.
 
     Raises:
         DPAError: it is missing, or is nothing that is read.
     """
-    return opened.open_source(Path(path), open_source, read_source)
+    real = os.path.realpath(path)
+    if real in lists:
+        raise DPAError(f"data file {path} names itself, or a list that names it.")
+    find = functools.partial(open_source, lists=lists | {real})
+    return opened.open_source(Path(path), find, read_source)
 
 
 def read_records(path: str | Path) -> Iterator[Record | Problem]:

@@ -161,10 +161,7 @@ def _found(path: Path, named: str) -> Path:
 
 
 def _source(name: str, path: Path, files: list[_File], find: Find, read: Read) -> Source:
-    try:
-        sources = [find(file.path) for file in files]
-    except RecursionError:
-        raise DPAError(f"data file {path} names itself, or a list that names it.") from None
+    sources = [find(file.path) for file in files]
 
     def items() -> Iterator[Record | Problem]:
         for file, source in zip(files, sources, strict=True):
