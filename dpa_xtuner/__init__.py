@@ -5,7 +5,7 @@ The plugin is :mod:`dpa_xtuner.plugin`.
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Older configs name the package itself in custom_imports; XTuner's commands import it. Processes
 # without XTuner, such as OpenCompass's, save the seconds that importing XTuner takes.
