@@ -186,7 +186,7 @@ def test_the_records_of_a_full_proxy_name_the_original_llm(full_proxy, tiny, ref
         origin = state(full_proxy, stage)["origin"]
         assert origin["llm"] == original and original["name"] == str(tiny / "llm")
     assert set(state(full_proxy, "align")["origin"]["loads"]) == {"llm/model.safetensors"}
-    assert {"original", "floor", "align"} == set(state(full_proxy, "align")["measured"])
+    assert {"original", "floor", "align", "leakage"} < set(state(full_proxy, "align")["measured"])
 
 
 def test_tune_can_start_from_the_original_llm_after_a_full_proxy(full_proxy, tiny, tmp_path):

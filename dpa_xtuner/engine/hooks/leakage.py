@@ -43,7 +43,10 @@ class LeakageHook(Hook):
                     "the proxy's place."
                 )
                 return
-            del model.llm  # before another of its size
+            # Frees the memory before another LLM of its size: DeepSpeed refers to the parameters.
+            for parameter in model.llm.parameters():
+                parameter.data = parameter.data.new_empty(0)
+            del model.llm
             model.llm = load(self.original)
             model.to(get_device())
         amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
