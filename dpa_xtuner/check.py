@@ -47,12 +47,11 @@ class Finding(NamedTuple):
 def packages() -> Iterator[Finding]:
     """Compare the installed versions with those that this package and its needs ask for."""
     yield Finding(f"Python {platform.python_version()}")
-    waiting, seen = ["dpa_xtuner"], {*_OPTIONAL}
+    ours, version = _installed("dpa_xtuner")
+    yield Finding(f"{ours} {version or 'is not installed'}", "" if version else _BRING)
+    waiting, seen = [ours] if version else [], {*_OPTIONAL}
     for name in waiting:  # grows while it is read
-        version = importlib.metadata.version(name)
-        direct = name == "dpa_xtuner"
-        if direct:
-            yield Finding(f"{name} {version}")
+        direct = name == ours
         for needed, wanted in _requirements(name):
             if needed in seen:
                 continue
