@@ -3,6 +3,7 @@
 # make check   the linters, types and fast tests, in a few minutes
 # make test    the linters, types and all tests
 # make matrix  the fast tests on each set of versions in constraints/, in environments of their own
+# make study-quick  the controlled study (studies/README.md) with three seeds; make study: all of it
 # make docs    site/: the pages of docs/ and an API reference; a dead link ends it
 # STEPS=20     a quick smoke test
 # STACK=5      for make install: the versions of constraints/5.txt; 5-eval has OpenCompass as well,
@@ -31,7 +32,7 @@ CONSTRAINTS := constraints/$(STACK).txt
 EXTRAS := deepspeed,demo,dev$(if $(filter stock 5-eval,$(STACK)),$(comma)eval$(comma)mmpretrain)
 MATRIX := stock:python3.10 4.57:python3.11 5:python3.12
 
-.PHONY: demo compare lint fast check test matrix docs install clean
+.PHONY: demo compare lint fast check test matrix study study-quick docs install clean
 
 install: $(INSTALLED)
 
@@ -92,6 +93,10 @@ matrix:
 
 fast:
 	python -m pytest -m "not slow" -n 2 --dist loadfile
+
+study study-quick: $(INSTALLED)
+	python -m studies.run $(if $(findstring quick,$@),quick,full)
+	python -m studies.report
 
 docs: $(INSTALLED)
 	python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'

@@ -1,0 +1,134 @@
+"""What the studies run: levels, methods, variants, shares and seeds."""
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+HERE = Path(__file__).parent
+WORLD = 1
+"""Version of world.py: raise it when scenes, texts, pictures, LLM or encoder change."""
+
+METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
+
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "cmo_in_align": ("dpa", {"tune.loss.type": "uniform"}),
+    "cmo_in_tune": ("dpa", {"align.loss.type": "uniform"}),
+    "unexplained": ("dpa", {"align.loss.type": "unexplained", "tune.loss.type": "unexplained"}),
+    "log_ratio": ("dpa", {"align.loss.type": "log_ratio", "tune.loss.type": "log_ratio"}),
+    "d_min_0.25": ("dpa", {"align.loss.d_min": 0.25, "tune.loss.d_min": 0.25}),
+    "window_1": ("dpa", {"align.loss.window": 1, "tune.loss.window": 1}),
+    "from_proxy": ("pmo", {"tune.start_from": "proxy"}),
+    "lora": ("pmo", {"tune.train_llm": "lora", "tune.lr": 2e-3}),
+    "lora_vanilla": ("vanilla", {"tune.train_llm": "lora", "tune.lr": 2e-3}),
+    "long": ("pmo", {"align.max_epochs": 3}),
+    "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
+}
+"""Variants by name: the method that they change, and its settings."""
+
+BASE = {"lora": "lora_vanilla", "long": "long_vanilla"}
+"""What a variant is compared with, where that is not vanilla."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the pipeline.
+
+    Attributes:
+        level: style words in each of a caption's three gaps.
+        method: one of :data:`METHODS`.
+        seed: of captions, pictures, questions, first weights and the order of samples.
+        share: fraction of the captions.
+        variant: one of :data:`VARIANTS`, or empty.
+    """
+
+    level: int
+    method: str
+    seed: int
+    share: float = 1.0
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"level{self.level}-{self.variant or self.method}-share{self.share:g}-{self.seed}"
+
+    @property
+    def has_proxy(self) -> bool:
+        """Whether it has a stage `proxy`."""
+        return self.method in ("pmo", "dpa")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the world and the budgets are.
+
+    Attributes:
+        captions: that are trained on, a picture each; in batches of 32.
+        questions: that are trained on, four for a picture.
+        asked: held-out questions, four for a picture.
+        llm_steps: of the LLM's own training.
+    """
+
+    captions: int = 8000
+    questions: int = 4800
+    asked: int = 512
+    llm_steps: int = 2000
+
+    @functools.cached_property
+    def protocol(self) -> str:
+        """Hash of sizes, config and world: results of another protocol are never merged."""
+        config = Config.fromfile(HERE / "config.py", import_custom_modules=False)
+        content = json.dumps([asdict(self), config.to_dict(), WORLD], sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A question of a study: a grid of runs."""
+
+    name: str
+    levels: tuple[int, ...]
+    methods: tuple[str, ...] = METHODS
+    shares: tuple[float, ...] = (1.0,)
+    variants: tuple[str, ...] = ()
+
+    def cells(self, seed: int) -> list[Cell]:
+        """List its runs of one seed."""
+        grid = [(level, share) for level in self.levels for share in self.shares]
+        plain = [Cell(level, m, seed, share) for level, share in grid for m in self.methods]
+        other = [
+            Cell(level, VARIANTS[name][0], seed, share, name)
+            for level, share in grid
+            for name in self.variants
+        ]
+        return plain + other
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: its parts, in order of importance, its seeds and its sizes."""
+
+    parts: tuple[Part, ...]
+    seeds: tuple[int, ...]
+    sizes: Sizes
+
+
+STUDIES = {
+    "smallest": Study(
+        (Part("methods", (2,), ("vanilla", "pmo")),), (900, 901), Sizes(320, 320, 32, 20)
+    ),
+    "quick": Study((Part("methods", (0, 2, 6)),), (0, 1, 2), Sizes()),
+    "full": Study(
+        (
+            Part("methods", (0, 1, 2, 4, 6)),
+            Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
+            Part("shares", (2, 6), shares=(0.25, 0.5)),
+        ),
+        (0, 1, 2, 3, 4),
+        Sizes(),
+    ),
+}

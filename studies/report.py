@@ -1,0 +1,363 @@
+"""Make the tables and pictures of docs/results.md from results files.
+
+    python -m studies.report                      # studies/results/*.jsonl into docs/results.md
+    python -m studies.report --results DIR --page PAGE.md --study smallest
+
+A block of the page, between `<!-- NAME -->` and `<!-- end -->`, is replaced by the table NAME.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.integrate import trapezoid
+from scipy.stats import t as student
+
+from dpa_xtuner.files import write_text
+from dpa_xtuner.tables import markdown
+from studies.plan import BASE, METHODS, STUDIES, VARIANTS, Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOURS = dict(zip(METHODS, ("#777777", "#1f77b4", "#e15a00", "#7b3294", "#2a9d4a"), strict=True))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and half the width of its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> "Interval":
+        """Compute it; with a single value the interval has no width to be told."""
+        found = np.array(list(values), float)
+        n = len(found)
+        half = student.ppf(0.975, n - 1) * found.std(ddof=1) / n**0.5 if n > 1 else float("nan")
+        return cls(float(found.mean()), float(half), n)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half:.3f}" if self.seeds > 1 else f"{self.mean:+.3f}"
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.mean) > self.half
+
+
+class Results:
+    """The measured runs of a protocol, by cell.
+
+    Args:
+        folder: of the results files; all are merged.
+        protocol: hash of the protocol; lines of others are left out.
+    """
+
+    def __init__(self, folder: Path, protocol: str):
+        self.runs: dict[Cell, dict[str, Any]] = {}
+        for file in sorted(folder.glob("*.jsonl")):
+            for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+                if line["protocol"] == protocol:
+                    self.runs.setdefault(Cell(**line["cell"]), line)
+
+    def seeds(self, cell: Cell, other: Cell | None = None) -> list[int]:
+        """List the seeds for which a cell, and another, were run."""
+        wanted = [cell] if other is None else [cell, other]
+        every = sorted({known.seed for known in self.runs})
+        return [s for s in every if all(replace(each, seed=s) in self.runs for each in wanted)]
+
+    def values(self, cell: Cell, measure: str, seeds: list[int]) -> list[float]:
+        """Return a measure of a cell for each of some seeds."""
+        return [MEASURES[measure](self.runs[replace(cell, seed=s)]) for s in seeds]
+
+    def mean(self, cell: Cell, measure: str) -> float | None:
+        """Average a measure over all seeds; None where there are none."""
+        seeds = self.seeds(cell)
+        return float(np.mean(self.values(cell, measure, seeds))) if seeds else None
+
+    def gain(self, cell: Cell, base: Cell, measure: str) -> Interval | None:
+        """Compare a cell with another, seed by seed."""
+        if not (seeds := self.seeds(cell, base)):
+            return None
+        pairs = zip(
+            self.values(cell, measure, seeds), self.values(base, measure, seeds), strict=True
+        )
+        return Interval.of(a - b for a, b in pairs)
+
+    def curve(self, cell: Cell, key: str) -> tuple[list[int], list[float]]:
+        """Average what was seen over the steps of `tune`: steps, and a mean for each."""
+        runs = [self.runs[replace(cell, seed=s)]["tune"] for s in self.seeds(cell)]
+        looks = [[look[key] for look in run["looks"]] for run in runs]
+        means = [
+            float(np.mean(known)) if (known := [v for v in at if v is not None]) else float("nan")
+            for at in zip(*looks, strict=True)
+        ]
+        return runs[0]["steps"], means
+
+    def levels(self, **how) -> list[int]:
+        """List the levels that were run with some settings."""
+        cells = [c for c in self.runs if all(getattr(c, k) == v for k, v in how.items())]
+        return sorted({cell.level for cell in cells})
+
+
+def _accuracies(run: dict) -> list[float]:
+    return [look["accuracy"] for look in run["tune"]["looks"]]
+
+
+def _area(run: dict) -> float:
+    steps = run["tune"]["steps"]
+    return float(trapezoid(_accuracies(run), steps) / (steps[-1] - steps[0]))
+
+
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "after align": lambda run: _accuracies(run)[0],
+    "over tune": _area,
+    "at the end": lambda run: _accuracies(run)[-1],
+    "leakage": lambda run: run["measured"]["leakage"],
+    "picture": lambda run: run["measured"]["other_picture"] - run["measured"]["own_picture"],
+    "conflict": lambda run: run["measured"]["original"] - run["measured"]["floor"],
+    "conflict per caption": lambda run: MEASURES["conflict"](run) * (run["caption_tokens"] - 1),
+    "original": lambda run: run["measured"]["original"],
+    "floor": lambda run: run["measured"]["floor"],
+}
+"""What a run is judged by. *over tune* is the area under the curve of accuracy over the steps."""
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Make all tables, by the name of their block."""
+    return {
+        "runs": _runs(results),
+        "conflict": _conflict(results),
+        "gains": _gains(results, "over tune"),
+        "gains after align": _gains(results, "after align"),
+        "gains at the end": _gains(results, "at the end"),
+        "accuracy": _accuracy(results),
+        "leakage": _leakage(results),
+        "variants": _variants(results),
+        "shares": _shares(results),
+        "mechanism": _mechanism(results),
+    }
+
+
+def _runs(results: Results) -> str:
+    rows = [
+        (level, ", ".join(map(str, results.seeds(Cell(level, "vanilla", 0)))))
+        for level in results.levels(share=1.0, variant="")
+    ]
+    seconds = [run["seconds"] for run in results.runs.values()]
+    llm = next(iter(results.runs.values()))["llm_accuracy"]
+    machines = ", ".join(sorted({run["machine"] for run in results.runs.values()}))
+    return (
+        f"{len(results.runs)} runs of {np.median(seconds):.0f} s (median), on {machines}. The "
+        f"original LLM answers {llm:.1%} of the questions behind a description.\n\n"
+        + _table(["level", "seeds"], rows)
+    )
+
+
+def _conflict(results: Results) -> str:
+    rows = []
+    for level in results.levels(method="pmo", share=1.0, variant=""):
+        names = ("original", "floor", "conflict", "conflict per caption")
+        rows.append((level, *(_number(results.mean(Cell(level, "pmo", 0), n)) for n in names)))
+    head = ["level", "original LLM", "proxy (floor)", "conflict", "conflict per caption"]
+    return _table(head, rows)
+
+
+def _gains(results: Results, measure: str) -> str:
+    others = [method for method in METHODS if method != "vanilla"]
+    rows = []
+    for level in results.levels(method="vanilla", share=1.0, variant=""):
+        base = Cell(level, "vanilla", 0)
+        gains = [_gain(results.gain(Cell(level, m, 0), base, measure)) for m in others]
+        rows.append((level, _number(results.mean(base, measure)), *gains))
+    return _table(["level", "vanilla", *(f"{m} - vanilla" for m in others)], rows)
+
+
+def _table(head: list[str], rows: Iterable[Iterable[object]]) -> str:
+    return markdown(head, [[str(cell) for cell in row] for row in rows])
+
+
+def _gain(found: Interval | None) -> str:
+    if found is None:
+        return "-"
+    return f"**{found}**" if found.clear else str(found)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.2f}"
+
+
+def _accuracy(results: Results) -> str:
+    rows = []
+    for level in results.levels(share=1.0, variant=""):
+        for method in METHODS:
+            if results.seeds(cell := Cell(level, method, 0)):
+                steps, means = results.curve(cell, "accuracy")
+                rows.append((level, method, len(results.seeds(cell)), *map(_number, means)))
+    if not rows:
+        return ""
+    return _table(["level", "method", "seeds", *map(str, steps)], rows)
+
+
+def _leakage(results: Results) -> str:
+    rows = []
+    for level in results.levels(share=1.0, variant=""):
+        for method in METHODS:
+            cell = Cell(level, method, 0)
+            found = [results.mean(cell, name) for name in ("leakage", "picture", "after align")]
+            if found[0] is not None:
+                rows.append((level, method, *map(_number, found)))
+    return _table(["level", "method", "leakage", "picture", "accuracy after align"], rows)
+
+
+def _variants(results: Results) -> str:
+    rows = []
+    for name, (method, _) in VARIANTS.items():
+        for level in results.levels(variant=name):
+            cell, plain = Cell(level, method, 0, 1.0, name), Cell(level, method, 0)
+            base = Cell(level, "vanilla", 0, 1.0, BASE.get(name, ""))
+            rows.append((
+                name, level, _number(results.mean(cell, "over tune")),
+                _gain(results.gain(cell, base, "over tune")),
+                _gain(results.gain(cell, plain, "over tune")), method, len(results.seeds(cell)),
+            ))  # fmt: skip
+    if not rows:
+        return "Not run."
+    head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method", "seeds"]
+    return _table(head, rows)
+
+
+def _shares(results: Results) -> str:
+    others = [method for method in METHODS if method != "vanilla"]
+    rows = []
+    shares = sorted({cell.share for cell in results.runs if not cell.variant})
+    levels = results.levels(share=shares[0]) if len(shares) > 1 else []
+    for level in levels:
+        for share in shares:
+            base = Cell(level, "vanilla", 0, share)
+            if (value := results.mean(base, "over tune")) is not None:
+                gains = [results.gain(Cell(level, m, 0, share), base, "over tune") for m in others]
+                rows.append((level, f"{share:.0%}", _number(value), *map(_gain, gains)))
+    if not rows:
+        return "Not run."
+    return _table(["level", "share", "vanilla", *(f"{m} - vanilla" for m in others)], rows)
+
+
+def _mechanism(results: Results) -> str:
+    rows = []
+    for level in results.levels(share=1.0, variant=""):
+        for method in METHODS:
+            if not results.seeds(cell := Cell(level, method, 0)):
+                continue
+            for key in ("learned", "d_learned", "d_unlearned"):
+                steps, means = results.curve(cell, key)
+                rows.append((level, method, key, *map(_number, means)))
+    return _table(["level", "method", "", *map(str, steps)], rows) if rows else ""
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Write one picture per question into a folder."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    def figure(columns: int) -> tuple[Figure, Any]:
+        made = Figure(figsize=(4 * columns + 0.8, 3.6), layout="constrained")
+        FigureCanvasAgg(made)
+        return made, made.subplots(1, columns, squeeze=False)[0]
+
+    levels = results.levels(share=1.0, variant="")
+    made, axes = figure(3)
+    for axis, measure in zip(axes, ("after align", "over tune", "leakage"), strict=True):
+        _draw_gains(axis, results, measure)
+    axes[0].legend(frameon=False, fontsize=8)
+    made.savefig(folder / "results_gains.png", dpi=110)
+    made, axes = figure(len(levels))
+    for axis, level in zip(axes, levels, strict=True):
+        for method in METHODS:
+            if results.seeds(cell := Cell(level, method, 0)):
+                axis.plot(*results.curve(cell, "accuracy"), label=method, color=COLOURS[method])
+        axis.set(title=f"level {level}", xlabel="steps of tune", ylim=(0, 1.02))
+    axes[0].set_ylabel("accuracy")
+    axes[0].legend(frameon=False, fontsize=8)
+    made.savefig(folder / "results_curves.png", dpi=110)
+    made, axes = figure(len(levels))
+    for axis, level in zip(axes, levels, strict=True):
+        _draw_mechanism(axis, results, level)
+    axes[0].set_ylabel("p_w - p_wo of answers")
+    axes[0].legend(frameon=False, fontsize=8)
+    made.savefig(folder / "results_mechanism.png", dpi=110)
+
+
+def _draw_gains(axis, results: Results, measure: str) -> None:
+    levels = results.levels(method="vanilla", share=1.0, variant="")
+    axis.axhline(0, color="#777777", linewidth=1)
+    for shift, method in enumerate(m for m in METHODS if m != "vanilla"):
+        found = [
+            (level, gain)
+            for level in levels
+            if (gain := results.gain(Cell(level, method, 0), Cell(level, "vanilla", 0), measure))
+        ]
+        if found:
+            axis.errorbar(
+                [levels.index(level) + (shift - 1.5) * 0.08 for level, _ in found],
+                [gain.mean for _, gain in found],
+                [np.nan_to_num(gain.half) for _, gain in found],
+                fmt="o-", markersize=4, capsize=3, label=method, color=COLOURS[method],
+            )  # fmt: skip
+    conflict = [results.mean(Cell(level, "pmo", 0), "conflict per caption") for level in levels]
+    named = zip(levels, conflict, strict=True)
+    axis.set_xticks(range(len(levels)), [f"{level}\n{_number(nats)}" for level, nats in named])
+    axis.set_xlabel("level, and conflict in nats per caption")
+    what = "leakage, nats per token" if measure == "leakage" else f"accuracy {measure}"
+    axis.set_title(f"{what}: minus vanilla", fontsize=10)
+
+
+def _draw_mechanism(axis, results: Results, level: int) -> None:
+    for method in ("cmo", "dpa"):
+        if not results.seeds(cell := Cell(level, method, 0)):
+            continue
+        for key, style in (("d_learned", "-"), ("d_unlearned", ":")):
+            steps, means = results.curve(cell, key)
+            axis.plot(
+                steps, means, style, color=COLOURS[method], label=f"{method}, {key[2:]} tokens"
+            )
+    for bound in (0.05, 0.5):
+        axis.axhline(bound, color="#bbbbbb", linewidth=1)
+    axis.set(title=f"level {level}", xlabel="steps of tune", ylim=(-0.05, 1))
+
+
+def fill(page: str, made: dict[str, str]) -> str:
+    """Replace the blocks of a page by tables of their names."""
+    for name, table in made.items():
+        block = re.compile(f"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if found := block.search(page):
+            page = f"{page[: found.end(1)]}\n{table}\n\n{page[found.start(2) :]}"
+    return page
+
+
+def main() -> None:
+    """Write tables and pictures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "studies" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--study", choices=STUDIES, default="full")
+    given = parser.parse_args()
+    results = Results(given.results, STUDIES[given.study].sizes.protocol)
+    if not results.runs:
+        raise SystemExit(f"No results of {given.study} in {given.results}: run it first.")
+    made = tables(results)
+    write_text(given.page, fill(given.page.read_text(encoding="utf-8"), made))
+    draw(results, given.page.parent)
+    print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
+
+
+if __name__ == "__main__":
+    main()

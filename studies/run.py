@@ -1,0 +1,310 @@
+"""Run a study: python -m studies.run quick.
+
+Each stage of each run is `xtuner train` in a forked process, so that XTuner is imported once.
+World, LLM and proxies are shared by the runs that need the same. What is finished, here or in
+another results file of the same protocol, is skipped: the same command continues a study.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+import dpa_xtuner.plugin  # noqa: F401, registers what a config names
+from dpa_xtuner.data import dataset as dataset_module
+from dpa_xtuner.files import read_json, whole_folder, write_json, write_text
+from studies import schemes, world  # noqa: F401, schemes registers its classes
+from studies.measure import MEASURES
+from studies.plan import STUDIES, VARIANTS, Cell, Sizes
+
+HERE = Path(__file__).parent
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process would wait for its threads
+
+
+def main() -> int:
+    """Run what is not finished; the exit code is 1 if a run failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the study's own")
+    parser.add_argument("--parts", nargs="+", help="of the study; default: all")
+    parser.add_argument("--results", type=Path, help="default: studies/results/<study>.jsonl")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/study"))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start none after")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    study, end = STUDIES[given.study], time.monotonic() + 60 * given.minutes
+    results = given.results or HERE / "results" / f"{given.study}.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    folder = given.work_dir / study.sizes.protocol
+    make_world(folder, study.sizes)
+    failed = []
+    for part in study.parts:
+        for seed in given.seeds or study.seeds:
+            known = finished(results.parent, study.sizes)
+            cells = [cell for cell in part.cells(seed) if cell not in known]
+            if not cells or (given.parts and part.name not in given.parts):
+                continue
+            if time.monotonic() > end:
+                break
+            print(f"{part.name}, seed {seed}: {len(cells)} runs", flush=True)
+            failed += run_seed(folder, results, study.sizes, cells, given.processes, end)
+    print(f"Failed: {', '.join(failed)}" if failed else "No run failed")
+    return bool(failed)
+
+
+def finished(folder: Path, sizes: Sizes) -> set[Cell]:
+    """List the runs that results files in a folder hold already."""
+    return {
+        Cell(**line["cell"])
+        for file in folder.glob("*.jsonl")
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        if line["protocol"] == sizes.protocol
+    }
+
+
+def make_world(folder: Path, sizes: Sizes) -> None:
+    """Train the LLM and write the encoder, unless they are there."""
+    if (folder / "world.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print("The world's LLM is trained", flush=True)
+    began = time.monotonic()
+    with whole_folder(folder / "encoder") as encoder:
+        world.write_encoder(encoder)
+    with whole_folder(folder / "llm") as llm:
+        accuracy = world.train_llm(llm, sizes.llm_steps)
+    seconds = round(time.monotonic() - began)
+    print(f"It answers {accuracy:.1%} from a description, after {seconds} s", flush=True)
+    write_json(folder / "world.json", {"llm_accuracy": accuracy, "seconds": seconds})
+
+
+def make_data(folder: Path, sizes: Sizes, seed: int, levels: Iterable[int]) -> Path:
+    """Write a seed's pictures, captions of some levels and questions, unless they are there."""
+    data = folder / f"seed{seed}"
+    draw = np.random.default_rng([seed, 1])
+    held_out = 256
+    told = world.scenes(sizes.captions + held_out, draw)
+    if not data.exists():
+        with whole_folder(data) as made:
+            _write_pictures(made, "c", told, draw)
+            for name, count in (("questions", sizes.questions), ("asked", sizes.asked)):
+                about = world.scenes(count // 4, draw)
+                _write_pictures(made, name[0], about, draw)
+                talks = [
+                    (f"{name[0]}{i}", f"<image>\n{question}", answer)
+                    for i, scene in enumerate(about)
+                    for question, answer in scene.questions()
+                ]
+                _write_records(made / f"{name}.jsonl", talks)
+    for level in levels:
+        if not (file := data / f"captions{level}.jsonl").exists():
+            draw = np.random.default_rng([seed, 2, level])
+            talks = [
+                (f"c{i}", "<image>", scene.caption(level, draw)) for i, scene in enumerate(told)
+            ]
+            _write_records(file, talks)
+    return data
+
+
+def _write_pictures(folder: Path, name: str, scenes: list[world.Scene], draw) -> None:
+    for i, scene in enumerate(scenes):
+        Image.fromarray(world.picture(scene, draw)).save(folder / f"{name}{i}.png")
+
+
+def _write_records(file: Path, talks: list[tuple[str, str, str]]) -> None:
+    records = [
+        {"id": str(i), "image": f"{image}.png", "conversations": [
+            {"from": "human", "value": human}, {"from": "gpt", "value": gpt}]}
+        for i, (image, human, gpt) in enumerate(talks)
+    ]  # fmt: skip
+    write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def keep_pictures(data: Path) -> None:
+    """Load a seed's pictures now, so that all its runs find them in memory."""
+    load = getattr(dataset_module.load_pixels, "unkept", dataset_module.load_pixels)
+    kept: dict[tuple, torch.Tensor] = {}
+
+    def load_kept(path, processor, pad, background="white"):
+        key = (str(Path(path).absolute()), pad, background)
+        if key not in kept:
+            kept[key] = load(path, processor, pad, background)
+        return kept[key]
+
+    load_kept.unkept = load  # type: ignore[attr-defined]
+    dataset_module.load_pixels = load_kept
+    processor = CLIPImageProcessor.from_pretrained(data.parent / "encoder")
+    for file in data.absolute().glob("*.png"):
+        load_kept(file, processor, False)
+
+
+def run_seed(
+    folder: Path, results: Path, sizes: Sizes, cells: list[Cell], processes: int, end: float
+) -> list[str]:
+    """Train the runs of a seed, proxies first.
+
+    Returns:
+        Names of those that failed.
+    """
+    data = make_data(folder, sizes, cells[0].seed, {cell.level for cell in cells})
+    keep_pictures(data)
+    proxies = {proxy_of(folder, cell): cell for cell in cells if cell.has_proxy}
+    failed = in_parallel(
+        {place.name: partial(train, folder, cell, place, ["proxy"])
+         for place, cell in proxies.items() if not (place / "proxy/llm_adapter").exists()},
+        processes, end,
+    )  # fmt: skip
+    ready = [c for c in cells if not c.has_proxy or (proxy_of(folder, c) / "proxy").exists()]
+    return failed + in_parallel(
+        {cell.name: partial(one_run, folder, results, sizes, cell) for cell in ready},
+        processes, end,
+    )  # fmt: skip
+
+
+def proxy_of(folder: Path, cell: Cell) -> Path:
+    """Return the folder of the proxy that a run shares with others."""
+    return folder / f"proxy-level{cell.level}-share{cell.share:g}-{cell.seed}"
+
+
+def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
+    """Train `align` and `tune`, and append what was measured to the results."""
+    began, work_dir = time.monotonic(), folder / cell.name
+    shutil.rmtree(work_dir, ignore_errors=True)
+    if cell.has_proxy:
+        shutil.copytree(proxy_of(folder, cell) / "proxy", work_dir / "proxy")
+    train(folder, cell, work_dir, ["align", "tune"])
+    measured = read_json(work_dir / "align/stage.json", "")["measured"]
+    proxy = read_json(work_dir / "proxy/stage.json", "").get("measured", {})
+    line = {
+        "protocol": sizes.protocol,
+        "cell": vars(cell),
+        "measured": proxy | measured,
+        "caption_tokens": 3 * cell.level + 4 if cell.level else 17,
+        "tune": read_json(work_dir / f"tune/{MEASURES}", ""),
+        "llm_accuracy": read_json(folder / "world.json", "")["llm_accuracy"],
+        "seconds": round(time.monotonic() - began, 1),
+        "machine": f"{platform.machine()}, torch {torch.__version__}",
+    }
+    with results.open("a", encoding="utf-8") as file:  # one write, so that lines stay whole
+        file.write(json.dumps(line) + "\n")
+    shutil.rmtree(work_dir)
+    print(f"  {cell.name}: {line['seconds']} s", flush=True)
+
+
+def train(folder: Path, cell: Cell, work_dir: Path, stages: list[str]) -> None:
+    """Run `xtuner train` for each of the stages, in a process of its own.
+
+    Raises:
+        SystemExit: a stage failed; the end of its log is printed.
+    """
+    data = (folder / f"seed{cell.seed}").absolute()
+    options = {
+        "method": cell.method,
+        "captions.data_path": f"{data}/captions{cell.level}.jsonl",
+        "captions.image_folder": data,
+        "captions.share": cell.share,
+        "instructions.data_path": f"{data}/questions.jsonl",
+        "instructions.image_folder": data,
+        "custom_hooks.0.questions": f"{data}/asked.jsonl",
+        "randomness.seed": cell.seed,
+        **(VARIANTS[cell.variant][1] if cell.variant else {}),
+    }
+    argv = ["train.py", str(HERE / "config.py"), "--work-dir", str(work_dir), "--cfg-options"]
+    argv += [f"{key}={value}" for key, value in options.items()]
+    work_dir.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        log = work_dir / f"{stage}.log"
+        environment = {"DPA_STAGE": stage, "DPA_WORLD": str(folder.absolute()),
+                       "DPA_CACHE": str(folder.absolute() / "tokens")}  # fmt: skip
+        child = fork(partial(_xtuner_train, argv, environment), log)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise SystemExit(f"{work_dir.name}, {stage}:\n{log.read_text()[-3000:]}")
+
+
+def _xtuner_train(argv: list[str], environment: dict[str, str]) -> None:
+    from xtuner.tools import train as xtuner_train
+
+    os.environ.update(environment)
+    sys.argv = argv
+    xtuner_train.main()
+
+
+def fork(task: Callable[[], None], log: Path | None = None) -> int:
+    """Do something in a child process, its output in a file; return its id."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        if log is not None:
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+        task()
+        code = 0
+    except SystemExit as stop:
+        code = 1 if stop.code else 0
+        print(stop.code or "", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def in_parallel(
+    tasks: dict[str, Callable[[], None]], processes: int, end: float = float("inf")
+) -> list[str]:
+    """Do tasks in child processes, some at a time.
+
+    Args:
+        tasks: by name.
+        processes: at a time.
+        end: monotonic time after which none is started.
+
+    Returns:
+        Names of those that failed.
+    """
+    running: dict[int, str] = {}
+    failed = []
+    waiting = list(tasks.items())
+    while waiting or running:
+        if waiting and time.monotonic() > end:
+            waiting = []
+            continue
+        if waiting and len(running) < processes:
+            name, task = waiting.pop(0)
+            running[fork(task)] = name
+            continue
+        child, status = os.wait()
+        name = running.pop(child)
+        if os.waitstatus_to_exitcode(status):
+            failed.append(name)
+    return failed
+
+
+if __name__ == "__main__":
+    from mmengine.config import config as mmengine_config
+    from xtuner.tools import train as _  # noqa: F401, takes seconds, so once for all children
+
+    # A third of a second of each stage goes into laying out the dumped config.
+    mmengine_config.FormatCode = lambda code, **style: (code, True)
+    sys.exit(main())

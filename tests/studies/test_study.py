@@ -1,0 +1,206 @@
+"""The study: its world, its statistics, and its smallest version from end to end."""
+
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from support import tiny_llava
+
+from studies import world
+from studies.measure import look
+from studies.plan import STUDIES, Cell
+from studies.report import Interval, Results, fill, tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_scene_says_what_its_questions_ask():
+    scene = world.Scene((0, 0), (1, 1))
+    assert scene.description() == (
+        "the picture shows a red cup on the left and a blue bell on the right ."
+    )
+    assert dict(scene.questions()) == {
+        "question : what thing is on the left ?": "cup",
+        "question : what colour is on the left ?": "red",
+        "question : what thing is on the right ?": "bell",
+        "question : what colour is on the right ?": "blue",
+    }
+    assert scene.caption(0, np.random.default_rng(0)) == scene.description()
+    words = scene.caption(3, np.random.default_rng(0)).split()
+    assert words[3:5] == ["red", "cup"] and words[8:10] == ["blue", "bell"] and len(words) == 13
+    style = words[:3] + words[5:8] + words[10:]
+    follows = dict(zip(world.STYLE, world.chain(), strict=True))
+    for word, after in itertools.pairwise(style):
+        assert after in [world.STYLE[i] for i in follows[word]]
+
+
+def test_texts_mark_each_answers_first_word():
+    words = world.tokenizer()
+    tokens, marks = world.texts(words, 3, np.random.default_rng(0))
+    assert marks.sum(1).tolist() == [4, 4, 4]
+    for row, mark in zip(tokens, marks, strict=True):
+        told = words.decode(row)
+        for answer in words.convert_ids_to_tokens(row[mark]):
+            assert answer in world.THINGS + world.COLOURS
+            assert f"answer : {answer} ." in told and answer in told.split(".")[0]
+
+
+def test_a_picture_is_its_two_halves():
+    draw = np.random.default_rng(0)
+    one, other = world.Scene((0, 0), (1, 1)), world.Scene((0, 0), (2, 5))
+    first, second = (world.picture(scene, draw).astype(float) for scene in (one, other))
+    noise = np.abs(first[:, :8] - second[:, :8]).mean()
+    assert noise < np.abs(first[:, 8:] - second[:, 8:]).mean() / 1.3
+
+
+def test_a_look_is_that_of_plain_transformers():
+    model = tiny_llava.build(sharp=True).eval()
+    rows = [tiny_llava.sample(1, "image", 5 + i, 20 + i, 30) for i in range(6)]
+    batch = model.data_preprocessor(collated(rows), False)["data"]
+    found = look(model, [batch])
+    p_w, p_wo, right = [], [], []
+    for row in rows:
+        tokens = torch.from_numpy(row["input_ids"])
+        embeds = model.llm.get_input_embeddings()(tokens.clamp(min=0))
+        with torch.no_grad():
+            embeds[tokens < 0] = model.encode_images(row["pixel_values"][0][None])[0]
+            logits = model.llm(inputs_embeds=embeds[None]).logits[0, -3]
+            at = torch.arange(len(tokens))[tokens >= 0]
+            plain = model.llm(tokens[tokens >= 0][None], position_ids=at[None]).logits[0, -3]
+        p_w.append(logits.softmax(-1)[tokens[-2]].item())
+        p_wo.append(plain.softmax(-1)[tokens[-2]].item())
+        right.append(logits.argmax() == tokens[-2])
+    learned = [p >= 0.5 for p in p_w]
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert found["learned"] == pytest.approx(np.mean(learned))
+    for name, kind in (("d_learned", True), ("d_unlearned", False)):
+        d = [a - b for a, b, c in zip(p_w, p_wo, learned, strict=True) if c is kind]
+        assert found[name] == (pytest.approx(np.mean(d), abs=1e-5) if d else None)
+
+
+def collated(rows: list[dict]) -> dict:
+    from dpa_xtuner.data import collate
+
+    return collate(rows)
+
+
+def test_an_interval_is_students():
+    a, b = [0.9, 0.8, 0.95, 0.7], [0.5, 0.6, 0.65, 0.55]
+    found = Interval.of(x - y for x, y in zip(a, b, strict=True))
+    low, high = ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert found.clear and not Interval.of([0.1, -0.2, 0.15]).clear
+    assert not Interval.of([0.5]).clear and str(Interval.of([0.5])) == "+0.500"
+
+
+def test_a_block_is_replaced_and_the_rest_is_left():
+    page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    assert fill(page, {"one": "| new |"}) == (
+        "a\n<!-- one -->\n\n| new |\n\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory):
+    """The smallest study, run to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    command = [sys.executable, "-m", "studies.run", "smallest", "--processes", "1"]
+    command += ["--results", str(folder / "results/a.jsonl"), "--work-dir", str(folder / "work")]
+
+    def run() -> str:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return folder, run, run()
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_files_say(smallest):
+    folder, _, _ = smallest
+    lines = [json.loads(line) for line in (folder / "results/a.jsonl").read_text().splitlines()]
+    by_run = {(line["cell"]["method"], line["cell"]["seed"]): line for line in lines}
+    assert by_run.keys() == {(m, s) for m in ("vanilla", "pmo") for s in (900, 901)}
+    page = folder / "page.md"
+    page.write_text("<!-- gains -->\n<!-- end -->\n<!-- conflict -->\n<!-- end -->\n")
+    subprocess.run(
+        [sys.executable, "-m", "studies.report", "--study", "smallest", "--results",
+         str(folder / "results"), "--page", str(page)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+
+    def area(line: dict) -> float:
+        steps, looks = line["tune"]["steps"], line["tune"]["looks"]
+        parts = [
+            (b - a) * (x["accuracy"] + y["accuracy"]) / 2
+            for a, b, x, y in zip(steps, steps[1:], looks, looks[1:], strict=False)
+        ]
+        return sum(parts) / (steps[-1] - steps[0])
+
+    d = [area(by_run["pmo", s]) - area(by_run["vanilla", s]) for s in (900, 901)]
+    mean = sum(d) / 2
+    half = 12.706 * abs(d[0] - d[1]) / math.sqrt(2) / math.sqrt(2)  # t of one degree of freedom
+    written = page.read_text()
+    gain = re.search(r"([+-]\d\.\d+) ± (\d\.\d+)", written)
+    assert float(gain[1]) == pytest.approx(mean, abs=6e-4)
+    assert float(gain[2]) == pytest.approx(half, abs=6e-4)
+    measured = [by_run["pmo", s]["measured"] for s in (900, 901)]
+    conflict = sum(m["original"] - m["floor"] for m in measured) / 2
+    assert f" {conflict:.2f} |" in written and f" {9 * conflict:.2f} |" in written
+    for name in ("gains", "curves", "mechanism"):
+        assert (folder / f"results_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped(smallest):
+    folder, run, first = smallest
+    assert first.count(" s\n") == 5  # the LLM and four runs
+    file = folder / "results/a.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    (folder / "results/other.jsonl").write_text(
+        json.dumps(json.loads(lines[0]) | {"protocol": "another"}) + "\n"
+    )
+    again = run()
+    assert again.count("1 runs") == 1 and again.count(" s\n") == 1
+    old, new = json.loads(lines[-1]), json.loads(file.read_text().splitlines()[-1])
+    for key in ("cell", "measured", "tune"):  # the same to the last digit
+        assert new[key] == old[key]
+    sizes = STUDIES["smallest"].sizes
+    assert len(Results(folder / "results", sizes.protocol).runs) == 4
+    assert "No run failed" in run()
+
+
+def test_all_tables_are_made_of_few_results(tmp_path):
+    def line(cell: Cell, accuracy: float) -> str:
+        look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
+        measured = {"original": 9.0, "floor": 3.0, "leakage": 2.0, "other_picture": 5.0}
+        measured["own_picture"] = 4.0
+        return json.dumps({
+            "protocol": "p", "cell": vars(cell), "measured": measured, "caption_tokens": 10,
+            "tune": {"steps": [0, 25], "looks": [look, look]}, "llm_accuracy": 1.0, "seconds": 9.0,
+            "machine": "m",
+        })  # fmt: skip
+
+    cells = {
+        Cell(2, "vanilla", 0): 0.5, Cell(2, "pmo", 0): 0.7, Cell(2, "dpa", 0): 0.6,
+        Cell(2, "dpa", 0, 1.0, "cmo_in_align"): 0.75,
+        Cell(2, "vanilla", 0, 0.25): 0.25, Cell(2, "pmo", 0, 0.25): 0.5,
+    }  # fmt: skip
+    (tmp_path / "r.jsonl").write_text("\n".join(line(*each) for each in cells.items()) + "\n")
+    made = tables(Results(tmp_path, "p"))
+    rows = {name: [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
+            for name, table in made.items()}  # fmt: skip
+    assert rows["gains"] == [["2", "0.50", "+0.200", "-", "+0.100", "-"]]
+    assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00"]]
+    assert rows["variants"] == [["cmo_in_align", "2", "0.75", "+0.250", "+0.150", "dpa", "1"]]
+    assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250", "-", "-", "-"]
+    assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
