@@ -169,10 +169,10 @@ def run_seed(
     proxies = {proxy_of(folder, cell): cell for cell in cells if cell.has_proxy}
     failed = in_parallel(
         {place.name: partial(train, folder, cell, place, ["proxy"])
-         for place, cell in proxies.items() if not (place / "proxy/llm_adapter").exists()},
+         for place, cell in proxies.items() if not _has_proxy(place)},
         processes, end,
     )  # fmt: skip
-    ready = [c for c in cells if not c.has_proxy or (proxy_of(folder, c) / "proxy").exists()]
+    ready = [cell for cell in cells if not cell.has_proxy or _has_proxy(proxy_of(folder, cell))]
     return failed + in_parallel(
         {cell.name: partial(one_run, folder, results, sizes, cell) for cell in ready},
         processes, end,
@@ -182,6 +182,10 @@ def run_seed(
 def proxy_of(folder: Path, cell: Cell) -> Path:
     """Return the folder of the proxy that a run shares with others."""
     return folder / f"proxy-level{cell.level}-share{cell.share:g}-{cell.seed}"
+
+
+def _has_proxy(place: Path) -> bool:
+    return (place / "proxy/llm_adapter").exists()
 
 
 def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:

@@ -43,7 +43,7 @@ SIDES = ("left", "right")
 
 Draw = np.random.Generator
 
-SIDE, NOISE = 16, 0.15
+SIDE, NOISE = 16, 0.05
 """Pixels of a picture's side; standard deviation of the noise, of pixels between 0 and 1."""
 
 
@@ -143,7 +143,7 @@ def write_encoder(folder: Path) -> None:
     encoder = CLIPVisionModel(config)
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
-            if weight.dim() > 1 and "position" not in name:
+            if "patch_embedding" in name:
                 weight.normal_(std=weight[0].numel() ** -0.5)
     encoder.save_pretrained(folder)
     CLIPImageProcessor(
@@ -192,7 +192,7 @@ def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float
         vocab_size=len(words), hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0,
-        bos_token_id=None, eos_token_id=None,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.1,
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(llm.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
