@@ -27,7 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
 }
-"""Variants by name: the method that they change, and its settings."""
+"""Variants by name: the method that they change, and its settings. A name keeps its settings: results
+are known by it."""
 
 BASE = {"lora": "lora_vanilla", "long": "long_vanilla"}
 """What a variant is compared with, where that is not vanilla."""
@@ -125,6 +126,7 @@ STUDIES = {
     "full": Study(
         (
             Part("methods", (0, 1, 2, 4, 6)),
+            Part("budget", (2, 6), (), variants=("long_vanilla", "long")),
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),

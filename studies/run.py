@@ -6,6 +6,7 @@ another results file of the same protocol, is skipped: the same command continue
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -154,6 +155,7 @@ def keep_pictures(data: Path) -> None:
     processor = CLIPImageProcessor.from_pretrained(data.parent / "encoder")
     for file in data.absolute().glob("*.png"):
         load_kept(file, processor, False)
+    gc.freeze()  # or each child's garbage collection walks over, and so copies, all of it
 
 
 def run_seed(
