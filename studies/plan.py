@@ -27,8 +27,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
 }
-"""Variants by name: the method that they change, and its settings. A name keeps its settings: results
-are known by it."""
+"""Variants by name: the method that they change, and its settings. Results are known by the name:
+it keeps its settings."""
 
 BASE = {"lora": "lora_vanilla", "long": "long_vanilla"}
 """What a variant is compared with, where that is not vanilla."""
