@@ -43,7 +43,8 @@ class Interval:
         return cls(float(found.mean()), float(half), n)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f}" if self.seeds > 1 else f"{self.mean:+.3f}"
+        width = f" ± {self.half:.3f}" if self.seeds > 1 else ""
+        return f"{self.mean:+.3f}{width} ({self.seeds})"
 
     @property
     def clear(self) -> bool:

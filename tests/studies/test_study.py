@@ -98,7 +98,7 @@ def test_an_interval_is_students():
     low, high = ttest_rel(a, b).confidence_interval(0.95)
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
     assert found.clear and not Interval.of([0.1, -0.2, 0.15]).clear
-    assert not Interval.of([0.5]).clear and str(Interval.of([0.5])) == "+0.500"
+    assert not Interval.of([0.5]).clear and str(Interval.of([0.5])) == "+0.500 (1)"
 
 
 def test_a_block_is_replaced_and_the_rest_is_left():
@@ -199,8 +199,10 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     made = tables(Results(tmp_path, "p"))
     rows = {name: [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
             for name, table in made.items()}  # fmt: skip
-    assert rows["gains"] == [["2", "0.50", "+0.200", "-", "+0.100", "-"]]
+    assert rows["gains"] == [["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-"]]
     assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00"]]
-    assert rows["variants"] == [["cmo_in_align", "2", "0.75", "+0.250", "+0.150", "dpa", "1"]]
-    assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250", "-", "-", "-"]
+    assert rows["variants"] == [
+        ["cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "1"]
+    ]
+    assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250 (1)", "-", "-", "-"]
     assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
