@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 import dpa_xtuner.plugin  # noqa: F401, registers what a config names
-from dpa_xtuner.data import dataset as dataset_module
+from dpa_xtuner.data import dataset, images
 from dpa_xtuner.files import read_json, whole_folder, write_json, write_text
 from studies import schemes, world  # noqa: F401, schemes registers its classes
 from studies.measure import MEASURES
@@ -140,21 +140,16 @@ def _write_records(file: Path, talks: list[tuple[str, str, str]]) -> None:
 
 
 def keep_pictures(data: Path) -> None:
-    """Load a seed's pictures now, so that all its runs find them in memory."""
-    load = getattr(dataset_module.load_pixels, "unkept", dataset_module.load_pixels)
-    kept: dict[tuple, torch.Tensor] = {}
+    """Load a seed's pictures now: its runs all load them alike, and find them in memory."""
+    load = getattr(images.load_pixels, "unkept", images.load_pixels)
+    processor = CLIPImageProcessor.from_pretrained(data.parent / "encoder")
+    kept = {str(file): load(file, processor, False) for file in data.absolute().glob("*.png")}
 
-    def load_kept(path, processor, pad, background="white"):
-        key = (str(Path(path).absolute()), pad, background)
-        if key not in kept:
-            kept[key] = load(path, processor, pad, background)
-        return kept[key]
+    def load_kept(path, *how):
+        return kept[str(path)] if str(path) in kept else load(path, *how)
 
     load_kept.unkept = load  # type: ignore[attr-defined]
-    dataset_module.load_pixels = load_kept
-    processor = CLIPImageProcessor.from_pretrained(data.parent / "encoder")
-    for file in data.absolute().glob("*.png"):
-        load_kept(file, processor, False)
+    images.load_pixels = dataset.load_pixels = load_kept
     gc.freeze()  # or each child's garbage collection walks over, and so copies, all of it
 
 
