@@ -51,6 +51,10 @@ PEAKS = {
 }
 
 
+MINIMUM = 60
+"""Seconds that a part may take, whatever its share: its imports alone take up to half a minute."""
+
+
 class Part(NamedTuple):
     """A part of the measurements.
 
@@ -948,7 +952,8 @@ def run_all(args: argparse.Namespace) -> int:
     shares = {name: PARTS[name].share for name in args.parts}
     failed = []
     for name in args.parts:
-        seconds = (end - time.monotonic()) * shares[name] / sum(shares.values())
+        left = end - time.monotonic()
+        seconds = max(0, min(left, max(MINIMUM, left * shares[name] / sum(shares.values()))))
         del shares[name]
         command = [sys.executable, __file__, "--part", name, "--seconds", f"{seconds:.1f}"]
         command += ["--device", args.device, "--out", str(args.out)]
