@@ -9,13 +9,39 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import dpa_xtuner
+from dpa_xtuner.errors import DPAError
 
 LLAVA_HOLDS_AN_LLM = not hasattr(transformers, "LlavaModel")
 """Whether a ``LlavaForConditionalGeneration`` holds an LLM with its head. Since transformers 4.52
 it holds a decoder and a head of its own, without the LLM's cap on logits."""
+
+
+TEXT_PART = (
+    {"key_mapping": {r"^language_model\.model": "model"}}
+    if hasattr(PreTrainedModel, "get_expanded_tied_weights_keys")
+    else {}
+)
+"""How the text part of a multimodal Gemma-3 is loaded as an LLM. Before transformers 5 the LLM's
+class finds it by itself."""
+
+
+def require_transformers(since: str, what: str) -> None:
+    """Refuse a model that the installed transformers is too old for.
+
+    Raises:
+        DPAError: it is older than ``since``.
+    """
+    installed = transformers.__version__
+    if Version(installed) < Version(since):
+        raise DPAError(
+            f"{what} needs transformers {since} or newer; installed is {installed}. Install the "
+            f"versions of constraints/5.txt (README, Install)."
+        )
 
 
 def installed_versions() -> dict[str, str]:
@@ -38,12 +64,14 @@ def knows_flash_attention(model: Any) -> bool:
 
 
 def embedding_scale(llm: Any) -> float:
-    """Return the factor by which an LLM's embedding layer multiplies a token's embedding.
+    """Return the factor that image features need so that Gemma-2 is one model on all versions.
 
     Gemma-2 scales by the root of its hidden size: before transformers 5 in the decoder, whatever
     it is given, and since then in the embedding layer, so that image features spliced in between
-    have to be scaled as well.
+    have to be scaled as well. Gemma-3 has always scaled in the embedding layer, and no features.
     """
+    if llm.config.model_type != "gemma2":
+        return 1.0
     return getattr(llm.get_input_embeddings(), "scalar_embed_scale", 1.0)
 
 

@@ -34,7 +34,7 @@ from dpa_xtuner.stages.table import stage_table
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 FOUND = sorted(p.stem for p in CONFIGS.rglob("*.py") if "_base_" not in p.parts)
-HOW_MANY = 22
+HOW_MANY = 28
 BF16 = Precision("bf16")
 QLORA = [name for name in FOUND if name.endswith("_qlora")]
 DEMO = "dpa_smollm2_135m_openmoji"
@@ -65,6 +65,12 @@ LLMS = {
     "Qwen/Qwen2.5-32B-Instruct": Published(32.5, "model card"),
     "Qwen/Qwen3-1.7B": Published(1.721, "base model's files", tied=True),
     "Qwen/Qwen3-8B": Published(8.19, "model page, safetensors"),
+    "Qwen/Qwen3-30B-A3B": Published(30.53, "model page, safetensors"),
+    "meta-llama/Llama-3.2-3B-Instruct": Published(3.21, "model card", tied=True),
+    "mistralai/Mistral-7B-Instruct-v0.3": Published(7.25, "model page, safetensors"),
+    "mistralai/Ministral-8B-Instruct-2410": Published(8.02, "model page, safetensors"),
+    "HuggingFaceTB/SmolLM3-3B": Published(3.08, "model page, safetensors", tied=True),
+    "google/gemma-3-4b-it": Published(0.675 + 3.209, "arXiv 2503.19786, table 1", tied=True),
     "meta-llama/Llama-3.1-8B-Instruct": Published(8.03, "model page, safetensors"),
     "lmsys/vicuna-7b-v1.5": Published(6.74, "Llama-2-7b's model page, safetensors"),
     "lmsys/vicuna-13b-v1.5": Published(13.02, "Llama-2-13b's model page, safetensors"),

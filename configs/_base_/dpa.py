@@ -33,7 +33,7 @@ precision = 'auto'
 #   family = 'qwen2_5'
 
 visual_encoder_name_or_path = 'openai/clip-vit-large-patch14-336'  # [paper]
-# clip, siglip, siglip2, dinov2, internvit, mmpretrain, or pair (with first= and second=)
+# clip, siglip, siglip2, dinov2, dinov3, internvit, mmpretrain, or pair (with first= and second=)
 encoder = dict(type='clip')  # [paper]
 # mlp (depth), pixel_shuffle (factor), avg_pool (factor), resampler (queries)
 projector = dict(type='mlp')  # [paper]

@@ -1,12 +1,10 @@
 """The base class of LLM families, and how they are found."""
 
-from importlib.metadata import version
 from typing import Any, ClassVar, cast
-
-from packaging.version import Version
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.registry import FAMILIES, find_named
+from dpa_xtuner.versions import require_transformers
 
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of a LLaMA-type decoder layer."""
@@ -21,7 +19,8 @@ class Family:
         template: its chat template, with the keys of :mod:`dpa_xtuner.data.templates`.
         tokenizer: the config type of its tokenizer's loader.
         lora_targets: the linear layers that LoRA adapts; by default all but the head.
-        since: the first version of transformers that has the class of ``llm``.
+        loading: further arguments of ``llm``.
+        since: the first version of transformers that the family is used with.
     """
 
     llm: ClassVar[str]
@@ -29,6 +28,7 @@ class Family:
     template: ClassVar[dict[str, Any]]
     tokenizer: ClassVar[str] = "transformers.AutoTokenizer.from_pretrained"
     lora_targets: ClassVar[tuple[str, ...]] = LLAMA_LAYERS
+    loading: ClassVar[dict[str, Any]] = {}
     since: ClassVar[str] = "4.48"
 
 
@@ -42,11 +42,7 @@ def find_family(name: str) -> type[Family]:
     family = cast("type[Family]", found)
     if missing := [key for key in ("llm", "model_types", "template") if not hasattr(family, key)]:
         raise DPAError(f"family={name!r} has no {', '.join(missing)}; see {Family.__module__}.")
-    if Version(installed := version("transformers")) < Version(family.since):
-        raise DPAError(
-            f"family={name!r} needs transformers {family.since} or newer; installed is "
-            f"{installed}. Install the versions of constraints/5.txt (README, Install)."
-        )
+    require_transformers(family.since, f"family={name!r}")
     return family
 
 

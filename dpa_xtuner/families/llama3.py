@@ -1,4 +1,4 @@
-"""Llama-3-Instruct and Llama-3.1-Instruct, which differ in the text before the system prompt."""
+"""Llama-3-, 3.1- and 3.2-Instruct, which differ in the text before the system prompt."""
 
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.registry import FAMILIES
@@ -40,3 +40,13 @@ class Llama31(Llama3):
         DEFAULT_SYSTEM="",
         STOP_WORDS=["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"],
     )
+
+
+@FAMILIES.register_module("llama3_2")
+class Llama32(Llama31):
+    """Llama 3.1, whose second date is that of today in the published template.
+
+    Training needs the same tokens on every day: the template's own default is always written.
+    """
+
+    template = dict(Llama31.template, TODAY="2024-07-26")

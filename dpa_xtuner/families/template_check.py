@@ -1,5 +1,6 @@
 """Compares a family's chat template with the one that a tokenizer was published with."""
 
+import re
 from collections.abc import Iterator, Mapping
 from datetime import date
 from itertools import takewhile
@@ -15,6 +16,7 @@ from dpa_xtuner.data.templates import resolve_template
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.families.base import Family, known_families
 
+_DATE = re.compile(r"strftime_now\((['\"])(.*?)\1\)")  # a chat template's date of today
 _TURNS = (("What is shown here?", "Two cats on a bench."), ("And the dog?", "It sleeps."))
 
 
@@ -71,9 +73,11 @@ def _renderings(
     template: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Render conversations by the tokenizer's template and by ours, with and without answer."""
-    fixed: dict[str, Any] = {"enable_thinking": False, "return_dict": False}
+    theirs = tokenizer.get_chat_template()
     if today := template.get("TODAY"):
-        fixed["strftime_now"] = date.fromisoformat(today).strftime
+        day = date.fromisoformat(today)
+        theirs = _DATE.sub(lambda found: repr(day.strftime(found[2])), theirs)
+    fixed: dict[str, Any] = dict(chat_template=theirs, enable_thinking=False, return_dict=False)
     says_system = template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")
     for turns in (_TURNS[:1], _TURNS):
         for system in (None, "Be brief.") if says_system else (None,):

@@ -60,6 +60,8 @@ def load_pretrained(cfg: dict, **more) -> nn.Module:
     with LoadWoInit(), options_refused("model"):
         traverse_dict(options)  # "torch.bfloat16" to the dtype
         built, info = BUILDER.build(options | {"output_loading_info": True})
+    if "key_mapping" in options:  # of transformers 5, which would save by the names it has read
+        built._weight_conversions = None
     if info["missing_keys"]:  # transformers only warns, and without initialisation they are noise
         missing = sorted(info["missing_keys"])
         raise DPAError(

@@ -152,11 +152,15 @@ class StageModel:
         llm.to(dtype).requires_grad_(LLM in self.stage.trains)
         head = llm.get_output_embeddings()
         linears = [m for m in llm.modules() if isinstance(m, nn.Linear) and m is not head]
-        norms = [m for m in llm.modules() if type(m).__name__.endswith("Norm")]
+        heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
+        self.norms = [  # of a decoder layer: how often each is applied to a token, its channels
+            (heads.get(name.rsplit(".", 1)[1], 1), norm.weight.numel())
+            for name, norm in llm.get_decoder().layers[0].named_modules(prefix="layer")
+            if type(norm).__name__.endswith("Norm")
+        ]
         layers = config.num_hidden_layers
         self.linears = len(linears) // layers  # in each decoder layer
         self.inputs = sum(m.in_features for m in linears) // layers
-        self.norms = (len(norms) - 1) // layers  # the final norm belongs to no layer
         bits = _quantised_bits(loader.get("quantization_config"))
         self.quantised = bits is not None
         self.sizes = {} if bits is None else {id(m.weight): bits / 8 for m in linears}
@@ -234,7 +238,8 @@ class StageModel:
         q = a * (getattr(config, "head_dim", None) or h // a)
         full, adapter = LLM in trains, LLM_ADAPTER in trains
         boundary = (4 if full and not zero else e) * h
-        norms = self.norms * (4 * h + 4 + boundary * full)
+        each = 4 + boundary // h * full
+        norms = sum(times * (each * channels + 4) for times, channels in self.norms)
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         fused, eager = e * q + 4 * a, (4 + e % 4 + e * capped) * a * length
         attention = 3 * e * q + (eager if self.eager else fused)

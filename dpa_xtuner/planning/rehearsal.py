@@ -43,7 +43,10 @@ _HELD_OUT = 3
 _MICRO_BATCHES = 2  # of an optimizer step
 _SOURCES = "sources.json"
 _WAIT_SECONDS = 600
-_TINY_LLM = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+_TINY_LLM = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+}  # fmt: skip
 NOTE = f"""This folder is a rehearsal: tiny random models, {SAMPLES} samples, {STEPS} steps a
 stage. Nothing in it is worth keeping. The next rehearsal starts by emptying it.
 """

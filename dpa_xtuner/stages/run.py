@@ -187,7 +187,7 @@ def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Co
                 f"{path}.pretrained_model_name_or_path={other!r} has no effect: set "
                 f"llm_name_or_path."
             )
-    loader = {"type": family.llm} if family else {}
+    loader = {"type": family.llm, **family.loading} if family else {}
     tokenizer = {"type": family.tokenizer if family else Family.tokenizer}
     dtype = {"torch_dtype": str(precision.dtype)}
     cfg.model.precision = precision.name
@@ -220,6 +220,11 @@ def check_models(run: Run, stages: list[Stage]) -> None:
         refuse(str(cfg.filename), settings.quantised(f"The config.json of {name}"))
     if family is not None and cfg.model.llm.type == family.llm:
         check_model_type(family, name, run.llm_config.model_type)
+    if cfg.model.llm.get("output_router_logits", False):
+        raise DPAError(
+            "model.llm.output_router_logits=True asks for the router's auxiliary loss, which no "
+            "stage adds to its own. Leave it out."
+        )
     template = settings.prompt_template
     named = str(settings.family) if template is None else "prompt_template"
     check_template(

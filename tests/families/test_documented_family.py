@@ -27,8 +27,8 @@ TURNS = (("What is shown here?", "Two cats sleep."), ("And the dog?", "It sleeps
 @pytest.fixture
 def mistral():
     exec(compile(documented.files()["my_family.py"], "my_family.py", "exec"), {})
-    yield find_family("mistral")
-    del FAMILIES.module_dict["mistral"]
+    yield find_family("mistral_v0_2")
+    del FAMILIES.module_dict["mistral_v0_2"]
 
 
 @pytest.mark.parametrize("kind", ["legacy", "new"])
@@ -36,7 +36,7 @@ def mistral():
 def test_tokens_are_those_of_the_published_template(mistral, sentencepiece, kind, system):
     tokenizer = sentencepiece(kind)
     tokenizer.chat_template = MISTRAL
-    check_template(mistral, tokenizer, "mistral")
+    check_template(mistral, tokenizer, "mistral_v0_2")
     encoded = RecordTokenizer(tokenizer, "chat", 1, mistral.template, 4096)(
         [Record("", (), system, TURNS)]
     )

@@ -6,34 +6,41 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from support import newer
 from torch import nn
 from transformers import CONFIG_MAPPING, Gemma2Config, Gemma2ForCausalLM, LlamaConfig
 from xtuner.model.utils import LoadWoInit
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.families import Family, base, check_model_type, find_family
+from dpa_xtuner.families import Family, check_model_type, find_family
 from dpa_xtuner.families.base import known_families
-from dpa_xtuner.model.configs import model_class
+from dpa_xtuner.model.configs import model_class, read_config
 from dpa_xtuner.model.llm import load
 from dpa_xtuner.registry import FAMILIES
 
 NAMES = [
     "gemma2",
+    "gemma3",
     "internlm2",
     "internlm3",
     "llama2",
     "llama3",
     "llama3_1",
+    "llama3_2",
+    "ministral",
+    "mistral",
     "qwen2",
     "qwen2_5",
     "qwen3",
+    "qwen3_moe",
     "smollm2",
+    "smollm3",
     "vicuna",
 ]
 TINY = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=16, vocab_size=64,
+    num_key_value_heads=1, head_dim=16, vocab_size=64, pad_token_id=0,
 )  # fmt: skip
 
 
@@ -81,12 +88,13 @@ def test_an_unknown_family_is_answered(wrong, right):
 
 
 def test_a_family_that_the_installed_transformers_lacks_is_refused(monkeypatch):
-    monkeypatch.setattr(base, "version", lambda package: "4.48.0")
+    monkeypatch.setattr(transformers, "__version__", "4.48.0")
     assert find_family("qwen2_5")
     with pytest.raises(DPAError, match=r"'qwen3' needs transformers 4.51 or .*installed is 4.48.0"):
         find_family("qwen3")
+    monkeypatch.undo()
     for name, family in known_families().items():
-        if not family.llm.startswith("dpa_xtuner."):
+        if not family.llm.startswith("dpa_xtuner.") and name != "qwen3_moe":
             here = hasattr(transformers, family.llm.split(".")[1])
             assert here != newer.is_too_old_for(name), name
 
@@ -145,6 +153,31 @@ def test_gemma2_caps_its_attention_scores(tmp_path):
         if Gemma2ForCausalLM._supports_sdpa:  # transformers 5 refuses it
             sdpa = load(dict(cfg, attn_implementation="sdpa")).eval()
             assert (sdpa(tokens).logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("version", ["file", "saved"])
+def test_the_text_part_of_a_multimodal_gemma3_is_loaded_and_saved_as_an_llm(tmp_path, version):
+    family = known("gemma3")
+    torch.manual_seed(0)
+    vision = dict(TINY, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=TINY, vision_config=vision)
+    whole = transformers.Gemma3ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert all(name.startswith("language_model.model.") for name in names if "layers.0.mlp" in name
+               and "vision" not in name)  # fmt: skip
+    cfg = dict(type=family.llm, pretrained_model_name_or_path=str(tmp_path), **family.loading)
+    check_model_type(family, "folder", read_config("llm_name_or_path", cfg).model_type)
+    llm = load(dict(cfg))
+    if version == "saved":
+        llm.save_pretrained(tmp_path / "llm")
+        assert "model.norm.weight" in load_file(tmp_path / "llm/model.safetensors")
+        llm = load(dict(cfg, pretrained_model_name_or_path=str(tmp_path / "llm")))
+    tokens = torch.arange(12)[None] * 5
+    with torch.no_grad():
+        found, expected = llm.eval()(tokens).logits, whole.eval()(tokens).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_loading_without_initialisation_gives_the_weights(tmp_path):

@@ -1,5 +1,7 @@
 """Each family's template against its published chat template, token by token."""
 
+from datetime import date
+
 import pytest
 from support import published_templates as published
 from support.small_tokenizers import byte_level
@@ -14,6 +16,7 @@ from dpa_xtuner.families.template_check import check_template
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
+INST = ("[INST]", "[/INST]")
 # family: its published template, its kind of tokenizer, its special tokens, what ends a turn
 CASES = {
     "internlm2": (published.INTERNLM2, "without", IM, "<|im_end|>"),
@@ -21,13 +24,20 @@ CASES = {
     "qwen2": (published.QWEN2, "bytes", ("<|endoftext|>", "<|im_end|>", "<|im_start|>"), IM[1]),
     "qwen2_5": (published.QWEN2_5, "bytes", ("<|endoftext|>", "<|im_end|>", IM[0]), IM[1]),
     "qwen3": (published.QWEN3, "bytes", ("<|endoftext|>", IM[1], IM[0]), IM[1]),
+    "qwen3_moe": (published.QWEN3, "bytes", ("<|endoftext|>", IM[1], IM[0]), IM[1]),
     "llama2": (published.LLAMA2, "new", (), "</s>"),
     "vicuna": (published.VICUNA, "legacy", (), "</s>"),
     "llama3": (published.LLAMA3, "bytes+bos", ("<|begin_of_text|>", "<eos>", *HEADERS), HEADERS[2]),
     "llama3_1": (published.LLAMA3_1, "bytes+bos", ("<|begin_of_text|>", *HEADERS), HEADERS[2]),
+    "llama3_2": (published.LLAMA3_2, "bytes+bos", ("<|begin_of_text|>", *HEADERS), HEADERS[2]),
+    "mistral": (published.MISTRAL, "legacy", INST, "</s>"),
+    "ministral": (published.MINISTRAL, "bytes+bos", ("<s>", "</s>", *INST), "</s>"),
+    "gemma3": (published.GEMMA3, "without", TURNS, "<end_of_turn>"),
     "gemma2": (published.GEMMA2, "without", TURNS, "<end_of_turn>"),
     "smollm2": (published.SMOLLM2, "bytes", IM, "<|im_end|>"),
+    "smollm3": (published.SMOLLM3, "bytes", IM, "<|im_end|>"),
 }
+WITHOUT_SYSTEM = ("gemma2", "mistral", "ministral")
 TURN = [("What is shown here?", "Two cats sleep.")]
 CONVERSATIONS = {
     "one turn": (None, TURN),
@@ -64,15 +74,20 @@ def as_messages(system, turns):
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_are_those_of_the_published_template(sentencepiece, name, conversation):
+def test_tokens_are_those_of_the_published_template(sentencepiece, name, conversation, monkeypatch):
     tokenizer, template = make(sentencepiece, name), known_families()[name].template
     system, turns = CONVERSATIONS[conversation]
     encoded = encode(tokenizer, template, system, turns)
-    if name == "gemma2" and system:
+    if name in WITHOUT_SYSTEM and system:
         assert [problem.kind for problem in encoded.problems] == ["system turn"]
         return
     messages = as_messages(system, turns)
-    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+    how = dict(return_dict=False, enable_thinking=False)
+    if "TODAY" in template:
+        today = date.fromisoformat(template["TODAY"])
+        then = type("Then", (), {"now": staticmethod(lambda: today)})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", then)
+    assert encoded.tokens.tolist() == tokenizer.apply_chat_template(messages, **how)
     # Trained are the answers and what ends a turn; before the last of them stands the prompt.
     end = CASES[name][3]
     supervised, answers = encoded.tokens[encoded.supervised].tolist(), []
@@ -82,9 +97,7 @@ def test_tokens_are_those_of_the_published_template(sentencepiece, name, convers
             assert tokenizer.decode(answers).removesuffix(end).strip() == turns[0][1]
             turns, answers = turns[1:], []
     assert turns == [] and answers == []
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], add_generation_prompt=True, return_dict=False, enable_thinking=False
-    )
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **how)
     assert encoded.tokens[: len(prompt)].tolist() == prompt
     assert not encoded.supervised[len(prompt) - 1] and encoded.supervised[len(prompt)]
 
@@ -110,7 +123,7 @@ def test_both_kinds_of_llama_tokenizers(sentencepiece, name, kind):
     )
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3", "llama3_1", "gemma2"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "llama3_1", "gemma2", "gemma3"])
 def test_white_space_around_contents_goes_where_the_published_template_strips(sentencepiece, name):
     tokenizer = make(sentencepiece, name)
     turns = [("  Why?\n", "\nDusk. "), ("Why ", " It sleeps.")]

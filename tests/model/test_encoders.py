@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from mmengine.utils import get_object_from_string
 from PIL import Image
 from support import encoder_folders
 from support.encoder_folders import SIZES
 from transformers import (
+    AutoConfig,
     AutoModel,
     CLIPVisionModel,
     LlamaConfig,
@@ -39,6 +41,9 @@ ALL = {
     "internvit": INTERNVIT,
     "pair": PAIR,
 }
+DINOV3 = hasattr(transformers, "DINOv3ViTModel")
+if DINOV3:
+    ALL["dinov3"] = dict(type="dinov3", image_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,8 @@ def folders(tmp_path_factory) -> dict[str, str]:
         "registers": encoder_folders.dinov2(base / "registers", registers=True),
         "internvit": encoder_folders.internvit(base / "internvit"),
     }
+    if DINOV3:
+        names["dinov3"] = encoder_folders.dinov3(base / "dinov3")
     return names | {"pair": f"{names['siglip']} + {names['dinov2']}"}
 
 
@@ -115,7 +122,7 @@ def test_what_the_features_do_not_read_is_frozen(folders):
     assert frozen == {key for key in module.state_dict() if behind.match(key)}
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "registers", "internvit"])
+@pytest.mark.parametrize("name", [name for name in ALL if name != "pair"])
 def test_tokens_are_the_patches_row_by_row(name, folders):
     # In the embeddings, layer 0, a patch of the image is seen by its own token alone.
     kind, module = load(ALL[name], folders[name])
@@ -146,6 +153,9 @@ def test_the_layers_are_those_that_llava_cambrian_and_internvl_take(folders):
             "registers": registers(x).last_hidden_state[:, 5:],
             "internvit": intern(x).last_hidden_state[:, 1:],
         }
+        if DINOV3:
+            dino3 = AutoModel.from_pretrained(folders["dinov3"])
+            expected["dinov3"] = dino3(x).last_hidden_state[:, 5:]
         for name, features in expected.items():
             kind, module = load(ALL[name], folders[name])
             assert torch.equal(kind.features(module, x), features), name
@@ -196,6 +206,22 @@ def test_published_configurations_are_read(name, tmp_path):
     kind = build_encoder(cfg)
     config = kind.config(str(tmp_path))
     assert (kind.image_size(config), kind.tokens(config), kind.hidden_size(config)) == expected
+
+
+def test_dinov3_needs_a_newer_transformers_or_has_its_published_size():
+    if not DINOV3:
+        with pytest.raises(DPAError, match=r"encoder=.dinov3. needs transformers 4\.56 or newer"):
+            build_encoder("dinov3")
+        return
+    # facebook/dinov3-vitl16-pretrain-lvd1689m: 300 M (arXiv 2508.10104, table 4)
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    sizes |= dict(num_attention_heads=16, num_register_tokens=4)
+    kind = build_encoder("dinov3")
+    config = AutoConfig.for_model("dinov3_vit", **sizes)
+    with torch.device("meta"):
+        module = kind.build(config)
+    assert sum(p.numel() for p in module.parameters()) == pytest.approx(303e6, rel=0.01)
+    assert (kind.image_size(config), kind.tokens(config)) == (224, 196)
 
 
 def test_dinov2s_processor_cuts_nothing_off(folders):
@@ -390,7 +416,10 @@ def test_a_rehearsal_gets_a_tiny_one_of_each_kind(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cfg", ["clip", "siglip2", "dinov2", dict(type="pair", first="clip", second="dinov2")], ids=str
+    "cfg",
+    ["clip", "siglip2", "dinov2", dict(type="pair", first="clip", second="dinov2")]
+    + ["dinov3"] * DINOV3,
+    ids=str,
 )
 def test_a_rehearsal_needs_no_published_configuration(cfg, tmp_path):
     name = "no/where" if isinstance(cfg, str) else "no/where + no/where"

@@ -43,11 +43,22 @@ MODELS = {
         NTK | dict(bias=False, rope_scaling=dict(type="dynamic", factor=2.0)),
     ),
 }
-NEWER = {"qwen3": ("Qwen3", SIZES | dict(head_dim=16))}
+LAYERS = ["sliding_attention", "full_attention"]
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+NEWER = {
+    "qwen3": ("Qwen3", SIZES | dict(head_dim=16)),
+    "qwen3_moe": ("Qwen3Moe", SIZES | EXPERTS),
+    "gemma3": (
+        "Gemma3",
+        SIZES | dict(head_dim=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    "gemma3-window": ("Gemma3", SIZES | dict(head_dim=8, sliding_window=6)),
+    "smollm3": ("SmolLM3", SIZES | dict(no_rope_layers=[1, 0])),
+}
 for name, (kind, sizes) in NEWER.items():  # what the installed transformers has
     if hasattr(transformers, f"{kind}ForCausalLM"):
-        llm, config = (getattr(transformers, kind + what) for what in ("ForCausalLM", "Config"))
-        MODELS[name] = (llm, config, sizes)
+        llm = getattr(transformers, f"{kind}ForCausalLM")
+        MODELS[name] = (llm, llm.config_class, sizes)
 if InternLM2ForCausalLM is None:
     del MODELS["internlm2"], MODELS["internlm2-ntk"]
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BitImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -102,6 +104,14 @@ def dinov2(folder: Path, registers: bool = False) -> str:
         image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
     )  # fmt: skip
     return _write(model, processor, folder)
+
+
+def dinov3(folder: Path) -> str:
+    sizes = dict(SIZES, image_size=16, num_register_tokens=4)
+    processor = BitImageProcessor(size={"height": 16, "width": 16}, do_center_crop=False)
+    return _write(
+        AutoModel.from_config(AutoConfig.for_model("dinov3_vit", **sizes)), processor, folder
+    )
 
 
 def internvit(folder: Path) -> str:

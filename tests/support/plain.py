@@ -26,13 +26,14 @@ def answer(folder: str, conversations: list, image: Image.Image, tokens: int) ->
         said = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         found["ids"].append(inputs["input_ids"][0].tolist())
         found["said"].append(said[0, inputs["input_ids"].shape[1] :].tolist())
+    llm = model.language_model if hasattr(model, "language_model") else model.model.language_model
+    llm.config._experts_implementation = "eager"  # torch's grouped_mm has no float64
     model.double()
     for messages in conversations:
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(images=[image], text=text, return_tensors="pt").to(torch.float64)
         with torch.no_grad():
             found["exact"].append(model(**inputs).logits[0])
-    llm = model.language_model if hasattr(model, "language_model") else model.model.language_model
     found["attention"] = llm.config._attn_implementation
     found["ends"] = model.generation_config.eos_token_id
     found["image_id"] = model.config.image_token_index

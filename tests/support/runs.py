@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 import transformers
 from mmengine.config import Config
@@ -22,6 +21,7 @@ from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.images import load_pixels
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.files import write_json
+from dpa_xtuner.model.llm import base_model
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages import run as resolved
 from dpa_xtuner.stages.artifacts import save_component
@@ -29,7 +29,7 @@ from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.provenance import provenance_of
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
-from support import encoder_folders, small_tokenizers
+from support import encoder_folders, newer, small_tokenizers
 from support import published_templates as published
 from support.internlm import to_internlm2
 
@@ -41,7 +41,7 @@ IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 QWEN = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
-MISTRAL = dict(INSTRUCTION="[INST] {input} [/INST]", PREFIX=" ", AS_ONE_TEXT=True)
+INST = ("[INST]", "[/INST]")
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,7 @@ class Kind:
     more: tuple = ()
 
     @property
-    def is_known(self) -> bool:
-        """Whether the installed transformers has its class."""
-        return hasattr(transformers, f"{self.name}ForCausalLM")
-
-    @property
     def llm(self) -> type:
-        """Its class; skips the test if it is not known."""
-        if not self.is_known:
-            pytest.skip(f"transformers {transformers.__version__} has no {self.name}")
         return getattr(transformers, f"{self.name}ForCausalLM")
 
 
@@ -85,10 +77,20 @@ KINDS = {
     "llama3": Kind(published.LLAMA3, "bytes+bos", ("<|begin_of_text|>", "<eos>", *HEADERS)),
     "llama3_1": Kind(published.LLAMA3_1, "bytes+bos", ("<|begin_of_text|>", *HEADERS),
                      more=dict(rope_scaling=ROPE)),
+    "llama3_2": Kind(published.LLAMA3_2, "bytes+bos", ("<|begin_of_text|>", *HEADERS),
+                     more=dict(rope_scaling=ROPE, tie_word_embeddings=True)),
+    "gemma3": Kind(published.GEMMA3, "without", TURNS, "Gemma3", 5,
+                   dict(sliding_window=6, tie_word_embeddings=True)),
     "gemma2": Kind(published.GEMMA2, "without", TURNS, "Gemma2",
                    more=CAPS),
     "smollm2": Kind(published.SMOLLM2, "bytes", IM, more=dict(tie_word_embeddings=True)),
-    "mistral": Kind(None, "legacy", (), "Mistral"),
+    "smollm3": Kind(published.SMOLLM3, "bytes", IM, "SmolLM3", 0,
+                    dict(no_rope_layers=[1, 0], tie_word_embeddings=True, pad_token_id=0)),
+    "mistral": Kind(published.MISTRAL, "legacy", INST, "Mistral"),
+    "ministral": Kind(published.MINISTRAL, "bytes+bos", ("<s>", "</s>", *INST), "Mistral",
+                      more=dict(sliding_window=None)),
+    "qwen3_moe": Kind(published.QWEN3, "bytes", QWEN, "Qwen3Moe", 5,
+                      dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
 }  # fmt: skip
 SIZES = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -154,7 +156,9 @@ class Run:
         """The same in float64: of the weights alone, without the rounding of a pass in float32."""
         batch = self.batch(tokens, image)
         batch["pixel_values"] = batch["pixel_values"].double()
-        return _logits(copy.deepcopy(self.model).double(), batch)
+        model = copy.deepcopy(self.model).double()
+        base_model(model.llm).config._experts_implementation = "eager"  # grouped_mm has no float64
+        return _logits(model, batch)
 
     def greedy(self, tokens: list[int], image: Path, count: int, ends: list[int], never: int):
         """The next tokens, each by a whole pass."""
@@ -216,6 +220,7 @@ def _train(run: Run, row) -> nn.Module:
 
 def write_llm(folder: Path, pieces, name: str) -> None:
     """Write a tiny LLM as it is published: config, weights, tokenizer."""
+    newer.skip_unless_known(name)
     kind = KINDS[name]
     if kind.tokenizer.startswith("bytes"):
         tokenizer = small_tokenizers.byte_level(
@@ -232,7 +237,7 @@ def write_llm(folder: Path, pieces, name: str) -> None:
     )
     llm = kind.llm(config)
     for key, weight in llm.named_parameters():
-        nn.init.normal_(weight, mean=float("norm" in key and name != "gemma2"), std=0.2)
+        nn.init.normal_(weight, mean=float("norm" in key and "gemma" not in name), std=0.2)
     llm.save_pretrained(folder)
     if name == "internlm2":
         llm.save_pretrained(folder, state_dict=to_internlm2(llm.state_dict(), llm.config))
@@ -248,15 +253,10 @@ def _rewrite(folder: Path, **changes) -> None:
 
 def _config(folder, name, encoder, train_llm, start_from, precision) -> str:
     lora = "lora=dict(r=4, lora_alpha=8, lora_dropout=0.0)"
-    loader = ""
-    family = f"family = {name!r}"
-    if name == "mistral":
-        family = f"prompt_template = {MISTRAL!r}"
-        loader = "type='transformers.MistralForCausalLM.from_pretrained'"
     return f"""\
 _base_ = [{str(ROOT / "configs/_base_/dpa.py")!r}]
 llm_name_or_path = {str(folder / "llm")!r}
-{family}
+family = {name!r}
 visual_encoder_name_or_path = {str(folder / "encoder")!r}
 encoder = {encoder!r}
 precision = {precision!r}
@@ -264,9 +264,7 @@ captions = dict(data_path={str(folder / "data.json")!r}, image_folder={str(folde
 instructions = dict(data_path={str(folder / "data.json")!r}, image_folder={str(folder)!r})
 proxy = dict({lora})
 tune = dict(train_llm={train_llm!r}, start_from={start_from!r}, {lora})
-model = dict(
-    llm=dict({loader}),
-    use_activation_checkpointing=False)
+model = dict(use_activation_checkpointing=False)
 """
 
 

@@ -4,11 +4,12 @@ import shutil
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoModel, Dinov2Config, PretrainedConfig
+from transformers import AutoConfig, AutoModel, Dinov2Config, PretrainedConfig
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.encoders.base import VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
+from dpa_xtuner.versions import require_transformers
 
 
 @ENCODERS.register_module("clip")
@@ -46,10 +47,11 @@ class DINOv2(VisionEncoderSpec):
     model = "transformers.AutoModel.from_pretrained"  # the config tells the two classes apart
     image_processor = "transformers.BitImageProcessor.from_pretrained"
     layer = None
-    model_types = ("dinov2", "dinov2_with_registers")
+    model_types: tuple[str, ...] = ("dinov2", "dinov2_with_registers")
     # Image and patch size stay, since the user sets the images' size for them.
     tiny_config = {  # noqa: RUF012
         "hidden_size": 32,
+        "intermediate_size": 64,
         "mlp_ratio": 2,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
@@ -85,6 +87,29 @@ class DINOv2(VisionEncoderSpec):
     def image_size(self, config: PretrainedConfig) -> int:
         """Return the size that is set: the published one is that of the position embeddings."""
         return self.size
+
+
+@ENCODERS.register_module("dinov3")
+class DINOv3(DINOv2):
+    """DINOv3's vision transformers, whose rotary embeddings take any size.
+
+    Args:
+        image_size: see :class:`DINOv2`.
+        layer: see :class:`VisionEncoderSpec`.
+
+    Raises:
+        DPAError: transformers is older than 4.56.
+    """
+
+    model_types = ("dinov3_vit",)
+
+    def __init__(self, image_size: int = 224, layer: int | None = None):
+        require_transformers("4.56", "encoder='dinov3'")
+        super().__init__(image_size, layer)
+
+    def default_config(self) -> PretrainedConfig:
+        """Make the configuration of DINOv3 small."""
+        return AutoConfig.for_model("dinov3_vit", num_register_tokens=4)
 
 
 @ENCODERS.register_module("internvit")
