@@ -157,6 +157,19 @@ def deepspeed_leaves_float32() -> None:
     DeepSpeedEngine._cast_module_mixed_precision = cast_all
 
 
+def builders_in_mmengine_scope() -> None:
+    """Make XTuner's classes known in MMEngine's scope, in which the stages run.
+
+    XTuner 0.2.0's registry has no parent, so that MMEngine 0.10.6 warns at each start that it
+    found none of that scope.
+    """
+    from mmengine.registry import Registry
+    from xtuner.registry import BUILDER
+
+    if "mmengine" not in BUILDER.children:
+        Registry("builder", parent=BUILDER, scope="mmengine")
+
+
 def mmengine_overwritten() -> None:
     """Warn if mmengine-lite has overwritten MMEngine, as it does with OpenCompass 0.5.4.
 
@@ -329,6 +342,7 @@ def apply() -> None:
     remote_code_without_post_init()
     mmengine_overwritten()
     triton_without_ops()
+    builders_in_mmengine_scope()
     cpu_bf16_support()
     cuda_set_device_without_cuda()
     checkpoint_globals()

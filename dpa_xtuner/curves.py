@@ -9,7 +9,7 @@ from dpa_xtuner.files import read_json
 from dpa_xtuner.layout import ALIGN, STAGE_NAMES, STATE_FILE
 
 CURVES_FILE = "curves.png"
-"""In a run's folder: its curves, as ``tools/plot_run.py`` draws them."""
+"""In a run's folder: its curves, drawn at the end of each stage."""
 
 _SPEED = "tokens_per_second"
 _PANELS = {

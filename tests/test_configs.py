@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -307,7 +308,19 @@ def test_steps_of_one_stage_after_the_other_at_tiny_size(name, tmp_path):
 def test_rehearsal_of_all_stages_by_one_command(tmp_path):
     work_dir, config = tmp_path / "run", CONFIGS / "dpa_smollm2_135m_openmoji.py"
     command = [sys.executable, "-m", "xtuner.tools.train", str(config)]
-    check(work_dir, rehearse(command, work_dir), tuned="llm_adapter")
+    output = rehearse(command, work_dir)
+    check(work_dir, output, tuned="llm_adapter")
+    assert Path(f"{work_dir}-rehearsal/curves.png").is_file()
+    # A line for each interval of the two in each stage, with the time left; the config is a file.
+    assert len(re.findall(r"Iter\(train\) \[.*  eta: \d+:\d\d:\d\d  .*loss: ", output)) == 3 * 4
+    assert output.count("The config of this stage: ") == 3
+    for noise in (
+        "Config:",
+        "Hooks will be executed",
+        "Failed to search registry",
+        "SyncBatchNorm",
+    ):
+        assert noise not in output
 
 
 @pytest.mark.slow

@@ -30,10 +30,10 @@ def installation(tmp_path_factory) -> Path:
     return folder / "installed"
 
 
-def run(installation: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(installation: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "dpa_xtuner", *arguments],
-        env=os.environ | {"PYTHONPATH": str(installation)},
+        env=os.environ | {"PYTHONPATH": str(installation)} | environment,
         cwd=installation, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -58,3 +58,13 @@ def test_an_installations_tools_find_its_configs(installation):
     assert Config.fromfile(path).method == "dpa"  # from its _base_
     unknown = run(installation, "trian")
     assert unknown.returncode == 1 and "did you mean 'train'?" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_an_installation_trains(installation, tmp_path):
+    environment = {"DPA_REHEARSE": "1", "HF_HUB_OFFLINE": "1", "DPA_DATA": "nowhere"}
+    arguments = ("train", "dpa_qwen2_5_1_5b", "--work-dir", str(tmp_path / "run"))
+    done = run(installation, *arguments, **environment)
+    (tmp_path / "log.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run-rehearsal" / "curves.png").is_file()

@@ -26,6 +26,9 @@ method = 'dpa'
 #   bf16, fp16, fp32
 precision = 'auto'
 
+# Where the figures are logged besides the run's own folder [ours]: tensorboard, wandb, swanlab.
+log_to = None
+
 # The LLM. A config names it, and its family: loader, chat template, tokenizer, LoRA layers.
 # Another size is another name: --cfg-options llm_name_or_path=Qwen/Qwen3-14B.
 # prompt_template (one of XTuner's names, or a dict with its keys) sets another chat template.

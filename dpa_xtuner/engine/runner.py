@@ -1,5 +1,6 @@
 """The runners: MMEngine's, but they train the next unfinished stage, then the one after it."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from mmengine.runner import FlexibleRunner as MMEngineFlexibleRunner
 from mmengine.runner import Runner as MMEngineRunner
 
 from dpa_xtuner import compat
+from dpa_xtuner.curves import CURVES_FILE, draw_curves
+from dpa_xtuner.engine.log import describe, quieten
 from dpa_xtuner.engine.process import (
     check_ranks_agree,
     lock_stage_folder,
@@ -77,9 +80,17 @@ class _StageRunner(_Mixed):
         with cli_errors(every_rank=True), users_files_named(base), noted:
             model = super().train()
         with stopped_in_order():
+            if is_main_process():
+                _draw(base)
             run_next(self.cfg)
         print_log(f"Finished:\n{summary(base)}", "current")
         return model
+
+    def _log_env(self, *args) -> None:
+        """Log one line; MMEngine's method logs the whole environment and config of each stage."""
+        quieten(self.logger)  # built by now
+        name = Path(self.cfg.filename or f"{self.timestamp}.py").name  # as in dump_config
+        self.logger.info(describe(str(Path(self.work_dir) / name)))
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """Save as MMEngine does, but give the checkpoint its name once all of it is on disk.
@@ -118,6 +129,14 @@ class Runner(_StageRunner, MMEngineRunner):
 @RUNNERS.register_module()
 class FlexibleRunner(_StageRunner, MMEngineFlexibleRunner):
     """MMEngine's FlexibleRunner for the stages; ``--deepspeed`` asks for it."""
+
+
+def _draw(run: Path) -> None:
+    """Draw the curves of a run; a picture that can't be drawn must not end a training."""
+    try:
+        draw_curves([run], run / CURVES_FILE)
+    except Exception as error:
+        print_log(f"{run / CURVES_FILE} was not drawn: {error}", "current", logging.WARNING)
 
 
 def summary(work_dir: str | Path) -> str:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from dpa_xtuner.stages.components import (
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
 from dpa_xtuner.stages.table import Stage
+
+_PROJECT = "dpa_xtuner"
 
 CHECKED_AT_START = 128
 """Samples whose images are opened before a stage starts; tools/check_data.py opens all."""
@@ -157,9 +160,11 @@ def check_ahead(run: Run, stages: list[Stage]) -> None:
         stages: the stages to run.
 
     Raises:
-        DPAError: unknown arguments, batches that can't be cut, missing data, or models that are
-            missing or don't fit.
+        DPAError: unknown arguments, batches that can't be cut, missing data, a package missing for
+            ``log_to``, or models that are missing or don't fit.
     """
+    if (package := run.settings.log_to) is not None and not find_spec(package):
+        raise DPAError(f"log_to={package!r} needs a package: pip install {package}")
     check_models(run, stages)
     for stage in stages:
         stage_settings = run.settings.of_stage(stage.name)
@@ -205,12 +210,14 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
     if stage_settings.normalize == "global" and world_size(run.cfg.launcher) > 1:
         _balance_ranks(config, stage_settings.batch_size, VISUAL_ENCODER not in stage.trains)
     _set_precision(config, run.deepspeed)
+    _set_log(config, run, stage)
     config.custom_hooks = config.custom_hooks + _hooks(
         run, stage, dataset, built.fingerprint, provenance
     )
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+        config.train_dataloader.pin_memory = False  # for copies to a GPU
     return config
 
 
@@ -328,6 +335,25 @@ def _set_precision(config: Config, deepspeed: bool) -> None:
         return
     for name in ("bf16", "fp16"):  # DeepSpeed's float16 scales the loss itself
         config.strategy.config.setdefault(name, {}).update(enabled=precision == name)
+
+
+def _set_log(config: Config, run: Run, stage: Stage) -> None:
+    """Add what ``log_to`` names to MMEngine's visualizer, which writes a run's figures."""
+    if run.settings.log_to is None:
+        return
+    name = f"{run.work_dir.name}/{stage.name}"
+    backend = {
+        "tensorboard": dict(type="TensorboardVisBackend"),
+        "wandb": dict(type="WandbVisBackend", init_kwargs=dict(project=_PROJECT, name=name)),
+        "swanlab": dict(
+            type="swanlab.integration.mmengine.SwanlabVisBackend",
+            init_kwargs=dict(project=_PROJECT, experiment_name=name),
+        ),
+    }[run.settings.log_to]
+    visualizer = config.get("visualizer") or dict(type="Visualizer")
+    config.visualizer = {
+        **visualizer, "vis_backends": [*(visualizer.get("vis_backends") or []), backend],
+    }  # fmt: skip
 
 
 def _set_optimizer(config: Config, run: Run, stage: Stage) -> None:

@@ -318,6 +318,9 @@ class Settings(_Settings):
         default="auto",
         sets="model.precision model.llm.torch_dtype model.visual_encoder.torch_dtype",
     )
+    log_to: Literal["tensorboard", "wandb", "swanlab"] | None = setting(
+        "where the figures are logged besides the run's own folder", "nothing", default=None
+    )
     llm_name_or_path: str = setting("the LLM: a folder or a hub name")
     family: Annotated[str | None, _passes(find_family)] = setting(
         "kind of LLM: its loader, tokenizer, template and LoRA layers", default=None

@@ -9,7 +9,7 @@ from support import harness
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.build import check_ahead
+from dpa_xtuner.stages.build import check_ahead, stage_config
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings
 
@@ -19,6 +19,8 @@ promt_template=x | did you mean 'prompt_template'
 precision=bf61 | precision: Input should be
 precision=3 | precision: Input should be
 model.precision=bf16 | set precision instead
+log_to=wandbb | log_to: Input should be
+log_to=3 | log_to: Input should be
 method=dpaa | did you mean 'dpa'
 method=3 | method
 llm_name_or_path=3 | llm_name_or_path: Input should be a valid string
@@ -387,3 +389,31 @@ def test_what_is_wrong_is_one_line(case, base):
 def test_what_is_right_passes(options, base, tiny):
     places = {"captions": tiny / "captions.json", "images": tiny / "images"}
     check(base, options.format(**places))
+
+
+def test_the_package_of_log_to_is_looked_for_before_the_first_stage(base, monkeypatch):
+    monkeypatch.setattr("dpa_xtuner.stages.build.find_spec", lambda name: None)
+    with pytest.raises(DPAError, match="log_to='wandb' needs a package: pip install wandb"):
+        check(base, "log_to=wandb")
+    monkeypatch.setattr("dpa_xtuner.stages.build.find_spec", lambda name: name)
+    check(base, "log_to=wandb")
+
+
+@pytest.mark.parametrize("log_to", [None, "tensorboard", "swanlab"])
+def test_log_to_adds_to_the_runs_own_folder(log_to, base, tiny, tmp_path):
+    cfg = copy.deepcopy(base)
+    cfg.merge_from_dict({"log_to": log_to, "work_dir": str(tmp_path / "run"), "launcher": "none"})
+    run = Run.of(cfg, Settings.from_config(cfg), Precision("bf16"))
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        config = stage_config(run, run.stages["proxy"], {"data": {"sha256": ""}, "loads": {}})
+    added = {
+        None: [],
+        "tensorboard": [{"type": "TensorboardVisBackend"}],
+        "swanlab": [
+            {
+                "type": "swanlab.integration.mmengine.SwanlabVisBackend",
+                "init_kwargs": {"project": "dpa_xtuner", "experiment_name": "run/proxy"},
+            }
+        ],
+    }[log_to]
+    assert config.visualizer.vis_backends == [{"type": "LocalVisBackend"}, *added]
