@@ -126,7 +126,9 @@ def deepspeed_without_onebit() -> None:
     Every start with ``--deepspeed`` would fail. Classes of their names stand in; using one fails.
     """
     name = "deepspeed.runtime.fp16.onebit"
-    if not importlib.util.find_spec("deepspeed") or importlib.util.find_spec(name):
+    if name in sys.modules or not importlib.util.find_spec("deepspeed"):
+        return
+    if importlib.util.find_spec(name):
         return
     module: Any = types.ModuleType(name)
     for optimizer in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
