@@ -29,6 +29,7 @@ import transformers
 from dpa_xtuner.evaluation.model import LlavaFolder
 from dpa_xtuner.files import write_json
 from dpa_xtuner.tables import markdown
+from dpa_xtuner.versions import language_model
 
 ONE_BY_ONE = "one by one"
 QUESTIONS = Path("data/openmoji/heldout_questions.json")  # of the demo
@@ -50,17 +51,18 @@ class OneByOne:
         config = self.model.config
         ids, (pixels,) = self.wrapper.encode_messages(messages(image, question))
         pixels = pixels.to(self.model.device, self.model.dtype)
-        visual = self.model.vision_tower(pixels, output_hidden_states=True)
+        parts, llm = getattr(self.model, "model", self.model), language_model(self.model)
+        visual = parts.vision_tower(pixels, output_hidden_states=True)
         features = visual.hidden_states[config.vision_feature_layer]
         if config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
-        features = self.model.multi_modal_projector(features)  # (1, image tokens, hidden size)
+        features = parts.multi_modal_projector(features)  # (1, image tokens, hidden size)
 
         first = ids.index(config.image_token_index)
         chunks = ids[:first], ids[first + features.shape[1] :]
-        embed = self.model.language_model.get_input_embeddings()
+        embed = llm.get_input_embeddings()
         before, after = (embed(torch.tensor([ids], device=pixels.device)) for ids in chunks)
-        generated = self.model.language_model.generate(
+        generated = llm.generate(
             inputs_embeds=torch.cat([before, features.to(before.dtype), after], dim=1),
             generation_config=self.model.generation_config,
             max_new_tokens=self.max_new_tokens,

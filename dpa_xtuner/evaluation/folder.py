@@ -93,7 +93,10 @@ def check_llava(folder: Path) -> None:
     if config.get("model_type") != "llava" or vision == "pixtral":  # its pictures vary in size
         kind = f"{config.get('model_type')!r}{' with Pixtral' * (vision == 'pixtral')}"
         raise DPAError(f"{folder} is a model of type {kind}; {expected}.")
-    for wanted in ("preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"):
+    needed = ["preprocessor_config.json", "tokenizer_config.json", "*.safetensors|*.bin"]
+    if "image_processor" in read_json(folder / "processor_config.json", _ADVICE):
+        needed.pop(0)  # where transformers 5 saves it
+    for wanted in needed:
         if not any(path for name in wanted.split("|") for path in folder.glob(name)):
             raise DPAError(f"{folder} has no {wanted.replace('|', ' or ')}; {expected}.")
     for name in _JSON_FILES:  # transformers ignores a broken generation config

@@ -66,8 +66,8 @@ def save_component(
     if not is_main_process():
         return
     with whole_folder(folder) as partial:
-        component.write(model, state, partial, companion)
         shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+        component.write(model, state, partial, companion)  # transformers 5 empties the state
         versions = installed_versions()
         content = {KIND: component, **provenance, "versions": versions, "shapes": shapes}
         write_json(partial / PROVENANCE_FILE, content)

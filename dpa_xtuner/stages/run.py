@@ -243,14 +243,15 @@ def _load(key: str, setting: str, cfg: Config) -> Any:
     loader = _loader(key, how)
     try:
         built = BUILDER.build(dict(how))
-    except OSError as error:
+    except (OSError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        # transformers 5 raises a ValueError where a folder has no tokenizer.
+        if not isinstance(error, OSError) and "instantiate the backend tok" not in str(error):
+            raise DPAError(f"{key}: {error}. Check its keys in the config.") from None
         reason = str(error).strip().splitlines()[0]
         raise DPAError(
             f"The {key} of {setting}={cfg[setting]!r} can't be loaded ({reason}). Give a local "
             f"folder that has it with --cfg-options {setting}=FOLDER, or connect to the hub."
         ) from None
-    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
-        raise DPAError(f"{key}: {error}. Check its keys in the config.") from None
     _check_keywords(key, how, loader, type(built), set(dir(type(built))))
     return built
 

@@ -58,12 +58,17 @@ def write_folder(folder, template=TEMPLATE, seed=0, text_config=LlamaConfig, **t
     model.generation_config.eos_token_id = [words.convert_tokens_to_ids("<|im_end|>")]
     model.generation_config.suppress_tokens = [config.image_token_index]
     model.save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        words, patch_size=4, vision_feature_select_strategy="default",
+        images, words, patch_size=4, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=template,
     ).save_pretrained(folder)  # fmt: skip
-    (folder / "chat_template.jinja").unlink(missing_ok=True)  # newer versions' name of it
+    # Newer versions save these under other names.
+    images.save_pretrained(folder)
+    values = json.loads((folder / "processor_config.json").read_text())
+    values.pop("image_processor", None)
+    (folder / "processor_config.json").write_text(json.dumps(values))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     return folder
 

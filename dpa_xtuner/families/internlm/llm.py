@@ -7,6 +7,7 @@ that k, then that v.
 
 import re
 from contextlib import suppress
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -54,7 +55,7 @@ class LlamaLikeConfig(LlamaConfig):
     Subclasses name their ``foreign_type`` and override :meth:`as_llama`.
     """
 
-    foreign_type: str
+    foreign_type: ClassVar[str]
 
     @classmethod
     def as_llama(cls, values: dict) -> dict:
