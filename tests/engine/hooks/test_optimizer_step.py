@@ -31,6 +31,8 @@ EIGHT = MIXED + [
 CMO = dict(type="cmo", d_min=0.0005, d_max=0.03)
 Updates = dict[str, torch.Tensor]
 
+ROUNDING = 2e-6  # of float32 sums; transformers 5 draws other weights, with larger terms
+
 
 def make(normalize: str, **kwargs):
     return build(True, loss=CMO, normalize=normalize, **kwargs).train()
@@ -91,12 +93,12 @@ def whole() -> Updates:
 
 
 def test_one_batch_is_divided_by_its_own_weights(whole):
-    assert distance(step("micro_batch", [EIGHT]), whole) < 1e-6
+    assert distance(step("micro_batch", [EIGHT]), whole) < ROUNDING
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_accumulated_micro_batches_make_the_step_of_one_batch(size, whole):
-    assert distance(step("global", cut(EIGHT, size)), whole) < 1e-6
+    assert distance(step("global", cut(EIGHT, size)), whole) < ROUNDING
     assert distance(step("micro_batch", cut(EIGHT, size)), whole) > 1e-3
 
 
@@ -113,7 +115,7 @@ def test_two_ranks_make_the_step_of_one(size, whole, tmp_path):
 
     on_two_ranks(tmp_path, body)
     for rank in range(2):
-        assert distance(torch.load(tmp_path / f"global-{rank}.pt"), whole) < 1e-6
+        assert distance(torch.load(tmp_path / f"global-{rank}.pt"), whole) < ROUNDING
         assert distance(torch.load(tmp_path / f"micro_batch-{rank}.pt"), whole) > 1e-3
 
 
@@ -132,8 +134,8 @@ def test_each_step_has_its_own_weights():
     wrapper.optimizer.step = look
     for samples in [*cut(EIGHT, 4), *cut(EIGHT[:4], 2)]:
         model.train_step(collate(samples), wrapper)
-    assert distance(seen[0], step("global", [EIGHT])) < 1e-6
-    assert distance(seen[1], step("global", [EIGHT[:4]])) < 1e-6
+    assert distance(seen[0], step("global", [EIGHT])) < ROUNDING
+    assert distance(seen[1], step("global", [EIGHT[:4]])) < ROUNDING
 
 
 def norm(updates: Updates) -> float:
@@ -145,7 +147,7 @@ def test_the_divided_gradient_is_clipped(whole):
     clipped = step("global", cut(EIGHT, 2), **below)
     assert distance(clipped, {name: 0.5 * update for name, update in whole.items()}) < 1e-5
     above = dict(clip_grad=dict(max_norm=1.1 * norm(whole)))
-    assert distance(step("global", cut(EIGHT, 2), **above), whole) < 1e-6
+    assert distance(step("global", cut(EIGHT, 2), **above), whole) < ROUNDING
 
 
 # DeepSpeed: each run in a process of its own.
