@@ -43,7 +43,7 @@ def check_inputs(run: Run, stage: Stage) -> None:
             _refuse_unfinished(stage, component, folder)
         provenance = provenance_of_loaded(folder, run.settings.llm_name_or_path)
         refuse_foreign(folder, provenance, ours, "architecture")
-        if given:
+        if given and "precision" in provenance:  # a rehearsal's stand-in says nothing of itself
             _refuse_other_kind(run, folder, provenance)
 
 
