@@ -7,6 +7,7 @@
 | grey of 16 bits                        | scaled by its type's range, 0 to 65535                  |
 | 32-bit integers, or floats             | scaled from its own smallest and largest value          |
 | floats that are not finite             | refused                                                 |
+| EPS, which is a program to run         | refused                                                 |
 | black and white, grey, palette, CMYK   | RGB, as Pillow converts it                              |
 | several frames                         | the first                                               |
 
@@ -54,8 +55,10 @@ def as_rgb(picture: Image.Image, background: str = WHITE) -> Image.Image:
         A picture of the mode RGB and of :func:`upright_size`.
 
     Raises:
-        ValueError: it can't be shown in 8 bits, or the colour is unknown.
+        ValueError: it can't be shown in 8 bits, is a program, or the colour is unknown.
     """
+    if picture.format == "EPS":  # Pillow would run it by Ghostscript
+        raise ValueError("EPS is a program that draws: convert it to PNG")
     orientation = _orientation(picture)
     rgb = _colours(picture, background)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb

@@ -578,6 +578,7 @@ PICTURES = {
     "large floats": ("a.tif", Image.fromarray(wave(np.float32, 9e9) - 5e9), {}, RAMP),
     "equal floats": ("a.tif", Image.fromarray(np.full((4, 6), 7, np.float32)), {}, RAMP * 0 + 7),
     "not finite": ("a.tif", Image.fromarray(wave(np.float32, np.nan)), {}, "broken image"),
+    "a program": ("a.eps", Image.new("RGB", (4, 6)), {}, "EPS is a program"),
     "alpha": ("a.png", WITH_ALPHA, {}, over((255, 255, 255))),
     "grey with alpha": (
         "a.png",
