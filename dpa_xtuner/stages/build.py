@@ -402,8 +402,12 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
     hooks.append(dict(type="SkippedSamplesHook", limit=limit))
     if dataset.get("held_out"):
         assert stage.held_out is not None, "a stage that holds captions out measures them"
-        how, data = asdict(stage.held_out), dict(dataset, split="held_out")
-        hooks.append(dict(type="HeldOutHook", data=data, precision=precision, **how))
+        measured = dict(
+            data=dict(dataset, split="held_out"),
+            batch_size=settings.of_stage(stage.name).batch_size,
+            precision=precision,
+        )
+        hooks.append(dict(type="HeldOutHook", **measured, **asdict(stage.held_out)))
     hand_over = dict(
         type="HandOverHook",
         stage=stage.name,
@@ -418,7 +422,7 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
     if dataset.get("held_out") and stage.sees_pictures:
         on_proxy = stage.loads.keys() & {LLM, LLM_ADAPTER}
         original = run.cfg.model.llm.to_dict() if on_proxy else None
-        hooks.append(dict(type="LeakageHook", data=data, precision=precision, original=original))
+        hooks.append(dict(type="LeakageHook", **measured, original=original))
     return hooks
 
 

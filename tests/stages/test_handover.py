@@ -171,6 +171,15 @@ def logged(work_dir: Path, stage: str) -> list[dict]:
     return [row for row in rows if "loss" in row]
 
 
+@pytest.mark.parametrize("stage", ["proxy", "align"])
+def test_held_out_figures_stand_at_the_steps_of_the_checkpoints(stage, reference):
+    (file,) = (reference(FULL).work_dir / stage).glob("*/vis_data/scalars.json")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    name = {"proxy": "held_out/floor", "align": "held_out/align"}[stage]
+    steps = [row["step"] for row in rows if name in row]
+    assert steps[-3:] == [2, 4, 6]  # save_steps=2 of max_steps=6
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_log_shows_what_the_loss_saw(stage, reference):
     rows = logged(reference(FULL).work_dir, stage)

@@ -29,14 +29,16 @@ class HeldOutHook(Hook):
 
     Args:
         data: config of the held-out captions.
+        batch_size: captions at a time on a device.
         precision: what the run computes in.
         how: the fields of :class:`dpa_xtuner.stages.table.HeldOut`.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, data: dict, precision: str, **how):
-        self.data, self.precision, self.how = data, Precision(precision), HeldOut(**how)
+    def __init__(self, data: dict, batch_size: int, precision: str, **how):
+        self.data, self.batch_size = data, batch_size
+        self.precision, self.how = Precision(precision), HeldOut(**how)
 
     def before_train(self, runner) -> None:
         """Read what the earlier stage measured, and this stage before it was interrupted."""
@@ -50,7 +52,7 @@ class HeldOutHook(Hook):
     def before_train_epoch(self, runner) -> None:
         """Measure the start, unless the run is resumed."""
         if runner.iter == 0:
-            self._measure(runner, self.how.start)
+            self._measure(runner, self.how.start, runner.iter)
             if is_main_process():
                 runner.state_file.write_measured()
 
@@ -58,24 +60,23 @@ class HeldOutHook(Hook):
         """Measure whenever a checkpoint is due."""
         interval = runner.cfg.default_hooks.checkpoint.interval
         if batch_idx + 1 < runner.max_iters and self.every_n_train_iters(runner, interval):
-            self._measure(runner, self.how.end)
+            self._measure(runner, self.how.end, batch_idx + 1)
 
     def after_train(self, runner) -> None:
         """Measure the end."""
-        self._measure(runner, self.how.end)
+        self._measure(runner, self.how.end, runner.iter)
 
-    def _measure(self, runner, name: str) -> None:
+    def _measure(self, runner, name: str, iterations: int) -> None:
         model, measured = unwrap(runner.model), runner.state_file.measured
         # DeepSpeed's weights have that dtype already.
         amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
-        size = runner.train_dataloader.batch_size
-        measured[name] = cross_entropy_per_token(model, self.held_out, size, amp)
+        measured[name] = cross_entropy_per_token(model, self.held_out, self.batch_size, amp)
         shown = {key: measured[key] for key in self.how.shown if key in measured}
         earlier = [key for key in shown if key in self.before]
         meaning = f"{self.how.meaning}, {self.how.earlier_meaning}" if earlier else self.how.meaning
         text = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         runner.logger.info(f"Held-out captions, nats per token ({meaning}): {text}")
-        step = steps_done(runner.cfg, runner.iter)
+        step = steps_done(runner.cfg, iterations)
         for key in (name, *earlier):
             runner.visualizer.add_scalar(f"held_out/{key}", measured[key], step=step)
 

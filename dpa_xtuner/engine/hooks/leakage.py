@@ -23,14 +23,16 @@ class LeakageHook(Hook):
 
     Args:
         data: config of the held-out captions.
+        batch_size: captions at a time on a device.
         precision: what the run computes in.
         original: config that loads the original LLM; None where it is the one in memory.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, data: dict, precision: str, original: dict | None):
-        self.data, self.precision, self.original = data, Precision(precision), original
+    def __init__(self, data: dict, batch_size: int, precision: str, original: dict | None):
+        self.data, self.batch_size = data, batch_size
+        self.precision, self.original = Precision(precision), original
 
     def after_train(self, runner) -> None:
         """Measure, log and write down."""
@@ -50,9 +52,7 @@ class LeakageHook(Hook):
             model.llm = load(self.original)
             model.to(get_device())
         amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
-        found = style_leakage(
-            model, DATASETS.build(self.data), runner.train_dataloader.batch_size, amp
-        )
+        found = style_leakage(model, DATASETS.build(self.data), self.batch_size, amp)
         if not found:
             runner.logger.info(
                 "The style leakage is not measured: no held-out caption has a picture that can be "
