@@ -82,8 +82,9 @@ class Sizes:
     @functools.cached_property
     def protocol(self) -> str:
         """Hash of sizes, config and world: results of another protocol are never merged."""
-        config = Config.fromfile(HERE / "config.py", import_custom_modules=False)
-        content = json.dumps([asdict(self), config.to_dict(), WORLD], sort_keys=True, default=str)
+        config = Config.fromfile(HERE / "config.py", import_custom_modules=False).to_dict()
+        del config["log_to"]  # changes no result
+        content = json.dumps([asdict(self), config, WORLD], sort_keys=True, default=str)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

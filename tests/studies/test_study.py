@@ -206,3 +206,9 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     ]
     assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250 (1)", "-", "-", "-"]
     assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
+
+
+def test_the_published_tables_are_those_of_the_files_under_todays_protocol():
+    results = Results(ROOT / "studies/results", STUDIES["full"].sizes.protocol)
+    page = (ROOT / "docs/results.md").read_text()
+    assert fill(page, tables(results)) == page
