@@ -373,6 +373,7 @@ class Bench:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=fused)
 
         def step() -> Tensor:
+            """Train one step, and return its loss."""
             with torch.autocast(self.device, torch.bfloat16):
                 loss = owner(dict(data))["loss"]  # a copy, since stock's changes it
             loss.backward()
@@ -445,6 +446,7 @@ def correctness(results: Results) -> None:
     data["labels"][:, 1:][mask] = said[mask]
 
     def compute(device: str, name: str) -> dict[str, Tensor]:
+        """Compute loss, weights and gradient on a device, in a precision."""
         model = benchmark_step.build("cmo", shape, args)
         nn.Module.load_state_dict(model, state)
         model.llm.to(DTYPES[name])

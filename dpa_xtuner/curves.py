@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import read_json
+from dpa_xtuner.files import move_into_place, read_json
 from dpa_xtuner.layout import ALIGN, STAGE_NAMES, STATE_FILE
 
 CURVES_FILE = "curves.png"
@@ -139,7 +139,7 @@ def draw_curves(runs: list[Path], out: Path) -> Path:
     _legend(figure, runs)
     partial = out.with_name(f".{out.name}.partial")
     figure.savefig(partial, format="png", dpi=110)
-    partial.replace(out)
+    move_into_place(partial, out)
     return out
 
 

@@ -9,11 +9,10 @@ import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
-from transformers import TextStreamer
+from transformers import TextIteratorStreamer
 
 from dpa_xtuner import pages
 from dpa_xtuner.chat.models import ChatModel, Turn
@@ -22,18 +21,6 @@ from dpa_xtuner.errors import DPAError
 _PAGE, _TOKENS = (Path(__file__).with_name(f"{name}.html") for name in ("page", "answer"))
 _LARGEST = 64 << 20  # bytes of a question with its picture
 _HOSTS = ("127.0.0.1", "localhost")
-
-
-class _Streamer(TextStreamer):
-    """Puts the text of an answer into a queue."""
-
-    def __init__(self, tokenizer: Any, queue: SimpleQueue) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._queue = queue
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Take the next piece of the answer."""
-        self._queue.put({"text": text})
 
 
 def answers(model: ChatModel, turn: Turn, max_new_tokens: int) -> Iterator[dict[str, str]]:
@@ -48,23 +35,27 @@ def answers(model: ChatModel, turn: Turn, max_new_tokens: int) -> Iterator[dict[
         Pieces of ``text``; then ``tokens``, HTML of the answer with its tokens coloured; or an
         ``error`` for people.
     """
-    queue: SimpleQueue = SimpleQueue()
+    streamer = TextIteratorStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    last: dict[str, str] = {}
 
     def work() -> None:
+        """Answer, then compare the answer's tokens with and without the picture."""
         try:
-            made = model.answer([turn], max_new_tokens, _Streamer(model.tokenizer, queue))
-            tokens = model.relevance([turn], made)
-            queue.put({"tokens": pages.render(_TOKENS, tokens=tokens)})
+            made = model.answer([turn], max_new_tokens, streamer)
+            last["tokens"] = pages.render(_TOKENS, tokens=model.relevance([turn], made))
         except DPAError as error:
-            queue.put({"error": str(error)})
+            last["error"] = str(error)
         except Exception as error:
-            queue.put({"error": f"{type(error).__name__}: {error}"})
+            last["error"] = f"{type(error).__name__}: {error}"
             raise
-        finally:
-            queue.put(None)
+        finally:  # the model may have failed before it ended the text
+            streamer.text_queue.put(streamer.stop_signal)
 
-    Thread(target=work).start()
-    yield from iter(queue.get, None)
+    worker = Thread(target=work)
+    worker.start()
+    yield from ({"text": text} for text in streamer)
+    worker.join()
+    yield last
 
 
 def make_server(
@@ -86,11 +77,13 @@ def make_server(
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            """Send the page."""
             found = self._is_local() and self.path == "/"
             self._begin(200 if found else 404, "text/html; charset=utf-8")
             self.wfile.write(page if found else b"not found")
 
         def do_POST(self) -> None:
+            """Send the pieces of an answer, each a line of JSON, as they are made."""
             size = int(self.headers.get("Content-Length") or 0)
             if not self._is_local() or self.path != "/answer" or size > _LARGEST:
                 self._begin(404, "text/plain")

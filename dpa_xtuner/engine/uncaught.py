@@ -15,6 +15,7 @@ def answer_uncaught() -> None:
 
 def _instead_of(usual: Callable) -> Callable:
     def hook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+        """Print the answer to a user's mistake; show any other error as usual."""
         if isinstance(error, (EOFError, ConnectionError)) and any(
             _function(frame) == "multiprocessing.resource_sharer._serve"
             for frame, _ in walk_tb(trace)

@@ -43,7 +43,7 @@ def check_inputs(run: Run, stage: Stage) -> None:
             _refuse_unfinished(stage, component, folder)
         provenance = provenance_of_loaded(folder, run.settings.llm_name_or_path)
         refuse_foreign(folder, provenance, ours, "architecture")
-        if given and "precision" in provenance:  # a rehearsal's stand-in says nothing of itself
+        if given:
             _refuse_other_kind(run, folder, provenance)
 
 
@@ -58,7 +58,8 @@ def _refuse_unfinished(stage: Stage, component: str, folder: Path) -> None:
 
 
 def _refuse_other_kind(run: Run, folder: Path, provenance: dict) -> None:
-    trained_in = Precision(provenance["precision"])
+    # A rehearsal's stand-in, and a projector of an older version, don't say their precision.
+    trained_in = Precision(provenance.get("precision", run.precision.name))
     if trained_in.fingerprint_dtype != run.precision.fingerprint_dtype:
         raise DPAError(
             f"tune.init_projector={str(folder)!r} was trained in precision={trained_in.name!r}, "
