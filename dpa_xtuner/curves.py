@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import move_into_place, read_json
+from dpa_xtuner.files import move_into_place, prepare_to_write, read_json
 from dpa_xtuner.layout import ALIGN, STAGE_NAMES, STATE_FILE
 
 CURVES_FILE = "curves.png"
@@ -137,6 +137,7 @@ def draw_curves(runs: list[Path], out: Path) -> Path:
         axes[0][column].set_title(stage)
         axes[-1][column].set_xlabel("optimizer step")
     _legend(figure, runs)
+    prepare_to_write(out)
     partial = out.with_name(f".{out.name}.partial")
     figure.savefig(partial, format="png", dpi=110)
     move_into_place(partial, out)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,22 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dpa_xtuner.errors import DPAError
+
+
+def prepare_to_write(file: Path) -> None:
+    """Make a file's folder, before the long work whose result the file will hold.
+
+    Raises:
+        DPAError: the file can't be written.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise DPAError(f"{file} can't be written: {file.parent}: {error.strerror}.") from None
+    if file.is_dir():
+        raise DPAError(f"{file} can't be written: it is a folder. Give the name of a file.")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -16,20 +16,35 @@ def config_names(pattern: str = "") -> list[str]:
     return sorted(p.stem for p in paths if "_base_" not in p.parts and pattern in p.stem)
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str, expected: str = "a config's file or its name") -> Path:
     """Find the file of a config that is given by path or by name.
 
+    Args:
+        name: as given.
+        expected: what could have been given, for the message.
+
     Raises:
-        SystemExit: there is no such config; the message has the nearest name and all names.
+        SystemExit: there is no such config; the message has the nearest names.
     """
-    if Path(name).is_file():
-        return Path(name)
-    known = config_names()
+    path, known = Path(name), config_names()
+    if path.is_file():
+        return path
     if (stem := name.removesuffix(".py")) in known:
         return next(CONFIGS.rglob(f"{stem}.py"))
-    near = difflib.get_close_matches(Path(name).stem, known, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise SystemExit(f"{name!r} is neither a file nor a config.{hint} Known: {', '.join(known)}.")
+    wrong = "is a folder" if path.is_dir() else "is not there"
+    raise SystemExit(f"{name!r} {wrong}: expected {expected}.{nearest(path.stem)}")
+
+
+def nearest(name: str) -> str:
+    """Say which configs have nearly this name, and what lists all of them."""
+    near = difflib.get_close_matches(name, config_names(), n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{hint} python tools/list_configs.py lists the configs."
+
+
+def find_run(name: str, expected: str = "a run's folder, or its config's file or name") -> Path:
+    """Find a run's folder or its config; raise as :func:`find_config`."""
+    return Path(name) if Path(name).is_dir() else find_config(name, expected)
 
 
 def check_options(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ this machine. MODEL is a run's folder or config, or an exported LLaVA folder.
 import argparse
 from pathlib import Path
 
-from _configs import find_config
+from _configs import find_run
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=512, help="default: 512")
     given = parser.parse_args()
     picture = str(given.image) if given.image else None
-    path = Path(given.model) if Path(given.model).is_dir() else find_config(given.model)
+    path = find_run(given.model, "a run's folder, its config's file or name, or an export")
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.chat import Turn, open_chat

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from _configs import CONFIGS, config_names, say
+from _configs import CONFIGS, config_names, nearest, say
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -11,8 +11,7 @@ if __name__ == "__main__":
     pattern = parser.parse_args().pattern
     names = config_names(pattern)
     if not names:
-        known = ", ".join(config_names())
-        raise SystemExit(f"No config's name contains {pattern!r}. Known: {known}.")
+        raise SystemExit(f"No config's name contains {pattern!r}.{nearest(pattern)}")
     say("\n".join(names))
     path = f"{CONFIGS}/{names[0]}.py"
     say(f"\nTrain:  xtuner train {path}\nChange: write a file with\n", sys.stderr)

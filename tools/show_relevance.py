@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_config, parse_options, say
+from _configs import check_options, find_run, parse_options, say
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.samples < 1:
         parser.error(f"--samples {given.samples}: expected a number from 1 on")
-    path = Path(given.run) if Path(given.run).is_dir() else find_config(given.run)
+    path = find_run(given.run)
     options = parse_options(given.cfg_options)
 
     import dpa_xtuner.plugin  # noqa: F401

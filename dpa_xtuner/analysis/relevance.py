@@ -18,7 +18,7 @@ from dpa_xtuner.analysis.words import CLASSES, classes_of, token_texts
 from dpa_xtuner.data import collate
 from dpa_xtuner.data.places import open_bytes
 from dpa_xtuner.export.source import Source
-from dpa_xtuner.files import write_text
+from dpa_xtuner.files import prepare_to_write, write_text
 from dpa_xtuner.loss import TokenLogProbs, supervised_mask
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
@@ -217,6 +217,8 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     Raises:
         DPAError: weights or data can't be read.
     """
+    file = out or source.base / source.stage.name / "relevance.html"
+    prepare_to_write(file)
     train, held_out = split_data(source.run, source.stage)
     dataset = train if held_out is None else held_out
     what = "samples that it was trained on" if held_out is None else "held-out samples"
@@ -236,7 +238,5 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
         "LLM": source.settings.llm_name_or_path,
         "shown": f"{len(samples)} of {len(dataset)} {what}",
     }
-    file = out or source.base / source.stage.name / "relevance.html"
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, page(samples, f"What {source.stage.name} looks at", facts))
     return file

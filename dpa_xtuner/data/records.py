@@ -13,14 +13,15 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 # What other projects put into a text for something that is not read here. "<image>" itself is
 # counted, and "<ImageHere>" and its like were replaced by it.
 _OTHER_MARK = re.compile(
-    r"<[\s|/]{0,2}(?:(?:start|begin|end|of|fake|token|around|global|vila)[_/-]?)*"
+    r"<[\s|/]{0,2}(?:(?:start|begin|end|of|fake|token|around|global|vila|__dj__)[_/-]?)*"
     r"(?:image|img|picture|video|audio|speech|sound|vision|media|point_?cloud|bbox|ref-object)"
     r"(?:[ _-]?(?:\d+|pad|start|begin|bos|end|eos|context|content|placeholder|plh|soft|tokens?|here"
-    r"|features?|patch))*[\s|/]{0,2}>|<im_(?:start|end|patch)>|\[IMG\]",
+    r"|features?|patch))*[\s|/]{0,2}>|<im_(?:start|end|patch)>|\[IMG\]"
+    r"|data:image/[\w.+-]+;base64,[\w+/=]{64,}",
     re.IGNORECASE,
 )
 _OTHER_IN_ANSWER = re.compile(r"<(img|video|audio)>[^<>]*</\1>|<(bbox|ref-object)>", re.IGNORECASE)
-_SYSTEM_KEYS = frozenset(("system", "system_prompt"))
+_SYSTEM_KEYS = frozenset(("system", "system_prompt", "system_message"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +151,29 @@ def _check_marks(
                 raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
         count = human.count(DEFAULT_IMAGE_TOKEN)
         marks += count
-        if human.count("<") > count or "[IMG]" in human:
-            _refuse_other_marks(human)
+        if human.count("<") > count or "[IMG]" in human or ";base64," in human:
+            refuse_other_marks(human)
     if system is not None and "<" in system:
         if DEFAULT_IMAGE_TOKEN in system:
             raise _misplaced()
-        _refuse_other_marks(system)
+        refuse_other_marks(system)
     if marks != len(images):
         raise Malformed(
-            f"wrong number of {DEFAULT_IMAGE_TOKEN}: {marks} in the text, {len(images)} images"
+            f"wrong number of {DEFAULT_IMAGE_TOKEN}: {marks} in the text, {len(images)} images; "
+            "mark the place of each image in the questions"
         )
 
 
-def _refuse_other_marks(text: str) -> None:
+def refuse_other_marks(text: str) -> None:
+    """Refuse a text with a mark of another medium, or another spelling of a picture's.
+
+    Raises:
+        Malformed: there is one.
+    """
     for found in _OTHER_MARK.finditer(text):
         if found[0] != DEFAULT_IMAGE_TOKEN:
             raise Malformed(
-                f"mark that is not read: {found[0]}; a picture's is {DEFAULT_IMAGE_TOKEN}, "
+                f"mark that is not read: {found[0][:100]}; a picture's is {DEFAULT_IMAGE_TOKEN}, "
                 "and other media are not read"
             )
 

@@ -11,7 +11,7 @@ from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.figures import file_figures
 from dpa_xtuner.data.problems import Problem, list_problems
 from dpa_xtuner.data.sample_page import page
-from dpa_xtuner.files import write_text
+from dpa_xtuner.files import prepare_to_write, write_text
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.run import Run
@@ -42,6 +42,8 @@ def check_config(
     Raises:
         DPAError: settings, models or data files can't be read, or no record can be used.
     """
+    for file in filter(None, (report, html)):
+        prepare_to_write(file)
     cfg = config_from_file(path, options)
     run = Run.of(cfg, read_settings(cfg), Precision("fp32"))  # no weight is loaded
     ok, lines = True, []

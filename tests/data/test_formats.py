@@ -393,6 +393,71 @@ RECORDS = {
     "no conversation": ({"conversations": []}, "!no conversations"),
     "text as conversation": ({"conversations": "Hi"}, "!no conversations"),
     "packed records": ([llava("Hi", "Yes"), llava("Hi", "Yes")], "!not a record"),
+    # found in other projects' files
+    "InternVL's answers under 'text'": (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "text": "Yes"}]},
+        "!malformed message",
+    ),
+    "answer of null": (
+        turns_with({}, {"content": None}),
+        "!empty answer",
+    ),
+    "text blocks under 'value'": (
+        said([{"type": "text", "value": "Hi"}], "Yes"),
+        "!malformed block",
+    ),
+    "blocks as a JSON text": (
+        said('[{"type": "text", "text": "Hi"}]', "Yes"),
+        "!malformed message",
+    ),
+    "Data-Juicer's mark": (
+        {"images": ["red.png"], "text": "<__dj__image> Red"},
+        "!mark that is not read",
+    ),
+    "mark of a pad in a caption": (
+        {"image": "red.png", "caption": "<|image_pad|>Red"},
+        "!mark that is not read",
+    ),
+    "two pictures of a caption": (
+        {"image": "red.png", "image_2": "blue.png", "caption": "Other"},
+        "!picture that is not read",
+    ),
+    "text with an answer": (
+        {"image": "red.png", "text": "What?", "gpt4_answer": "Red"},
+        "!unknown format",
+    ),
+    "question to train on": (turns_with({"train": True}), "!question to train on"),
+    "question left out": (turns_with({"train": False}, {"train": True}), TALK),
+    "instruction beside a query": (
+        {"instruction": "Be brief", "query": "Hi", "response": "Yes"},
+        "!text that is not read",
+    ),
+    "rejected conversation": (llava("Hi", "Yes", conversations_rejected=[]), "!preferences"),
+    "OpenAI's two questions": (
+        {
+            "messages": [
+                {"role": "user", "content": "What?"},
+                {"role": "user", "content": [block("image_url", {"url": "red.png"})]},
+                {"role": "assistant", "content": "Red"},
+            ]
+        },
+        "!roles not alternating",
+    ),
+    "system of null": (
+        {"messages": [{"role": "system", "content": None}, *said("Hi", "Yes")["messages"]]},
+        TALK,
+    ),
+    "system_message key": (llava("Hi", "Yes", system_message="Be"), "[B]S:Be" + TALK),
+    "history beside messages": (said("Hi", "Yes", history=[["a", "b"]]), "!two conversations"),
+    "two keys of a caption": (
+        {"image": "red.png", "images": ["blue.png"], "caption": "Red"},
+        "!two lists of pictures",
+    ),
+    "a picture as text": (
+        llava(f"data:image/png;base64,{'A' * 99} What?", "Red"),
+        "!mark that is not read",
+    ),
+    "pandas' nan": (llava("Hi", "Yes", image=float("nan")), "!malformed image"),
     # no records
     "a number": (5, "!not a record"),
     "an empty list": ([], "!not a record"),
@@ -1105,6 +1170,28 @@ RECORDS_OF_FILES = {
         ),
         ["broken row", "caption without an image", "broken row", "ok", "broken row", "broken row"],
     ),
+    "lines with a key twice": (
+        other(
+            "a.jsonl",
+            json.dumps(llava("Hi", "Yes")).encode(),
+            b'\n{"image": "a.png", "image": "b.png", "caption": "Red"}\n',
+        ),
+        ["ok", "not JSON"],
+    ),
+    "table whose quote swallows a row": (
+        table_file("a.tsv", 'image\tcaption\nr.png\t"x\nr.png\ty"\nr.png\tz\n'),
+        ["broken row", "broken row", "ok"],
+    ),
+    "tar of questions": (
+        tar_file(
+            ("0.png", picture_bytes(RED)),
+            ("0.txt", b"Red"),
+            ("0.json", b'{"question": "What?"}'),
+            ("1.png", picture_bytes(RED)),
+            ("1.txt", b"Red"),
+        ),
+        ["unknown format", "ok"],
+    ),
     "lines of broken JSON": (
         other(
             "a.jsonl",
@@ -1162,6 +1249,30 @@ REFUSED = {
         other("meta.json", b'{"x": {"annotation": "meta.json"}}'),
         "names itself",
     ),
+    "JSON array with a key twice": (
+        other("a.json", b'[{"image": "a.png", "image": "b.png", "caption": "Red"}]'),
+        "an object has the key 'image' twice",
+    ),
+    "InternVL's meta with a comma too many": (
+        other("meta.json", b'{\n  "x": {\n    "annotation": "a.jsonl"\n  },\n}\n'),
+        r"line 5 column 1 .* no comma before a closing bracket",
+    ),
+    "meta of pictures elsewhere": (
+        meta_list(1, root="vc-reader:s3://bucket/pictures"),
+        "vc-reader:s3://bucket/pictures, which is no folder of this machine",
+    ),
+    "a folder to test on, of two kinds": (
+        folder_of("testmini-0-of-1.parquet", "test-0-of-1.parquet"),
+        "only splits to measure on",
+    ),
+    "UTF-16 without a mark": (
+        other("a.json", json.dumps([5]).encode("utf-16-le")),
+        "has zero bytes, as text in UTF-16",
+    ),
+    "one list of messages, indented": (
+        other("a.json", json.dumps(said("Hi", "Yes")["messages"], indent=1).encode()),
+        "They are single messages: a record has a list of them",
+    ),
     "zip": (other("a.zip", b"PK\x03\x04", b"x" * 99), "is a zip file; unpack it"),
     "compressed tar": (zipped(tar_file(("0.txt", b"Red"))), "is a compressed tar"),
     "half a gzip": (other("a.json.gz", gzip.compress(b"[" + b"1," * 9999)[:-20]), "no whole gzip"),
@@ -1206,7 +1317,7 @@ REFUSED = {
     ),
     "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5; above 1"),
     "meta of another project": (meta_list(1, sample_ratio=2), "sample_ratio of 'x' is not read"),
-    "plain text": (other("a.txt", b"Hello there\n"), "begins with 'H'; expected a JSON array"),
+    "plain text": (other("a.txt", b"Hello there\n"), "begins with .Hello there.; expected a JSON array"),
     "an empty folder": (folder_of(), "holds no data set"),
     "a folder of JSON": (
         folder_of("a.json"),

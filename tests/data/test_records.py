@@ -116,7 +116,7 @@ def test_a_broken_line_is_a_problem_of_its_own(write, caption):
     [
         (b"", "is empty"),
         (b"  \n", "is empty"),
-        (b"id;caption\n", "begins with 'i'; expected a JSON array"),
+        (b"id;caption\n", "begins with 'id;caption'; expected a JSON array"),
         (b"id,caption\n", "is a table without a first row that names a column of pictures"),
         (b'{"id": 1\n,}', "line 1, column 9"),
         (b'{"id": 1\n}', "is one JSON object with the keys 'id'"),

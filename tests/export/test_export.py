@@ -250,7 +250,7 @@ def test_mistakes_are_told_without_a_traceback(qwen, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOL.parent))
     from _configs import find_config
 
-    with pytest.raises(SystemExit, match="neither a file nor a config"):
+    with pytest.raises(SystemExit, match="is not there: expected a config"):
         find_config(str(tmp_path / "nothing.py"))
 
 

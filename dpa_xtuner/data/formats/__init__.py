@@ -118,8 +118,7 @@ def parse_record(item: Any, index: int) -> Record | Problem:
             raise Malformed(f"unknown format: {_nearest(item)}")
         refuse_what_is_not_read(item)
         parts = found.read(item)
-        if found is not _CAPTIONS:
-            refuse_unread_pictures(item, parts.images)
+        refuse_unread_pictures(item, parts.images)
         return make_record(item, parts, index)
     except Malformed as error:
         return Problem(shown_id(item, index), str(error), position=index)
@@ -159,8 +158,11 @@ def _ends_sha256(path: Path) -> str:
 def _fits_none(item: Mapping[str, Any]) -> str:
     shown = json.dumps(item, ensure_ascii=False, default=str)
     shown = shown[:_SHOWN] + "..." * (len(shown) > _SHOWN)
+    near = _nearest(item)
+    if messages.as_item([item]) != [item]:
+        near = "They are single messages: a record has a list of them, under 'messages'."
     return (
-        f"its records fit no format that is read. {_nearest(item)} Its first record: {shown} "
+        f"its records fit no format that is read. {near} Its first record: {shown} "
         "docs/data.md shows a record of each format."
     )
 

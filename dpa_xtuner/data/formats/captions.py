@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
-from dpa_xtuner.data.formats.turns import picture_names
-from dpa_xtuner.data.records import Malformed, Parts
+from dpa_xtuner.data.formats.turns import picture_names, pictures_of
+from dpa_xtuner.data.records import Malformed, Parts, refuse_other_marks
 
 IMAGES = (
     "image", "images", "image_path", "image_file", "img_path", "file_name", "filename", "filepath",
 )  # fmt: skip
 CAPTIONS = ("caption", "text", "description", "title", "blip_caption")
 # With one of these, a "text" may be a question and is no caption for sure.
-_NO_CAPTION = (
-    "question", "question_id", "questions", "answer", "answers", "prompt", "instruction", "input",
-    "output", "options", "choices", "category", "label", "labels", "query", "response", "bbox",
-    "prefix", "suffix", "messages", "conversations", "texts", "turns", "dialog",
-)  # fmt: skip
+_NO_CAPTION = re.compile(
+    r".*(?:question|answer|instruct|prompt|response|option|choice|categor|label|query|dialog"
+    r"|conversation|bbox).*|input|output|prefix|suffix|messages|texts|turns|target|ground_truth",
+    re.IGNORECASE,
+)
 
 
 def keys_of(names: Iterable[str]) -> tuple[str, str] | None:
@@ -34,7 +35,7 @@ def keys_of(names: Iterable[str]) -> tuple[str, str] | None:
 
 def reserved(names: Iterable[str]) -> list[str]:
     """Those of a record's keys that captions don't have."""
-    return [name for name in names if name in _NO_CAPTION]
+    return [name for name in names if _NO_CAPTION.fullmatch(name)]
 
 
 def read(item: Mapping[str, Any]) -> Parts:
@@ -48,7 +49,8 @@ def read(item: Mapping[str, Any]) -> Parts:
     image, caption = (item[key] for key in keys)
     if not isinstance(caption, str):
         raise Malformed(f"malformed caption: expected a string under {keys[1]!r}")
-    images = picture_names(image)
+    refuse_other_marks(caption)
+    images = pictures_of(item) if keys[0] in IMAGES[:2] else picture_names(image)
     if not images:
         raise Malformed("caption without an image")
     return Parts(images, None, ((DEFAULT_IMAGE_TOKEN * len(images), caption),))

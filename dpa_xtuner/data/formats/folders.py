@@ -12,7 +12,9 @@ from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json
 
-_OTHER_SPLIT = re.compile(r"(validation|valid|val|dev|test|eval|evaluation)([-_.]|$)")
+_OTHER_SPLIT = re.compile(
+    r"(mini)?(validation|valid|val|dev|test|eval|evaluation)(mini|dev|std)?([-_.]|$)"
+)
 _TRAIN = re.compile(r"train([-_.]|$)")
 
 

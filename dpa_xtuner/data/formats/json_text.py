@@ -17,6 +17,35 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _MARK = re.compile(r"[ \t\r\n]*([,\]])")  # what follows an item of an array
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def decode(text: str) -> Any:
+    """Decode a JSON text.
+
+    Raises:
+        ValueError: it is broken, an object has a key twice, or a number has too many digits.
+        RecursionError: it is too deep.
+    """
+    return _DECODER.decode(text)
+
+
+def hint(error: Exception) -> str:
+    """Return what most often is behind an error of this kind."""
+    if not str(error).startswith(("Expecting value", "Expecting property name")):
+        return ""
+    return " JSON has no comments, no comma before a closing bracket, and texts in double quotes."
+
+
 def line_items(file: TextIO, path: Path) -> Iterator[Any]:
     """Decode JSON lines; a line that is broken is a :class:`Problem`.
 
@@ -32,12 +61,12 @@ def line_items(file: TextIO, path: Path) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line.rstrip())
+            item = decode(line.rstrip())
         except (ValueError, RecursionError) as error:  # also a number of too many digits
             if not read:
                 raise DPAError(
                     f"data file {path} is neither a JSON array nor JSON lines: line {number}, "
-                    f"{_told(error)}. Expected one whole record a line."
+                    f"{_told(error)}. Expected one whole record a line.{hint(error)}"
                 ) from error
             item = Problem(f"line {number}", f"not JSON: {_told(error)}")
         read += 1
@@ -64,7 +93,6 @@ def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
     Raises:
         DPAError: the array is broken; the message names the place.
     """
-    decode = json.JSONDecoder().raw_decode
     text, at, read, mark = "", 0, 0, ","
     while mark != "]":
         space = _SPACE.match(text, at)
@@ -74,14 +102,15 @@ def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
             at += 1
             break
         try:
-            item, end = decode(text, at)
+            item, end = _DECODER.raw_decode(text, at)
             found = _MARK.match(text, end)
             if not found:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
         except json.JSONDecodeError as error:
             chunk = file.read(max(_CHUNK, len(text) - at))
             if not chunk or len(text) - at > _LONGEST_RECORD:
-                raise _broken(path, position + error.pos, read, error.msg) from error
+                place = position + error.pos
+                raise _broken(path, place, read, error.msg, hint(error)) from error
             text, at, position = text[at:] + chunk, 0, position + at
             continue
         except (ValueError, RecursionError) as error:
@@ -93,8 +122,8 @@ def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
         raise _broken(path, position + at, read, "text after the closing ']'")
 
 
-def _broken(path: Path, position: int, read: int, what: str) -> DPAError:
+def _broken(path: Path, position: int, read: int, what: str, hint: str = "") -> DPAError:
     return DPAError(
         f"data file {path} is broken at character {position}, after {read} records: {what}. "
-        "Expected a JSON array of records; write the file again."
+        f"Expected a JSON array of records.{hint}"
     )

@@ -111,8 +111,8 @@ def _of_yaml(path: Path, entry: Any) -> _File:
                 "unknown; known: all, first:N, end:N, random:N, each also with N%."
             )
         keep = _sampled(*match.groups())
-    root = next((entry[key] for key in ("data_root", "images_folder") if entry.get(key)), "")
-    return _File(_found(path, entry["json_path"]), str(root), keep)
+    root = _root(path, entry, ("data_root", "images_folder"))
+    return _File(_found(path, entry["json_path"]), root, keep)
 
 
 def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarray]:
@@ -141,9 +141,19 @@ def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
         )
     if not isinstance(entry["annotation"], str):
         raise DPAError(f"data file {path}: 'annotation' of {name!r} is no path.")
-    root = next((entry[key] for key in _ROOTS if entry.get(key)), "")
+    root = _root(path, entry, _ROOTS)
     keep = None if times >= 1 else lambda records: np.arange(int(records * times))
-    return _File(_found(path, entry["annotation"]), str(root), keep, max(1, int(times)))
+    return _File(_found(path, entry["annotation"]), root, keep, max(1, int(times)))
+
+
+def _root(path: Path, entry: Mapping[str, Any], keys: tuple[str, ...]) -> str:
+    root = str(next((entry[key] for key in keys if entry.get(key)), ""))
+    if "://" in root:
+        raise DPAError(
+            f"data file {path} names pictures in {root}, which is no folder of this machine; "
+            "download them, and name their folder."
+        )
+    return root
 
 
 def _refuse_other_sampling(path: Path, entry: Mapping[str, Any], name: str, known: str) -> None:

@@ -16,6 +16,7 @@ from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
 from dpa_xtuner.data.formats.turns import (
     ANSWERS,
+    SYSTEM,
     is_silent,
     list_under,
     pair_up,
@@ -26,6 +27,7 @@ from dpa_xtuner.data.formats.turns import (
 from dpa_xtuner.data.records import Malformed, Parts
 
 _PLACE = "<IMG_CONTEXT>"  # of a picture in XTuner V1
+_BLOCKS_AS_TEXT = ('[{"type"', "[{'type'")
 _PICTURES = ("image", "image_url")  # types of blocks, and the keys of their pictures
 
 
@@ -62,14 +64,18 @@ def read(item: Mapping[str, Any], key: str = "messages") -> Parts:
         role, content = message.get("from"), message.get("value")
         role = message.get("role") if role is None else role
         content = message.get("content") if content is None else content
-        if not isinstance(content, str):
-            content, found = _of_blocks(role, content)
+        silent.append(is_silent(message, role))
+        if content is None:
+            content = _of_no_content(role, message)
+        elif not isinstance(content, str):
+            content, found = _of_blocks(content)
             pictures += found
         elif "<" in content:
             content = with_marks(content)
+        elif content.startswith(_BLOCKS_AS_TEXT):
+            raise Malformed("malformed message: its blocks are a JSON text; decode it to a list")
         roles.append(role)
         texts.append(content)
-        silent.append(is_silent(message))
     images = pictures_of(item)
     return Parts(_images(images, pictures) if pictures else images, *pair_up(roles, texts, silent))
 
@@ -86,10 +92,18 @@ def _images(named: tuple[str, ...], blocks: list[_Picture]) -> tuple[str, ...]:
     return named or whole
 
 
-def _of_blocks(role: Any, content: Any) -> tuple[str, list[_Picture]]:
+def _of_no_content(role: Any, message: Mapping[str, Any]) -> str:
+    """Return the empty text of an answer or a system prompt that is null."""
+    if role in (*ANSWERS, SYSTEM) and not message.keys().isdisjoint(("content", "value")):
+        return ""
+    raise Malformed(
+        "malformed message: its text is under 'content' or 'value'; it has "
+        f"{', '.join(map(repr, message)) or 'no key'}"
+    )
+
+
+def _of_blocks(content: Any) -> tuple[str, list[_Picture]]:
     """Return the text with marks and the pictures of a message whose content is no text."""
-    if content is None and role in ANSWERS:
-        return "", []
     if not isinstance(content, list):
         raise Malformed("malformed message: its content is neither a text nor a list of blocks")
     parts = list(_parts(content))
@@ -115,7 +129,9 @@ def _parts(blocks: list[Any]) -> Iterator[str | _Picture]:
             raise Malformed("malformed message: a block of its content is no object")
         known = (key for key in ("text", *_PICTURES) if block.get(key) is not None)
         kind = block.get("type") or next(known, None)
-        if kind == "text" and isinstance(block.get("text"), str):
+        if kind == "text":
+            if not isinstance(block.get("text"), str):
+                raise Malformed("malformed block: a block of a text has it under 'text'")
             yield with_marks(block["text"])
         elif kind in _PICTURES:
             yield _Picture(_path(block), block.get("index"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ _OTHERS = {
     b"\xff\xfe": "text in UTF-16; save it as UTF-8",
     b"\xfe\xff": "text in UTF-16; save it as UTF-8",
 }
+_SHOWN = 60  # characters of a file that is nothing that is read
 _HEAD = 1 << 10  # bytes that tell binary files apart
 _LONGEST_LINE = 1 << 20  # characters of a first line that may be a list of messages
 _LARGEST_OBJECT = 1 << 24  # characters of a file that is one JSON object
@@ -81,6 +81,8 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
             raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
+    if b"\0" in head:
+        raise DPAError(f"data file {path} has zero bytes, as text in UTF-16 has; {_EXPECTED}.")
     return _text(path, gzip.open if packed else open, find, read)
 
 
@@ -108,7 +110,7 @@ def _text(path: Path, opener: Callable[..., Any], find: lists.Find, read: lists.
                 return json_text.array_items(file, path, before + 1)
 
             return Source("JSON array", (path,), guarded(array))
-        if first == "{" and (named := _object(file, line)) is not None:
+        if first == "{" and (named := _object(file, line, path)) is not None:
             return lists.meta(path, named, find, read)
         if first in ("[", "{"):
             items = guarded(lambda file: json_text.line_items(file, path))
@@ -119,7 +121,7 @@ def _text(path: Path, opener: Callable[..., Any], find: lists.Find, read: lists.
         if first and (table := tables.delimiter(line.strip())) is not None:
             rows_of = guarded(lambda file: tables.rows(file, table, path))
             return Source({",": "CSV", "\t": "TSV"}[table], (path,), rows_of)
-    found = f"begins with {first!r}" if first else "is empty"
+    found = f"begins with {line.strip()[:_SHOWN]!r}" if first else "is empty"
     raise DPAError(f"data file {path} {found}; {_EXPECTED}.")
 
 
@@ -140,18 +142,27 @@ def _text_of(path: Path) -> Iterator[None]:
 
 def _is_list_of_messages(line: str) -> bool:
     try:
-        return isinstance(messages.as_item(json.loads(line)), dict)
+        return isinstance(messages.as_item(json_text.decode(line)), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def _object(file: TextIO, line: str) -> dict[str, Any] | None:
-    """Return the files that a file of one JSON object names; None for JSON lines."""
-    for text in (line, None):  # it may take several lines
-        if text is None:
-            file.seek(0)
-            text = file.read(_LARGEST_OBJECT)
-        with suppress(ValueError, RecursionError):
-            found = json.loads(text)
-            return found if text is not line or lists.is_meta(found) else None
-    return None
+def _object(file: TextIO, line: str, path: Path) -> dict[str, Any] | None:
+    """Return the files that a file of one JSON object names; None for JSON lines.
+
+    Raises:
+        DPAError: the object takes several lines, and is broken.
+    """
+    with suppress(ValueError, RecursionError):
+        found = json_text.decode(line)
+        return found if lists.is_meta(found) else None
+    file.seek(0)
+    try:
+        return json_text.decode(file.read(_LARGEST_OBJECT))
+    except (ValueError, RecursionError) as error:
+        if line.strip() != "{":  # a line of JSON lines may be broken too
+            return None
+        raise DPAError(
+            f"data file {path} is neither JSON lines nor one JSON object: {error}."
+            f"{json_text.hint(error)}"
+        ) from None

@@ -8,6 +8,8 @@ from typing import Any
 from dpa_xtuner.data.formats.turns import pictures_of, with_marks, with_pictures_in_front
 from dpa_xtuner.data.records import Malformed, Parts
 
+_UNREAD = ("instruction", "input", "context")
+
 
 def read(item: Mapping[str, Any]) -> Parts:
     """Read a record; pictures that no mark places stand before the first question.
@@ -15,6 +17,9 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
+    for key in _UNREAD:
+        if item.get(key):
+            raise Malformed(f"text that is not read: {key!r}; put it into 'query'")
     history = item.get("history") or []
     pairs = [*history, [item["query"], item["response"]]] if isinstance(history, list) else [None]
     turns = []

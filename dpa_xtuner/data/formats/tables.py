@@ -48,5 +48,8 @@ def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
         if row and len(row) != len(names):
             found = f"{len(row)} fields, the first row names {len(names)}"
             yield Problem(f"line {begun}", f"broken row: {found}")
+        elif separator == "\t" and any("\t" in field and "\n" in field for field in row):
+            for line in range(begun, reader.line_num + 1):
+                yield Problem(f"line {line}", 'broken row: an open quote; a quote in quotes is ""')
         elif row:
             yield dict(zip(names, row, strict=True))

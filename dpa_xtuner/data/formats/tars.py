@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dpa_xtuner.data.formats import captions
+from dpa_xtuner.data.formats.json_text import decode
 from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.places import in_tar
 from dpa_xtuner.data.problems import Problem
@@ -74,7 +75,7 @@ def _item(path: Path, key: str, members: list[tarfile.TarInfo], content: BinaryI
             content.seek(member.offset_data)
             try:
                 text = content.read(member.size).decode("utf-8-sig")
-                texts[kind] = json.loads(text) if kind == "json" else text
+                texts[kind] = decode(text) if kind == "json" else text
             except (ValueError, RecursionError) as error:
                 return Problem(key, f"broken {last}: {member.name} ({error})")
         elif last in _MEDIA:
@@ -86,10 +87,11 @@ def _item(path: Path, key: str, members: list[tarfile.TarInfo], content: BinaryI
         return Problem(key, f"not a record: the JSON of {key} holds {type(item).__name__}")
     if not texts and not media:
         names = ", ".join(member.name for member in members)
-        return Problem(key, f"no text: expected a .txt or .json beside {names}")
+        return Problem(key, f"no text: expected a .txt or .json next to {names} in the tar")
     named = item.get("images") or item.get("image")
     if _TALKS.isdisjoint(item):
-        if "caption" in texts:  # the JSON only tells where the picture came from
+        # The JSON only tells where the picture came from, unless it has a question.
+        if "caption" in texts and not captions.reserved(item):
             item = {"caption": texts["caption"], "image": []}
         if len(pictures) > 1:
             return Problem(key, f"several pictures of a caption: {', '.join(sorted(pictures))}")

@@ -17,11 +17,10 @@ ANSWERS = ("gpt", "assistant", "bot")
 SYSTEM = "system"
 _OTHER_SPELLINGS = ("<ImageHere>",)  # of "<image>"
 _MEDIA = ("video", "videos", "audio", "audios", "speech", "point_cloud")
-_PREFERENCES = (
-    "chosen", "rejected", "rejected_response", "rejected_messages", "rejected_images", "kto_tag",
-)  # fmt: skip
+_PREFERENCE = re.compile(
+    r"(?:chosen|rejected)(?:_.*)?|.*_(?:chosen|rejected)|(?:positive|negative)_messages|kto_tag"
+)
 _TOOLS = ("tools", "functions")
-_SUSPECT = frozenset((*_MEDIA, *_PREFERENCES, *_TOOLS, "label"))
 _READ = frozenset(("id", "image", "images", "conversations", "messages", "texts"))
 _TALKS = frozenset(("conversations", "messages", "texts"))
 _NUMBERED = re.compile(r"(?:image|img)s?[_-]?\d+", re.IGNORECASE)
@@ -30,6 +29,7 @@ _PICTURE_KEY = re.compile(
 )
 _PICTURE_FILE = re.compile(r".+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 _LONGEST_PATH = 4096
+_SHOWN = 80  # characters of what is no picture
 # Keys of a message that change what is trained: the kind of the problem for each.
 _NOT_READ_IN_A_MESSAGE = {
     **dict.fromkeys(_MEDIA, "other medium in a message"),
@@ -51,18 +51,14 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
     if len(_TALKS & item.keys()) > 1:
         named = " and ".join(sorted(map(repr, _TALKS & item.keys())))
         raise Malformed(f"two conversations: under {named}; keep one")
-    if _SUSPECT.isdisjoint(item):
-        return
-    for key in _MEDIA:
-        if item.get(key):
+    if item.get("history") and not _TALKS.isdisjoint(item):
+        raise Malformed("two conversations: 'history' is read beside 'query' alone")
+    for key, value in item.items():
+        if key in _MEDIA and value:
             raise Malformed(f"{key}: records with {key} are not read, only pictures and texts")
-    for key in _PREFERENCES:
-        if item.get(key) is not None:
+        if (key == "label" and isinstance(value, bool)) or _PREFERENCE.fullmatch(key):
             raise Malformed(f"preferences: {key!r} rates answers, and here all are trained on")
-    if isinstance(item.get("label"), bool):
-        raise Malformed("preferences: 'label' rates answers, and here all are trained on")
-    for key in _TOOLS:
-        if item.get(key) not in (None, "", "[]", []):
+        if key in _TOOLS and value not in ("", "[]", []):
             raise Malformed(f"tools: {key!r} is not read")
 
 
@@ -142,10 +138,12 @@ def picture_name(value: Any, what: str = "image") -> str:
     Raises:
         Malformed: it is none, or it is on the web.
     """
+    given = value
     if isinstance(value, Mapping) and not value.get("bytes"):
         value = value.get("path") or value.get("url")
     if not isinstance(value, str) or not value:
-        raise Malformed(f"malformed {what}: expected a path or a list of paths")
+        got = repr(given)[:_SHOWN]
+        raise Malformed(f"malformed {what}: expected a path or a list of paths, got {got}")
     if value.startswith("file://"):
         return unquote(value.removeprefix("file://"))
     if "://" in value and not is_place(value):
@@ -217,12 +215,12 @@ def _wrong_roles(roles: Sequence[Any]) -> Malformed:
     return Malformed(f"roles not alternating: expected human, gpt, ...; got {shown or 'none'}")
 
 
-def is_silent(message: Mapping[str, Any]) -> bool:
+def is_silent(message: Mapping[str, Any], role: Any) -> bool:
     """Whether a message says of itself that it is not to be trained on.
 
     Raises:
         Malformed: it holds what is not read, such as a picture of its own, or a weight other than
-            0 and 1.
+            0 and 1; or it is a question to be trained on.
     """
     if len(message) == 2:  # who speaks, and what is said
         return False
@@ -233,6 +231,8 @@ def is_silent(message: Mapping[str, Any]) -> bool:
     for key, value in said:
         if value not in (0, 1):
             raise Malformed(f"malformed {key}: expected true or false, 1 or 0")
+        if value and role not in ANSWERS:
+            raise Malformed(f"question to train on: {key!r} says so, and only answers are trained")
     return any(not value for _, value in said)
 
 
