@@ -1186,11 +1186,11 @@ RECORDS_OF_FILES = {
         tar_file(
             ("0.png", picture_bytes(RED)),
             ("0.txt", b"Red"),
-            ("0.json", b'{"question": "What?"}'),
             ("1.png", picture_bytes(RED)),
             ("1.txt", b"Red"),
+            ("1.json", b'{"question": "What?"}'),
         ),
-        ["unknown format", "ok"],
+        ["ok", "unknown format"],
     ),
     "lines of broken JSON": (
         other(
@@ -1267,7 +1267,7 @@ REFUSED = {
     ),
     "UTF-16 without a mark": (
         other("a.json", json.dumps([5]).encode("utf-16-le")),
-        "has zero bytes, as text in UTF-16",
+        r"is not UTF-8 text \(it has zero bytes\)",
     ),
     "one list of messages, indented": (
         other("a.json", json.dumps(said("Hi", "Yes")["messages"], indent=1).encode()),

@@ -82,7 +82,7 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
         if head.startswith(magic):
             raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
     if b"\0" in head:
-        raise DPAError(f"data file {path} has zero bytes, as text in UTF-16 has; {_EXPECTED}.")
+        raise DPAError(f"data file {path} is not UTF-8 text (it has zero bytes); {_EXPECTED}.")
     return _text(path, gzip.open if packed else open, find, read)
 
 
