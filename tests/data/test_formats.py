@@ -1317,7 +1317,10 @@ REFUSED = {
     ),
     "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5; above 1"),
     "meta of another project": (meta_list(1, sample_ratio=2), "sample_ratio of 'x' is not read"),
-    "plain text": (other("a.txt", b"Hello there\n"), "begins with .Hello there.; expected a JSON array"),
+    "plain text": (
+        other("a.txt", b"Hello there\n"),
+        "begins with .Hello there.; expected a JSON array",
+    ),
     "an empty folder": (folder_of(), "holds no data set"),
     "a folder of JSON": (
         folder_of("a.json"),
