@@ -37,7 +37,8 @@ def find_config(name: str, expected: str = "a config's file or its name") -> Pat
 
 def nearest(name: str) -> str:
     """Say which configs have nearly this name, and what lists all of them."""
-    near = difflib.get_close_matches(name, config_names(), n=3)
+    known = config_names()
+    near = [name] if name in known else difflib.get_close_matches(name, known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"{hint} python tools/list_configs.py lists the configs."
 
