@@ -59,9 +59,13 @@ def load_image(
         if size is not None and found != size:
             raise ImageProblem(f"changed image: {short(str(path))} {found}, was {size}")
         longest, shortest = max(found), min(found)
-        if longest**2 > _MOST_PIXELS if pad_to_square else longest > _THINNEST * shortest:
-            raise ImageProblem(f"image out of shape: {short(str(path))} {found}")
-        return as_rgb(image, background)
+        if pad_to_square and longest**2 > _MOST_PIXELS:
+            wrong = f"padded to a square, it has more than {_MOST_PIXELS} pixels"
+        elif not pad_to_square and longest > _THINNEST * shortest:
+            wrong = f"it is more than {_THINNEST} times as long as wide"
+        else:
+            return as_rgb(image, background)
+        raise ImageProblem(f"image out of shape: {short(str(path))} {found}: {wrong}")
 
 
 @contextlib.contextmanager

@@ -406,6 +406,10 @@ RECORDS = {
         said([{"type": "text", "value": "Hi"}], "Yes"),
         "!malformed block",
     ),
+    "a block of two": (
+        said([{"type": "text", "text": "What?", "image": "red.png"}], "Red"),
+        "!malformed block",
+    ),
     "blocks as a JSON text": (
         said('[{"type": "text", "text": "Hi"}]', "Yes"),
         "!malformed message",
@@ -1178,6 +1182,10 @@ RECORDS_OF_FILES = {
         ),
         ["ok", "not JSON"],
     ),
+    "tables joined": (
+        table_file("a.csv", "image, caption\nr.png,x\nimage, caption\nr.png,y\n"),
+        ["ok", "broken row", "ok"],
+    ),
     "table whose quote swallows a row": (
         table_file("a.tsv", 'image\tcaption\nr.png\t"x\nr.png\ty"\nr.png\tz\n'),
         ["broken row", "broken row", "ok"],
@@ -1264,6 +1272,18 @@ REFUSED = {
     "a folder to test on, of two kinds": (
         folder_of("testmini-0-of-1.parquet", "test-0-of-1.parquet"),
         "only splits to measure on",
+    ),
+    "a pointer of Git LFS": (
+        other("a.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        "is a pointer to a file; fetch it by: git lfs pull",
+    ),
+    "pictures inside of messages": (
+        rows(
+            messages=pa.array(
+                [[{"role": "user", "content": [{"type": "image", "image": picture(RED)}]}]]
+            )
+        ),
+        "has pictures inside of 'messages'; put them into a column 'images'",
     ),
     "UTF-16 without a mark": (
         other("a.json", json.dumps([5]).encode("utf-16-le")),

@@ -129,6 +129,8 @@ def _parts(blocks: list[Any]) -> Iterator[str | _Picture]:
             raise Malformed("malformed message: a block of its content is no object")
         known = (key for key in ("text", *_PICTURES) if block.get(key) is not None)
         kind = block.get("type") or next(known, None)
+        if block.get("text") and any(map(block.get, _PICTURES)):
+            raise Malformed("malformed block: it has a picture and a text; make two of it")
         if kind == "text":
             if not isinstance(block.get("text"), str):
                 raise Malformed("malformed block: a block of a text has it under 'text'")

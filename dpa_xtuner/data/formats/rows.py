@@ -130,6 +130,11 @@ def _rows(
     pictures = [n for n in _PICTURES if n in schema.names and _is_picture(schema.field(n).type)]
     others = [n for n in schema.names if n not in pictures]
     plain = [n for n in others if n not in inside and not _holds_bytes(schema.field(n).type)]
+    for name in _LISTS_OF_DICTS:
+        if name in others and name not in plain:
+            raise DPAError(
+                f"data file {path} has pictures inside of {name!r}; put them into a column 'images'."
+            )
     found = {name: _pictures(batch.column(name), inside.get(name)) for name in pictures}
     unread = {
         name: _pictures(batch.column(name), inside.get(name))

@@ -45,7 +45,9 @@ def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
             for line in range(begun, reader.line_num + 1):
                 yield Problem(f"line {line}", f'broken row: {error}; a quote in quotes is ""')
             continue
-        if row and len(row) != len(names):
+        if row and [field.strip() for field in row] == names:
+            yield Problem(f"line {begun}", "broken row: it is the first row again")
+        elif row and len(row) != len(names):
             found = f"{len(row)} fields, the first row names {len(names)}"
             yield Problem(f"line {begun}", f"broken row: {found}")
         elif separator == "\t" and any("\t" in field and "\n" in field for field in row):
