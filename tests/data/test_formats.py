@@ -1283,7 +1283,7 @@ REFUSED = {
                 [[{"role": "user", "content": [{"type": "image", "image": picture(RED)}]}]]
             )
         ),
-        "has pictures inside of 'messages'; put them into a column 'images'",
+        "has pictures inside of 'messages'; put them into 'images'",
     ),
     "UTF-16 without a mark": (
         other("a.json", json.dumps([5]).encode("utf-16-le")),

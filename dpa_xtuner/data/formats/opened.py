@@ -16,7 +16,7 @@ from dpa_xtuner.errors import DPAError
 _GZIP = b"\x1f\x8b"
 _OTHERS = {
     b"version https://git-lfs": "a pointer to a file; fetch it by: git lfs pull",
-    b"PK\x03\x04": "a zip file or an Excel table; unpack it, or save it as CSV",
+    b"PK\x03\x04": "a zip file; unpack it, or save an Excel table as CSV",
     b"\x89HDF": "an HDF5 file, which is not read",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it",
     b"BZh": "compressed by bzip2; unpack it, or compress it by gzip",

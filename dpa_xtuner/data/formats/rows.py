@@ -133,7 +133,7 @@ def _rows(
     for name in _LISTS_OF_DICTS:
         if name in others and name not in plain:
             raise DPAError(
-                f"data file {path} has pictures inside of {name!r}; put them into a column 'images'."
+                f"data file {path} has pictures inside of {name!r}; put them into 'images'."
             )
     found = {name: _pictures(batch.column(name), inside.get(name)) for name in pictures}
     unread = {
