@@ -24,7 +24,7 @@ proxy = dict(
     lora=dict(r=64, lora_alpha=128))
 align = dict(lr=6e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=10)
 tune = dict(
-    lr=8e-4, batch_size=4, global_batch_size=4, max_length=256, max_steps=240, save_steps=120,
+    lr=8e-4, batch_size=4, global_batch_size=4, max_length=256, max_steps=200, save_steps=100,
     warmup_ratio=0.05, train_llm='lora', lora=dict(r=32, lora_alpha=64),
     # With the paper's 0.05, tokens that the picture already helps to predict outweigh the others
     # tenfold, and a run this short learns less of the others.

