@@ -132,7 +132,8 @@ class PlainCMO(LLaVAModel):
             # From the last text token before: for the token after an image, the one before it.
             columns = torch.arange(text.shape[1], device=text.device).expand(text.shape)
             before = columns.where(text, 0).cummax(1).values[:, :-1]  # (B, T - 1)
-            p_wo = no_image.softmax(-1)[torch.arange(len(text))[:, None], before, targets[..., 0]]
+            rows = torch.arange(len(text), device=text.device)[:, None]
+            p_wo = no_image.softmax(-1)[rows, before, targets[..., 0]]
             relevance = (p_w - p_wo).clamp(0.05, 0.5).where(supervised, 0)
             counts = supervised.to(relevance.dtype)
             weights = F.avg_pool1d(relevance, 3, 1, 1)

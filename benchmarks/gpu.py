@@ -53,6 +53,8 @@ PEAKS = {
 
 MINIMUM = 60
 """Seconds that a part may take, whatever its share: its imports alone take up to half a minute."""
+CUT_OFF = 75
+"""Exit code of a part that had no time left; what it has measured is kept."""
 
 
 class Part(NamedTuple):
@@ -78,12 +80,12 @@ class Results:
         folder: of the results.
         part: name of the part.
         device: ``"cuda"`` or ``"cpu"``.
-        seconds: that the part may take.
+        until: when the part has to end, as ``time.time()`` counts.
     """
 
-    def __init__(self, folder: Path, part: str, device: str, seconds: float):
+    def __init__(self, folder: Path, part: str, device: str, until: float):
         self.path, self.device = folder / f"{part}.json", device
-        self.end = time.monotonic() + seconds
+        self.until, self.cut_off = until, False
         self.content = {
             "part": part, "state": "cut off", **describe(device), "notes": [], "tables": {}
         }  # fmt: skip
@@ -109,7 +111,8 @@ class Results:
 
     def need(self, seconds: float) -> None:
         """Raise a TimeoutError if a figure needs more time than is left."""
-        if self.end - time.monotonic() < seconds:
+        if self.until - time.time() < seconds:
+            self.cut_off = True
             raise TimeoutError("no time was left")
 
     @contextlib.contextmanager
@@ -765,6 +768,8 @@ def profile(results: Results) -> None:
     for begin, stop in sorted((e["ts"], e["ts"] + e["dur"]) for e in ran):
         busy += max(0.0, stop - max(begin, end))
         end = max(end, stop)
+    if not ran:
+        raise RuntimeError("the profiler saw no kernel")
     whole = end - min(e["ts"] for e in ran)
     results.add("The share of time in which no kernel runs", step=f"cmo, {name}",
                 share=rounded(1 - busy / whole))  # fmt: skip
@@ -803,12 +808,15 @@ def _run_stages(results: Results, folder: Path) -> None:
                 going["bf16, killed"] = start("bf16, killed", "precision=bf16")
                 killed = True
             time.sleep(0.1)
+    except TimeoutError:
+        results.note("The runs were stopped: no time was left.")
     finally:
         for process in going.values():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     for name, process in going.items():
-        if process.returncode:
+        if process.returncode > 0:
             log = (folder / f"{name}.log").read_text().strip().splitlines()
             results.note(f"{name} failed: {log[-1] if log else 'no output'}")
         losses = [
@@ -817,14 +825,15 @@ def _run_stages(results: Results, folder: Path) -> None:
             for line in _last_losses(folder / name / stage)
         ]
         again = f"{', resumed' if killed else ', NOT killed in time'}" if "killed" in name else ""
-        results.add("The three stages of a tiny config", run=name + again,
-                    exit_code=process.returncode, last_losses=", ".join(losses))  # fmt: skip
+        code = "stopped" if process.returncode < 0 else process.returncode
+        results.add("The three stages of a tiny config", run=name + again, exit_code=code,
+                    last_losses=", ".join(losses))  # fmt: skip
+    results.need(10)
     for name in list(runs)[1:3]:
         with results.attempt(f"weights of {name}"):
             results.add("Weights against those of the run `bf16`", run=name,
                         **_differences(folder / "bf16", folder / name))  # fmt: skip
     with results.attempt("the export"):
-        results.need(10)
         _open_export(results, folder, next(iter(runs)), environment)
 
 
@@ -893,8 +902,9 @@ def study(results: Results) -> None:
     if results.device == "cpu":
         results.note("On a CPU, `make study` runs it: not measured here.")
         return
+    results.need(120)
     lines = results.path.with_suffix(".jsonl")
-    minutes = (results.end - time.monotonic()) / 60 - 1  # the last ones need a minute
+    minutes = (results.until - time.time()) / 60 - 1  # the last ones need a minute
     command = [sys.executable, "-m", "studies.run", "full", "--seeds", "5", "6", "--processes", "8"]
     command += ["--minutes", f"{minutes:.1f}", "--results", str(lines)]
     with tempfile.TemporaryDirectory(prefix="dpa_study_") as folder:
@@ -935,13 +945,18 @@ PARTS = {
 
 def run_part(name: str, args: argparse.Namespace) -> None:
     """Do a part in this process."""
-    results = Results(args.out, name, args.device, args.seconds)
+    results = Results(args.out, name, args.device, args.until)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it ends what it started
     try:
         PARTS[name].work(results)
+    except (TimeoutError, KeyboardInterrupt):
+        sys.exit(CUT_OFF)  # its state is "cut off" from the beginning
     except (Exception, SystemExit) as error:
         results.content["state"] = f"failed: {type(error).__name__}: {error}"
         results.write()
         raise
+    if results.cut_off:
+        sys.exit(CUT_OFF)
     results.content["state"] = "complete"
     results.write()
 
@@ -952,29 +967,35 @@ def run_all(args: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in describe(args.device).items()), flush=True)
     end = time.monotonic() + args.minutes * 60 - 5
     shares = {name: PARTS[name].share for name in args.parts}
-    failed = []
+    codes = {}
     for name in args.parts:
         left = end - time.monotonic()
         seconds = max(0, min(left, max(MINIMUM, left * shares[name] / sum(shares.values()))))
         del shares[name]
-        command = [sys.executable, __file__, "--part", name, "--seconds", f"{seconds:.1f}"]
+        if seconds < MINIMUM / 6:
+            print(f"\n{name}: no time was left", flush=True)
+            continue
+        until = time.time() + seconds - 3  # before it is stopped
+        command = [sys.executable, __file__, "--part", name, "--until", f"{until:.1f}"]
         command += ["--device", args.device, "--out", str(args.out)]
         print(f"\n{name}: up to {seconds:.0f} s", flush=True)
         began = time.monotonic()
         process = subprocess.Popen(command, start_new_session=True)
         try:
-            code: int | str = process.wait(seconds)
+            codes[name] = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            code = "cut off"
+            codes[name] = CUT_OFF
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
         finally:
             with contextlib.suppress(ProcessLookupError):  # and what it has started
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        print(f"{name}: {time.monotonic() - began:.0f} s, exit code {code}", flush=True)
-        if code != 0:
-            failed.append(name)
+        how = "cut off" if codes[name] == CUT_OFF else f"exit code {codes[name]}"
+        print(f"{name}: {time.monotonic() - began:.0f} s, {how}", flush=True)
     print(f"\n{report(args.out)}")
-    return bool(failed)
+    return any(code not in (0, CUT_OFF) for code in codes.values())
 
 
 # The report
@@ -1047,7 +1068,7 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="print its results")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.report:
         print(report(args.report))

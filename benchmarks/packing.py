@@ -8,6 +8,7 @@ micro-batches that the sampler forms with the batch sizes of a config:
 """
 
 import argparse
+import functools
 import logging
 import math
 import random
@@ -24,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 import dpa_xtuner.plugin  # noqa: F401  # before peft is imported
-from dpa_xtuner.data.sampler import NOTHING, GroupedSampler
+from dpa_xtuner.data import sampler as sampler_module
+from dpa_xtuner.data.sampler import NOTHING, GroupedSampler, deal
 from dpa_xtuner.families.base import LLAMA_LAYERS
 from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 from dpa_xtuner.model.llm import add_lora, base_model, decode
@@ -131,7 +133,12 @@ def draw(stage: str, count: int) -> list[Sample]:
 
 
 def deal_out(
-    samples: list[Sample], batch_size: int, ranks: int, per_step: int, level: bool = True
+    samples: list[Sample],
+    batch_size: int,
+    ranks: int,
+    per_step: int,
+    level: bool = True,
+    wait_each: bool = False,
 ) -> list[list[list[Sample]]]:
     """Deal an epoch's samples to the ranks, by the sampler of training.
 
@@ -142,6 +149,7 @@ def deal_out(
         per_step: the global batch size.
         level: whether several ranks get about as many tokens, as in training with
             ``normalize="global"``; else they get the samples one by one.
+        wait_each: whether they wait for each other after each micro-batch (ZeRO-2 and 3).
 
     Returns:
         Of each rank its micro-batches; of an unfilled last step, some are empty.
@@ -150,7 +158,8 @@ def deal_out(
     data = _Lengths([s.text + s.images if s.images else -s.text for s in samples])
     level = level and ranks > 1
     places = 4 * batch_size if level else batch_size  # as stages/build.py sets them
-    how = dict(micro_batch_size=batch_size, most=places) if level else {}
+    how = dict(micro_batch_size=batch_size, most=places, wait_each=wait_each) if level else {}
+    once = functools.cache(deal)  # not anew for each rank
     dealt = []
     for rank in range(ranks):
         where = "xtuner.dataset.samplers.length_grouped.get_dist_info"
@@ -158,7 +167,8 @@ def deal_out(
             sampler = GroupedSampler(
                 data, per_step // ranks, "modality_length", mega_batch_mult=1, seed=42, **how
             )
-        order = list(sampler)
+        with mock.patch.object(sampler_module, "deal", lambda *a: once(tuple(a[0]), *a[1:])):
+            order = list(sampler)
         cut = (order[start : start + places] for start in range(0, len(order), places))
         dealt.append([[samples[i] for i in part if i != NOTHING] for part in cut])
     return dealt

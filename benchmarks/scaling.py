@@ -28,7 +28,7 @@ from dpa_xtuner.tables import markdown
 
 # Ranks, and what a rank does in a step: micro-batches of so many samples. 256 samples a step are
 # the paper's; 2,048 are for many GPUs.
-SETUPS = {PROXY: ((1, 32, 8), (8, 4, 8), (64, 1, 4), (64, 4, 1), (64, 4, 8))}
+SETUPS = {PROXY: ((1, 32, 8), (8, 1, 32), (8, 4, 8), (64, 1, 4), (64, 4, 1), (64, 4, 8))}
 SETUPS |= {ALIGN: SETUPS[PROXY], TUNE: ((1, 64, 4), (8, 8, 4), (64, 1, 4), (64, 4, 1), (64, 8, 4))}
 PEAK, SHARE = 989e12, 0.45  # an H100's dense bfloat16 FLOP/s, and the share that we aim at
 LINKS = {8: 450e9, 64: 50e9}  # bytes/s each way: NVLink 4, and 400 Gbit/s of network a GPU
@@ -90,7 +90,10 @@ def data_of(count: int) -> dict[str, tuple[str, list[Sample]]]:
 
 
 def evenness_table(steps: int) -> str:
-    """Tabulate what is lost, with samples dealt one by one and as they are dealt now."""
+    """Tabulate what is lost, with samples dealt one by one and as they are dealt now.
+
+    Those who wait after each micro-batch are dealt otherwise than those who wait at a step's end.
+    """
     rows = []
     for ranks, kind in ((r, k) for r in (1, 8, 64) for k in data_of(1)):
         stage = data_of(1)[kind][0]
@@ -99,11 +102,16 @@ def evenness_table(steps: int) -> str:
                 continue
             per_step = ranks * counts * size
             samples = data_of(max(2, steps * 256 // per_step) * per_step)[kind][1]
-            found = [
-                evenness(deal_out(samples, size, ranks, per_step, level), counts)
-                for level in (False, True)
-            ]
-            cells = (f"{share:.1%}" for one in zip(*found, strict=True) for share in one)
+            before, at_end, each = (
+                evenness(deal_out(samples, size, ranks, per_step, *how), counts)
+                for how in ((False,), (True, False), (True, True))
+            )
+            pairs = (
+                (before.padding, at_end.padding),
+                (before.per_step, at_end.per_step),
+                (before.per_micro_batch, each.per_micro_batch),
+            )
+            cells = (f"{share:.1%}" for pair in pairs for share in pair)
             rows.append([kind, str(ranks), f"{counts} x {size}", *cells])
     header = ["data", "ranks", "micro-batches"]
     for name in ("padding", "lost per step", "lost per micro-batch"):
@@ -153,11 +161,11 @@ def sending_table(costs: dict[str, Stage], steps: int) -> str:
             if ranks == 1 or ranks * counts * size != 256:
                 continue
             samples = draw(name, steps * 256)
-            dealt = deal_out(samples, size, ranks, 256)
-            operations = savings(costs[name], (part for parts in dealt for part in parts))["all"]
-            lost = evenness(dealt, counts)
-            ideal = operations / steps / ranks / (PEAK * SHARE)
             for zero in (1, 2, 3):
+                dealt = deal_out(samples, size, ranks, 256, wait_each=zero > 1)
+                batches = (part for parts in dealt for part in parts)
+                ideal = savings(costs[name], batches)["all"] / steps / ranks / (PEAK * SHARE)
+                lost = evenness(dealt, counts)
                 wait = lost.per_step if zero == 1 else lost.per_micro_batch
                 compute = ideal * (1 - lost.padding) / (1 - wait)
                 volume = sent(

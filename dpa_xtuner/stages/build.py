@@ -305,6 +305,11 @@ def _set_schedule(
         logger.interval = math.ceil(logger.get("interval", 10) / counts) * counts
 
 
+def zero_stage(config: Config) -> int | None:
+    """Return the stage of ZeRO that trains, None without DeepSpeed."""
+    return config.strategy.config["zero_optimization"]["stage"] if "strategy" in config else None
+
+
 def _balance_ranks(config: Config, batch_size: int, unequal: bool) -> None:
     """Have the sampler give all ranks about as many tokens.
 
@@ -316,7 +321,9 @@ def _balance_ranks(config: Config, batch_size: int, unequal: bool) -> None:
     """
     most = 4 * batch_size if unequal else batch_size
     config.train_dataloader.batch_size = most  # places, of which the sampler leaves some empty
-    config.train_dataloader.sampler.update(micro_batch_size=batch_size, most=most)
+    config.train_dataloader.sampler.update(
+        micro_batch_size=batch_size, most=most, wait_each=(zero_stage(config) or 0) >= 2
+    )
 
 
 # Trained float32 weights run under autocast. Autocast to bfloat16 needs no scaled loss.

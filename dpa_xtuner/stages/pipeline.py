@@ -17,6 +17,7 @@ from dpa_xtuner.stages.build import (
     stage_config,
     usable_data,
     world_size,
+    zero_stage,
 )
 from dpa_xtuner.stages.inputs import check_inputs
 from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
@@ -112,15 +113,15 @@ def _check_later_data(run: Run, stages: list[Stage]) -> None:
 
 def resume_key(config: Config) -> dict:
     """Collect what a checkpoint's iteration count and optimizer state depend on."""
-    zero = config.strategy.config["zero_optimization"]["stage"] if "strategy" in config else None
     loader = config.train_dataloader
     average = loader.sampler.get("micro_batch_size")
     key = {
         "processes": world_size(config.launcher),
         "batch_size": average or loader.batch_size,
-        "zero": zero,
+        "zero": zero_stage(config),
     }
-    return key if average is None else key | {"balanced": True}  # runs before did not have it
+    # Runs of before dealt in other ways: they had no such key, or True.
+    return key if average is None else key | {"balanced": 2}
 
 
 def samples_of(config: Config) -> str:

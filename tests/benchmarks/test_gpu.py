@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu
+import psutil
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,7 +59,7 @@ def test_a_killed_run_is_resumed_and_exported(tmp_path):
 
 @pytest.fixture
 def results(tmp_path):
-    return gpu.Results(tmp_path, "head", "cpu", seconds=60)
+    return gpu.Results(tmp_path, "head", "cpu", until=time.time() + 60)
 
 
 def test_a_figure_that_fails_is_noted_and_the_next_is_taken(results):
@@ -73,6 +76,7 @@ def test_a_figure_that_fails_is_noted_and_the_next_is_taken(results):
         "three: not measured (TimeoutError: no time was left)",
     ]
     assert content["tables"] == {"table": [{"figure": 1}]} and content["state"] == "cut off"
+    assert results.cut_off
 
 
 def test_the_report_says_what_is_missing(results, tmp_path):
@@ -81,6 +85,33 @@ def test_the_report_says_what_is_missing(results, tmp_path):
     assert "| way | ms | of peak FLOPs |\n|---|---|---|\n| a \\| b | 1.5 |  |" in report
     assert "**Not complete** (cut off)" in report
     assert report.count("**Not measured.**") == len(gpu.PARTS) - 1
+
+
+def test_parts_end_in_time_and_say_so(tmp_path, monkeypatch, capsys):
+    """In processes that stand for the parts: two sleep on, one fails, one has no time left."""
+    pretended = tmp_path / "parts.py"
+    pretended.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "part = sys.argv[2]\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        "pathlib.Path(sys.argv[-1], part).write_text(str(child.pid))\n"
+        "sys.exit(3) if part == 'head' else time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "__file__", str(pretended))
+    monkeypatch.setattr(gpu, "MINIMUM", 2)
+    monkeypatch.setattr(gpu, "describe", lambda device: {})
+    args = SimpleNamespace(out=tmp_path, device="cpu", minutes=(5 + 3) / 60,
+                           parts=["correctness", "head", "study", "profile"])  # fmt: skip
+    began = time.monotonic()
+    assert gpu.run_all(args) == 1
+    assert time.monotonic() - began < 5 + 3
+    said = capsys.readouterr().out
+    for line in ("correctness: 2 s, cut off", "head: 0 s, exit code 3", "study: 1 s, cut off",
+                 "profile: no time was left"):  # fmt: skip
+        assert line in said
+    for part in ("correctness", "head", "study"):
+        child = int((tmp_path / part).read_text())
+        assert not psutil.pid_exists(child) or psutil.Process(child).status() == "zombie"
 
 
 @pytest.mark.parametrize(

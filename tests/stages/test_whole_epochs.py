@@ -71,7 +71,7 @@ def test_each_epoch_passes_each_sample_once_at_its_steps_rate(
         assert sorted(ids) == sorted(harness.held_out_split(tiny)[1])
     assert "no supervised token: they train nothing" not in output
     state = json.loads((work_dir / "align" / "stage.json").read_text())
-    balanced = {"balanced": True} if ranks > 1 else {}
+    balanced = {"balanced": 2} if ranks > 1 else {}
     assert state["run"] == {
         "processes": ranks, "batch_size": 2, "zero": 2 if deepspeed else None, **balanced,
     }  # fmt: skip
