@@ -71,7 +71,8 @@ def evenness(dealt: list[list[list[Sample]]], counts: int) -> Evenness:
 def long_captions(count: int, images: int) -> list[Sample]:
     """Draw captions of some 180 tokens, log-normal with sigma 0.3.
 
-    ShareGPT4V's have 826 characters on average (arXiv 2311.12793); the spread is an assumption.
+    ShareGPT4V's have 826 characters on average (arXiv 2311.12793). The spread of 23 captions from
+    datasets/LocNar_Eval/data.jsonl in github.com/google/imageinwords is 0.29.
     """
     rng = random.Random(0)
     drawn = (rng.lognormvariate(math.log(180), 0.3) for _ in range(count))
