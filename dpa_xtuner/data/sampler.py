@@ -102,13 +102,14 @@ class GroupedSampler(LengthGroupedSampler):
         size, width = self.total_batch_size, self.total_batch_size // self._counts
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         for images in (True, False):
-            places = torch.tensor([
+            alike = [
                 place
                 for place, batch in enumerate(batches)
                 if place and len(batch) == size
                 and all((self.length[i] > 0) == images for i in batch)
-            ])  # fmt: skip
-            places = places[torch.randperm(len(places), generator=generator)].tolist()
+            ]  # fmt: skip
+            shuffled = torch.randperm(len(alike), generator=generator).tolist()
+            places = [alike[i] for i in shuffled]
             windows = -(-len(places) // WINDOW)  # of about as many steps
             for window in (places[i::windows] for i in range(windows)):
                 pool = [i for place in window for i in batches[place]]
