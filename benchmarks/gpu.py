@@ -929,7 +929,7 @@ PARTS = {
         "the card's dense bfloat16 peak.",
     ),
     "stages": Part(
-        stages, 2, "Three stages",
+        stages, 4, "Three stages",
         "A tiny config, six steps a stage, each run a process of its own.",
     ),
     "profile": Part(
@@ -1012,7 +1012,8 @@ that is cut off keeps what it has:
 It needs no network and no weights: models are made on the GPU. It runs on the versions of
 `constraints/stock.txt` and `constraints/5.txt`; [`install.md`](install.md) is for a machine without
 a network. A library that is missing costs only the figures that need it. `--device cpu` runs the
-same code with tiny shapes, as the tests do.
+same code with tiny shapes, as the tests do. The tests also run most of what is for a GPU alone on
+a pretended one: tensors that compute on the CPU, and refuse to be mixed with others.
 
 `python benchmarks/gpu.py --report docs/gpu > docs/gpu.md` writes this page from the results. Each
 part names its card and date, or says that it was not measured. Many GPUs are in

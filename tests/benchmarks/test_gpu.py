@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import gpu
 import psutil
 import pytest
+from support.pretended_gpu import pretended_gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 FILE = Path(gpu.__file__)
@@ -22,14 +23,25 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_all_parts_but_the_stages_run_on_a_cpu(tmp_path):
-    parts = ["correctness", "steps", "profile", "head", "study"]
-    done = run(tmp_path, "--minutes", "3", "--parts", *parts)
+def test_all_parts_run_on_a_cpu_in_three_minutes(tmp_path):
+    began = time.monotonic()
+    done = run(tmp_path, "--minutes", "3")
+    assert time.monotonic() - began < 3 * 60
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in parts}
-    assert {name: content["state"] for name, content in found.items()} == dict.fromkeys(
-        parts, "complete"
-    )
+    states = {
+        name: json.loads(file.read_text())["state"] if file.is_file() else "no time was left"
+        for name, file in ((name, tmp_path / f"{name}.json") for name in gpu.PARTS)
+    }
+    # On a busy machine not all of them have the time, and then they say so.
+    report = gpu.report(tmp_path)
+    assert report.count("**Not complete** (cut off)") == [*states.values()].count("cut off")
+    assert report.count("**Not measured.**") == [*states.values()].count("no time was left")
+    late = [name for name, state in states.items() if state != "complete"]
+    if late:
+        done = run(tmp_path, "--minutes", "10", "--parts", *late)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in gpu.PARTS}
+    assert {content["state"] for content in found.values()} == {"complete"}
     (precisions,) = found["correctness"]["tables"].values()
     assert [(row["precision"], row["holds"]) for row in precisions] == [
         ("fp32", "yes"), ("bf16", "yes"), ("fp16", "yes"),
@@ -41,21 +53,31 @@ def test_all_parts_but_the_stages_run_on_a_cpu(tmp_path):
     assert losses["plain", 20] == pytest.approx(losses["cmo", 20], rel=5e-3)
     assert len(found["steps"]["tables"]["A step of tune with LoRA of rank 4, tiny"]) == 3
     assert not any("differ" in note for note in found["steps"]["notes"])
-    report = gpu.report(tmp_path)
-    assert "| stock | 8 | no |" in report
-    assert report.count("**Not measured.**") == 1 and "--parts stages" in report
+    assert "| stock | 8 | no |" in gpu.report(tmp_path)
+    stages = found["stages"]
+    assert not stages["notes"]
+    (row,) = stages["tables"]["The three stages of a tiny config"]
+    assert (row["run"], row["exit_code"]) == ("bf16, killed, resumed", 0)
+    (row,) = stages["tables"]["Export of the run `bf16, killed`"]
+    assert row["finite"] == "yes"
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_and_exported(tmp_path):
-    done = run(tmp_path, "--minutes", "8", "--parts", "stages")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    content = json.loads((tmp_path / "stages.json").read_text())
-    assert content["state"] == "complete" and not content["notes"]
-    (row,) = content["tables"]["The three stages of a tiny config"]
-    assert (row["run"], row["exit_code"]) == ("bf16, killed, resumed", 0)
-    (row,) = content["tables"]["Export of the run `bf16, killed`"]
-    assert row["finite"] == "yes"
+@pytest.mark.parametrize("part", ["correctness", "steps", "head"])
+def test_what_a_gpu_would_run_mixes_no_devices(part, tmp_path, monkeypatch):
+    """The branches for a GPU, on a pretended one with a CPU's shapes."""
+    shapes = gpu.sizes("cpu")
+    monkeypatch.setattr(gpu, "sizes", lambda device: shapes)
+    monkeypatch.setattr(gpu, "describe", lambda device: {})
+    monkeypatch.setattr(gpu, "_matrix_products", lambda results: None)
+    results = gpu.Results(tmp_path, part, "cuda", until=time.time() + 140)  # compiles nothing
+    with pretended_gpu():
+        gpu.PARTS[part].work(results)
+    assert results.content["tables"]
+    # Kernels that only a GPU has, and what is not installed.
+    missing = ("flash", "flex_attention", "liger-kernel", "compiled layers")
+    failed = [note for note in results.content["notes"] if not any(m in note for m in missing)]
+    assert failed == []
 
 
 @pytest.fixture
