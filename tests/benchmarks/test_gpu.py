@@ -70,7 +70,7 @@ def test_what_a_gpu_would_run_mixes_no_devices(part, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "sizes", lambda device: shapes)
     monkeypatch.setattr(gpu, "describe", lambda device: {})
     monkeypatch.setattr(gpu, "_matrix_products", lambda results: None)
-    results = gpu.Results(tmp_path, part, "cuda", until=time.time() + 140)  # compiles nothing
+    results = gpu.Results(tmp_path, part, "cuda", until=time.time() + 80)  # compiles nothing
     with pretended_gpu():
         gpu.PARTS[part].work(results)
     assert results.content["tables"]
