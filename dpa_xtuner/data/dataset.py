@@ -69,8 +69,8 @@ class DPADataset(Dataset):
         files: the data files, one or more.
         stores: the tokenised store of each file.
         encoding: what its tokens were made by and what was chosen of them: the facts of
-            :class:`RecordTokenizer`, the settings that choose, and a hash of the chosen samples
-            with their lengths.
+            :class:`RecordTokenizer`, the settings that choose, and a hash of the chosen samples,
+            of their lengths and of all tokens.
         skip_limit: as given.
 
     Raises:
@@ -135,8 +135,10 @@ class DPADataset(Dataset):
         self._rows = self._choose(choice)
         if len(self.stores) > 1 or share < 1:
             print_log(f"{split}: {self._describe_epoch()}", logger="current")
-        chosen = hashlib.sha256(self._rows.tobytes() + self._lengths.tobytes()).hexdigest()
-        self.encoding = tokenize.facts() | choice | {"chosen": chosen}
+        hashes = "".join(store.sha256 for store in self.stores)  # stays if the files are moved
+        chosen = self._rows.tobytes() + self._lengths.tobytes() + hashes.encode()
+        chosen_hash = hashlib.sha256(chosen).hexdigest()
+        self.encoding = tokenize.facts() | choice | {"chosen": chosen_hash}
 
     def _choose(self, choice: dict[str, Any]) -> np.ndarray:
         positions = [store.arrays["positions"] for store in self.stores]

@@ -275,9 +275,9 @@ class RecordTokenizer:
         image_lost = _sum_by(samples, images & ~fits, n) > 0
         no_answer = _sum_by(samples, trained, n) == 0
         for i in np.flatnonzero(image_lost | no_answer):
-            lost = (
-                self._image_reason(pictures[i]) if image_lost[i] else self._answer_reason(full[i])
-            )
+            lost = f"no supervised token: {full[i]} tokens, max_length {self._max_length}"
+            if image_lost[i]:
+                lost = self._image_reason(pictures[i])
             problems.append(Problem(records[i].id, lost, position=records[i].position))
         good = ~(image_lost | no_answer)
         kept = fits & good[samples]
@@ -304,9 +304,6 @@ class RecordTokenizer:
             f"image cut off: {len(pictures)} image(s){cut} of {self._image_tokens} tokens and the "
             f"text before them exceed max_length {self._max_length}"
         )
-
-    def _answer_reason(self, length: int) -> str:
-        return f"no supervised token: {length} tokens, max_length {self._max_length}"
 
 
 def _sum_by(samples: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:

@@ -18,6 +18,7 @@ import functools
 import io
 import os
 import re
+import threading
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -26,8 +27,10 @@ from typing import Any
 _ROW = re.compile(r"(parquet|arrow)://(.*)#row=(\d+)&(images?)=(\d+)", re.DOTALL)
 _TAR = re.compile(r"tar://(.*)#at=(\d+)&size=(\d+)", re.DOTALL)
 _SCHEMES = ("parquet://", "arrow://", "tar://", "data:")
-_TABLES = 4  # open files of each kind in a process
+_TABLES = 4  # Arrow files that are mapped at a time
+_FOOTERS = 256  # Parquet files whose row groups are known
 _LARGEST_GROUP = 1 << 29  # bytes of the pictures of a row group, which is read whole
+_last = threading.local()  # the row group that a thread has read last
 
 
 def is_place(name: str) -> bool:
@@ -96,9 +99,9 @@ def open_bytes(name: str) -> str | io.BytesIO:
 def _value(kind: str, path: str, row: int, column: str) -> Any:
     if kind == "arrow":
         return open_table(path).column(column)[row].as_py()
-    groups = _row_groups(path, os.getpid())
+    groups = _row_groups(path)
     number = bisect_right(groups, row) - 1
-    table = _row_group(path, number, column, os.getpid())
+    table = _row_group(path, number, column)
     return table.column(0)[row - groups[number]].as_py()
 
 
@@ -114,8 +117,8 @@ def open_table(path: str) -> Any:
         return pa.ipc.open_file(source).read_all()
 
 
-@functools.lru_cache(_TABLES * 64)
-def _row_groups(path: str, process: int) -> list[int]:
+@functools.lru_cache(_FOOTERS)
+def _row_groups(path: str) -> list[int]:
     """Return the first row of each row group, and the number of rows."""
     import pyarrow.parquet as pq
 
@@ -125,10 +128,13 @@ def _row_groups(path: str, process: int) -> list[int]:
     return [0, *accumulate(sizes)]
 
 
-@functools.lru_cache(_TABLES)
-def _row_group(path: str, number: int, column: str, process: int) -> Any:
+def _row_group(path: str, number: int, column: str) -> Any:
+    """Read a row group's pictures, unless this thread has read them last."""
     import pyarrow.parquet as pq
 
+    asked = path, number, column
+    if getattr(_last, "asked", None) == asked:
+        return _last.table
     with pq.ParquetFile(path) as file:
         group = file.metadata.row_group(number)
         own = [group.column(i) for i in range(group.num_columns)]
@@ -140,4 +146,5 @@ def _row_group(path: str, number: int, column: str, process: int) -> Any:
                 f"row group {number} of {path} holds {size >> 20} MiB of pictures, too many to "
                 "open one; write the file again with row groups of 100 rows"
             )
-        return file.read_row_group(number, columns=[column], use_threads=False)
+        _last.asked, _last.table = asked, file.read_row_group(number, [column], use_threads=False)
+    return _last.table

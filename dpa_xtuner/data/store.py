@@ -57,6 +57,7 @@ class TokenStore:
         problems: the records that were left out, in no particular order.
         notes: what is special about usable records, by kind: how many there are, and the first ids.
         format: what kind of data file they are from.
+        sha256: hash of all tokens and of which are supervised.
         arrays: the memory-mapped columns by name: "tokens" and "supervised" of all samples one
             after the other, and of shape (S,) "counts" (a sample's tokens, an image being one),
             "positions" (its record's place in the data file), "lengths" (its tokens with its images
@@ -75,6 +76,7 @@ class TokenStore:
             kind: (count, ids) for kind, (count, ids) in meta["notes"].items()
         }
         self.format: str = meta["format"]
+        self.sha256: str = meta["sha256"]
         self.arrays: dict[str, np.ndarray] = {
             name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r") for name in _COLUMNS
         }
@@ -145,19 +147,16 @@ def open_store(
             be written.
     """
     source = open_source(data_path)
-    files = _identify(data_path, source)
+    files = _identify(source)
     images = os.path.realpath(image_folder or "") if tokenizer.tiling else ""
     key = json.dumps([FORMAT, files, tokenizer.facts(), images], sort_keys=True)
     folder = cache_root() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    how = "read"
-    store = _usable_store(folder)
+    store, how = _usable_store(folder), "read"
     if store is None:
         with _lock(folder):
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
-                how = "built"
-                make = functools.partial(_write, Path(data_path), source, tokenizer, images)
-                store = _build(Path(data_path), files, make, num_proc, folder)
+                store, how = _build(source, files, tokenizer, images, num_proc, folder), "built"
     print_log(
         f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
     )
@@ -169,10 +168,10 @@ def cache_root() -> Path:
     return Path(os.environ.get("DPA_CACHE") or "~/.cache/dpa_xtuner").expanduser().absolute()
 
 
-def _identify(data_path: str | Path, source: Source) -> list[list[Any]]:
+def _identify(source: Source) -> list[list[Any]]:
     stats = [(os.path.realpath(file), os.stat(file)) for file in source.files]
     found: list[list[Any]] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    return [[os.path.realpath(data_path), source.format], *found]
+    return [[os.path.realpath(source.path), source.format], *found]
 
 
 def _usable_store(folder: Path) -> TokenStore | None:
@@ -201,30 +200,27 @@ def _lock(folder: Path) -> AcquireReturnProxy:
 
 
 def _build(
-    data_path: Path,
+    source: Source,
     files: list[list[Any]],
-    write: Callable[[int, Path], None],
+    tokenizer: RecordTokenizer,
+    image_folder: str,
     num_proc: int,
     folder: Path,
 ) -> TokenStore:
     """Build a store beside its place and move it there; the caller holds its lock."""
     with whole_folder(folder) as partial:
-        write(num_proc, partial)
-        if _identify(data_path, open_source(data_path)) != files:
-            raise DPAError(f"data file {data_path} changed while it was read; start again.")
+        _write(source, tokenizer, image_folder, num_proc, partial)
+        if _identify(open_source(source.path)) != files:
+            raise DPAError(f"data file {source.path} changed while it was read; start again.")
     return TokenStore(folder)
 
 
 def _write(
-    data_path: Path,
-    source: Source,
-    tokenizer: RecordTokenizer,
-    image_folder: str,
-    num_proc: int,
-    folder: Path,
+    source: Source, tokenizer: RecordTokenizer, image_folder: str, num_proc: int, folder: Path
 ) -> None:
     problems: list[Problem] = []
     notes: dict[str, tuple[int, list[str]]] = {}
+    digest = hashlib.sha256()
     what = tokenizer.sample_format + (", reading image sizes" if tokenizer.tiling else "")
     with ExitStack() as stack:
         append = {
@@ -233,15 +229,16 @@ def _write(
         }
         pool = stack.enter_context(ThreadPoolExecutor(_HEADER_READERS))
         progress = stack.enter_context(
-            tqdm(desc=f"Tokenising {data_path.name} ({what})", unit=" records")
+            tqdm(desc=f"Tokenising {source.path.name} ({what})", unit=" records")
         )
-        batches = _batches(read_source(source, data_path))
+        batches = _batches(read_source(source))
         if tokenizer.tiling:
             measure = functools.partial(_measure, image_folder)
             batches = (list(pool.map(measure, batch)) for batch in batches)
         for size, tokenized in _tokenized(batches, tokenizer, num_proc):
             for name, values in _columns(tokenized).items():
                 append[name](values)
+            digest.update((2 * tokenized.tokens + tokenized.supervised).tobytes())
             problems += tokenized.problems
             for note in tokenized.notes:
                 count, ids = notes.get(note.kind, (0, []))
@@ -249,10 +246,11 @@ def _write(
             progress.update(size)
         records = progress.n
     meta = {
-        "data": str(data_path),
+        "data": str(source.path),
         "format": source.format,
         "sample_format": tokenizer.sample_format,
         "records": records,
+        "sha256": digest.hexdigest(),
         "notes": notes,
         "problems": list(map(astuple, problems)),
     }

@@ -38,20 +38,9 @@ from dpa_xtuner.errors import DPAError, nearest
 
 SampleFormat = Literal["caption_text", "caption", "chat"]
 _TEMPLATE_KEYS = (
-    "SYSTEM",
-    "INSTRUCTION",
-    "SUFFIX",
-    "SUFFIX_AS_EOS",
-    "SEP",
-    "STOP_WORDS",
-    "DEFAULT_SYSTEM",
-    "SYSTEM_INSTRUCTION",
-    "PREFIX",
-    "STRIP",
-    "AS_ONE_TEXT",
-    "NO_THINKING",
-    "TODAY",
-)
+    "SYSTEM", "INSTRUCTION", "SUFFIX", "SUFFIX_AS_EOS", "SEP", "STOP_WORDS", "DEFAULT_SYSTEM",
+    "SYSTEM_INSTRUCTION", "PREFIX", "STRIP", "AS_ONE_TEXT", "NO_THINKING", "TODAY",
+)  # fmt: skip
 _END_OF_THINKING = "</think>"
 
 

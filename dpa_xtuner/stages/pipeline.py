@@ -168,9 +168,10 @@ def _resume(config: Config, checkpoint: str | None, state: dict) -> None:
     if state.get("samples") != samples_of(config):
         raise DPAError(
             f"Stage {folder.name} has the data files and settings that {checkpoint} was trained "
-            f"on, but they now give other samples: the tokenizer has changed, or images can be "
-            f"read that could not be read when the data was tokenised (with max_tiles above 1, an "
-            f"image's size decides its tokens). Remove {folder} to train the stage again; to "
-            f"continue, restore the old files and set DPA_CACHE to an empty folder."
+            f"on, but they now give other samples: the tokenizer has changed, or a text in a file "
+            f"with pictures inside, or images can be read that could not be read when the data was "
+            f"tokenised (with max_tiles above 1, an image's size decides its tokens). Remove "
+            f"{folder} to train the stage again; to continue, restore the old files and set "
+            f"DPA_CACHE to an empty folder."
         )
     print_log(f"Stage {folder.name} resumes from {checkpoint}", "current")

@@ -1413,6 +1413,18 @@ def test_the_hash_of_data_follows_the_content(tmp_path):
     assert data_sha256(hub_folder(tmp_path)) != data_sha256(saved_to_disk(tmp_path))
 
 
+def test_a_changed_text_of_the_same_length_changes_the_fingerprint(load, tmp_path):
+    """The hash of a large tar's ends would miss it."""
+
+    def caption_of(text):
+        path = tar_file(("0.png", picture_bytes(RED)), ("0.txt", text))(tmp_path)
+        return load(path, "caption").fingerprint
+
+    before = caption_of(b"Red")
+    assert caption_of(b"Rat") != before
+    assert caption_of(b"Red") == before
+
+
 def test_problems_of_a_list_name_their_file(load, tmp_path):
     path = meta_list(1)(tmp_path)
     annotation = tmp_path / "a.jsonl"
@@ -1425,7 +1437,7 @@ def test_pictures_in_large_row_groups_are_refused_by_name(load, tmp_path, monkey
     from dpa_xtuner.data import places
 
     dataset = load(rows(**CAULDRON)(tmp_path))
-    places._row_group.cache_clear()
+    places._last.asked = None
     monkeypatch.setattr(places, "_LARGEST_GROUP", 10)
     found = dataset[0]
     assert isinstance(found, Problem) and "write the file again with row groups" in found.reason

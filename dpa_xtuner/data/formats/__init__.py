@@ -67,7 +67,7 @@ def open_source(path: str | Path, lists: frozenset[str] = frozenset()) -> Source
     if real in lists:
         raise DPAError(f"data file {path} names itself, or a list that names it.")
     find = functools.partial(open_source, lists=lists | {real})
-    return opened.open_source(Path(path), find, read_source)
+    return replace(opened.open_source(Path(path), find, read_source), path=Path(path))
 
 
 def read_records(path: str | Path) -> Iterator[Record | Problem]:
@@ -79,11 +79,11 @@ def read_records(path: str | Path) -> Iterator[Record | Problem]:
     Raises:
         DPAError: the file is missing, empty, broken, or of no format that is read.
     """
-    return read_source(open_source(path), path)
+    return read_source(open_source(path))
 
 
-def read_source(source: Source, path: str | Path) -> Iterator[Record | Problem]:
-    """Stream the records of what :func:`open_source` has found at ``path``."""
+def read_source(source: Source) -> Iterator[Record | Problem]:
+    """Stream the records of what :func:`open_source` has found."""
     first = True
     for position, item in enumerate(source.items()):
         if isinstance(item, (Record, Problem)):
@@ -91,7 +91,7 @@ def read_source(source: Source, path: str | Path) -> Iterator[Record | Problem]:
             continue
         if first and isinstance(value := messages.as_item(item), Mapping):
             if _format_of(value) is None:
-                raise DPAError(f"data file {path}: {_fits_none(value)}")
+                raise DPAError(f"data file {source.path}: {_fits_none(value)}")
             first = False
         yield parse_record(item, position)
 

@@ -21,7 +21,7 @@ from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 
 Find = Callable[[Path], Source]
-Read = Callable[[Source, Path], Iterator[Any]]
+Read = Callable[[Source], Iterator[Any]]
 
 _SAMPLING = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
 _YAML_HEAD = re.compile(r"^(datasets\s*:|-\s*json_path\s*:)", re.MULTILINE)
@@ -176,7 +176,7 @@ def _source(name: str, path: Path, files: list[_File], find: Find, read: Read) -
     def items() -> Iterator[Record | Problem]:
         for file, source in zip(files, sources, strict=True):
             for _ in range(file.times):
-                yield from _records(file, functools.partial(read, source, file.path))
+                yield from _records(file, functools.partial(read, source))
 
     return Source(name, (path, *(each for source in sources for each in source.files)), items)
 

@@ -48,7 +48,7 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
     Args:
         path: the file or folder.
         find: finds out the same of a file that another one names.
-        read: streams the records of what it has found at a path.
+        read: streams the records of what it has found.
 
     Raises:
         DPAError: it is missing, empty, or nothing that is read.

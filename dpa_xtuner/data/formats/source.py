@@ -17,8 +17,10 @@ class Source:
         files: the files that are read.
         items: gives its records one after the other: decoded values, or what is already a
             :class:`dpa_xtuner.data.records.Record` or a :class:`dpa_xtuner.data.problems.Problem`.
+        path: the file or folder as it was named.
     """
 
     format: str
     files: tuple[Path, ...]
     items: Callable[[], Iterator[Any]]
+    path: Path = Path()
