@@ -100,13 +100,9 @@ class DPADataset(Dataset):
         background: str = WHITE,
         num_proc: int = 1,
     ) -> None:
-        self.files: list[str | Path]
-        self.files = [data_path] if isinstance(data_path, (str, Path)) else list(data_path)
-        self._folders: list[str | Path | None]
-        if image_folder is None or isinstance(image_folder, (str, Path)):
-            self._folders = [image_folder] * len(self.files)
-        else:
-            self._folders = list(image_folder)
+        self.files: list[str | Path] = _listed(data_path)
+        folders: list[str | Path | None] = _listed(image_folder)
+        self._folders = folders if len(folders) > 1 else folders * len(self.files)
         if len({os.path.realpath(file) for file in self.files}) < len(self.files):
             raise DPAError(
                 f"data_path names a file twice: {', '.join(map(str, self.files))}; name it once, "
@@ -303,6 +299,10 @@ class DPADataset(Dataset):
             distinct = len(np.unique(rows))
             parts.append(f"{len(rows)} ({distinct} different ones of {len(store)}) of {file}")
         return f"{len(self)} samples an epoch: {'; '.join(parts)}"
+
+
+def _listed(value: Any) -> list:
+    return [value] if value is None or isinstance(value, (str, Path)) else list(value)
 
 
 def _build(part: Any) -> Any:
