@@ -146,7 +146,8 @@ def test_killed_on_a_tar_and_parquet_it_ends_with_the_bits_of_the_json(reference
 def _write_tar(tiny: Path, path: Path, change=str) -> None:
     with tarfile.open(path, "w") as tar:
         for i, record in enumerate(json.loads((tiny / "captions.json").read_text())):
-            picture = (tiny / "images" / record["image"]).read_bytes()
+            (name,) = record["image"]
+            picture = (tiny / "images" / name).read_bytes()
             caption = change(record["conversations"][1]["value"]).encode()
             for name, content in ((f"{i:03}.png", picture), (f"{i:03}.txt", caption)):
                 info = tarfile.TarInfo(name)
@@ -157,7 +158,7 @@ def _write_tar(tiny: Path, path: Path, change=str) -> None:
 def _write_parquet(tiny: Path, path: Path) -> None:
     images, talks = [], []
     for record in json.loads((tiny / "instructions.json").read_text()):
-        files = [tiny / "images" / record["image"]] if "image" in record else []
+        files = [tiny / "images" / name for name in record.get("image", [])]
         images.append([{"bytes": file.read_bytes(), "path": None} for file in files])
         talks.append(record["conversations"])
     pq.write_table(pa.table({"images": images, "conversations": talks}), path, row_group_size=10)

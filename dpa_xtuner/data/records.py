@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ _OTHER_MARK = re.compile(
     re.IGNORECASE,
 )
 _OTHER_IN_ANSWER = re.compile(r"<(img|video|audio)>[^<>]*</\1>|<(bbox|ref-object)>", re.IGNORECASE)
-_SYSTEM_KEYS = frozenset(("system", "system_prompt", "system_message"))
+_SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,48 +115,35 @@ def shown_id(item: Any, position: int) -> str:
         found = read_id(item, position) if isinstance(item, Mapping) else str(position)
     except Malformed:
         return str(position)
-    return found.encode("ascii", "backslashreplace").decode() if _half(found) else found
-
-
-def _half(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
+    return found.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair, escaped
 
 
 def _system(item: Mapping[str, Any], turn: str | None) -> str | None:
     """Return the system prompt of a system turn or a key; None if it is empty or blank."""
-    if turn is None and _SYSTEM_KEYS.isdisjoint(item):
-        return None
-    found = {turn: None} if turn is not None and turn.strip() else {}
-    for key in sorted(_SYSTEM_KEYS):
-        if (value := item.get(key)) is None:
-            continue
-        if not isinstance(value, str):
+    found = {turn} if turn is not None and turn.strip() else set()
+    for key in _SYSTEM_KEYS:
+        value = item.get(key)
+        if value is not None and not isinstance(value, str):
             raise Malformed(f"malformed {key}: expected a string")
-        if value.strip():
-            found[value] = None
+        if value and value.strip():
+            found.add(value)
     if len(found) > 1:
         raise Malformed("several system prompts: a system turn and a key say different ones")
     return next(iter(found), None)
 
 
 def _check_marks(
-    images: tuple[str, ...], system: str | None, turns: Iterable[tuple[str, str]]
+    images: tuple[str, ...], system: str | None, turns: tuple[tuple[str, str], ...]
 ) -> None:
-    marks = 0
-    for human, gpt in turns:
-        if "<" in gpt:
-            if DEFAULT_IMAGE_TOKEN in gpt:
-                raise _misplaced()
-            if found := _OTHER_IN_ANSWER.search(gpt):
-                raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
-        count = human.count(DEFAULT_IMAGE_TOKEN)
-        marks += count
-        if human.count("<") > count or "[IMG]" in human or ";base64," in human:
-            refuse_other_marks(human)
-    if system is not None and "<" in system:
-        if DEFAULT_IMAGE_TOKEN in system:
-            raise _misplaced()
-        refuse_other_marks(system)
+    answers = [gpt for _, gpt in turns if "<" in gpt]
+    if any(DEFAULT_IMAGE_TOKEN in text for text in (system or "", *answers)):
+        raise Malformed(f"misplaced {DEFAULT_IMAGE_TOKEN}: it belongs into human turns only")
+    for gpt in answers:
+        if found := _OTHER_IN_ANSWER.search(gpt):
+            raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
+    for text in (system or "", *(human for human, _ in turns)):
+        refuse_other_marks(text)
+    marks = sum(human.count(DEFAULT_IMAGE_TOKEN) for human, _ in turns)
     if marks != len(images):
         raise Malformed(
             f"wrong number of {DEFAULT_IMAGE_TOKEN}: {marks} in the text, {len(images)} images; "
@@ -176,7 +163,3 @@ def refuse_other_marks(text: str) -> None:
                 f"mark that is not read: {found[0][:100]}; a picture's is {DEFAULT_IMAGE_TOKEN}, "
                 "and other media are not read"
             )
-
-
-def _misplaced() -> Malformed:
-    return Malformed(f"misplaced {DEFAULT_IMAGE_TOKEN}: it belongs into human turns only")

@@ -29,7 +29,7 @@ from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import read_json, whole_folder, write_json
 
-FORMAT = 7  # raise it whenever other bytes would be written for the same input
+FORMAT = 8  # raise it whenever other bytes would be written for the same input
 _HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
 _NOTED = 10  # records of a kind whose ids are kept
 _BATCH_CHARACTERS = 500_000  # text tokenised at once; bounds the memory that a build takes

@@ -1335,7 +1335,9 @@ REFUSED = {
         next_list("all", json_path="no.json"),
         "names no.json, which does not",
     ),
-    "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5; above 1"),
+    "meta of half a file twice": (meta_list(1.5), "repeat_time of 'x' is 1.5, expected a whole"),
+    "meta of no number": (meta_list(float("nan")), "repeat_time of 'x' is nan, expected a whole"),
+    "YAML of half a record": (next_list("first:2.5"), "sampling_strategy 'first:2.5' .* unknown"),
     "meta of another project": (meta_list(1, sample_ratio=2), "sample_ratio of 'x' is not read"),
     "plain text": (
         other("a.txt", b"Hello there\n"),

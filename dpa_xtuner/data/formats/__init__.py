@@ -11,13 +11,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpa_xtuner.data.formats import captions, messages, opened, pairs, texts
+from dpa_xtuner.data.formats import captions, messages, opened, pairs
 from dpa_xtuner.data.formats.source import Source
 from dpa_xtuner.data.formats.turns import refuse_unread_pictures, refuse_what_is_not_read
 from dpa_xtuner.data.problems import Problem
@@ -27,20 +27,21 @@ from dpa_xtuner.files import file_sha256
 
 
 class _Format(NamedTuple):
-    """A format of records: its name, the keys that tell it, and what reads one."""
+    """A format of records: its name, for each key that it needs the known names, its reader."""
 
     name: str
-    needs: tuple[str, ...]
+    needs: tuple[tuple[str, ...], ...]
     read: Callable[[Mapping[str, Any]], Parts]
 
 
-_OF_KEYS = (
-    _Format("LLaVA", ("conversations",), functools.partial(messages.read, key="conversations")),
-    _Format("messages", ("messages",), messages.read),
-    _Format("query/response", ("query", "response"), pairs.read),
-    _Format("user/assistant texts", ("texts",), texts.read),
+_CAPTIONS = _Format("image and caption", (captions.IMAGES, captions.CAPTIONS), captions.read)
+_FORMATS = (
+    _Format("LLaVA", (("conversations",),), functools.partial(messages.read, key="conversations")),
+    _Format("messages", (("messages",),), messages.read),
+    _Format("query/response", (("query",), ("response",)), pairs.read_query),
+    _Format("user/assistant texts", (("texts",),), pairs.read_texts),
+    _CAPTIONS,
 )
-_CAPTIONS = _Format("image and caption", ("image", "caption"), captions.read)
 # What other formats call what ours need.
 _ALIKE = {
     "query": ("question", "instruction", "prompt", "input", "prefix"),
@@ -89,8 +90,8 @@ def read_source(source: Source) -> Iterator[Record | Problem]:
         if isinstance(item, (Record, Problem)):
             yield replace(item, position=position)
             continue
-        if first and isinstance(value := messages.as_item(item), Mapping):
-            if _format_of(value) is None:
+        if first and isinstance(value := messages.as_item(item), dict):
+            if not (_format_of(value) or _format_of(_without_nulls(value))):
                 raise DPAError(f"data file {source.path}: {_fits_none(value)}")
             first = False
         yield parse_record(item, position)
@@ -106,13 +107,10 @@ def parse_record(item: Any, index: int) -> Record | Problem:
     Returns:
         The :class:`Record`, or the :class:`Problem` with it.
     """
-    if isinstance(item, list):
-        item = messages.as_item(item)
+    item = _without_nulls(item)
     if not isinstance(item, dict):
         reason = f"not a record: {type(item).__name__}, expected an object"
         return Problem(str(index), reason, position=index)
-    if None in item.values():  # as a table has it in a row that lacks something
-        item = {key: value for key, value in item.items() if value is not None}
     try:
         if (found := _format_of(item)) is None:
             raise Malformed(f"unknown format: {_nearest(item)}")
@@ -124,11 +122,22 @@ def parse_record(item: Any, index: int) -> Record | Problem:
         return Problem(shown_id(item, index), str(error), position=index)
 
 
+def _without_nulls(item: Any) -> Any:
+    """Return a record without the keys that have no value, as a row of a table may lack some."""
+    item = messages.as_item(item)
+    if isinstance(item, dict) and None in item.values():
+        return {key: value for key, value in item.items() if value is not None}
+    return item
+
+
 def _format_of(item: Mapping[str, Any]) -> _Format | None:
-    for each in _OF_KEYS:
-        if each.needs[0] in item and each.needs[-1] in item:
-            return each
-    return _CAPTIONS if captions.keys_of(item) else None
+    fit = (each for each in _FORMATS if all(_first(names, item) for names in each.needs))
+    found = next(fit, None)
+    return None if found is _CAPTIONS and captions.reserved(item) else found
+
+
+def _first(names: Iterable[str], keys: Iterable[str]) -> str | None:
+    return next((name for name in names if name in keys), None)
 
 
 def data_sha256(path: str | Path) -> str:
@@ -171,31 +180,20 @@ def _nearest(item: Mapping[str, Any]) -> str:
     """Name the nearest format, which of its keys are there, and which are missing."""
     keys = list(map(str, item))
 
-    def likeness(need: str) -> float:
-        alike = 0.9 if set(_ALIKE.get(need, ())) & set(keys) else 0.0
-        ratios = [0.8 * SequenceMatcher(None, need, key).ratio() for key in keys]
-        return 1.0 if _there(need, keys) else max([alike, *ratios])
+    def likeness(names: tuple[str, ...]) -> float:
+        alike = 0.9 if _first(_ALIKE.get(names[0], ()), keys) else 0.0
+        ratios = [0.8 * SequenceMatcher(None, names[0], key).ratio() for key in keys]
+        return 1.0 if _first(names, keys) else max([alike, *ratios])
 
-    formats = (*_OF_KEYS, _CAPTIONS)
-    best = max(formats, key=lambda each: sum(map(likeness, each.needs)) / len(each.needs))
-    lacks = [need for need in best.needs if not _there(need, keys)]
-    has = [repr(found) for need in best.needs if (found := _there(need, keys))]
-    told = f"Nearest is {best.name!r}, which needs {' and '.join(map(repr, best.needs))}: "
+    best = max(_FORMATS, key=lambda each: sum(map(likeness, each.needs)) / len(each.needs))
+    needs = [names[0] for names in best.needs]
+    has = [repr(found) for names in best.needs if (found := _first(names, keys))]
+    told = f"Nearest is {best.name!r}, which needs {' and '.join(map(repr, needs))}: "
     told += f"has {' and '.join(has) or 'none of it'}"
-    told += f", lacks {' and '.join(f'{need!r}{_alike(need, keys)}' for need in lacks)}" * bool(
-        lacks
-    )
-    if best is _CAPTIONS and (others := captions.reserved(keys)):
+    if lacks := [names[0] for names in best.needs if not _first(names, keys)]:
+        meant = {need: _first(_ALIKE.get(need, ()), keys) for need in lacks}
+        shown = (f"{n!r}" + (f" (perhaps {meant[n]!r})" if meant[n] else "") for n in lacks)
+        told += f", lacks {' and '.join(shown)}"
+    elif others := captions.reserved(keys):
         told += f", but with {', '.join(map(repr, others))} it may be something else"
     return f"{told}. Keys: {', '.join(map(repr, keys[:12])) or 'none'}."
-
-
-def _alike(need: str, keys: list[str]) -> str:
-    """Name the key that may be meant."""
-    return next((f" (perhaps {key!r})" for key in _ALIKE.get(need, ()) if key in keys), "")
-
-
-def _there(need: str, keys: list[str]) -> str | None:
-    """Find the key that gives a record what a format needs; None if there is none."""
-    names = {"image": captions.IMAGES, "caption": captions.CAPTIONS}.get(need, (need,))
-    return next((name for name in names if name in keys), None)

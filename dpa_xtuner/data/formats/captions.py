@@ -23,16 +23,6 @@ _NO_CAPTION = re.compile(
 )
 
 
-def keys_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """Find a record's keys of the picture and of the caption; None for another record."""
-    names = list(names)
-    images = [name for name in IMAGES if name in names]
-    captions = [name for name in CAPTIONS if name in names]
-    if not images or not captions or reserved(names):
-        return None
-    return images[0], captions[0]
-
-
 def reserved(names: Iterable[str]) -> list[str]:
     """Those of a record's keys that captions don't have."""
     return [name for name in names if _NO_CAPTION.fullmatch(name)]
@@ -44,13 +34,12 @@ def read(item: Mapping[str, Any]) -> Parts:
     Raises:
         Malformed: it is not as the format says.
     """
-    keys = keys_of(item)
-    assert keys is not None, "only such records are read as captions"
-    image, caption = (item[key] for key in keys)
+    image, key = (next(name for name in names if name in item) for names in (IMAGES, CAPTIONS))
+    caption = item[key]
     if not isinstance(caption, str):
-        raise Malformed(f"malformed caption: expected a string under {keys[1]!r}")
+        raise Malformed(f"malformed caption: expected a string under {key!r}")
     refuse_other_marks(caption)
-    images = pictures_of(item) if keys[0] in IMAGES[:2] else picture_names(image)
+    images = pictures_of(item) if image in IMAGES[:2] else picture_names(item[image])
     if not images:
         raise Malformed("caption without an image")
     return Parts(images, None, ((DEFAULT_IMAGE_TOKEN * len(images), caption),))

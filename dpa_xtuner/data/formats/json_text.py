@@ -86,13 +86,14 @@ def array_items(file: TextIO, path: Path, position: int) -> Iterator[Any]:
     read again with the next chunk.
 
     Args:
-        file: the open file, behind the array's ``[``.
-        path: the file, for messages.
-        position: characters before the file's place.
+        file: the open file.
+        path: its name, for messages.
+        position: characters up to the array's ``[`` and with it, which are skipped.
 
     Raises:
         DPAError: the array is broken; the message names the place.
     """
+    file.read(position)
     text, at, read, mark = "", 0, 0, ","
     while mark != "]":
         space = _SPACE.match(text, at)

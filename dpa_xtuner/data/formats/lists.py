@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import yaml as yaml_package
@@ -23,10 +23,8 @@ from dpa_xtuner.errors import DPAError
 Find = Callable[[Path], Source]
 Read = Callable[[Source], Iterator[Any]]
 
-_SAMPLING = re.compile(r"(first|end|random):(\d+(?:\.\d+)?)(%?)")
+_SAMPLING = re.compile(r"(first|end|random):(?:(\d+)|(\d+(?:\.\d+)?)%)")
 _YAML_HEAD = re.compile(r"^(datasets\s*:|-\s*json_path\s*:)", re.MULTILINE)
-_LARGEST = 1 << 20  # characters of a list
-_ROOTS = ("root", "media_root")
 _SAYS_HOW_OFTEN = re.compile("ratio|weight|sampl|repeat|epoch|fraction|prob", re.IGNORECASE)
 
 
@@ -48,22 +46,21 @@ class _File:
     times: int = 1
 
 
-def is_yaml(file: TextIO) -> bool:
+def is_yaml(text: str) -> bool:
     """Whether a text is LLaVA-NeXT's list of data sets."""
-    return _YAML_HEAD.search(file.read(_LARGEST)) is not None
+    return _YAML_HEAD.search(text) is not None
 
 
-def yaml(path: Path, opened: Callable[[], TextIO], find: Find, read: Read) -> Source:
+def yaml(path: Path, text: str, find: Find, read: Read) -> Source:
     """Open LLaVA-NeXT's list: "datasets" of "json_path" and "sampling_strategy".
 
     Raises:
         DPAError: it is broken, or names what is not there.
     """
-    with opened() as file:
-        try:
-            found = yaml_package.safe_load(file.read(_LARGEST))
-        except yaml_package.YAMLError as error:
-            raise DPAError(f"data file {path} is no YAML: {' '.join(str(error).split())}") from None
+    try:
+        found = yaml_package.safe_load(text)
+    except yaml_package.YAMLError as error:
+        raise DPAError(f"data file {path} is no YAML: {' '.join(str(error).split())}") from None
     entries = found.get("datasets") if isinstance(found, dict) else found
     if not isinstance(entries, list) or not entries:
         raise DPAError(f"data file {path}: 'datasets' names no file.")
@@ -111,13 +108,13 @@ def _of_yaml(path: Path, entry: Any) -> _File:
                 "unknown; known: all, first:N, end:N, random:N, each also with N%."
             )
         keep = _sampled(*match.groups())
-    root = _root(path, entry, ("data_root", "images_folder"))
+    root = _root(path, entry.get("data_root") or entry.get("images_folder"))
     return _File(_found(path, entry["json_path"]), root, keep)
 
 
-def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarray]:
+def _sampled(which: str, number: str | None, percent: str) -> Callable[[int], np.ndarray]:
     def keep(records: int) -> np.ndarray:
-        asked = math.ceil(float(number) * records / 100) if percent else int(float(number))
+        asked = int(number) if number else math.ceil(float(percent) * records / 100)
         asked = min(asked, records)
         if which == "first":
             return np.arange(asked)
@@ -131,23 +128,21 @@ def _sampled(which: str, number: str, percent: str) -> Callable[[int], np.ndarra
 def _of_meta(path: Path, name: str, entry: dict[str, Any]) -> _File:
     _refuse_other_sampling(path, entry, name, "repeat_time")
     times = entry.get("repeat_time", 1)
-    if isinstance(times, bool) or not isinstance(times, (int, float)) or times <= 0:
+    number = isinstance(times, (int, float)) and not isinstance(times, bool) and times > 0
+    if not number or (times > 1 and not float(times).is_integer()):
         raise DPAError(
-            f"data file {path}: repeat_time of {name!r} is {times!r}, expected a number."
-        )
-    if times > 1 and not float(times).is_integer():
-        raise DPAError(
-            f"data file {path}: repeat_time of {name!r} is {times!r}; above 1 it is a whole number."
+            f"data file {path}: repeat_time of {name!r} is {times!r}, expected a whole number or a "
+            "fraction below 1."
         )
     if not isinstance(entry["annotation"], str):
         raise DPAError(f"data file {path}: 'annotation' of {name!r} is no path.")
-    root = _root(path, entry, _ROOTS)
+    root = _root(path, entry.get("root") or entry.get("media_root"))
     keep = None if times >= 1 else lambda records: np.arange(int(records * times))
     return _File(_found(path, entry["annotation"]), root, keep, max(1, int(times)))
 
 
-def _root(path: Path, entry: Mapping[str, Any], keys: tuple[str, ...]) -> str:
-    root = str(next((entry[key] for key in keys if entry.get(key)), ""))
+def _root(path: Path, named: Any) -> str:
+    root = str(named or "")
     if "://" in root:
         raise DPAError(
             f"data file {path} names pictures in {root}, which is no folder of this machine; "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from dpa_xtuner.data.formats import folders, json_text, lists, messages, rows, tables, tars
 from dpa_xtuner.data.formats.source import Source
@@ -15,6 +16,7 @@ from dpa_xtuner.errors import DPAError
 
 _GZIP = b"\x1f\x8b"
 _OTHERS = {
+    _GZIP: "compressed twice over; unpack it: gunzip",
     b"version https://git-lfs": "a pointer to a file; fetch it by: git lfs pull",
     b"PK\x03\x04": "a zip file; unpack it, or save an Excel table as CSV",
     b"\x89HDF": "an HDF5 file, which is not read",
@@ -27,7 +29,7 @@ _OTHERS = {
 }
 _SHOWN = 60  # characters of a file that is nothing that is read
 _HEAD = 1 << 10  # bytes that tell binary files apart
-_LONGEST_LINE = 1 << 20  # characters of a first line that may be a list of messages
+_LONGEST_HEAD = 1 << 20  # characters of a first line that may be a list of messages
 _LARGEST_OBJECT = 1 << 24  # characters of a file that is one JSON object
 _EXPECTED = (
     "expected a JSON array ('['), JSON lines ('{'), a CSV or TSV table with a column of pictures "
@@ -38,8 +40,16 @@ _EXPECTED = (
 def holds_pictures(path: Path) -> bool:
     """Whether a file is one that pictures may be inside of, and so may be too large to hash."""
     with path.open("rb") as file:
-        head = file.read(_HEAD)
-    return head.startswith((rows.PARQUET, *rows.ARROW)) or tars.is_tar(head)
+        return _binary(file.read(_HEAD)) is not None
+
+
+def _binary(head: bytes) -> Callable[[tuple[Path, ...]], Source] | None:
+    """Find what opens files that begin like this, if pictures may be inside of them."""
+    if head.startswith(rows.PARQUET):
+        return rows.parquet
+    if head.startswith(rows.ARROW):
+        return rows.arrow
+    return tars.shards if tars.is_tar(head) else None
 
 
 def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
@@ -66,19 +76,14 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
         raise DPAError(f"data file {path} does not exist; check data_path.") from None
     except (EOFError, gzip.BadGzipFile) as error:
         raise DPAError(f"data file {path} is no whole gzip file: {error}.") from None
-    if head.startswith(rows.PARQUET) and not packed:
-        return rows.parquet((path,))
-    if head.startswith(rows.ARROW) and not packed:
-        return rows.arrow((path,))
-    if tars.is_tar(head):
-        if packed:
-            raise DPAError(
-                f"data file {path} is a compressed tar, whose pictures can't be opened one by one; "
-                "unpack it: gunzip."
-            )
-        return tars.shards((path,))
-    if head.startswith((rows.PARQUET, *rows.ARROW, _GZIP)):
-        raise DPAError(f"data file {path} is compressed twice over; unpack it: gunzip.")
+    binary = _binary(head)
+    if binary and packed:
+        raise DPAError(
+            f"data file {path} is a compressed tar or table, whose pictures can't be opened one by "
+            "one; unpack it: gunzip."
+        )
+    if binary:
+        return binary((path,))
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
             raise DPAError(f"data file {path} is {what}; {_EXPECTED}.")
@@ -88,49 +93,37 @@ def open_source(path: Path, find: lists.Find, read: lists.Read) -> Source:
 
 
 def _text(path: Path, opener: Callable[..., Any], find: lists.Find, read: lists.Read) -> Source:
-    def opened() -> TextIO:
-        return cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline=""))
-
-    def guarded(items: Callable[[TextIO], Iterator[Any]]) -> Callable[[], Iterator[Any]]:
+    def source(name: str, items: Callable[..., Iterator[Any]], *arguments: Any) -> Source:
         def run() -> Iterator[Any]:
-            with _text_of(path), opened() as file:
-                yield from items(file)
+            with _opened(path, opener) as file:
+                yield from items(file, path, *arguments)
 
-        return run
+        return Source(name, (path,), run)
 
-    with _text_of(path), opened() as file:
-        before = 0
-        while (first := file.read(1)).isspace():
-            before += 1
-        file.seek(0)
-        line = file.read(before) + file.readline(_LONGEST_LINE)
+    with _opened(path, opener) as file:
+        head = file.read(_LONGEST_HEAD)
+        text = head.lstrip()
+        first, line = text[:1], re.split("[\r\n]", text, maxsplit=1)[0]
         if first == "[" and not _is_list_of_messages(line):
-
-            def array(file: TextIO) -> Iterator[Any]:
-                file.read(before + 1)
-                return json_text.array_items(file, path, before + 1)
-
-            return Source("JSON array", (path,), guarded(array))
+            return source("JSON array", json_text.array_items, len(head) - len(text) + 1)
         if first == "{" and (named := _object(file, line, path)) is not None:
             return lists.meta(path, named, find, read)
         if first in ("[", "{"):
-            items = guarded(lambda file: json_text.line_items(file, path))
-            return Source("JSON lines", (path,), items)
-        file.seek(0)
-        if lists.is_yaml(file):
-            return lists.yaml(path, opened, find, read)
-        if first and (table := tables.delimiter(line.strip())) is not None:
-            rows_of = guarded(lambda file: tables.rows(file, table, path))
-            return Source({",": "CSV", "\t": "TSV"}[table], (path,), rows_of)
+            return source("JSON lines", json_text.line_items)
+        if lists.is_yaml(text):
+            return lists.yaml(path, head + file.read(_LONGEST_HEAD), find, read)
+        if first and (table := tables.delimiter(line)) is not None:
+            return source({",": "CSV", "\t": "TSV"}[table], tables.rows, table)
     found = f"begins with {line.strip()[:_SHOWN]!r}" if first else "is empty"
     raise DPAError(f"data file {path} {found}; {_EXPECTED}.")
 
 
 @contextmanager
-def _text_of(path: Path) -> Iterator[None]:
-    """Tells of bytes that are no text."""
+def _opened(path: Path, opener: Callable[..., Any]) -> Iterator[TextIO]:
+    """Open a text; tells of bytes that are none."""
     try:
-        yield
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise DPAError(
             f"data file {path} is not UTF-8 text ({error.reason}); {_EXPECTED}."

@@ -20,7 +20,7 @@ def delimiter(header: str) -> str | None:
     return found if found in header else None
 
 
-def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
+def rows(file: TextIO, path: Path, separator: str) -> Iterator[Any]:
     """Read the rows as dicts; one of another number of fields is a :class:`Problem`.
 
     Raises:
@@ -29,7 +29,8 @@ def rows(file: TextIO, separator: str, path: Path) -> Iterator[Any]:
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(file, delimiter=separator, strict=True)
     names = [name.strip() for name in next(reader)]
-    if captions.keys_of(names) is None or len(set(names)) < len(names):
+    known = all(set(needed) & set(names) for needed in (captions.IMAGES, captions.CAPTIONS))
+    if not known or captions.reserved(names) or len(set(names)) < len(names):
         raise DPAError(
             f"data file {path} is a table without a first row that names a column of pictures "
             f"({', '.join(captions.IMAGES)}) and one of captions ({', '.join(captions.CAPTIONS)}); "

@@ -183,27 +183,14 @@ def pair_up(
     Raises:
         Malformed: a role is unknown, or questions and answers do not alternate.
     """
-    system, start = None, 0
-    if roles and roles[0] == SYSTEM:
-        system, start = texts[0], 1
-    if not _alternate(roles[start:]):
+    start = 1 if roles and roles[0] == SYSTEM else 0
+    humans, answers = roles[start::2], roles[start + 1 :: 2]
+    known = all(role in HUMAN for role in humans) and all(role in ANSWERS for role in answers)
+    if not known or not len(humans) == len(answers) > 0:
         raise _wrong_roles(roles)
     pairs = tuple(zip(texts[start::2], texts[start + 1 :: 2], strict=True))
-    if True not in silent:
-        return system, pairs, ()
-    return system, pairs, tuple(i for i, each in enumerate(silent[start + 1 :: 2]) if each)
-
-
-def _alternate(roles: Sequence[Any]) -> bool:
-    """Whether questions and answers alternate, from a question to an answer."""
-    if roles in (["human", "gpt"], ["user", "assistant"]):  # most often
-        return True
-    humans, answers = roles[::2], roles[1::2]
-    return (
-        len(humans) == len(answers) > 0
-        and all(role in HUMAN for role in humans)
-        and all(role in ANSWERS for role in answers)
-    )
+    left_out = tuple(i for i, each in enumerate(silent[start + 1 :: 2]) if each)
+    return texts[0] if start else None, pairs, left_out
 
 
 def _wrong_roles(roles: Sequence[Any]) -> Malformed:
@@ -234,13 +221,3 @@ def is_silent(message: Mapping[str, Any], role: Any) -> bool:
         if value and role not in ANSWERS:
             raise Malformed(f"question to train on: {key!r} says so, and only answers are trained")
     return any(not value for _, value in said)
-
-
-def with_pictures_in_front(
-    turns: Sequence[tuple[str, str]], images: Sequence[str]
-) -> tuple[tuple[str, str], ...]:
-    """Pairs whose pictures stand before the first question, where no question marks their place."""
-    if images and not any(DEFAULT_IMAGE_TOKEN in human for human, _ in turns):
-        (human, gpt), *others = turns
-        turns = [(f"{DEFAULT_IMAGE_TOKEN}\n" * len(images) + human, gpt), *others]
-    return tuple(turns)
