@@ -55,7 +55,7 @@ def read_json(path: Path, advice: str) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:  # neither JSON nor UTF-8
         raise DPAError(f"{path} is broken ({error}). {advice}") from None
@@ -74,7 +74,7 @@ def acquire_lock(path: Path, taken: str) -> FileLock:
     Raises:
         DPAError: another process holds the lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    prepare_to_write(path)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -41,6 +41,24 @@ def test_an_unknown_config_is_answered_with_the_nearest(tool):
     assert "dpa_vicuna_7b" not in result.stdout  # only the nearest ones
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chat.py", "work_dirs/nothing"), "is not there: expected a run's folder, its config's"),
+        (("chat.py", "x", "--port", "70000"), "invalid whole number (1 to 65535) value: '70000'"),
+        (("chat.py", "x", "--max-new-tokens", "0"), "whole number (1 or more) value: '0'"),
+        (("conflict.py", "x", "--shares", "0.5"), "--shares is read with --ranks alone"),
+        (("export.py", "."), "'.' is a folder: expected a config's file or its name."),
+        (("plot_run.py", __file__), "has no figures to draw"),
+        (("plot_run.py", ".", "--out", "."), "has no figures to draw"),
+    ],
+    ids=str,
+)
+def test_what_was_expected_is_said(arguments, message):
+    result = run(*arguments)
+    assert result.returncode and message in result.stdout and "Traceback" not in result.stdout
+
+
 def test_training_that_fails_says_so_by_its_exit_code(tiny, tmp_path):
     arguments = ("--work-dir", tmp_path / "run", "--cfg-options", "proxy.lr=-1")
     result = run("train.py", harness.TINY_CONFIG, *arguments)
@@ -116,11 +134,33 @@ def test_the_check_writes_a_report_and_a_page(tiny, tmp_path):
     assert "Stage align" in page and "Stage tune" in page and "data:image/png;base64" in page
 
 
+def test_a_file_without_usable_records_is_reported_too(tiny, tmp_path):
+    file = tmp_path / "no_marks.json"
+    file.write_text(json.dumps([{"image": "a.png", "messages": [
+        {"role": "user", "content": "What?"}, {"role": "assistant", "content": "Red"}
+    ]}]))  # fmt: skip
+    report = tmp_path / "new" / "report.jsonl"
+    options = ("--report", report, "--cfg-options", f"captions.data_path={file}")
+    result = run("check_data.py", harness.TINY_CONFIG, *options, DPA_TINY=str(tiny))
+    assert result.returncode == 1 and "has no usable sample" in result.stdout
+    assert "Stage tune" in result.stdout  # is checked all the same
+    (line,) = map(json.loads, report.read_text().splitlines())
+    assert line["stage"] == "align" and line["reason"].startswith("wrong number of <image>: 0 in")
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_check(tiny, tmp_path):
+    result = run("check_data.py", harness.TINY_CONFIG, "--report", tmp_path, DPA_TINY=str(tiny))
+    assert (
+        result.returncode == 1 and f"{tmp_path} can't be written: it is a folder" in result.stdout
+    )
+    assert "Stage" not in result.stdout
+
+
 @pytest.mark.parametrize("number", ["0", "-3", "x"])
 def test_a_check_of_no_samples_is_refused(number):
     result = run("check_data.py", harness.TINY_CONFIG, f"--sample={number}")
     assert result.returncode == 2
-    assert f"argument --sample: {number} samples: expected 1 or more" in result.stdout
+    assert f"argument --sample: invalid whole number (1 or more) value: {number!r}" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,18 @@ def parse_options(given: list[str]) -> dict:
     return {key: DictAction._parse_iterable(value) for key, _, value in pairs}
 
 
+def whole(low: int, high: float = float("inf")) -> Callable[[str], int]:
+    """Make an argparse type that reads a whole number from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    read.__name__ = f"whole number ({low} {'or more' if high == float('inf') else f'to {high}'})"
+    return read
+
+
 def numbers(kind: Callable) -> Callable:
     """Make an argparse type that reads numbers above 0 separated by commas, such as 4,16,64."""
 

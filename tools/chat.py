@@ -9,7 +9,7 @@ this machine. MODEL is a run's folder or config, or an exported LLaVA folder.
 import argparse
 from pathlib import Path
 
-from _configs import find_run
+from _configs import find_run, whole
 
 
 def main() -> None:
@@ -21,8 +21,10 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="a picture")
     parser.add_argument("--prompt", help="one question; the answer is printed as it is made")
     parser.add_argument("--web", action="store_true", help="serve a page on this machine")
-    parser.add_argument("--port", type=int, default=7860, help="of the page; default: 7860")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: 512")
+    parser.add_argument(
+        "--port", type=whole(1, 65535), default=7860, help="of the page; default: 7860"
+    )
+    parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="default: 512")
     given = parser.parse_args()
     picture = str(given.image) if given.image else None
     path = find_run(given.model, "a run's folder, its config's file or name, or an export")

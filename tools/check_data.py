@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_config, parse_options
+from _configs import check_options, find_config, parse_options, whole
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument(
-        "--sample", type=_positive, help="samples whose images are opened; default: all"
+        "--sample", type=whole(1), help="samples whose images are opened; default: all"
     )
     parser.add_argument("--report", type=Path, help="JSON lines to write: a line for each problem")
     parser.add_argument("--html", type=Path, help="page to write: samples as the model sees them")
@@ -34,13 +34,6 @@ def main() -> int:
     with cli_errors():
         ok = check_config(path, options, arguments.sample, arguments.report, arguments.html)
         return 0 if ok else 1
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.lstrip("-").isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} samples: expected 1 or more")
-    return number
 
 
 if __name__ == "__main__":

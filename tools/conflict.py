@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_config, numbers, parse_options, say
+from _configs import check_options, find_config, numbers, parse_options, say, whole
 
 
 def main() -> None:
@@ -25,17 +25,19 @@ def main() -> None:
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--captions", nargs="+", default=[], help="files in place of the config's")
     parser.add_argument("--llm", nargs="+", default=[], help="LLMs in place of the config's")
-    parser.add_argument("--samples", type=int, default=128, help="held-out captions to measure")
-    parser.add_argument("--steps", type=int, default=200, help="of a quick LoRA fit, at most")
+    parser.add_argument(
+        "--samples", type=whole(1), default=128, help="held-out captions to measure"
+    )
+    parser.add_argument("--steps", type=whole(1), default=200, help="of a quick LoRA fit, at most")
     parser.add_argument("--ranks", type=numbers(int), default=[], help="of LoRA, to compare")
-    parser.add_argument("--shares", type=numbers(float), default=[1.0], help="of the captions")
+    parser.add_argument("--shares", type=numbers(float), default=[], help="of the captions")
     parser.add_argument("--out", type=Path, help="default: <work dir>/conflict")
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
     check_options(sys.argv[1:])
     given = vars(parser.parse_args())
-    if given["samples"] < 1 or given["steps"] < 1:
-        parser.error("--samples and --steps are numbers from 1 on")
+    if given["shares"] and not given["ranks"]:
+        parser.error("--shares is read with --ranks alone")
     given["config"] = find_config(given["config"])
     given["options"] = parse_options(given.pop("cfg_options"))
 

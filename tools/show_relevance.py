@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from _configs import check_options, find_run, parse_options, say
+from _configs import check_options, find_run, parse_options, say, whole
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="CONFIG_OR_RUN", help="a run's folder, or its config")
     parser.add_argument("--stage", help="align or tune; default: the last that is finished")
-    parser.add_argument("--samples", type=int, default=24, help="default: 24, evenly spread")
+    parser.add_argument("--samples", type=whole(1), default=24, help="default: 24, evenly spread")
     parser.add_argument("--out", type=Path, help="default: relevance.html in the stage's folder")
     parser.add_argument("--checkpoint", type=Path, help="a .pth file or DeepSpeed folder of the "
                         "stage, in place of what it wrote at its end")  # fmt: skip
@@ -31,8 +31,6 @@ def main() -> None:
     )
     check_options(sys.argv[1:])
     given = parser.parse_args()
-    if given.samples < 1:
-        parser.error(f"--samples {given.samples}: expected a number from 1 on")
     path = find_run(given.run)
     options = parse_options(given.cfg_options)
 

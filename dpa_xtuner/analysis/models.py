@@ -10,7 +10,7 @@ from dpa_xtuner.data import DPADataset
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import read_checkpoint
-from dpa_xtuner.layout import ALIGN, TUNE
+from dpa_xtuner.layout import ALIGN, STAGE_NAMES, TUNE
 from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.stages.artifacts import is_finished, read_state
@@ -40,6 +40,8 @@ def find_source(
         DPAError: the stage is not finished, or sees no picture; or as
             :func:`dpa_xtuner.export.source.read_source`.
     """
+    if stage not in (None, *STAGE_NAMES):
+        raise DPAError(f"--stage {stage!r} is no stage: give one of {', '.join(STAGE_NAMES)}.")
     base = given if given.is_dir() else Path(work_dir or f"work_dirs/{given.stem}")
     stage = stage or (TUNE if is_finished(base / TUNE) else ALIGN)
     config = _config_of(base / stage) if given.is_dir() else given

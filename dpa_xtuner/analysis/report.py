@@ -15,6 +15,7 @@ from dpa_xtuner.tables import markdown
 Ranks = Mapping[float, Mapping[int, Fit]]
 """Fits by share and rank."""
 
+REPORT_FILE = "conflict.json"
 _PICTURES = ("without_picture", "own_picture", "other_picture", "blank_picture")
 _COLUMNS = ("LLM", "captions", "original", "proxy", "conflict", "per caption")
 
@@ -25,7 +26,7 @@ def write_report(
     """Write ``conflict.json`` and ``conflict.png``.
 
     Args:
-        out: the folder; made where it is missing.
+        out: the folder, which is there.
         conflicts: side by side.
         ranks: of the question of rank; may be empty.
         leakage: what a finished ``align`` has measured, by name.
@@ -33,13 +34,12 @@ def write_report(
     Returns:
         The table and what follows from it, in Markdown.
     """
-    out.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"conflicts": [each.facts() for each in conflicts]}
     if ranks:
         facts["ranks"] = {str(share): _ranks(fits) for share, fits in ranks.items()}
     if leakage:
         facts["leakage"] = {name: leakage[name] for name in (*_PICTURES, "leakage")}
-    write_json(out / "conflict.json", facts)
+    write_json(out / REPORT_FILE, facts)
     draw(conflicts, ranks, out / "conflict.png")
     parts = [_conflicts(conflicts), _classes(conflicts)]
     parts += [_ranks_table(ranks)] if ranks else []

@@ -120,7 +120,8 @@ class ChatModel(ABC):
             raise DPAError("No question is given.")
         if not self.takes_questions and (turns[-1].question.strip() or not turns[-1].picture):
             raise DPAError(
-                "This stage learned captions: give a picture (--image), and no question (--prompt)."
+                f"Stage {ALIGN} learned captions: give a picture (--image), and no question "
+                "(--prompt)."
             )
         try:
             prompt, pixels = self._sample(turns)
@@ -189,6 +190,8 @@ class RunChat(ChatModel):
         return self._model.splice(data)
 
     def _sample(self, turns: Sequence[Turn]) -> tuple[list[int], list[Tensor]]:
+        if any(DEFAULT_IMAGE_TOKEN in turn.question for turn in turns):
+            raise DPAError(f"A question can't hold {DEFAULT_IMAGE_TOKEN!r}.")
         pictures = [turn.picture for turn in turns if turn.picture]
         sizes = [read_size(picture) for picture in pictures] if self._tiling else []
         texts = tuple(

@@ -19,7 +19,12 @@ from dpa_xtuner.data.encode import RecordTokenizer
 from dpa_xtuner.data.images import ImageProblem, load_pixels
 from dpa_xtuner.data.mixture import choose
 from dpa_xtuner.data.places import joined
-from dpa_xtuner.data.problems import Problem, enforce_skip_limit, list_problems
+from dpa_xtuner.data.problems import (
+    NothingUsableError,
+    Problem,
+    enforce_skip_limit,
+    list_problems,
+)
 from dpa_xtuner.data.sampler import NOTHING
 from dpa_xtuner.data.store import open_store
 from dpa_xtuner.data.templates import SampleFormat
@@ -150,7 +155,8 @@ class DPADataset(Dataset):
         for file, store in zip(self.files, self.stores, strict=True):
             if not len(store):
                 told = f":\n{list_problems(store.problems)}" if store.problems else "."
-                raise DPAError(f"data file {file} has no usable sample: {store}{told}")
+                message = f"data file {file} has no usable sample: {store}{told}"
+                raise NothingUsableError(message, self.problems, self.files)
 
     def __len__(self) -> int:
         """Count the samples."""

@@ -38,6 +38,19 @@ class Problem:
         return self.reason.partition(": ")[0]
 
 
+class NothingUsableError(DPAError):
+    """No record of a data file can be used.
+
+    Attributes:
+        problems: what is wrong with the records of all files of the data set.
+        files: these files.
+    """
+
+    def __init__(self, message: str, problems: list[Problem], files: Sequence[str | Path]) -> None:
+        super().__init__(message)
+        self.problems, self.files = problems, files
+
+
 def list_problems(problems: Iterable[Problem]) -> str:
     """Write a line for each kind of problem: its count, the first 10 ids, the first details."""
     by_kind: dict[str, list[Problem]] = {}

@@ -212,7 +212,7 @@ def _state_folder(base: Path, stage: str, checkpoint: Path | None) -> Path:
 def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.base
     if source.checkpoint is None:
-        _need_finished(base, name, f"the export reads what stage {name} wrote")
+        _need_finished(base, name, "what it writes is needed")
         needed = [folder for each in source.stage.writes if (folder := source.written(each))]
     else:
         if not source.checkpoint.exists():
@@ -258,8 +258,9 @@ def _need_finished(base: Path, stage: str, why: str) -> None:
         return
     if not base.is_dir():
         raise DPAError(
-            f"There is no run in {base}. Train first, or give its folder with --work-dir."
+            f"There is no run in {base}. Train first, or give its folder (to export.py and "
+            f"show_relevance.py by --work-dir)."
         )
     found = newest_checkpoint(folder)
-    advice = f", or export the checkpoint it has: --checkpoint {found}" if found else ""
+    advice = f", or give the checkpoint it has: --checkpoint {found}" if found else ""
     raise DPAError(f"Stage {stage} in {base} is not finished, but {why}. Train it{advice}.")

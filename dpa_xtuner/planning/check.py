@@ -1,7 +1,7 @@
 """Check all data of a config, without training."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from dpa_xtuner.data import DPADataset, check_dataset
 from dpa_xtuner.data.figures import file_figures
-from dpa_xtuner.data.problems import Problem, list_problems
+from dpa_xtuner.data.problems import NothingUsableError, Problem, list_problems
 from dpa_xtuner.data.sample_page import page
 from dpa_xtuner.files import prepare_to_write, write_text
 from dpa_xtuner.precision import Precision
@@ -51,19 +51,28 @@ def check_config(
     for name, stage in run.stages.items():
         if not stage.sees_pictures:
             continue
-        with DefaultScope.overwrite_default_scope("mmengine"):
-            everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
-            built = DATASETS.build(dataset_config(run, stage) | everything)
-        found = check_dataset(built, sample=sample)
         print(f"\nStage {name}")
+        everything = dict(skip_limit=1.0, held_out=0, share=1.0, weights=None)
+        try:
+            with DefaultScope.overwrite_default_scope("mmengine"):
+                built = DATASETS.build(dataset_config(run, stage) | everything)
+        except NothingUsableError as error:
+            print(error)
+            ok = False
+            lines += _lines(name, error.problems, error.files)
+            continue
+        found = check_dataset(built, sample=sample)
         for figures in file_figures(built, run.tokenizer):
             print(figures)
             if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
                 print(f"{len(own):>8}  problems:\n{list_problems(own)}")
-        print(found if len(built.files) == 1 else f"All files\n{found}")
+        if len(built.files) == 1:
+            print(found)
+        else:
+            print(f"{len(found.problems)} problems in all; the images of {found.checked} of "
+                  f"{found.samples} samples were opened")  # fmt: skip
         ok = ok and found.ok
-        named = list(map(str, built.files))
-        lines += [json.dumps({"stage": name, **each}) for each in _rows(found.problems, named)]
+        lines += _lines(name, found.problems, built.files)
         datasets[f"Stage {name}"] = built
     if report is not None:
         write_text(report, "".join(f"{line}\n" for line in lines))
@@ -83,7 +92,7 @@ def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
     ]
 
 
-def _bare_id(problem: Problem, files: list[str]) -> str:
+def _bare_id(problem: Problem, files: Sequence[str | Path]) -> str:
     """Return the record's own id; elsewhere, a mixture's records are "file: id"."""
     for file in files:
         if problem.record_id.startswith(f"{file}: "):
@@ -91,11 +100,17 @@ def _bare_id(problem: Problem, files: list[str]) -> str:
     return problem.record_id
 
 
-def _rows(problems: list[Problem], files: list[str]) -> Iterator[dict]:
-    for problem in problems:
-        yield {
-            "file": problem.file,
-            "record": problem.place,
-            "id": _bare_id(problem, files),
-            "reason": problem.reason,
-        }
+def _lines(stage: str, problems: list[Problem], files: Sequence[str | Path]) -> list[str]:
+    """Return the report's line for each problem of a stage."""
+    return [
+        json.dumps(
+            {
+                "stage": stage,
+                "file": problem.file,
+                "record": problem.place,
+                "id": _bare_id(problem, files),
+                "reason": problem.reason,
+            }
+        )
+        for problem in problems
+    ]
