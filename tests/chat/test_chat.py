@@ -144,8 +144,8 @@ def test_what_can_t_be_asked_is_said(chats, picture, tmp_path):
             chat.answer([Turn(" ", picture)], 3)
         with pytest.raises(DPAError, match="the LLM has 512 positions"):
             chat.answer([Turn("cats " * 600, picture)], 3)
-    with pytest.raises(DPAError, match="A question can't hold '<image>'"):
-        chats["folder"].answer([Turn("<image>", picture)], 3)
+        with pytest.raises(DPAError, match="A question can't hold '<image>'"):
+            chat.answer([Turn("<image>", picture)], 3)
     (tmp_path / "dpa.json").write_text('{"format": "parts"}')
     with pytest.raises(DPAError, match="an export of format parts: export it with --format hf"):
         open_chat(tmp_path)
