@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,13 +54,20 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
         raise Malformed(f"two conversations: under {named}; keep one")
     if item.get("history") and not _TALKS.isdisjoint(item):
         raise Malformed("two conversations: 'history' is read beside 'query' alone")
-    for key, value in item.items():
+    for key in _suspect(tuple(item)):
+        value = item[key]
         if key in _MEDIA and value:
             raise Malformed(f"{key}: records with {key} are not read, only pictures and texts")
         if (key == "label" and isinstance(value, bool)) or _PREFERENCE.fullmatch(key):
             raise Malformed(f"preferences: {key!r} rates answers, and here all are trained on")
         if key in _TOOLS and value not in ("", "[]", []):
             raise Malformed(f"tools: {key!r} is not read")
+
+
+@functools.lru_cache(1024)  # the records of a file have few sets of keys
+def _suspect(keys: tuple[str, ...]) -> list[str]:
+    named = (*_MEDIA, *_TOOLS, "label")
+    return [key for key in keys if key in named or _PREFERENCE.fullmatch(key)]
 
 
 def refuse_unread_pictures(item: Mapping[str, Any], images: Sequence[str]) -> None:
