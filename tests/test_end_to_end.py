@@ -1,11 +1,16 @@
 """A pipeline that is killed gives the weights of one that never was."""
 
+import io
+import json
 import random
+import tarfile
 import time
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mmengine.fileio import LocalBackend
 from support import harness
@@ -103,6 +108,60 @@ def test_a_half_written_checkpoint_is_never_resumed_from(reference, tmp_path):
     assert not torn[0].exists()
     own = {k: v for k, v in harness.weights(whole.work_dir).items() if k.startswith("proxy")}
     assert harness.differing(own, harness.weights(work_dir)) == []
+
+
+def test_killed_on_a_tar_and_parquet_it_ends_with_the_bits_of_the_json(reference, tiny, tmp_path):
+    whole = reference(Layout())
+    work_dir, captions = tmp_path / "killed", tmp_path / "captions.tar"
+    _write_tar(tiny, captions)
+    _write_parquet(tiny, tmp_path / "instructions.parquet")
+    options = [
+        *Layout().options(),
+        f"captions.data_path={captions}",
+        f"instructions.data_path={tmp_path / 'instructions.parquet'}",
+    ]
+
+    def die_at_the_last_checkpoint() -> None:
+        harness.at_each_change(work_dir, lambda _, path: "iter_12" in path and harness.die())
+
+    for stage in STAGES:
+        code, output = harness.run(stage, work_dir, *options, prepare=die_at_the_last_checkpoint)
+        assert code == -9, output[-4000:]
+        output = harness.finish(stage, work_dir, *options)
+        assert f"resumes from {work_dir / stage / 'iter_8.pth'}" in output
+    assert harness.differing(harness.weights(whole.work_dir), harness.weights(work_dir)) == []
+
+    hashes = {}
+    for stage in STAGES:
+        state = json.loads((work_dir / stage / "stage.json").read_text())
+        hashes[stage] = state["origin"]["data"]["sha256"]
+        written = [json.loads(file.read_text()) for file in (work_dir / stage).glob("*/dpa.json")]
+        assert written and all(each["data"]["sha256"] == hashes[stage] for each in written)
+    assert hashes["proxy"] == hashes["align"] != hashes["tune"]
+    _write_tar(tiny, captions, change=str.swapcase)
+    message = harness.refusal("align", work_dir, *options)
+    assert f"data.sha256: was {hashes['align']}" in message
+
+
+def _write_tar(tiny: Path, path: Path, change=str) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i, record in enumerate(json.loads((tiny / "captions.json").read_text())):
+            (name,) = record["image"]
+            picture = (tiny / "images" / name).read_bytes()
+            caption = change(record["conversations"][1]["value"]).encode()
+            for name, content in ((f"{i:03}.png", picture), (f"{i:03}.txt", caption)):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def _write_parquet(tiny: Path, path: Path) -> None:
+    images, talks = [], []
+    for record in json.loads((tiny / "instructions.json").read_text()):
+        files = [tiny / "images" / name for name in record.get("image", [])]
+        images.append([{"bytes": file.read_bytes(), "path": None} for file in files])
+        talks.append(record["conversations"])
+    pq.write_table(pa.table({"images": images, "conversations": talks}), path, row_group_size=10)
 
 
 @pytest.mark.skipif(
