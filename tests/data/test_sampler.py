@@ -148,7 +148,7 @@ def dealt(dataset, world_size, rank, epoch=0, micro=2, counts=3, **more):
 
 
 @pytest.mark.parametrize("samples", [70, 72, 5, 1])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_dealt_global_batches_hold_the_same_samples(rank, world_size, samples, epoch):
     dataset = Lengths(*[*range(1, 41), *range(-32, 0)][:samples])
