@@ -3,8 +3,9 @@
 # learned in a quarter of an hour. Small batches: as many samples in half as many steps taught less.
 _base_ = ['_base_/dpa.py']
 
-llm_name_or_path = '{{$DPA_DATA:data}}/models/smollm2-135m-instruct'
-visual_encoder_name_or_path = '{{$DPA_DATA:data}}/models/openmoji-vit'
+__data = '{{$DPA_DATA:data}}'
+llm_name_or_path = f'{__data}/models/smollm2-135m-instruct'
+visual_encoder_name_or_path = f'{__data}/models/openmoji-vit'
 family = 'smollm2'
 # Without the system prompt of SmolLM2's own template, which would be longer than the questions.
 # A template of fewer tokens makes a step a fifth faster, but takes more steps to learn.
@@ -12,12 +13,12 @@ prompt_template = 'qwen_chat'
 tokenizer = dict(chat_template='')
 
 captions = dict(
-    data_path='{{$DPA_DATA:data}}/openmoji/captions.json',
-    image_folder='{{$DPA_DATA:data}}/openmoji',
+    data_path=f'{__data}/openmoji/captions.json',
+    image_folder=f'{__data}/openmoji',
     held_out=16)
 instructions = dict(
-    data_path='{{$DPA_DATA:data}}/openmoji/questions.json',
-    image_folder='{{$DPA_DATA:data}}/openmoji')
+    data_path=f'{__data}/openmoji/questions.json',
+    image_folder=f'{__data}/openmoji')
 
 proxy = dict(
     lr=5e-4, batch_size=8, global_batch_size=8, max_length=256, max_steps=12,

@@ -6,10 +6,14 @@ registries. Runs whose config does not import it are unaffected.
 
 # ruff: noqa: E402
 
-from dpa_xtuner import compat
 from dpa_xtuner.streams import outlive_readers
 
 outlive_readers()  # first, since DeepSpeed prints while it is imported
+
+from dpa_xtuner import compat
+from dpa_xtuner.engine.log import quieten_start
+
+quieten_start()
 compat.apply()  # before XTuner and peft are imported
 
 import dpa_xtuner.data

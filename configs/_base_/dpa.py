@@ -46,13 +46,14 @@ max_tiles = 1
 # Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
 # captions with their images, tune the `instructions`. share=0.25 uses a quarter of the data. A
 # list of files, with a list of image folders, is a mixture; weights=[2, 1] sets its ratio.
+__data = '{{$DPA_DATA:data}}'  # with two underscores it is no setting
 captions = dict(
-    data_path='{{$DPA_DATA:data}}/captions.json',
-    image_folder='{{$DPA_DATA:data}}/images',
+    data_path=f'{__data}/captions.json',
+    image_folder=f'{__data}/images',
     held_out=256)  # [ours] kept out of training, to measure the floor
 instructions = dict(
-    data_path='{{$DPA_DATA:data}}/instructions.json',
-    image_folder='{{$DPA_DATA:data}}/images')
+    data_path=f'{__data}/instructions.json',
+    image_folder=f'{__data}/images')
 
 proxy = dict(
     lr=4e-5,  # [paper]

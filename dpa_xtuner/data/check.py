@@ -72,5 +72,5 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
 def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
     with ThreadPool(os.cpu_count()) as pool:
         found = pool.imap(dataset.check_images, chosen.tolist(), chunksize=_CHUNK)
-        progress = tqdm(found, "Opening images", len(chosen), unit=" samples")
+        progress = tqdm(found, "Opening images", len(chosen), unit=" samples", delay=2)
         return [problem for problem in progress if problem]

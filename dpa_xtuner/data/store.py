@@ -33,6 +33,7 @@ FORMAT = 8  # raise it whenever other bytes would be written for the same input
 _HEADER_READERS = 16  # threads that read image sizes; they mostly wait for the disk
 _NOTED = 10  # records of a kind whose ids are kept
 _BATCH_CHARACTERS = 500_000  # text tokenised at once; bounds the memory that a build takes
+_named: set[Path] = set()  # the stores that this process's log names
 _COLUMNS = {
     "tokens": np.int32,  # of all samples, one after the other
     "supervised": np.bool_,  # one per token
@@ -157,9 +158,11 @@ def open_store(
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
                 store, how = _build(source, files, tokenizer, images, num_proc, folder), "built"
-    print_log(
-        f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
-    )
+    if folder not in _named:
+        _named.add(folder)
+        print_log(
+            f"{how} {store} of {data_path} ({tokenizer.sample_format}), {folder}", logger="current"
+        )
     return store
 
 
@@ -229,7 +232,7 @@ def _write(
         }
         pool = stack.enter_context(ThreadPoolExecutor(_HEADER_READERS))
         progress = stack.enter_context(
-            tqdm(desc=f"Tokenising {source.path.name} ({what})", unit=" records")
+            tqdm(desc=f"Tokenising {source.path.name} ({what})", unit=" records", delay=2)
         )
         batches = _batches(read_source(source))
         if tokenizer.tiling:

@@ -5,10 +5,12 @@ import platform
 import warnings
 
 from mmengine.device import get_device
+from mmengine.logging import MMLogger
 
 from dpa_xtuner.versions import installed_versions
 
-# Said at each start, of no use to who reads the log. By MMEngine 0.10.6 and XTuner 0.2.0.
+# Said at each start, of no use to who reads the log. By MMEngine 0.10.6 and XTuner 0.2.0, and from
+# "Using env variable" on before our runner starts: by MMEngine, DeepSpeed, bitsandbytes, torch.
 _LEFT_OUT = (
     "Hooks will be executed in the following order",
     "Distributed training is not used, all SyncBatchNorm",
@@ -16,7 +18,36 @@ _LEFT_OUT = (
     '"HardDiskBackend" is the alias',
     "Dataset DPADataset has no metainfo",
     "LengthGroupedSampler",
+    "Exp name: ",
+    "Using env variable",
+    "Setting accelerator to CPU",
+    "Setting ds_accelerator",
+    "The installed version of bitsandbytes was compiled without GPU support",
+    "Failed to load CPU gemm_4bit_forward",
+    "No CUDA runtime is found",
 )
+_LOGGERS = (
+    "DeepSpeed",
+    "bitsandbytes.cextension",
+    "bitsandbytes.backends.cpu.ops",
+    "torch.utils.cpp_extension",
+)
+
+
+def quieten_start(rank: int = 0) -> None:
+    """Leave such notes out of what a process prints before its runner has a log.
+
+    Call it before the packages are imported: they print most of theirs meanwhile.
+
+    Args:
+        rank: of this process; only rank 0 logs.
+    """
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_of_use)
+    logger = MMLogger.get_current_instance()
+    logger.addFilter(_is_of_use)
+    if rank != 0:
+        logger.setLevel(logging.ERROR)
 
 
 def quieten(logger: logging.Logger) -> None:

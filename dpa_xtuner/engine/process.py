@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import acquire_lock
-from dpa_xtuner.layout import STAGE_NAMES
+from dpa_xtuner.layout import STAGE_NAMES, shipped
 from dpa_xtuner.stages.pipeline import DATA_CHECKED, samples_of
 
 
@@ -92,13 +92,20 @@ def run_next(config: Config) -> None:
     os.environ[DATA_CHECKED] = str(Path(config.work_dir).parent)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *_without_resume(sys.orig_argv[1:])], os.environ)
+    command = [sys.executable, *_without_resume(_quiet_script(sys.orig_argv[1:]))]
+    os.execve(sys.executable, command, os.environ)
 
 
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
+
+
+def _quiet_script(arguments: list[str]) -> list[str]:
+    """Put our script in the place of XTuner's, which imports packages before the plugin."""
+    ours = str(shipped("tools") / "_xtuner_train.py")
+    return [ours if each.endswith("xtuner/tools/train.py") else each for each in arguments]
 
 
 def _without_resume(arguments: list[str]) -> list[str]:

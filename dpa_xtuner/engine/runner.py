@@ -14,7 +14,7 @@ from mmengine.runner import Runner as MMEngineRunner
 
 from dpa_xtuner import compat
 from dpa_xtuner.curves import CURVES_FILE, draw_curves
-from dpa_xtuner.engine.log import describe, quieten
+from dpa_xtuner.engine.log import describe, quieten, quieten_start
 from dpa_xtuner.engine.process import (
     check_ranks_agree,
     lock_stage_folder,
@@ -47,6 +47,8 @@ class _StageRunner(_Mixed):
         guard()
         scope = DefaultScope.overwrite_default_scope("mmengine")
         with cli_errors(), scope, stopped_in_order():
+            rank = global_rank(cfg.launcher)
+            quieten_start(rank)
             if os.environ.get("DPA_REHEARSE", "0") not in ("", "0"):
                 cfg = rehearse(cfg)
             with users_files_named(Path(cfg.work_dir)):
@@ -59,7 +61,6 @@ class _StageRunner(_Mixed):
                 compat.deepspeed_leaves_float32()
                 if stage.launcher == "none":
                     compat.deepspeed_without_mpi()
-            rank = global_rank(stage.launcher)
             lock = lock_stage_folder(stage) if rank == 0 else None
             state_file = StateFile(Path(stage.work_dir), rank)
             if rank == 0:

@@ -121,12 +121,11 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
     llm = cfg.model.get(LLM, {})
     if llm.get("quantization_config") and not torch.cuda.is_available():
         del llm["quantization_config"]
-        if global_rank(cfg.launcher) == 0:
-            print_log(
-                "bitsandbytes needs a GPU and there is none: rehearsing without "
-                "model.llm.quantization_config, so the LLM is not quantised here",
-                "current",
-            )
+        print_log(
+            "bitsandbytes needs a GPU and there is none: rehearsing without "
+            "model.llm.quantization_config, so the LLM is not quantised here",
+            "current",
+        )
     return cfg
 
 

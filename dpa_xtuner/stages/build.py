@@ -140,8 +140,8 @@ def log_schedule(settings: StageSettings, numbers: Schedule, samples: int, stage
     asked_for = settings.max_steps is not None and settings.max_steps == numbers.steps
     if numbers.steps < FEW_STEPS and not asked_for:
         print_log(
-            f"Stage {stage} takes only {_steps(numbers.steps)}, which may train next to nothing: "
-            f"{count}. Lower {stage}.global_batch_size or raise {stage}.max_epochs "
+            f"Stage {stage} takes only {_steps(numbers.steps)}, which may train next to nothing. "
+            f"Lower {stage}.global_batch_size or raise {stage}.max_epochs "
             f"(is {settings.max_epochs}).",
             "current",
             logging.WARNING,
@@ -204,8 +204,7 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
         config.train_dataloader.dataset.held_out = built.encoding["held_out"]
     dataset = config.train_dataloader.dataset.to_dict()
     numbers = schedule(stage_settings, len(built), world_size(run.cfg.launcher), stage.name)
-    if global_rank(run.cfg.launcher) == 0:
-        log_schedule(stage_settings, numbers, len(built), stage.name)
+    log_schedule(stage_settings, numbers, len(built), stage.name)
     _set_schedule(config, stage_settings, numbers, run.deepspeed)
     if stage_settings.normalize == "global" and world_size(run.cfg.launcher) > 1:
         _balance_ranks(config, stage_settings.batch_size, VISUAL_ENCODER not in stage.trains)
@@ -246,7 +245,7 @@ def usable_data(run: Run, stage: Stage) -> DPADataset:
     if asked := how.get("held_out"):
         records = DATASETS.build(how | {"held_out": 0}).records
         how["held_out"] = min(asked, records // 10)
-        if how["held_out"] < asked and global_rank(run.cfg.launcher) == 0:
+        if how["held_out"] < asked:
             print_log(
                 f"captions.held_out={asked}, but there are only {records} records: holding out a "
                 f"tenth, {how['held_out']}",
@@ -254,7 +253,7 @@ def usable_data(run: Run, stage: Stage) -> DPADataset:
             )
     built = DATASETS.build(how)
     files = ", ".join(run.settings.data_of(stage.sample_format).files)
-    _check_sample(built, files, speak=global_rank(run.cfg.launcher) == 0)
+    _check_sample(built, files)
     return built
 
 
@@ -433,10 +432,10 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
     return hooks
 
 
-def _check_sample(dataset: DPADataset, files: str, speak: bool) -> None:
+def _check_sample(dataset: DPADataset, files: str) -> None:
     # On all ranks: they draw the same samples, so they stop together.
     report = check_dataset(dataset, sample=CHECKED_AT_START)
-    if speak and not report.ok:
+    if not report.ok:
         print_log(f"Some records of {files} can't be used:\n{report}", "current", logging.WARNING)
     # So few samples say little about a fraction of 1 %, but much about several times that.
     if len(report.image_problems) > 5 * dataset.skip_limit * report.checked:

@@ -13,7 +13,6 @@ from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.build import (
     check_ahead,
-    global_rank,
     stage_config,
     usable_data,
     world_size,
@@ -47,7 +46,10 @@ def next_stage(cfg: Config) -> Config | None:
     """
     settings = read_settings(cfg)
     run = Run.of(cfg, settings, run_precision(Path(cfg.work_dir), settings))
-    _log(run, f"Precision {run.precision.name}: {run.precision.reason}")
+    # The process of the previous stage has become this one.
+    continues = os.environ.get(DATA_CHECKED) == str(run.work_dir)
+    if not continues:
+        print_log(f"Precision {run.precision.name}: {run.precision.reason}", "current")
     stages = _wanted(run)
     check_ahead(run, stages)
     for number, stage in enumerate(stages, 1):
@@ -59,18 +61,15 @@ def next_stage(cfg: Config) -> Config | None:
         if finished or checkpoint:
             refuse_changed(folder, state.get("origin", {}), provenance, _ANEW)
         if finished:
-            _log(run, f"Stage {stage.name} is finished")
+            if not continues:
+                print_log(f"Stage {stage.name} is finished", "current")
             continue
         config = stage_config(run, stage, provenance)
         _resume(config, checkpoint, state)
-        _check_later_data(run, stages[number:])
+        if not continues:
+            _check_later_data(run, stages[number:])
         return config
     return None
-
-
-def _log(run: Run, text: str) -> None:
-    if global_rank(run.cfg.launcher) == 0:
-        print_log(text, "current")
 
 
 def run_precision(base: Path, settings: Settings) -> Precision:
@@ -104,8 +103,6 @@ def run_precision(base: Path, settings: Settings) -> Precision:
 
 def _check_later_data(run: Run, stages: list[Stage]) -> None:
     """Build the data sets of later stages now; these then find them on disk."""
-    if os.environ.get(DATA_CHECKED) == str(run.work_dir):  # the previous stage has done so
-        return
     for stage in stages:
         if not is_finished(run.work_dir / stage.name):
             usable_data(run, stage)

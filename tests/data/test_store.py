@@ -59,16 +59,30 @@ def test_a_store_holds_what_the_encoder_says(data, tokenizer, monkeypatch):
     assert 0 < found.arrays["truncated"].sum() < 29
 
 
-def test_the_second_start_reads_and_says_so(data, tokenizer, built, monkeypatch):
+@pytest.fixture
+def lines(monkeypatch):
+    """What is logged."""
     lines = []
     monkeypatch.setattr(store, "print_log", lambda line, logger: lines.append(line))
+    return lines
+
+
+def test_a_process_builds_a_store_and_says_so_once(data, tokenizer, built, lines):
     first, second = (open_store(data, encoder(tokenizer)) for _ in range(2))
     assert len(built) == 1 and first.folder == second.folder
     cut = int(first.arrays["truncated"].sum())
-    assert lines[0].startswith(
-        f"built 29 samples from 29 records ({cut} truncated; left out: none)"
-    )
-    assert lines[1].startswith("read 29 samples")
+    (line,) = lines
+    assert line.startswith(f"built 29 samples from 29 records ({cut} truncated; left out: none)")
+
+
+def test_the_second_start_reads_and_says_so_once(data, tokenizer, built, lines):
+    first_start = FORK.Process(target=open_store, args=(data, encoder(tokenizer)))
+    first_start.start()
+    first_start.join()
+    for _ in range(2):
+        open_store(data, encoder(tokenizer))
+    (line,) = lines
+    assert not built and line.startswith("read 29 samples")
 
 
 def test_arrays_are_mapped_and_left_behind_when_pickled(data, tokenizer):

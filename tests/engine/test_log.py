@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
+from support import harness
 from xtuner.registry import BUILDER
 
 import dpa_xtuner.plugin  # noqa: F401
@@ -28,6 +30,33 @@ def test_notes_of_mmengine_about_itself_are_left_out(caplog):
         logger.warning("The Hooks will be executed")
     kept = [record.getMessage() for record in caplog.records]
     assert kept == ["Iter(train) [2/8]  eta: 0:00:09", "The Hooks will be executed"]
+
+
+def test_what_packages_say_while_they_are_imported_is_left_out(caplog):
+    log.quieten_start()
+    for name, note in (
+        ("DeepSpeed", "Setting accelerator to CPU. If you have GPU"),
+        ("bitsandbytes.cextension", "The installed version of bitsandbytes was compiled without"),
+    ):
+        logger = logging.getLogger(name)
+        with caplog.at_level(logging.INFO, name):
+            logger.addHandler(caplog.handler)  # DeepSpeed's does not propagate
+            logger.warning(note + " GPU support.")
+            logger.warning("Could not find the bitsandbytes CUDA binary")
+            logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {
+        "Could not find the bitsandbytes CUDA binary"
+    }
+
+
+@pytest.mark.slow
+def test_two_ranks_log_each_line_once(tiny, tmp_path):
+    output = harness.finish("proxy", tmp_path / "run", ranks=2)
+    said = re.findall(r" - mmengine - \w+ - (.*)", output)
+    assert "Stage proxy: 6 steps" in output and "eta: " in output
+    # The config is read before the ranks know that they are two.
+    twice = {line for line, count in Counter(said).items() if count > 1}
+    assert {line for line in twice if "env variable" not in line} == set()
 
 
 def test_xtuners_registry_is_found_in_mmengines_scope():
