@@ -51,7 +51,7 @@ def test_what_packages_say_while_they_are_imported_is_left_out(caplog):
 
 @pytest.mark.slow
 def test_two_ranks_log_each_line_once(tiny, tmp_path):
-    output = harness.finish("proxy", tmp_path / "run", ranks=2)
+    output = harness.finish("proxy", tmp_path / "run", "default_hooks.logger.interval=2", ranks=2)
     said = re.findall(r" - mmengine - \w+ - (.*)", output)
     assert "Stage proxy: 6 steps" in output and "eta: " in output
     # The config is read before the ranks know that they are two.
