@@ -100,7 +100,7 @@ study study-quick: $(INSTALLED)
 
 docs: $(INSTALLED)
 	python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
-	mkdocs build
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 clean:
 	rm -rf $(foreach run,$(RUNS),$(run) $(run)-vanilla $(run)-eval) $(DATA)/openmoji \
