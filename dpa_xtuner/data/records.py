@@ -16,10 +16,12 @@ _OTHER_MARK = re.compile(
     r"<[\s|/]{0,2}(?:(?:start|begin|end|of|fake|token|around|global|vila|__dj__)[_/-]?)*"
     r"(?:image|img|picture|video|audio|speech|sound|vision|media|point_?cloud|bbox|ref-object)"
     r"(?:[ _-]?(?:\d+|pad|start|begin|bos|end|eos|context|content|placeholder|plh|soft|tokens?|here"
-    r"|features?|patch))*[\s|/]{0,2}>|<im_(?:start|end|patch)>|\[IMG\]"
+    r"|features?|patch|location))*[\s|/]{0,2}>|<im_(?:start|end|patch)>|\[IMG\]"
     r"|data:image/[\w.+-]+;base64,[\w+/=]{64,}",
     re.IGNORECASE,
 )
+# Beside a picture, these stand for a part of it: of VideoRefer, Osprey, SpatialRGPT, Shikra.
+_REGION = re.compile(r"<(?:region|mask|boxes|depth|roi|spi_descript)s?[ _-]?\d*>", re.IGNORECASE)
 _OTHER_IN_ANSWER = re.compile(r"<(img|video|audio)>[^<>]*</\1>|<(bbox|ref-object)>", re.IGNORECASE)
 _SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
@@ -142,7 +144,7 @@ def _check_marks(
         if found := _OTHER_IN_ANSWER.search(gpt):
             raise Malformed(f"mark that is not read: {found[0][:100]} in an answer")
     for text in (system or "", *(human for human, _ in turns)):
-        refuse_other_marks(text)
+        refuse_other_marks(text, bool(images))
     marks = sum(human.count(DEFAULT_IMAGE_TOKEN) for human, _ in turns)
     if marks != len(images):
         raise Malformed(
@@ -151,12 +153,21 @@ def _check_marks(
         )
 
 
-def refuse_other_marks(text: str) -> None:
+def refuse_other_marks(text: str, beside_pictures: bool) -> None:
     """Refuse a text with a mark of another medium, or another spelling of a picture's.
+
+    Args:
+        text: a question, a system prompt or a caption.
+        beside_pictures: whether the record has pictures, so that there may be marks of their parts.
 
     Raises:
         Malformed: there is one.
     """
+    others = text.count("<") > text.count(DEFAULT_IMAGE_TOKEN)  # most texts have none
+    if not others and "[IMG]" not in text and ";base64," not in text:
+        return
+    if beside_pictures and (part := _REGION.search(text)):
+        raise Malformed(f"mark that is not read: {part[0]}; parts of pictures are not read")
     for found in _OTHER_MARK.finditer(text):
         if found[0] != DEFAULT_IMAGE_TOKEN:
             raise Malformed(

@@ -414,6 +414,15 @@ RECORDS = {
         said('[{"type": "text", "text": "Hi"}]', "Yes"),
         "!malformed message",
     ),
+    "Ferret's mark of a place": (
+        llava("<image>\nWhat is <bbox_location0>?", "Red", box_x1y1x2y2=[[[1, 2, 3, 4]]], **IMAGE),
+        "!mark that is not read",
+    ),
+    "mark of a part of a picture": (
+        llava("<image>\nWhat is <region>?", "Red", **IMAGE),
+        "!mark that is not read",
+    ),
+    "such a word in a text": (llava("<mask>", "Yes"), "Q:<mask>A:⟨Yes[E]⟩\n"),
     "Data-Juicer's mark": (
         {"images": ["red.png"], "text": "<__dj__image> Red"},
         "!mark that is not read",

@@ -38,7 +38,7 @@ def read(item: Mapping[str, Any]) -> Parts:
     caption = item[key]
     if not isinstance(caption, str):
         raise Malformed(f"malformed caption: expected a string under {key!r}")
-    refuse_other_marks(caption)
+    refuse_other_marks(caption, True)
     images = pictures_of(item) if image in IMAGES[:2] else picture_names(item[image])
     if not images:
         raise Malformed("caption without an image")
