@@ -77,7 +77,7 @@ HERE = [command for command in ALL if reason(command) is None]
 def test_nothing_is_left_out_for_a_reason_that_is_gone():
     every = documented.commands()
     assert {reason(command) for command in every} - {None} == set(NOT_RUN)
-    assert len(HERE) > 20
+    assert len(HERE) > 10
 
 
 def test_all_shell_code_is_shell_code():

@@ -19,6 +19,7 @@ _LEFT_OUT = (
     "Dataset DPADataset has no metainfo",
     "LengthGroupedSampler",
     "Exp name: ",
+    "Reach the end of the dataloader",
     "Using env variable",
     "Setting accelerator to CPU",
     "Setting ds_accelerator",
