@@ -45,6 +45,7 @@ def quieten_start(rank: int = 0) -> None:
     """
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_is_of_use)
+    warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")  # MMEngine, on each rank
     logger = MMLogger.get_current_instance()
     logger.addFilter(_is_of_use)
     if rank != 0:
