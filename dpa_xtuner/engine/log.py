@@ -22,7 +22,6 @@ _LEFT_OUT = (
     "Reach the end of the dataloader",
     "Using env variable",
     "Setting accelerator to CPU",
-    "Setting ds_accelerator",
     "The installed version of bitsandbytes was compiled without GPU support",
     "Failed to load CPU gemm_4bit_forward",
     "No CUDA runtime is found",
@@ -46,6 +45,7 @@ def quieten_start(rank: int = 0) -> None:
     for name in _LOGGERS:
         logging.getLogger(name).addFilter(_is_of_use)
     warnings.filterwarnings("ignore", "Setting (OMP|MKL)_NUM_THREADS")  # MMEngine, on each rank
+    warnings.filterwarnings("ignore", "(Distutils was imported|Setuptools is replacing)")
     logger = MMLogger.get_current_instance()
     logger.addFilter(_is_of_use)
     if rank != 0:
@@ -60,6 +60,9 @@ def quieten(logger: logging.Logger) -> None:
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
+    # DeepSpeed 0.16.2 lists its whole configuration at each start; 0.19 warns only, as here.
+    if record.name == "DeepSpeed" and record.levelno < logging.WARNING:
+        return False
     return not record.getMessage().startswith(_LEFT_OUT)
 
 

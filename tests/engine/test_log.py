@@ -42,10 +42,15 @@ def test_what_packages_say_while_they_are_imported_is_left_out(caplog):
         with caplog.at_level(logging.INFO, name):
             logger.addHandler(caplog.handler)  # DeepSpeed's does not propagate
             logger.warning(note + " GPU support.")
+            logger.info("Reduce bucket size 500000000")
             logger.warning("Could not find the bitsandbytes CUDA binary")
             logger.removeHandler(caplog.handler)
-    assert {record.getMessage() for record in caplog.records} == {
-        "Could not find the bitsandbytes CUDA binary"
+    kept = {(record.name, record.getMessage()) for record in caplog.records}
+    binary = "Could not find the bitsandbytes CUDA binary"
+    assert kept == {
+        ("DeepSpeed", binary),
+        ("bitsandbytes.cextension", binary),
+        ("bitsandbytes.cextension", "Reduce bucket size 500000000"),
     }
 
 
