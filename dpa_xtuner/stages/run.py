@@ -29,6 +29,8 @@ from dpa_xtuner.stages.table import Stage, stage_table
 
 # The methods to which a from_pretrained passes its keywords.
 _LOADING = ("from_pretrained", "_from_pretrained", "from_dict", "get_image_processor_dict")
+# A folder that has none of these has no tokenizer.
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tokenization_*.py")
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,8 @@ def _load(key: str, setting: str, cfg: Config) -> Any:
         built = BUILDER.build(dict(how))
     except (OSError, TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         # transformers 5 raises a ValueError where a folder has no tokenizer.
-        if not isinstance(error, OSError) and "instantiate the backend tok" not in str(error):
+        lacks_it = key == "tokenizer" and _lacks_a_tokenizer(Path(cfg[setting]))
+        if not (isinstance(error, OSError) or lacks_it):
             raise DPAError(f"{key}: {error}. Check its keys in the config.") from None
         reason = str(error).strip().splitlines()[0]
         raise DPAError(
@@ -254,6 +257,10 @@ def _load(key: str, setting: str, cfg: Config) -> Any:
         ) from None
     _check_keywords(key, how, loader, type(built), set(dir(type(built))))
     return built
+
+
+def _lacks_a_tokenizer(folder: Path) -> bool:
+    return folder.is_dir() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES)
 
 
 def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:

@@ -125,6 +125,9 @@ def _fork(body: Callable[[], None], log: Path) -> int:
         return pid
     code = 1
     try:
+        # After a fork the first call makes torch's pool of threads anew. Two threads that call at
+        # once, as when weights are loaded, find none: "Invalid thread pool".
+        torch.set_num_threads(1)
         os.setsid()
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
