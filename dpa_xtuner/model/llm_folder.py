@@ -52,10 +52,15 @@ def write_portably(folder: Path, chat_template: str | None = None) -> None:
     """
     file = folder / "config.json"
     write_json(file, _with_older_names(json.loads(file.read_text(encoding="utf-8"))))
+    file = folder / "tokenizer_config.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
     if (folder / "tokenizer.json").is_file():
         # transformers 5 makes a LLaMA's or Qwen's own class anew from the vocabulary, with other
         # ids or no BOS, and writes a name of this class that 4.57 does not know.
-        _merge(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):  # 4.57 takes a dict of others
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+    write_json(file, tokenizer)
     if chat_template is not None:
         write_json(folder / "chat_template.json", {"chat_template": chat_template})
         # transformers 5 puts the image processor in here, which 4.57 takes for an argument given

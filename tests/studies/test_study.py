@@ -74,7 +74,9 @@ def test_a_look_is_that_of_plain_transformers():
             embeds[tokens < 0] = model.encode_images(row["pixel_values"][0][None])[0]
             logits = model.llm(inputs_embeds=embeds[None]).logits[0, -3]
             at = torch.arange(len(tokens))[tokens >= 0]
-            plain = model.llm(tokens[tokens >= 0][None], position_ids=at[None]).logits[0, -3]
+            # Without a mask, transformers 5 takes a gap in the positions for another sample.
+            given = dict(position_ids=at[None], attention_mask=torch.ones_like(at)[None])
+            plain = model.llm(tokens[tokens >= 0][None], **given).logits[0, -3]
         p_w.append(logits.softmax(-1)[tokens[-2]].item())
         p_wo.append(plain.softmax(-1)[tokens[-2]].item())
         right.append(logits.argmax() == tokens[-2])
