@@ -16,7 +16,7 @@ instructions = dict(
 
 # One epoch in each stage, as in the paper.
 proxy = dict(
-    lr=2e-3, batch_size=32, global_batch_size=32, max_length=128, save_steps=100000,
+    lr=5e-4, batch_size=32, global_batch_size=32, max_length=128, save_steps=100000,
     pad_image_to_square=False, lora=dict(r=32, lora_alpha=64))
 align = dict(
     lr=5e-3, batch_size=32, global_batch_size=32, max_length=128, save_steps=100000,

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 HERE = Path(__file__).parent
-WORLD = 3
+WORLD = 4
 """Version of world.py: raise it when scenes, texts, pictures, LLM or encoder change."""
 
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
@@ -24,6 +24,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "from_proxy": ("pmo", {"tune.start_from": "proxy"}),
     "lora": ("pmo", {"tune.train_llm": "lora", "tune.lr": 4e-3}),
     "lora_vanilla": ("vanilla", {"tune.train_llm": "lora", "tune.lr": 4e-3}),
+    "forgetful_proxy": ("pmo", {"proxy.lr": 2e-3}),
+    "gentle_proxy": ("pmo", {"proxy.lr": 2e-4}),
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
 }
@@ -58,9 +60,18 @@ class Cell:
         return f"level{self.level}-{self.variant or self.method}-share{self.share:g}-{self.seed}"
 
     @property
-    def has_proxy(self) -> bool:
-        """Whether it has a stage `proxy`."""
-        return self.method in ("pmo", "dpa")
+    def proxy(self) -> str:
+        """Name of the proxy that it shares with others; empty if it has no stage `proxy`."""
+        if self.method not in ("pmo", "dpa"):
+            return ""
+        own = any(key.startswith("proxy.") for key in self.settings)
+        kind = f"-{self.variant}" if own else ""
+        return f"proxy-level{self.level}{kind}-share{self.share:g}-{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What its variant sets."""
+        return VARIANTS[self.variant][1] if self.variant else {}
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Sizes:
     """
 
     captions: int = 8000
-    questions: int = 4800
+    questions: int = 6400
     asked: int = 512
     llm_steps: int = 2000
 
@@ -123,15 +134,16 @@ STUDIES = {
     "smallest": Study(
         (Part("methods", (2,), ("vanilla", "pmo")),), (900, 901), Sizes(320, 320, 32, 20)
     ),
-    "quick": Study((Part("methods", (0, 2, 6)),), (0, 1, 2), Sizes()),
+    "quick": Study((Part("methods", (0, 2, 6)),), (10, 11, 12), Sizes()),
     "full": Study(
         (
             Part("methods", (0, 1, 2, 4, 6)),
+            Part("proxies", (2, 6), (), variants=("forgetful_proxy", "gentle_proxy")),
             Part("budget", (2, 6), (), variants=("long_vanilla", "long")),
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),
-        (0, 1, 2, 3, 4),
+        (10, 11, 12, 13, 14),
         Sizes(),
     ),
 }

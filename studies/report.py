@@ -126,6 +126,7 @@ MEASURES: dict[str, Callable[[dict], float]] = {
     "conflict per caption": lambda run: MEASURES["conflict"](run) * (run["caption_tokens"] - 1),
     "original": lambda run: run["measured"]["original"],
     "floor": lambda run: run["measured"]["floor"],
+    "reads": lambda run: run["measured"]["proxy_reads"],
 }
 """What a run is judged by. *over tune* is the area under the curve of accuracy over the steps."""
 
@@ -140,6 +141,7 @@ def tables(results: Results) -> dict[str, str]:
         "gains at the end": _gains(results, "at the end"),
         "accuracy": _accuracy(results),
         "leakage": _leakage(results),
+        "proxies": _proxies(results),
         "variants": _variants(results),
         "shares": _shares(results),
         "mechanism": _mechanism(results),
@@ -156,7 +158,7 @@ def _runs(results: Results) -> str:
     machines = ", ".join(sorted({run["machine"] for run in results.runs.values()}))
     return (
         f"{len(results.runs)} runs of {np.median(seconds):.0f} s (median), on {machines}. The "
-        f"original LLM answers {llm:.1%} of the questions behind a description.\n\n"
+        f"original LLM gets {llm:.1%} of the words right that a description tells.\n\n"
         + _table(["level", "seeds"], rows)
     )
 
@@ -164,9 +166,16 @@ def _runs(results: Results) -> str:
 def _conflict(results: Results) -> str:
     rows = []
     for level in results.levels(method="pmo", share=1.0, variant=""):
-        names = ("original", "floor", "conflict", "conflict per caption")
+        names = ("original", "floor", "conflict", "conflict per caption", "reads")
         rows.append((level, *(_number(results.mean(Cell(level, "pmo", 0), n)) for n in names)))
-    head = ["level", "original LLM", "proxy (floor)", "conflict", "conflict per caption"]
+    head = [
+        "level",
+        "original LLM",
+        "proxy (floor)",
+        "conflict",
+        "conflict per caption",
+        "proxy reads",
+    ]
     return _table(head, rows)
 
 
@@ -176,8 +185,9 @@ def _gains(results: Results, measure: str) -> str:
     for level in results.levels(method="vanilla", share=1.0, variant=""):
         base = Cell(level, "vanilla", 0)
         gains = [_gain(results.gain(Cell(level, m, 0), base, measure)) for m in others]
+        gains.append(_gain(results.gain(Cell(level, "dpa", 0), Cell(level, "pmo", 0), measure)))
         rows.append((level, _number(results.mean(base, measure)), *gains))
-    return _table(["level", "vanilla", *(f"{m} - vanilla" for m in others)], rows)
+    return _table(["level", "vanilla", *(f"{m} - vanilla" for m in others), "dpa - pmo"], rows)
 
 
 def _table(head: list[str], rows: Iterable[Iterable[object]]) -> str:
@@ -231,6 +241,21 @@ def _variants(results: Results) -> str:
     if not rows:
         return "Not run."
     head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method", "seeds"]
+    return _table(head, rows)
+
+
+def _proxies(results: Results) -> str:
+    rows = []
+    for level in results.levels(variant="gentle_proxy"):
+        for name in ("gentle_proxy", "", "forgetful_proxy"):
+            cell, base = Cell(level, "pmo", 0, 1.0, name), Cell(level, "vanilla", 0)
+            if results.seeds(cell, base):
+                means = [results.mean(cell, m) for m in ("floor", "reads", "picture", "over tune")]
+                gain = _gain(results.gain(cell, base, "over tune"))
+                rows.append((level, name or "pmo", *map(_number, means), gain))
+    if not rows:
+        return "Not run."
+    head = ["level", "run", "floor", "proxy reads", "picture", "over tune", "- vanilla"]
     return _table(head, rows)
 
 

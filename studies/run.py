@@ -24,14 +24,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import AutoTokenizer, CLIPImageProcessor, LlamaForCausalLM
 
 import dpa_xtuner.plugin  # noqa: F401, registers what a config names
 from dpa_xtuner.data import dataset, images
 from dpa_xtuner.files import read_json, whole_folder, write_json, write_text
 from studies import schemes, world  # noqa: F401, schemes registers its classes
 from studies.measure import MEASURES
-from studies.plan import STUDIES, VARIANTS, Cell, Sizes
+from studies.plan import STUDIES, Cell, Sizes
 
 HERE = Path(__file__).parent
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process would wait for its threads
@@ -163,37 +163,44 @@ def run_seed(
     """
     data = make_data(folder, sizes, cells[0].seed, {cell.level for cell in cells})
     keep_pictures(data)
-    proxies = {proxy_of(folder, cell): cell for cell in cells if cell.has_proxy}
+    proxies = {folder / cell.proxy: cell for cell in cells if cell.proxy}
     failed = in_parallel(
         {place.name: partial(train, folder, cell, place, ["proxy"])
          for place, cell in proxies.items() if not _has_proxy(place)},
         processes, end,
     )  # fmt: skip
-    ready = [cell for cell in cells if not cell.has_proxy or _has_proxy(proxy_of(folder, cell))]
+    ready = [cell for cell in cells if not cell.proxy or _has_proxy(folder / cell.proxy)]
     return failed + in_parallel(
         {cell.name: partial(one_run, folder, results, sizes, cell) for cell in ready},
         processes, end,
     )  # fmt: skip
 
 
-def proxy_of(folder: Path, cell: Cell) -> Path:
-    """Return the folder of the proxy that a run shares with others."""
-    return folder / f"proxy-level{cell.level}-share{cell.share:g}-{cell.seed}"
-
-
 def _has_proxy(place: Path) -> bool:
     return (place / "proxy/llm_adapter").exists()
+
+
+def proxy_reads(folder: Path, adapter: Path) -> float:
+    """Measure how well a proxy still reads descriptions."""
+    from peft import PeftModel  # after the plugin, which mends what peft imports
+
+    original = LlamaForCausalLM.from_pretrained(folder / "llm")
+    proxy = PeftModel.from_pretrained(original, str(adapter)).eval()
+    words = AutoTokenizer.from_pretrained(folder / "llm")
+    return world.reads(proxy, words, np.random.default_rng(0))
 
 
 def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
     """Train `align` and `tune`, and append what was measured to the results."""
     began, work_dir = time.monotonic(), folder / cell.name
     shutil.rmtree(work_dir, ignore_errors=True)
-    if cell.has_proxy:
-        shutil.copytree(proxy_of(folder, cell) / "proxy", work_dir / "proxy")
+    if cell.proxy:
+        shutil.copytree(folder / cell.proxy / "proxy", work_dir / "proxy")
     train(folder, cell, work_dir, ["align", "tune"])
     measured = read_json(work_dir / "align/stage.json", "")["measured"]
     proxy = read_json(work_dir / "proxy/stage.json", "").get("measured", {})
+    if cell.proxy:
+        measured["proxy_reads"] = proxy_reads(folder, work_dir / "proxy/llm_adapter")
     line = {
         "protocol": sizes.protocol,
         "cell": vars(cell),
@@ -226,7 +233,7 @@ def train(folder: Path, cell: Cell, work_dir: Path, stages: list[str]) -> None:
         "instructions.image_folder": data,
         "custom_hooks.0.questions": f"{data}/asked.jsonl",
         "randomness.seed": cell.seed,
-        **(VARIANTS[cell.variant][1] if cell.variant else {}),
+        **cell.settings,
     }
     argv = ["train.py", str(HERE / "config.py"), "--work-dir", str(work_dir), "--cfg-options"]
     argv += [f"{key}={value}" for key, value in options.items()]

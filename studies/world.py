@@ -59,6 +59,11 @@ class Scene:
         left, right = (f"a {COLOURS[c]} {THINGS[t]}" for c, t in (self.left, self.right))
         return f"the picture shows {left} on the left and {right} on the right ."
 
+    def description_again(self) -> str:
+        """Say it in other words, in the LLM's own style too."""
+        left, right = (f"a {COLOURS[c]} {THINGS[t]}" for c, t in (self.left, self.right))
+        return f"on the left is {left} and on the right is {right} ."
+
     def questions(self) -> list[tuple[str, str]]:
         """Ask for thing and colour on either side: question and answer."""
         asked = []
@@ -153,29 +158,34 @@ def write_encoder(folder: Path) -> None:
 
 
 def texts(words: PreTrainedTokenizerFast, count: int, draw: Draw):
-    """Draw descriptions with their four questions in random order, all of one length.
+    """Draw descriptions, each told again in other words, with its questions in random order.
+
+    Telling it again teaches the LLM to describe what it has read, which captions ask of it.
 
     Returns:
-        Tokens (count, T), and (count, T) bool: true at the first word of each answer.
+        Tokens (count, T), and (count, T) bool: true at the words that the description tells: the
+        things and colours told again, and the answers.
     """
     rows = []
     for scene in scenes(count, draw):
         asked = scene.questions()
         ordered = [asked[i] for i in draw.permutation(len(asked))]
         told = " ".join(f"{question} answer : {answer} ." for question, answer in ordered)
-        rows.append(words(f"{scene.description()} {told}").input_ids)
+        both = scene.description(), scene.description_again()
+        first, again = draw.permutation(2)
+        rows.append(words(f"{both[first]} {both[again]} {told}").input_ids)
     tokens = torch.tensor(rows)
-    answer, colon = words.convert_tokens_to_ids(["answer", ":"])
-    marks = torch.zeros_like(tokens, dtype=torch.bool)
-    marks[:, 2:] = (tokens[:, :-2] == answer) & (tokens[:, 1:-1] == colon)
+    told_words = torch.tensor(words.convert_tokens_to_ids([*COLOURS, *THINGS]))
+    marks = torch.isin(tokens, told_words)
+    marks[:, : len(both[0].split())] = False  # the longer one: the other begins with "the"
     return tokens, marks
 
 
 def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float:
     """Train a LLaMA on plain text until it can read a description, and write it.
 
-    An answer's first word weighs 10 and everything else 0.3: with equal weights it does not learn
-    to read in any such time. It ends when 99 % of the answers are right.
+    A word that the description tells weighs 10 and everything else 0.3: with equal weights it does
+    not learn to read in any such time. It ends when 99 % of those words are right.
 
     Args:
         folder: to write, with the tokenizer.
@@ -184,7 +194,7 @@ def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float
         seed: of weights and texts.
 
     Returns:
-        Accuracy of its answers about 128 new descriptions.
+        What :func:`reads` says of it.
     """
     torch.manual_seed(seed)
     words, draw = tokenizer(), np.random.default_rng(seed)
@@ -221,7 +231,7 @@ def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float
 def reads(
     llm: LlamaForCausalLM, words: PreTrainedTokenizerFast, draw: np.random.Generator
 ) -> float:
-    """Measure how often an LLM answers right about 128 new descriptions."""
+    """Measure how many of the words are right that 128 new descriptions tell."""
     tokens, marks = texts(words, 128, draw)
     right = llm(tokens).logits[:, :-1].argmax(-1) == tokens[:, 1:]  # (128, T - 1)
     return right[marks[:, 1:]].float().mean().item()

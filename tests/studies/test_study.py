@@ -42,15 +42,20 @@ def test_a_scene_says_what_its_questions_ask():
         assert after in [world.STYLE[i] for i in follows[word]]
 
 
-def test_texts_mark_each_answers_first_word():
+def test_texts_mark_what_the_description_tells():
     words = world.tokenizer()
-    tokens, marks = world.texts(words, 3, np.random.default_rng(0))
-    assert marks.sum(1).tolist() == [4, 4, 4]
+    tokens, marks = world.texts(words, 8, np.random.default_rng(0))
+    firsts = set()
     for row, mark in zip(tokens, marks, strict=True):
-        told = words.decode(row)
-        for answer in words.convert_ids_to_tokens(row[mark]):
-            assert answer in world.THINGS + world.COLOURS
-            assert f"answer : {answer} ." in told and answer in told.split(".")[0]
+        first, again, *asked = words.decode(row).split(" .")[:-1]
+        firsts.add(first.split()[1])
+        told = [word for word in first.split() if word in world.THINGS + world.COLOURS]
+        marked = words.convert_ids_to_tokens(row[mark])
+        assert marked[:4] == told and all(word in again.split() for word in told)
+        assert sorted(marked[4:]) == sorted(told)
+        for answer, text in zip(marked[4:], asked, strict=True):
+            assert text.endswith(f"answer : {answer}")
+    assert firsts == {"picture", "the"}
 
 
 def test_a_picture_is_its_two_halves():
@@ -185,7 +190,7 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     def line(cell: Cell, accuracy: float) -> str:
         look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
         measured = {"original": 9.0, "floor": 3.0, "leakage": 2.0, "other_picture": 5.0}
-        measured["own_picture"] = 4.0
+        measured |= {"own_picture": 4.0, "proxy_reads": 0.5}
         return json.dumps({
             "protocol": "p", "cell": vars(cell), "measured": measured, "caption_tokens": 10,
             "tune": {"steps": [0, 25], "looks": [look, look]}, "llm_accuracy": 1.0, "seconds": 9.0,
@@ -201,8 +206,8 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     made = tables(Results(tmp_path, "p"))
     rows = {name: [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
             for name, table in made.items()}  # fmt: skip
-    assert rows["gains"] == [["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-"]]
-    assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00"]]
+    assert rows["gains"] == [["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-", "-0.100 (1)"]]
+    assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00", "0.50"]]
     assert rows["variants"] == [
         ["cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "1"]
     ]
