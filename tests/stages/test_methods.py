@@ -202,7 +202,7 @@ def test_tune_can_start_from_the_original_llm_after_a_full_proxy(full_proxy, tin
 
 def test_a_full_proxy_that_is_killed_ends_with_the_same_bits(full_proxy, tmp_path):
     work_dir = tmp_path / "killed"
-    prepare = harness.die_at_change(work_dir, 26)
+    prepare = harness.die_at_change(work_dir, 28)
     code, output = harness.run("proxy", work_dir, *FULL_PROXY, prepare=prepare)
     assert code == -9, output[-3000:]
     assert "resumes from" in harness.finish("proxy", work_dir, *FULL_PROXY)

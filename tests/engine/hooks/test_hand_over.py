@@ -134,7 +134,7 @@ def test_what_was_measured_survives_a_stop(stage, reference, tmp_path):
     work_dir = tmp_path / "run"
     if stage == "align":
         harness.copy_stage(reference(FULL).work_dir, work_dir, "proxy")
-    code, _ = harness.run(stage, work_dir, prepare=harness.die_at_change(work_dir, 26))
+    code, _ = harness.run(stage, work_dir, prepare=harness.die_at_change(work_dir, 28))
     assert code == -9
     assert "resumes from" in harness.finish(stage, work_dir)
     assert measured(work_dir, stage) == measured(reference(FULL).work_dir, stage)
