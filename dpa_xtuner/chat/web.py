@@ -7,6 +7,7 @@ transformers.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
@@ -107,11 +108,9 @@ def make_server(
             self.end_headers()
 
         def _line(self, piece: dict[str, str]) -> None:
-            try:
+            with suppress(OSError):  # the page was closed; the answer is made to its end
                 self.wfile.write(json.dumps(piece).encode() + b"\n")
                 self.wfile.flush()
-            except OSError:  # the page was closed; the answer is made to its end
-                return
 
         def log_message(self, *_: Any) -> None:
             return  # the terminal shows the address alone

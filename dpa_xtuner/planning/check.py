@@ -4,10 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.registry import DATASETS, DefaultScope
 
-from dpa_xtuner.data import DPADataset, check_dataset
+from dpa_xtuner.data import DataReport, DPADataset, check_dataset
 from dpa_xtuner.data.figures import file_figures
 from dpa_xtuner.data.problems import NothingUsableError, Problem, list_problems
 from dpa_xtuner.data.sample_page import page
@@ -62,15 +63,7 @@ def check_config(
             lines += _lines(name, error.problems, error.files)
             continue
         found = check_dataset(built, sample=sample)
-        for figures in file_figures(built, run.tokenizer):
-            print(figures)
-            if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
-                print(f"{len(own):>8}  problems:\n{list_problems(own)}")
-        if len(built.files) == 1:
-            print(found)
-        else:
-            print(f"{len(found.problems)} problems in all; the images of {found.checked} of "
-                  f"{found.samples} samples were opened")  # fmt: skip
+        _print_found(built, found, run.tokenizer)
         ok = ok and found.ok
         lines += _lines(name, found.problems, built.files)
         datasets[f"Stage {name}"] = built
@@ -81,6 +74,19 @@ def check_config(
         write_text(html, page(datasets, run.tokenizer))
         print(f"\nWrote samples as the model sees them to {html}")
     return ok
+
+
+def _print_found(built: DPADataset, found: DataReport, tokenizer: Any) -> None:
+    """Print the figures of each file, and the problems: of a mixture, file by file."""
+    for figures in file_figures(built, tokenizer):
+        print(figures)
+        if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
+            print(f"{len(own):>8}  problems:\n{list_problems(own)}")
+    if len(built.files) == 1:
+        print(found)
+    else:
+        print(f"{len(found.problems)} problems in all; the images of {found.checked} of "
+              f"{found.samples} samples were opened")  # fmt: skip
 
 
 def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
