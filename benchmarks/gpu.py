@@ -844,12 +844,11 @@ def _make_inputs(folder: Path) -> None:
     import dpa_xtuner.plugin  # noqa: F401, I001
     from mmengine.config import Config
 
-    from dpa_xtuner.planning.rehearsal import make_inputs
-    from dpa_xtuner.stages.settings import Settings
+    from dpa_xtuner.planning.rehearsal import PRECISION, make_inputs
+    from dpa_xtuner.stages.run import Run
 
     os.environ["DPA_TINY"] = str(folder)
-    config = Config.fromfile(TINY_CONFIG)
-    make_inputs(config, Settings.from_config(config), folder)
+    make_inputs(Run.of(Config.fromfile(TINY_CONFIG), PRECISION), folder)
 
 
 def _last_losses(stage: Path) -> list[str]:

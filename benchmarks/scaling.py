@@ -148,15 +148,11 @@ def sending_table(costs: dict[str, Stage], steps: int) -> str:
     """Tabulate bytes and expected seconds of a step of ``dpa_internlm2_7b``."""
     from mmengine.config import Config
 
-    from dpa_xtuner.planning.memory import StageModel
-    from dpa_xtuner.stages.settings import Settings
-    from dpa_xtuner.stages.table import stage_table
+    from dpa_xtuner.planning.memory import stage_models
 
-    config = Config.fromfile(CONFIG, import_custom_modules=False)
-    settings = Settings.from_config(config)
     rows = []
-    for name, stage in stage_table(settings).items():
-        numbers = StageModel(config, settings, stage).counts
+    for name, model in stage_models(Config.fromfile(CONFIG, import_custom_modules=False)).items():
+        numbers = model.counts
         passes = 2 + (costs[name].contrast is not None)
         for ranks, counts, size in SETUPS[name]:
             if ranks == 1 or ranks * counts * size != 256:

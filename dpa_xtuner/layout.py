@@ -7,7 +7,9 @@ PROXY, ALIGN, TUNE = STAGE_NAMES = ("proxy", "align", "tune")
 proxy has the last two; a run that starts from a given projector (``tune.init_projector``) has the
 last one."""
 
-LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR = "llm", "llm_adapter", "visual_encoder", "projector"
+LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR = COMPONENT_NAMES = (
+    "llm", "llm_adapter", "visual_encoder", "projector",
+)  # fmt: skip
 """The components of a model; a stage writes each to a folder of this name in its own folder."""
 
 STATE_FILE = "stage.json"

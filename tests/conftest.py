@@ -15,7 +15,7 @@ from support import harness
 
 import dpa_xtuner.plugin  # noqa: F401  # before all that imports XTuner
 from dpa_xtuner.planning import rehearsal
-from dpa_xtuner.stages.settings import Settings
+from dpa_xtuner.stages.run import Run
 
 # Tests of what needs an extra that is not installed, as on transformers 5, are left out.
 _NEED = {
@@ -51,7 +51,7 @@ def tiny(tmp_path_factory) -> Path:
 
     def write() -> None:
         cfg = Config.fromfile(harness.TINY_CONFIG)
-        rehearsal.make_inputs(cfg, Settings.from_config(cfg), folder)
+        rehearsal.make_inputs(Run.of(cfg, rehearsal.PRECISION), folder)
 
     harness.forked(write, folder / "inputs.log")
     return folder

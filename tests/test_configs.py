@@ -25,12 +25,11 @@ from dpa_xtuner.model.configs import model_class
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.llm import base_model
 from dpa_xtuner.model.published import published_config
-from dpa_xtuner.planning.memory import StageModel
+from dpa_xtuner.planning.memory import stage_models
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.run import Run, fill_in_loaders
 from dpa_xtuner.stages.settings import Settings
-from dpa_xtuner.stages.table import stage_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -182,7 +181,7 @@ def test_4_bit_weights_are_asked_for_as_transformers_takes_them(name):
 def meta_stage(cfg: Config, settings: Settings, stage: str) -> nn.Module:
     """A stage's model as the stage builds it, of the published size and without memory."""
     cfg.work_dir = "nowhere"
-    run = Run.of(cfg, settings, BF16)
+    run = Run.of(cfg, BF16)
     cfg, model = run.cfg, model_config(run, run.stages[stage])
     for handed_over in ("merged_adapter", "pretrained_projector"):
         model.pop(handed_over, None)
@@ -251,9 +250,8 @@ def test_all_stages_at_full_size_without_memory(name):
     assert names(tune, trained=True) == of_llm | projector
     assert {n for n in names(tune, trained=False) if n.startswith("visual_encoder.")}
 
-    table = stage_table(settings)
-    for model, stage in ((proxy, "proxy"), (align, "align"), (tune, "tune")):
-        counts = StageModel(cfg, settings, table[stage]).counts  # of tools/memory.py
+    for model, ours in zip((proxy, align, tune), stage_models(cfg).values(), strict=True):
+        counts = ours.counts  # of tools/memory.py
         assert (counts.trained, counts.frozen) == (numel(model, True), numel(model, False))
 
 

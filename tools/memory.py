@@ -30,19 +30,9 @@ SETUPS = ((1, 0), (4, 2), (4, 3), (8, 2), (8, 3), (16, 3))
 LENGTH = 2048
 
 
-def stage_models(cfg: Config) -> dict:
-    """Size the model of each stage: a :class:`dpa_xtuner.planning.memory.StageModel` by name."""
-    from dpa_xtuner.planning.memory import StageModel
-    from dpa_xtuner.stages.settings import Settings
-    from dpa_xtuner.stages.table import stage_table
-
-    settings = Settings.from_config(cfg)
-    table = stage_table(settings)
-    return {name: StageModel(cfg, settings, stage) for name, stage in table.items()}
-
-
 def show(cfg: Config, gpus: int, zero: int, length: int | None) -> None:
     """Print the table of one config, in GB (2^30 bytes) and millions of parameters."""
+    from dpa_xtuner.planning.memory import stage_models
     from dpa_xtuner.tables import markdown
 
     rows = []
@@ -67,6 +57,7 @@ def tables(names: list[str]) -> list[str]:
     Returns:
         The cards that each config needs, and the GB that each of its stages needs.
     """
+    from dpa_xtuner.planning.memory import stage_models
     from dpa_xtuner.stages.settings import config_from_file
     from dpa_xtuner.tables import markdown
 

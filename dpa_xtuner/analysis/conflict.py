@@ -26,9 +26,8 @@ from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished
 from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
-from dpa_xtuner.stages.pipeline import run_precision
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import config_from_file, read_settings
+from dpa_xtuner.stages.settings import config_from_file
 from dpa_xtuner.stages.table import Stage
 
 WORTH = 0.1
@@ -169,7 +168,7 @@ def fitted(asked: Asked, changes: dict) -> Conflict:
     run = _run(asked, changes | forced)
     asked_for = run.precision.name
     if asked_for == "fp16":
-        run = Run.of(run.cfg, run.settings, Precision("fp32"))
+        run = _run(asked, changes | forced, Precision("fp32"))
     stage, settings = run.stages[PROXY], run.settings
     train, samples = _split(run, stage, asked.samples)
     torch.manual_seed(0)  # of the adapter's first weights
@@ -211,15 +210,13 @@ def _of_run(asked: Asked, run: Run) -> Conflict | None:
     return Conflict(run.settings.llm_name_or_path, files, original, proxy, how)
 
 
-def _run(asked: Asked, changes: dict) -> Run:
+def _run(asked: Asked, changes: dict, precision: Precision | None = None) -> Run:
     options = asked.options | changes | {"work_dir": str(asked.base), "launcher": "none"}
-    cfg = config_from_file(asked.config, options)
-    settings = read_settings(cfg)
-    run = Run.of(cfg, settings, run_precision(asked.base, settings))
+    run = Run.of(config_from_file(asked.config, options), precision)
     if PROXY not in run.stages:
         raise DPAError(
-            f"method={settings.method!r} of {asked.config} has no stage {PROXY}, whose settings "
-            f"say how a proxy is fitted: give --cfg-options method=dpa."
+            f"method={run.settings.method!r} of {asked.config} has no stage {PROXY}, whose "
+            f"settings say how a proxy is fitted: give --cfg-options method=dpa."
         )
     return run
 

@@ -12,15 +12,9 @@ from dpa_xtuner.layout import STATE_FILE, TUNE
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
-from dpa_xtuner.stages.inputs import input_hashes
-from dpa_xtuner.stages.provenance import model_of, refuse_changed
+from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import (
-    Settings,
-    StageSettings,
-    config_from_file,
-    read_settings,
-)
+from dpa_xtuner.stages.settings import Settings, StageSettings, config_from_file
 from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words.
@@ -188,17 +182,16 @@ def read_source(
         DPAError: settings can't be used or differ from those of the run, the stage is unknown or
             unfinished, or a folder or checkpoint is missing.
     """
-    cfg = config_from_file(config, options)
-    settings = read_settings(cfg)
-    row = find_stage(settings, stage, "--stage ")
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_state_folder(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
-    source = Source(Run.of(cfg, settings, precision), row, base, checkpoint)
+    run = Run.of(config_from_file(config, options), precision)
+    row = find_stage(run.settings, stage, "--stage ")
+    source = Source(run, row, base, checkpoint)
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # fail now, before large files are read
-            source.run.config_of(component)
+            component.config(source.run)
     return source
 
 

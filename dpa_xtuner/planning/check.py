@@ -16,7 +16,7 @@ from dpa_xtuner.files import prepare_to_write, write_text
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import dataset_config
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import config_from_file, read_settings
+from dpa_xtuner.stages.settings import config_from_file
 
 
 def check_config(
@@ -45,8 +45,7 @@ def check_config(
     """
     for file in filter(None, (report, html)):
         prepare_to_write(file)
-    cfg = config_from_file(path, options)
-    run = Run.of(cfg, read_settings(cfg), Precision("fp32"))  # no weight is loaded
+    run = Run.of(config_from_file(path, options), Precision("fp32"))  # no weight is loaded
     ok, lines = True, []
     datasets: dict[str, DPADataset] = {}
     for name, stage in run.stages.items():

@@ -6,6 +6,7 @@ and computes activations by a formula.
 
 from dataclasses import dataclass, fields, replace
 from math import inf
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -22,7 +23,6 @@ from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, VISUAL_ENCODER
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import Stage
 
 _BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, twice with overlap_comm
@@ -111,8 +111,7 @@ class StageModel:
     """The sizes of one stage's model, without its weights.
 
     Args:
-        cfg: a DPA config.
-        settings: the settings of that config.
+        run: the run.
         stage: the row of the stage table.
 
     Attributes:
@@ -123,20 +122,19 @@ class StageModel:
         DPAError: a model is neither in a folder, nor on the hub, nor in ``published.json``.
     """
 
-    def __init__(self, cfg: Config, settings: Settings, stage: Stage):
-        precision = Precision("fp32" if settings.precision == "fp32" else "bf16")
-        self.element, self.stage = precision.dtype.itemsize, stage
-        self.settings, self.stage_settings = settings, getattr(settings, stage.name)
-        run = Run.of(cfg, settings, precision)
-        cfg = run.cfg
+    def __init__(self, run: Run, stage: Stage):
+        cfg, dtype, self.stage = run.cfg, run.precision.dtype, stage
+        self.element = dtype.itemsize
+        self.settings = run.settings
+        self.stage_settings: Any = run.settings.of_stage(stage.name)
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
         self.eager = cfg.model.llm.get("attn_implementation") == "eager"
         self.llm_config = published_config("llm_name_or_path", cfg.model.llm)
         self.image_tokens = self.visual_bytes = 0
         with torch.device("meta"):
-            modules = [self._llm(run, precision.dtype)]
+            modules = [self._llm(run, dtype)]
             if stage.sees_pictures:
-                modules += self._visual(precision.dtype)
+                modules += self._visual(dtype)
         parameters = [p for module in modules for p in module.parameters()]
         frozen = [p for p in parameters if not p.requires_grad]
         self.counts = Counts(
@@ -262,6 +260,17 @@ class StageModel:
         most = self.settings.max_tiles
         pictures = most + 1 if most > 1 else 1  # the tiles and the thumbnail
         return self.stage_settings.batch_size * pictures * self.visual_bytes
+
+
+def stage_models(cfg: Config) -> dict[str, StageModel]:
+    """Size the model of each stage of a DPA config, by the stage's name.
+
+    Raises:
+        DPAError: settings can't be used; or as :class:`StageModel`.
+    """
+    precision = Precision("fp32" if cfg.get("precision") == "fp32" else "bf16")
+    run = Run.of(cfg, precision)
+    return {name: StageModel(run, stage) for name, stage in run.stages.items()}
 
 
 def _encoder_config(spec: VisionEncoderSpec, name: str) -> PretrainedConfig:

@@ -33,10 +33,11 @@ from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import KIND
 from dpa_xtuner.stages.build import global_rank, world_size
 from dpa_xtuner.stages.components import LLM, PROJECTOR, VISUAL_ENCODER
-from dpa_xtuner.stages.run import fill_in_loaders
-from dpa_xtuner.stages.settings import CaptionSettings, DataSettings, Settings, read_settings
-from dpa_xtuner.stages.table import stage_table
+from dpa_xtuner.stages.run import Run
+from dpa_xtuner.stages.settings import CaptionSettings, DataSettings
 
+PRECISION = Precision("bf16")
+"""The dtype of published weights, in which the tiny models are written."""
 SAMPLES = 32
 STEPS = 4
 _HELD_OUT = 3
@@ -67,20 +68,20 @@ def rehearse(cfg: Config) -> Config:
     Raises:
         DPAError: settings that can't be used, or an architecture is unknown without the hub.
     """
-    settings = read_settings(cfg)
+    run = Run.of(cfg, PRECISION)
     base = Path(f"{cfg.work_dir.rstrip('/')}-rehearsal")
     inputs = base / "inputs"
     if os.environ.get("DPA_REHEARSAL") != str(base):
         if global_rank(cfg.launcher) == 0:
             print_log(f"Rehearsing {cfg.filename} in {base}", "current")
-            _empty(base, next(iter(stage_table(settings))))
+            _empty(base, next(iter(run.stages)))
             with whole_folder(inputs) as partial:
-                make_inputs(cfg, settings, partial)
+                make_inputs(run, partial)
                 write_json(partial / "launch.json", _launch())
         else:
             _wait_for(inputs / "launch.json")
         os.environ.update(DPA_REHEARSAL=str(base), DPA_CACHE=str(base / "cache"))
-    cfg = _shortened(cfg, settings, inputs)
+    cfg = _shortened(cfg, run, inputs)
     cfg.work_dir = str(base)
     return cfg
 
@@ -95,8 +96,8 @@ def _empty(base: Path, first: str) -> None:
     (base / "REHEARSAL.txt").write_text(NOTE)
 
 
-def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
-    cfg = copy.deepcopy(cfg)
+def _shortened(cfg: Config, run: Run, inputs: Path) -> Config:
+    cfg, settings = copy.deepcopy(cfg), run.settings
     batch = 2
     steps = {
         "batch_size": batch,
@@ -105,13 +106,12 @@ def _shortened(cfg: Config, settings: Settings, inputs: Path) -> Config:
         "max_epochs": STEPS,
         "save_steps": STEPS // 2,
     }
-    data = _data_read(settings)
     cfg.merge_from_dict(
         {
             LLM.setting: str(inputs / LLM),
             VISUAL_ENCODER.setting: str(inputs / VISUAL_ENCODER),
-            **{name: _data(getattr(settings, name), inputs, name) for name in data},
-            **dict.fromkeys(stage_table(settings), steps),
+            **{name: _data(data, inputs, name) for name, data in _data_read(run).items()},
+            **dict.fromkeys(run.stages, steps),
         }
     )
     if (logger := cfg.default_hooks.get("logger")) is not None:
@@ -153,34 +153,34 @@ def _data(data: DataSettings, inputs: Path, name: str) -> dict:
     }
 
 
-def _data_read(settings: Settings) -> list[str]:
-    """Name the settings of the data that the run's stages read."""
-    stages = stage_table(settings).values()
-    read = [settings.data_of(stage.sample_format) for stage in stages]
-    return [name for name in ("captions", "instructions") if getattr(settings, name) in read]
+def _data_read(run: Run) -> dict[str, DataSettings]:
+    """Collect the data that the run's stages read, by the setting's name."""
+    settings = run.settings
+    read = [settings.data_of(stage.sample_format) for stage in run.stages.values()]
+    named = {"captions": settings.captions, "instructions": settings.instructions}
+    return {name: data for name, data in named.items() if data in read}
 
 
-def make_inputs(cfg: Config, settings: Settings, folder: Path) -> None:
+def make_inputs(run: Run, folder: Path) -> None:
     """Write a tiny LLM, a tiny encoder and a few samples.
 
     Args:
-        cfg: names the classes of the models.
-        settings: names the user's data. Its first records are used if it exists.
+        run: names the classes of the models, and the user's data, whose first records are used if
+            it exists; in :data:`PRECISION`.
         folder: target folder. Gets ``llm``, ``visual_encoder``, ``captions.json`` and
             ``instructions.json``; also ``images`` if data is generated, and ``projector`` if
             ``tune.init_projector`` is set.
     """
-    cfg = fill_in_loaders(cfg, settings, Precision("bf16"))  # the dtype of published weights
+    cfg, settings = run.cfg, run.settings
     tokenizer = _tokenizer(cfg)
     tokenizer.save_pretrained(folder / LLM)
     _tiny_llm(cfg.model.llm, tokenizer).save_pretrained(folder / LLM)
     name = settings.visual_encoder_name_or_path
     write_tiny_encoder(settings.encoder, name, folder / VISUAL_ENCODER)
     if settings.tune.init_projector is not None:
-        _tiny_projector(cfg, settings, folder)
+        _tiny_projector(run, folder)
     sources = {}
-    for name in _data_read(settings):
-        data = getattr(settings, name)
+    for name, data in _data_read(run).items():
         for file, images, target in zip(
             data.files, data.folders, _targets(data, folder, name), strict=True
         ):
@@ -278,8 +278,8 @@ def write_tiny_encoder(encoder: str | dict, name: str, folder: Path) -> None:
     spec.write_tiny(config, folder)
 
 
-def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
-    spec = build_encoder(settings.encoder)
+def _tiny_projector(run: Run, folder: Path) -> None:
+    spec, settings = build_encoder(run.settings.encoder), run.settings
     encoder = spec.config(str(folder / VISUAL_ENCODER))
     llm = json.loads((folder / LLM / "config.json").read_text())
     projector = build_projector(settings.projector, spec.hidden_size(encoder), llm["hidden_size"])
@@ -288,7 +288,7 @@ def _tiny_projector(cfg: Config, settings: Settings, folder: Path) -> None:
     provenance = {
         KIND: PROJECTOR,
         "encoder": settings.encoder,
-        "visual_select_layer": cfg.model.get("visual_select_layer"),
+        "visual_select_layer": run.cfg.model.get("visual_select_layer"),
     }
     write_json(folder / PROJECTOR / PROVENANCE_FILE, provenance)
 

@@ -3,16 +3,10 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
-
-from mmengine.dist import is_main_process
-from torch import nn
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import read_json, whole_folder, write_json
+from dpa_xtuner.files import read_json
 from dpa_xtuner.layout import PROVENANCE_FILE, STATE_FILE
-from dpa_xtuner.stages.components import Component
-from dpa_xtuner.versions import installed_versions
 
 KIND = "component"
 """The key of ``dpa.json`` for the component that the folder holds."""
@@ -43,34 +37,9 @@ def newest_checkpoint(folder: Path) -> str | None:
     return max(found)[1] if found else None
 
 
-def trained_key(component: Component) -> str:
+def trained_key(component: str) -> str:
     """Return the key of ``dpa.json`` for a component's fingerprint after its stage."""
     return f"trained_{component}"
-
-
-def save_component(
-    model: nn.Module, component: Component, folder: Path, provenance: dict, companion: Any = None
-) -> None:
-    """Write a trained component in the format of its own library, with its ``dpa.json``.
-
-    Every rank must call it, since ZeRO-3 gathers; rank 0 writes. All weights are safetensors.
-
-    Args:
-        model: the stage's model, not wrapped by DDP or DeepSpeed.
-        component: the component to write.
-        folder: target folder; replaced if it exists.
-        provenance: goes into ``dpa.json``, together with the tensors' shapes.
-        companion: written next to the weights (:meth:`Component.companion`).
-    """
-    state = component.state(model)
-    if not is_main_process():
-        return
-    with whole_folder(folder) as partial:
-        shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-        component.write(model, state, partial, companion)  # transformers 5 empties the state
-        versions = installed_versions()
-        content = {KIND: component, **provenance, "versions": versions, "shapes": shapes}
-        write_json(partial / PROVENANCE_FILE, content)
 
 
 def read_provenance(folder: Path, advice: str) -> dict:
@@ -90,7 +59,7 @@ def read_provenance(folder: Path, advice: str) -> dict:
 
 
 def read_component_provenance(folder: Path) -> dict:
-    """Read the ``dpa.json`` of a folder that :func:`save_component` wrote.
+    """Read the ``dpa.json`` of a folder that a stage wrote (:meth:`Component.save`).
 
     Raises:
         DPAError: the folder or the file is missing or broken.

@@ -22,7 +22,6 @@ from dpa_xtuner.stages.components import (
     LLM,
     LLM_ADAPTER,
     VISUAL_ENCODER,
-    ModelPlan,
 )
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import PictureSettings, Settings, StageSettings
@@ -482,16 +481,6 @@ def model_config(run: Run, stage: Stage) -> dict:
     model = {**run.cfg.model.to_dict(), "type": "ProxyLLM", "normalize": stage_settings.normalize}
     if isinstance(stage_settings, PictureSettings):
         model |= {"type": "DPALLaVAModel", "loss": stage_settings.loss}
-    plan = ModelPlan(
-        cfg=run.cfg,
-        settings=run.settings,
-        stage=stage.name,
-        builds=stage.builds,
-        loads={name: str(run.work_dir / folder) for name, folder in stage.loads.items()},
-        trains=stage.trains,
-        lora_targets=run.lora_targets,
-        deepspeed=run.deepspeed,
-    )
     for component in COMPONENTS:
-        component.configure(model, plan)
+        component.configure(model, run, stage)
     return model

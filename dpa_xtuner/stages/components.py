@@ -4,51 +4,28 @@ The stage table (:mod:`dpa_xtuner.stages.table`) says which component each stage
 trains and writes. Everything else loops over :data:`COMPONENTS` and asks.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from xtuner.registry import BUILDER
 
 from dpa_xtuner import layout
-from dpa_xtuner.errors import DPAError, nearest
+from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import whole_folder, write_json
+from dpa_xtuner.layout import PROVENANCE_FILE
+from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
+from dpa_xtuner.stages.artifacts import KIND
+from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Settings
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """The plan of a stage's model, from which its components configure themselves.
-
-    Attributes:
-        cfg: the config, filled in by :func:`dpa_xtuner.stages.run.fill_in_loaders`.
-        settings: the settings of that config.
-        stage: name of the stage.
-        builds: components that the model has.
-        loads: component -> folder that it is loaded from.
-        trains: components that get gradients.
-        lora_targets: the layers that LoRA adapts; None for every linear layer but the head.
-        deepspeed: whether DeepSpeed keeps the float32 copies of the weights.
-    """
-
-    cfg: Config
-    settings: Settings
-    stage: str
-    builds: tuple[str, ...]
-    loads: dict[str, str]
-    trains: tuple[str, ...]
-    lora_targets: list[str] | None
-    deepspeed: bool
-
-    @property
-    def sees_pictures(self) -> bool:
-        """Whether the model takes images."""
-        return VISUAL_ENCODER in self.builds
+from dpa_xtuner.stages.table import Stage
+from dpa_xtuner.versions import installed_versions
 
 
 class Component(str):
@@ -76,15 +53,16 @@ class Component(str):
         """Tell by a parameter's name whether it belongs to this component."""
         return parameter.startswith(f"{self.module}.")
 
-    def configure(self, model: dict, plan: ModelPlan) -> None:
+    def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """Set in a model's config how this component is built, loaded and frozen.
 
         Args:
             model: the config; changed in place.
-            plan: the plan of the model.
+            run: the run.
+            stage: the row of the stage table.
         """
-        if self in plan.loads:
-            model[self.loaded_as] = plan.loads[self]
+        if self in stage.loads:
+            model[self.loaded_as] = str(run.work_dir / stage.loads[self])
 
     def companion(self, cfg: Config) -> Any:
         """Build what is written next to the weights, such as a tokenizer; None for nothing."""
@@ -96,6 +74,27 @@ class Component(str):
         Every rank must call it, since ZeRO-3 gathers; other ranks get an empty dict.
         """
         return _gathered_on_cpu(dict(self.of(model).named_parameters()))
+
+    def save(self, model: nn.Module, folder: Path, provenance: dict, companion: Any = None) -> None:
+        """Write the trained component in the format of its own library, with its ``dpa.json``.
+
+        Every rank must call it, since ZeRO-3 gathers; rank 0 writes. All weights are safetensors.
+
+        Args:
+            model: the stage's model, not wrapped by DDP or DeepSpeed.
+            folder: target folder; replaced if it exists.
+            provenance: goes into ``dpa.json``, together with the tensors' shapes.
+            companion: the result of :meth:`companion`.
+        """
+        state = self.state(model)
+        if not is_main_process():
+            return
+        with whole_folder(folder) as partial:
+            shapes = {name: list(tensor.shape) for name, tensor in state.items()}
+            self.write(model, state, partial, companion)  # transformers 5 empties the state
+            versions = installed_versions()
+            content = {KIND: self, **provenance, "versions": versions, "shapes": shapes}
+            write_json(partial / PROVENANCE_FILE, content)
 
     def write(self, model: nn.Module, state: dict[str, Tensor], folder: Path, companion) -> None:
         """Write it in the format of its own library.
@@ -121,16 +120,32 @@ class Published(Component):
         """Return the folder or hub name of the published model."""
         return getattr(settings, self.setting)
 
-    def configure(self, model: dict, plan: ModelPlan) -> None:
+    def config(self, run: Run) -> PretrainedConfig:
+        """Return the published configuration.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return run.llm_config if self == layout.LLM else run.encoder_config
+
+    def provenance(self, run: Run) -> dict[str, Any]:
+        """Return name and architecture of the published model, for ``stage.json``, ``dpa.json``.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return {"name": self.name(run.settings), "architecture": architecture(self.config(run))}
+
+    def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""
-        loader, trained = dict(plan.cfg.model[self]), self in plan.trains
-        if self in plan.loads:
-            loader["pretrained_model_name_or_path"] = plan.loads[self]
-        if trained and not plan.deepspeed:
+        loader, trained = dict(run.cfg.model[self]), self in stage.trains
+        if self in stage.loads:
+            loader["pretrained_model_name_or_path"] = str(run.work_dir / stage.loads[self])
+        if trained and not run.deepspeed:
             # Trained weights are float32, under autocast. DeepSpeed keeps its own float32 copies.
             loader["torch_dtype"] = "torch.float32"
         model[self] = loader
-        if plan.sees_pictures:
+        if stage.sees_pictures:
             model[f"freeze_{self}"] = not trained
 
 
@@ -157,24 +172,24 @@ class _LLMAdapter(Component):
         """Tell whether a parameter is one of the LLM's LoRA weights."""
         return super().owns(parameter) and ".lora_" in parameter
 
-    def configure(self, model: dict, plan: ModelPlan) -> None:
+    def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`.
 
         Raises:
             DPAError: the stage trains an adapter, but has no settings for it.
         """
-        super().configure(model, plan)
-        key, lora = "llm_lora" if plan.sees_pictures else "lora", None
-        if self in plan.trains:
-            settings = getattr(plan.settings.of_stage(plan.stage), "lora", None)
+        super().configure(model, run, stage)
+        key, lora = "llm_lora" if stage.sees_pictures else "lora", None
+        if self in stage.trains:
+            settings = getattr(run.settings.of_stage(stage.name), "lora", None)
             if settings is None:
                 raise DPAError(
-                    f"Stage {plan.stage} trains {self}, but {plan.stage}.lora is not a setting: "
+                    f"Stage {stage.name} trains {self}, but {stage.name}.lora is not a setting: "
                     f"add the field lora to its class of settings."
                 )
             lora = dict(
                 type="peft.LoraConfig", task_type="CAUSAL_LM", bias="none", **settings.model_dump(),
-                target_modules=plan.lora_targets,
+                target_modules=run.lora_targets,
             )  # fmt: skip
         model[key] = lora
 
@@ -193,14 +208,14 @@ class _VisualEncoder(Published):
     label, module = "visual encoder", "visual_encoder"
     settings, rate = ("train_visual_encoder", "visual_encoder_lr"), "visual_encoder_lr"
 
-    def configure(self, model: dict, plan: ModelPlan) -> None:
+    def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""
-        if self not in plan.builds:
+        if self not in stage.builds:
             for key in (self, "visual_select_layer"):
                 model.pop(key, None)
             return
-        super().configure(model, plan)
-        model["encoder"] = plan.settings.encoder
+        super().configure(model, run, stage)
+        model["encoder"] = run.settings.encoder
 
     def companion(self, cfg: Config) -> Any:
         """Build its image processor."""
@@ -223,13 +238,13 @@ class _Projector(Component):
     label, module, loaded_as = "projector", "projector", "pretrained_projector"
     settings, rate = ("projector_lr",), "projector_lr"
 
-    def configure(self, model: dict, plan: ModelPlan) -> None:
+    def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""
-        if self not in plan.builds:
+        if self not in stage.builds:
             return
-        super().configure(model, plan)
-        model[self] = plan.settings.projector
-        if self not in plan.trains:
+        super().configure(model, run, stage)
+        model[self] = run.settings.projector
+        if self not in stage.trains:
             model["freeze_projector"] = True
 
 
@@ -242,21 +257,6 @@ COMPONENTS = (LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR)
 PUBLISHED = (LLM, VISUAL_ENCODER)
 """The components that a run loads as they were published. State files and ``dpa.json`` hold their
 names, architectures and fingerprints."""
-
-
-def find_component(name: str) -> Component:
-    """Find a component by its name.
-
-    Raises:
-        DPAError: there is none.
-    """
-    for component in COMPONENTS:
-        if component == name:
-            return component
-    raise DPAError(
-        f"{name!r} is not a component of a model{nearest(name, COMPONENTS) or '.'} Known: "
-        f"{', '.join(COMPONENTS)}."
-    )
 
 
 def count_parameters(model: nn.Module) -> dict[Component, tuple[int, int]]:

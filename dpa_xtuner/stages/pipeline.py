@@ -4,12 +4,9 @@ import os
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.logging import print_log
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.layout import STAGE_NAMES
-from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
 from dpa_xtuner.stages.build import (
     check_ahead,
@@ -18,10 +15,8 @@ from dpa_xtuner.stages.build import (
     world_size,
     zero_stage,
 )
-from dpa_xtuner.stages.inputs import check_inputs
-from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
+from dpa_xtuner.stages.provenance import check_inputs, provenance_of, refuse_changed
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings, read_settings
 from dpa_xtuner.stages.table import Stage, find_stage
 
 _ANEW = "Use another --work-dir, or remove that folder to train the stage again."
@@ -44,8 +39,7 @@ def next_stage(cfg: Config) -> Config | None:
         DPAError: settings can't be used, a stage needs another one first, or the config no longer
             describes a stage that has begun.
     """
-    settings = read_settings(cfg)
-    run = Run.of(cfg, settings, run_precision(Path(cfg.work_dir), settings))
+    run = Run.of(cfg)
     # The process of the previous stage has become this one.
     continues = os.environ.get(DATA_CHECKED) == str(run.work_dir)
     if not continues:
@@ -70,35 +64,6 @@ def next_stage(cfg: Config) -> Config | None:
             _check_later_data(run, stages[number:])
         return config
     return None
-
-
-def run_precision(base: Path, settings: Settings) -> Precision:
-    """Choose the precision of a run: that of its first stage, or what fits the device.
-
-    All stages must agree: fingerprints are taken of rounded weights, and another precision rounds
-    differently.
-
-    Args:
-        base: the work dir.
-        settings: the settings of the run.
-
-    Raises:
-        DPAError: the run began with another precision than the settings name, or the device
-            does not support it.
-    """
-    device = get_device()
-    for name in STAGE_NAMES:
-        begun = read_state(base / name).get("origin", {}).get("precision")
-        if begun is None:
-            continue
-        if settings.precision not in ("auto", begun):
-            raise DPAError(
-                f"precision={settings.precision!r}, but {base / name} began in {begun!r}, and a "
-                f"run can't change its precision. Set precision={begun!r}, or use another "
-                f"--work-dir."
-            )
-        return choose_precision(begun, device, f"stage {name} began in it")
-    return choose_precision(settings.precision, device)
 
 
 def _check_later_data(run: Run, stages: list[Stage]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.utils import get_object_from_string
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,12 +20,13 @@ from dpa_xtuner.errors import DPAError, nearest, refuse
 from dpa_xtuner.families import check_model_type
 from dpa_xtuner.families.base import Family
 from dpa_xtuner.families.template_check import check_template
-from dpa_xtuner.model.configs import architecture, read_config
+from dpa_xtuner.layout import LLM, STAGE_NAMES, VISUAL_ENCODER
+from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import VisionEncoderSpec
 from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
-from dpa_xtuner.precision import Precision
-from dpa_xtuner.stages.components import LLM, VISUAL_ENCODER, Published
-from dpa_xtuner.stages.settings import Settings, find_encoder_spec
+from dpa_xtuner.precision import Precision, choose_precision
+from dpa_xtuner.stages.artifacts import read_state
+from dpa_xtuner.stages.settings import Settings, find_encoder_spec, read_settings
 from dpa_xtuner.stages.table import Stage, stage_table
 
 # The methods to which a from_pretrained passes its keywords.
@@ -48,17 +50,20 @@ class Run:
     precision: Precision
 
     @classmethod
-    def of(cls, cfg: Config, settings: Settings, precision: Precision) -> "Run":
-        """Resolve the run of a config.
+    def of(cls, cfg: Config, precision: Precision | None = None) -> "Run":
+        """Read and check the settings of a config, and resolve its run.
 
         Args:
             cfg: a DPA config; not changed.
-            settings: the settings of that config.
-            precision: what all stages compute in.
+            precision: what all stages compute in; None for that of the first stage, or what fits
+                the device.
 
         Raises:
-            DPAError: the config names two LLMs.
+            DPAError: settings can't be used, the config names two LLMs, or the run began with
+                another precision than the settings name.
         """
+        settings = read_settings(cfg)
+        precision = precision or _precision(Path(cfg.work_dir), settings)
         return cls(fill_in_loaders(cfg, settings, precision), settings, precision)
 
     @property
@@ -101,23 +106,6 @@ class Run:
             DPAError: neither a folder nor the hub has it, or it belongs to another kind.
         """
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
-
-    def config_of(self, component: Published) -> PretrainedConfig:
-        """Return the published configuration of the LLM or of the visual encoder.
-
-        Raises:
-            DPAError: neither a folder nor the hub has it.
-        """
-        return self.llm_config if component == LLM else self.encoder_config
-
-    def provenance(self, component: Published) -> dict[str, Any]:
-        """Return name and architecture of a published model, for ``stage.json`` and ``dpa.json``.
-
-        Raises:
-            DPAError: neither a folder nor the hub has it.
-        """
-        found = architecture(self.config_of(component))
-        return {"name": component.name(self.settings), "architecture": found}
 
     @cached_property
     def projector(self) -> ProjectorModule:
@@ -166,6 +154,35 @@ class Run:
         if family is None or self.cfg.model[LLM].type != family.llm:
             return None
         return list(family.lora_targets)
+
+
+def _precision(base: Path, settings: Settings) -> Precision:
+    """Choose the precision of a run: that of its first stage, or what fits the device.
+
+    All stages must agree: fingerprints are taken of rounded weights, and another precision rounds
+    differently.
+
+    Args:
+        base: the work dir.
+        settings: the settings of the run.
+
+    Raises:
+        DPAError: the run began with another precision than the settings name, or the device
+            does not support it.
+    """
+    device = get_device()
+    for name in STAGE_NAMES:
+        begun = read_state(base / name).get("origin", {}).get("precision")
+        if begun is None:
+            continue
+        if settings.precision not in ("auto", begun):
+            raise DPAError(
+                f"precision={settings.precision!r}, but {base / name} began in {begun!r}, and a "
+                f"run can't change its precision. Set precision={begun!r}, or use another "
+                f"--work-dir."
+            )
+        return choose_precision(begun, device, f"stage {name} began in it")
+    return choose_precision(settings.precision, device)
 
 
 def fill_in_loaders(cfg: Config, settings: Settings, precision: Precision) -> Config:

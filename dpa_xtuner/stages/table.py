@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.errors import DPAError, nearest
-from dpa_xtuner.layout import ALIGN, PROXY, TUNE
-from dpa_xtuner.stages.components import (
+from dpa_xtuner.layout import (
+    ALIGN,
+    COMPONENT_NAMES,
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
+    PROXY,
+    TUNE,
     VISUAL_ENCODER,
-    Component,
-    find_component,
 )
 from dpa_xtuner.stages.settings import LLMSettings, Settings
 
@@ -40,7 +41,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table, in components (:data:`dpa_xtuner.stages.components.COMPONENTS`).
+    """A row of the table; components by name (:data:`dpa_xtuner.layout.COMPONENT_NAMES`).
 
     Attributes:
         name: one of :data:`dpa_xtuner.layout.STAGE_NAMES`; also its folder below the work dir.
@@ -69,7 +70,12 @@ class Stage:
 
     def __post_init__(self):
         for component in (*self.builds, *self.loads, *self.trains, *self.writes, *self.guards):
-            find_component(component)
+            if component not in COMPONENT_NAMES:
+                hint = nearest(component, COMPONENT_NAMES) or "."
+                raise DPAError(
+                    f"{component!r} is not a component of a model{hint} Known: "
+                    f"{', '.join(COMPONENT_NAMES)}."
+                )
         for what, more, than in (("trains", self.trains, self.builds),
                                  ("writes", self.writes, self.trains)):  # fmt: skip
             if rest := [component for component in more if component not in than]:
@@ -89,7 +95,7 @@ class Stage:
 def stage_table(settings: Settings) -> dict[str, Stage]:
     """Build the table of a run: the row of each of its stages, by name."""
     if settings.tune.init_projector is not None:
-        given: dict[str, str] = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
+        given = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
         return {TUNE: _tune(settings, given)}
     stages = []
     proxy_writes: dict[str, str] = {}
@@ -168,14 +174,14 @@ def _tune(settings: Settings, loads: dict[str, str]) -> Stage:
     )
 
 
-def _trained(settings: LLMSettings) -> Component:
+def _trained(settings: LLMSettings) -> str:
     return LLM if settings.train_llm == "full" else LLM_ADAPTER
 
 
-def _unique(*components: Component) -> tuple[Component, ...]:
+def _unique(*components: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(components))
 
 
-def _places(stage: str, components: tuple[Component, ...]) -> dict[str, str]:
+def _places(stage: str, components: tuple[str, ...]) -> dict[str, str]:
     """Give each component that a stage writes a folder of its name."""
     return {component: f"{stage}/{component}" for component in components}

@@ -13,9 +13,9 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.inputs import check_inputs
+from dpa_xtuner.stages.provenance import check_inputs
 from dpa_xtuner.stages.run import Run, check_models
-from dpa_xtuner.stages.settings import Settings, config_from_file
+from dpa_xtuner.stages.settings import config_from_file
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +26,12 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     options["tune.init_projector"] = str(made.work_dir / "tune/projector")
     cfg = config_from_file(made.config, options)
     cfg.work_dir, cfg.launcher = str(made.folder / "next"), "none"
-    settings = Settings.from_config(cfg)
-    run = Run.of(cfg, settings, Precision(settings.precision))
+    run = Run.of(cfg, Precision(cfg.precision))
     cfg, row = run.cfg, run.stages["tune"]
     check_models(run, [row])
     check_inputs(run, row)
     model = MODELS.build(model_config(run, row))
-    return runs.Run(made.folder, made.config, settings, cfg, model, "tune")
+    return runs.Run(made.folder, made.config, run.settings, cfg, model, "tune")
 
 
 @pytest.mark.parametrize("family", runs.KINDS)

@@ -15,7 +15,6 @@ from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
-from dpa_xtuner.stages.artifacts import save_component
 from dpa_xtuner.stages.components import VISUAL_ENCODER
 
 pytestmark = pytest.mark.slow
@@ -115,7 +114,7 @@ def test_a_trained_one_is_written_as_a_stage_writes_it(published, tmp_path):
         parameter.data += 0.01
     model = SimpleNamespace(visual_encoder=module, encoder_spec=spec)
     processor = BUILDER.build(spec.processor(name))
-    save_component(model, VISUAL_ENCODER, tmp_path / "encoder", {}, processor)
+    VISUAL_ENCODER.save(model, tmp_path / "encoder", {}, processor)
     _, again = load("mmpretrain", str(tmp_path / "encoder"))
     x = pixels(224)
     assert torch.equal(spec.features(module, x), spec.features(again, x))

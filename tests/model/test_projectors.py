@@ -18,7 +18,7 @@ from dpa_xtuner.model.projectors import (
     projected_tokens,
 )
 from dpa_xtuner.registry import PROJECTORS
-from dpa_xtuner.stages.artifacts import read_component_provenance, save_component
+from dpa_xtuner.stages.artifacts import read_component_provenance
 from dpa_xtuner.stages.components import PROJECTOR
 
 C, H = 6, 8
@@ -69,7 +69,7 @@ def test_mlp_is_xtuners_and_saved_as_xtuner_does(tmp_path):
     torch.manual_seed(0)
     stock = ProjectorModel(ProjectorConfig(visual_hidden_size=C, llm_hidden_size=H, depth=2))
     assert torch.equal(ours(patches()), stock(patches()))
-    save_component(SimpleNamespace(projector=ours), PROJECTOR, tmp_path / "ours", {})
+    PROJECTOR.save(SimpleNamespace(projector=ours), tmp_path / "ours", {})
     stock.save_pretrained(tmp_path / "stock")
     for file in (tmp_path / "stock").iterdir():
         assert file.read_bytes() == (tmp_path / "ours" / file.name).read_bytes(), file.name
@@ -119,9 +119,7 @@ def test_the_resampler_attends_as_pytorchs_attention(width, heads):
 @pytest.mark.parametrize("cfg", KINDS, ids=str)
 def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     written = build(cfg)
-    save_component(
-        SimpleNamespace(projector=written), PROJECTOR, tmp_path / "p", {"stage": "align"}
-    )
+    PROJECTOR.save(SimpleNamespace(projector=written), tmp_path / "p", {"stage": "align"})
     assert read_component_provenance(tmp_path / "p")["component"] == "projector"
     read = build_projector(cfg, C, H)
     load_projector(read, str(tmp_path / "p"))

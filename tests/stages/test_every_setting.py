@@ -11,7 +11,6 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import check_ahead, stage_config
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings
 
 # What is set on the command line, and what the message says of it.
 WRONG = """
@@ -369,8 +368,7 @@ def check(base: Config, options: str) -> None:
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in pairs})
     cfg.setdefault("work_dir", "run")
     cfg.setdefault("launcher", "none")
-    settings = Settings.from_config(cfg)
-    run = Run.of(cfg, settings, Precision("bf16"))
+    run = Run.of(cfg, Precision("bf16"))
     with DefaultScope.overwrite_default_scope("mmengine"):
         check_ahead(run, list(run.stages.values()))
 
@@ -403,7 +401,7 @@ def test_the_package_of_log_to_is_looked_for_before_the_first_stage(base, monkey
 def test_log_to_adds_to_the_runs_own_folder(log_to, base, tiny, tmp_path):
     cfg = copy.deepcopy(base)
     cfg.merge_from_dict({"log_to": log_to, "work_dir": str(tmp_path / "run"), "launcher": "none"})
-    run = Run.of(cfg, Settings.from_config(cfg), Precision("bf16"))
+    run = Run.of(cfg, Precision("bf16"))
     with DefaultScope.overwrite_default_scope("mmengine"):
         config = stage_config(run, run.stages["proxy"], {"data": {"sha256": ""}, "loads": {}})
     added = {

@@ -24,8 +24,8 @@ from dpa_xtuner.files import write_json
 from dpa_xtuner.model.llm import base_model
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages import run as resolved
-from dpa_xtuner.stages.artifacts import save_component
 from dpa_xtuner.stages.build import model_config
+from dpa_xtuner.stages.components import COMPONENTS
 from dpa_xtuner.stages.provenance import provenance_of
 from dpa_xtuner.stages.settings import Settings
 from dpa_xtuner.stages.table import stage_table
@@ -210,10 +210,10 @@ def _train(run: Run, row) -> nn.Module:
     origin = provenance_of(run.resolved, row)
     for side, value in model.fingerprints.items():
         origin[side]["fingerprint"] = value
-    for component, place in row.writes.items():
-        (run.work_dir / place).parent.mkdir(parents=True, exist_ok=True)
-        companion = component.companion(run.cfg)
-        save_component(model, component, run.work_dir / place, origin, companion)
+    for component in (each for each in COMPONENTS if each in row.writes):
+        place = run.work_dir / row.writes[component]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        component.save(model, place, origin, component.companion(run.cfg))
     write_json(run.work_dir / row.name / "stage.json", {"status": "finished", "origin": origin})
     return model
 

@@ -17,8 +17,8 @@ from transformers.integrations import sdpa_attention
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.llm import add_lora, decode
 from dpa_xtuner.planning.memory import Counts, Memory, StageModel, state_memory
-from dpa_xtuner.stages.settings import Settings
-from dpa_xtuner.stages.table import stage_table
+from dpa_xtuner.precision import Precision
+from dpa_xtuner.stages.run import Run
 
 ROOT = Path(__file__).parents[2]
 # In billions, as the models' cards and repositories say; of Qwen3, as the headers of its base
@@ -63,8 +63,8 @@ BATCH, LENGTH, RANK = 2, 40, 8
 def stage_model(stage: str, path: Path | None = None, **changes) -> StageModel:
     cfg = Config.fromfile(path or ROOT / "configs" / "_base_" / "dpa.py")
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
-    settings = Settings.from_config(cfg)
-    return StageModel(cfg, settings, stage_table(settings)[stage])
+    run = Run.of(cfg, Precision("fp32" if cfg.get("precision") == "fp32" else "bf16"))
+    return StageModel(run, run.stages[stage])
 
 
 @pytest.fixture

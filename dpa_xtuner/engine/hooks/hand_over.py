@@ -17,19 +17,19 @@ from dpa_xtuner.stages.artifacts import (
     read_component_provenance,
     read_state,
     refuse_foreign,
-    save_component,
     trained_key,
 )
 from dpa_xtuner.stages.components import (
+    COMPONENTS,
     LLM,
     LLM_ADAPTER,
     PROJECTOR,
     PUBLISHED,
+    Component,
     count_parameters,
-    find_component,
 )
-from dpa_xtuner.stages.inputs import provenance_of_loaded
 from dpa_xtuner.stages.pipeline import resume_key
+from dpa_xtuner.stages.provenance import provenance_of_loaded
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])
@@ -63,8 +63,9 @@ class HandOverHook(Hook):
     ):
         self.stage, self.stages = stage, stages
         self.loads: dict[str, str] = dict(loads)
-        self.writes = {find_component(name): folder for name, folder in writes.items()}
-        self.guards = [find_component(name) for name in guards]
+        self.writes: dict[Component, str]
+        self.writes = {each: writes[each] for each in COMPONENTS if each in writes}
+        self.guards = [each for each in COMPONENTS if each in guards]
         self.provenance, self.samples = provenance, samples
         self.precision = Precision(provenance["precision"])
 
@@ -123,7 +124,7 @@ class HandOverHook(Hook):
                 value = fingerprint(component.of(model), self.precision.fingerprint_dtype)
                 written[trained_key(component)] = value
         for component, folder in self.writes.items():
-            save_component(model, component, Path(folder), written, self.companions[component])
+            component.save(model, Path(folder), written, self.companions[component])
             runner.logger.info(f"Wrote {component} to {folder}")
         barrier()
         if is_main_process():
