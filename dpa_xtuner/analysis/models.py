@@ -45,10 +45,8 @@ def find_source(
     base = given if given.is_dir() else Path(work_dir or f"work_dirs/{given.stem}")
     stage = stage or (TUNE if is_finished(base / TUNE) else ALIGN)
     config = _config_of(base / stage) if given.is_dir() else given
-    # What training sets, and the stage's own builders ask for.
-    options = {**(options or {}), "work_dir": str(base), "launcher": "none"}
     source = read_source(config, stage, base, checkpoint, options)
-    if not source.sees_pictures:
+    if not source.stage.sees_pictures:
         raise DPAError(f"Stage {stage} sees no picture: give --stage {ALIGN} or {TUNE}.")
     return source
 

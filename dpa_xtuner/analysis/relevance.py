@@ -217,7 +217,7 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     Raises:
         DPAError: weights or data can't be read.
     """
-    file = out or source.base / source.stage.name / "relevance.html"
+    file = out or source.run.work_dir / source.stage.name / "relevance.html"
     prepare_to_write(file)
     train, held_out = split_data(source.run, source.stage)
     dataset = train if held_out is None else held_out
@@ -228,14 +228,14 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
         if not isinstance(sample := dataset[index], dict):
             continue  # its picture can't be read, as the check of the data has said
         data = model.data_preprocessor(collate([sample]), False)["data"]
-        with source.precision.autocast(get_device()):
+        with source.run.precision.autocast(get_device()):
             weights = weigh(model, data)
         samples.append(read_sample(sample, weights, tokenizer, dataset.images_of(index)))
     facts = {
-        "run": f"{source.base}, method {source.settings.method}",
+        "run": f"{source.run.work_dir}, method {source.run.settings.method}",
         "stage": f"{source.stage.name}, {source.checkpoint or 'as it ended'}",
         "loss": str(model.objective.scheme),
-        "LLM": source.settings.llm_name_or_path,
+        "LLM": source.run.settings.llm_name_or_path,
         "shown": f"{len(samples)} of {len(dataset)} {what}",
     }
     write_text(file, page(samples, f"What {source.stage.name} looks at", facts))

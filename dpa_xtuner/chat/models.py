@@ -184,7 +184,7 @@ class RunChat(ChatModel):
         )  # fmt: skip
 
     def _autocast(self) -> AbstractContextManager:
-        return self._source.precision.autocast(get_device())
+        return self._source.run.precision.autocast(get_device())
 
     def _splice(self, data: dict[str, Any]) -> dict[str, Tensor]:
         return self._model.splice(data)

@@ -61,8 +61,8 @@ def export_config(
             hint = nearest(value, known) or "."
             raise DPAError(f"--{name} {value!r} is not known{hint} Known: {', '.join(known)}.")
     source = read_source(config, stage, work_dir, checkpoint, options)
-    dtype = dtype or str(source.precision.dtype).removeprefix("torch.")
-    out = (out or source.base / stage / fmt).resolve()
+    dtype = dtype or str(source.run.precision.dtype).removeprefix("torch.")
+    out = (out or source.run.work_dir / stage / fmt).resolve()
     refuse_inexpressible(source, fmt)
     if fmt == LLM and _is_written(source, out):
         print_log(f"{out}, which stage {stage} wrote, is already that folder", "current")
@@ -90,9 +90,10 @@ def _write(
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
         about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
-        known = {"run": str(source.base.resolve()), "files": _file_sizes(partial)}
+        known = {"run": str(source.run.work_dir.resolve()), "files": _file_sizes(partial)}
         known["versions"] = installed_versions()
-        known["training"] = source.training()
+        trained = source.stage_provenance
+        known["training"] = {key: trained.get(key) for key in ("data", "settings", "seed")}
         write_json(partial / PROVENANCE_FILE, provenance | about | known)
         if fmt == HF_FOLDER:
             write_card(partial)
@@ -146,7 +147,7 @@ def _refuse_to_replace(out: Path, source: Source) -> None:
             f"{out} exists, but is not an earlier export. Remove it, or choose another folder with "
             f"-o."
         )
-    run = source.base.resolve()
+    run = source.run.work_dir.resolve()
     # If a run was moved, the exports inside it moved along.
     same_run = earlier.get("run") == str(run) or out.is_relative_to(run)
     if not same_run or earlier["stage"] != source.stage.name:

@@ -10,9 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dpa_xtuner.export.chat_template import chat_template
-from dpa_xtuner.export.hf import SHARD, load_tokenizer
+from dpa_xtuner.export.hf import SHARD, load_tokenizer, need_room
 from dpa_xtuner.export.refusals import has_quantised_llm, keeps_adapter
-from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.export.xtuner_chat import chat_command
@@ -56,7 +55,7 @@ def write_xtuner(
     _write_projector(source, weights, folder / PROJECTOR, dtype)
     if weights.has_encoder:
         _write_encoder(source, weights, folder / VISUAL_ENCODER, dtype)
-    llm = None if writes_llm else LLM.name(source.settings)
+    llm = None if writes_llm else LLM.name(source.run.settings)
     return chat_command(source, llm, folder, weights.has_encoder)
 
 
@@ -85,7 +84,7 @@ def write_parts(
         if not has_quantised_llm(source):
             wanted.add(LLM)
         if first := "".join(f" + {path}" for path in source.inputs().values()):
-            about["llm_adapter_on"] = LLM.name(source.settings) + first
+            about["llm_adapter_on"] = LLM.name(source.run.settings) + first
     for component in wanted:
         _WRITERS[component](source, weights, folder / component, dtype)
     return about | {"parts": sorted(wanted)}
@@ -106,7 +105,7 @@ def write_llm(
         Its fingerprint, by which a further round of tuning recognises it.
     """
     llm = _write_llm(source, weights, folder, dtype)
-    return {trained_key(LLM): fingerprint(llm, source.precision.fingerprint_dtype)}
+    return {trained_key(LLM): fingerprint(llm, source.run.precision.fingerprint_dtype)}
 
 
 def _write_llm(
@@ -116,7 +115,7 @@ def _write_llm(
     folder.mkdir(exist_ok=True)
     need_room(folder, llm.state_dict())
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = chat_template(source.settings.template, tokenizer)
+        tokenizer.chat_template = chat_template(source.run.settings.template, tokenizer)
     save_llm(llm, tokenizer, folder, max_shard_size=SHARD)
     return llm
 
@@ -127,7 +126,7 @@ def _write_adapter(source: Source, weights: StageWeights, folder: Path, dtype: t
     else:
         adapter = weights.adapter()
         assert adapter is not None, "weights.adapter() refuses a stage without one"
-        adapter.save(folder, LLM.name(source.settings))
+        adapter.save(folder, LLM.name(source.run.settings))
 
 
 def _write_projector(
@@ -141,7 +140,8 @@ def _write_projector(
 def _write_encoder(source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     encoder = weights.visual_encoder(dtype)
-    source.run.encoder_spec.save(encoder, folder, processor=VISUAL_ENCODER.companion(source.cfg))
+    run = source.run
+    run.encoder_spec.save(encoder, folder, processor=VISUAL_ENCODER.companion(run.cfg))
 
 
 def _copy(written: Path, folder: Path) -> None:

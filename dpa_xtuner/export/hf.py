@@ -1,6 +1,7 @@
 """Writes a folder of transformers' LlavaForConditionalGeneration, with its processor."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 from xtuner.registry import BUILDER
 from xtuner.utils import DEFAULT_IMAGE_TOKEN
 
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.chat_template import (
     chat_template,
     disagreements,
@@ -27,7 +29,6 @@ from dpa_xtuner.export.chat_template import (
     without_bos,
 )
 from dpa_xtuner.export.refusals import extra_tokens
-from dpa_xtuner.export.room import need_room
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.files import write_json
@@ -83,7 +84,7 @@ def write_hf(
     jinja = chat_template(source.template, tokenizer)
     tokenizer.chat_template = jinja
     without_bos(tokenizer)
-    image_processor = VISUAL_ENCODER.companion(source.cfg)
+    image_processor = VISUAL_ENCODER.companion(source.run.cfg)
     LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
@@ -124,9 +125,24 @@ def _pad_by_itself(file: Path) -> None:
     write_json(file, defaults | values | {"do_pad": True})
 
 
+def need_room(folder: Path, state: dict[str, Tensor]) -> None:
+    """Refuse to write weights that the disk has no room for.
+
+    Raises:
+        DPAError: the disk has less room than the weights need.
+    """
+    size = sum(weight.numel() * weight.element_size() for weight in state.values())
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise DPAError(
+            f"The weights take {size / 2**30:.1f} GB, but the disk of {folder} has "
+            f"{free / 2**30:.1f} GB left. Make room, or export to another place with -o."
+        )
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Load the tokenizer of the training, padded on the left for generation."""
-    tokenizer = BUILDER.build(source.cfg.tokenizer.to_dict())
+    tokenizer = BUILDER.build(source.run.cfg.tokenizer.to_dict())
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

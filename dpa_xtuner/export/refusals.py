@@ -48,22 +48,22 @@ def inexpressible(source: Source, fmt: str) -> list[str]:
         return []
     if fmt == LLM:
         return _llm(source)
-    if not source.sees_pictures:
+    if not source.stage.sees_pictures:
         return [f"stage {source.stage.name} has neither visual encoder nor projector"]
-    reasons = [*_encoder(source, fmt), *_projector(source, fmt)]
-    if source.settings.max_tiles > 1:
-        reasons.append(f"max_tiles={source.settings.max_tiles}: an image is cut into tiles")
+    run, reasons = source.run, [*_encoder(source, fmt), *_projector(source, fmt)]
+    if run.settings.max_tiles > 1:
+        reasons.append(f"max_tiles={run.settings.max_tiles}: an image is cut into tiles")
     if has_quantised_llm(source) and (fmt == "hf" or not keeps_adapter(source)):
         reasons.append(_QUANTISED)
-    if type(source.run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        reasons.append(f"the LLM's class is not part of transformers: {source.cfg.model.llm.type}")
+    if type(run.llm_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reasons.append(f"the LLM's class is not part of transformers: {run.cfg.model.llm.type}")
     return reasons + _version(source, fmt)
 
 
 def has_quantised_llm(source: Source) -> bool:
     """Tell whether the LLM was quantised in training."""
     published = getattr(source.run.llm_config, "quantization_config", None)
-    return bool(source.cfg.model.llm.get("quantization_config") or published)
+    return bool(source.run.cfg.model.llm.get("quantization_config") or published)
 
 
 def keeps_adapter(source: Source) -> bool:
@@ -74,7 +74,7 @@ def keeps_adapter(source: Source) -> bool:
     """
     begun_or_trained = [*source.inputs(), *source.stage.trains]
     adapters, whole = begun_or_trained.count(LLM_ADAPTER), LLM in begun_or_trained
-    loader = str(source.cfg.model.llm.type)
+    loader = str(source.run.cfg.model.llm.type)
     ours = not loader.startswith("transformers.") or caps_attention(source.run.llm_config)
     return not whole and adapters <= 1 and not ours
 
@@ -114,7 +114,7 @@ def _version(source: Source, fmt: str) -> list[str]:
 
 def _encoder(source: Source, fmt: str) -> list[str]:
     spec, config = source.run.encoder_spec, source.run.encoder_config
-    name = f"encoder={source.settings.encoder['type']!r}"
+    name = f"encoder={source.run.settings.encoder['type']!r}"
     known = getattr(config, "model_type", None) in CONFIG_MAPPING and type(config) in MODEL_MAPPING
     if not known or type(spec).features is not VisionEncoderSpec.features:
         return [f"{name} is not a single encoder of transformers"]
@@ -128,9 +128,9 @@ def _encoder(source: Source, fmt: str) -> list[str]:
 
 
 def _projector(source: Source, fmt: str) -> list[str]:
-    projector = source.run.projector
+    projector, name = source.run.projector, source.run.settings.projector["type"]
     if not isinstance(projector, ProjectorModel):
-        return [f"projector={source.settings.projector['type']!r} is not an MLP on single patches"]
+        return [f"projector={name!r} is not an MLP on single patches"]
     if fmt == "hf" and projector.config.depth != 2:
         return [f"projector.depth={projector.config.depth}: LLaVA's projector has two layers"]
     return []

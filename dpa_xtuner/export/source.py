@@ -14,7 +14,7 @@ from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_sta
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
 from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import Settings, StageSettings, config_from_file
+from dpa_xtuner.stages.settings import StageSettings, config_from_file
 from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words.
@@ -28,44 +28,29 @@ class Source:
     Attributes:
         run: the run; its precision is that of its first stage, or bfloat16 if no state file has it.
         stage: the row of the stage table.
-        base: the run's work dir.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
     """
 
     run: Run
     stage: Stage
-    base: Path
     checkpoint: Path | None
-
-    @property
-    def cfg(self) -> Config:
-        """The config, with the loaders of the models filled in."""
-        return self.run.cfg
-
-    @property
-    def settings(self) -> Settings:
-        """All settings of the run."""
-        return self.run.settings
-
-    @property
-    def precision(self) -> Precision:
-        """What the stage computed in."""
-        return self.run.precision
 
     @property
     def stage_settings(self) -> StageSettings:
         """The settings of the stage."""
-        return self.settings.of_stage(self.stage.name)
+        return self.run.settings.of_stage(self.stage.name)
 
     @property
     def template(self) -> dict[str, Any]:
         """The chat template that the stage trained with."""
-        return self.settings.template if self.stage.sample_format == "chat" else dict(_CAPTION)
+        if self.stage.sample_format == "chat":
+            return self.run.settings.template
+        return dict(_CAPTION)
 
     @property
     def state_folder(self) -> Path:
         """The folder whose ``stage.json`` describes the training."""
-        return _state_folder(self.base, self.stage.name, self.checkpoint)
+        return _state_folder(self.run.work_dir, self.stage.name, self.checkpoint)
 
     @property
     def stage_provenance(self) -> dict[str, Any]:
@@ -89,15 +74,6 @@ class Source:
             )
         return found
 
-    def training(self) -> dict[str, Any]:
-        """Return the data and settings of the stage, as its ``stage.json`` has them."""
-        return {key: self.stage_provenance.get(key) for key in ("data", "settings", "seed")}
-
-    @property
-    def sees_pictures(self) -> bool:
-        """Whether the stage's model takes images."""
-        return self.stage.sees_pictures
-
     def written(self, component: str) -> Path | None:
         """Return the folder of a component that the stage wrote; None if it did not.
 
@@ -105,7 +81,7 @@ class Source:
         """
         if self.checkpoint is not None or component not in self.stage.writes:
             return None
-        return self.base / self.stage.writes[component]
+        return self.run.work_dir / self.stage.writes[component]
 
     def inputs(self) -> dict[str, Path]:
         """Find the components that the stage loaded from earlier stages and did not train."""
@@ -115,7 +91,7 @@ class Source:
         elif LLM_ADAPTER in trains:
             trains.remove(LLM_ADAPTER)  # it trains a second adapter, on top of the loaded one
         return {
-            component: self.base / folder
+            component: self.run.work_dir / folder
             for component, folder in self.stage.loads.items()
             if component not in trains
         }
@@ -124,23 +100,24 @@ class Source:
         """Collect what the exported files are made from, for ``dpa.json``."""
         written = [folder for name in self.stage.writes if (folder := self.written(name))]
         folders = [*written, *self.inputs().values()]
+        cfg, settings = self.run.cfg, self.run.settings
         found = {
-            "method": self.settings.method,
+            "method": settings.method,
             "stage": self.stage.name,
-            LLM: LLM.name(self.settings),
-            "tokenizer": self.cfg.tokenizer.to_dict(),
+            LLM: LLM.name(settings),
+            "tokenizer": cfg.tokenizer.to_dict(),
             "prompt_template": self.template,
             "weights": _hashes([self.checkpoint] if self.checkpoint else folders),
-            "published": _published(self.cfg),
+            "published": _published(cfg),
         }
-        if self.sees_pictures:
+        if self.stage.sees_pictures:
             found |= {
-                VISUAL_ENCODER: VISUAL_ENCODER.name(self.settings),
-                "encoder": self.settings.encoder,
+                VISUAL_ENCODER: VISUAL_ENCODER.name(settings),
+                "encoder": settings.encoder,
                 "vision_feature_layer": self.run.encoder_spec.layer,
-                PROJECTOR: self.settings.projector,
-                "max_tiles": self.settings.max_tiles,
-                "image_processor": self.cfg.image_processor.to_dict(),
+                PROJECTOR: settings.projector,
+                "max_tiles": settings.max_tiles,
+                "image_processor": cfg.image_processor.to_dict(),
                 "pad_image_to_square": self.stage_settings.pad_image_to_square,
                 "background": self.stage_settings.background,
             }
@@ -185,9 +162,11 @@ def read_source(
     base = Path(work_dir or f"work_dirs/{config.stem}")
     begun = read_state(_state_folder(base, stage, checkpoint)).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
+    # What training sets, and the stage's own builders ask for.
+    options = {**(options or {}), "work_dir": str(base), "launcher": "none"}
     run = Run.of(config_from_file(config, options), precision)
     row = find_stage(run.settings, stage, "--stage ")
-    source = Source(run, row, base, checkpoint)
+    source = Source(run, row, checkpoint)
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # fail now, before large files are read
@@ -203,7 +182,7 @@ def _state_folder(base: Path, stage: str, checkpoint: Path | None) -> Path:
 
 
 def _need_inputs(source: Source) -> None:
-    name, base = source.stage.name, source.base
+    name, base = source.stage.name, source.run.work_dir
     if source.checkpoint is None:
         _need_finished(base, name, "what it writes is needed")
         needed = [folder for each in source.stage.writes if (folder := source.written(each))]
@@ -236,7 +215,7 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
     inputs = source.inputs()
     before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
     loads = {name: folder for name, folder in source.stage.loads.items() if name in inputs}
-    now = input_hashes(replace(source.stage, loads=loads), source.base) if before else {}
+    now = input_hashes(replace(source.stage, loads=loads), source.run.work_dir) if before else {}
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise DPAError(

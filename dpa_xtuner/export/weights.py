@@ -61,17 +61,16 @@ class StageWeights:
         Raises:
             DPAError: the checkpoint has none, or it does not fit the config.
         """
-        source = self.source
+        source, run = self.source, self.source.run
         if folder := source.written(PROJECTOR):
             state = load_file(folder / "model.safetensors")
         elif not (state := self._of(PROJECTOR)):
             raise DPAError(f"{source.checkpoint} holds no projector: it is not from this stage.")
-        empty = source.run.projector
-        expected = {name: weight.shape for name, weight in empty.state_dict().items()}
+        expected = {name: weight.shape for name, weight in run.projector.state_dict().items()}
         given = {name: weight.shape for name, weight in state.items()}
         if expected != given:
             raise DPAError(
-                f"The projector's weights are {given}, but projector={source.settings.projector} "
+                f"The projector's weights are {given}, but projector={run.settings.projector} "
                 f"of this config has {expected}: another projector was trained."
             )
         return state
@@ -130,7 +129,7 @@ class StageWeights:
             source.run.encoder_spec.freeze_unread(encoder)  # checkpoints lack frozen weights
             fill(encoder, state, str(source.checkpoint))
         encoder.to(dtype)
-        lora = source.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
+        lora = source.run.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
         if adapter := adapter_of(trained, lora.get("r", 8), lora.get("lora_alpha", 8)):
             adapter.add_to(encoder)
         return encoder
@@ -146,7 +145,7 @@ class StageWeights:
                 f"{source.checkpoint} holds no {component.label}, which stage "
                 f"{source.stage.name} trains in full.{lora * (component == LLM)}"
             )
-        loader, folder = source.cfg.model[component], written or source.inputs().get(component)
+        loader, folder = source.run.cfg.model[component], written or source.inputs().get(component)
         name = {"pretrained_model_name_or_path": str(folder)} if folder else {}
         more: dict[str, Any] = {"torch_dtype": dtype} if written else {}
         if component in source.stage.trains and not written:
@@ -164,7 +163,7 @@ class StageWeights:
     def _empty(self, component: Published) -> PreTrainedModel:
         """Build a published model on the meta device."""
         source = self.source
-        owner = model_class(source.cfg.model[component])
+        owner = model_class(source.run.cfg.model[component])
         config = copy.deepcopy(component.config(source.run))  # the model may change it
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
@@ -172,10 +171,10 @@ class StageWeights:
     def _refuse_other(self, component: Published, module: nn.Module) -> None:
         """Refuse a model whose weights have changed since the stage was trained."""
         trained = self.source.stage_provenance.get(component, {})
-        now = fingerprint(module, self.source.precision.fingerprint_dtype)
+        now = fingerprint(module, self.source.run.precision.fingerprint_dtype)
         if trained.get("fingerprint", "") not in ("", now):
             raise DPAError(
-                f"{component.name(self.source.settings)} holds other weights than "
+                f"{component.name(self.source.run.settings)} holds other weights than "
                 f"{trained['name']} did when {self.source.state_folder} was trained with it. "
                 f"Restore them, or set {component.setting} to that model."
             )

@@ -33,7 +33,7 @@ def chat_command(
     """
     command = ["xtuner", "chat", llm or "FOLDER", "--llava", "FOLDER"]
     if not has_encoder:
-        command += ["--visual-encoder", source.settings.visual_encoder_name_or_path]
+        command += ["--visual-encoder", source.run.settings.visual_encoder_name_or_path]
     if source.stage.sample_format == "chat":
         options, differs = _prompt_options(source, llm or folder)
     else:
@@ -44,7 +44,7 @@ def chat_command(
 
 def _prompt_options(source: Source, llm: str | Path) -> tuple[list[str], list[str]]:
     """Find the options of xtuner chat whose tokens are nearest to training, and what differs."""
-    remote = source.cfg.tokenizer.get("trust_remote_code", False)
+    remote = source.run.cfg.tokenizer.get("trust_remote_code", False)
     loaded = AutoTokenizer.from_pretrained(
         llm, trust_remote_code=remote, encode_special_tokens=True
     )

@@ -45,13 +45,11 @@ class Schedule:
             step.
         steps: optimizer steps of the whole stage.
         warmup_steps: optimizer steps of the warm-up.
-        save_steps: optimizer steps between two checkpoints.
     """
 
     accumulative_counts: int
     steps: int
     warmup_steps: int
-    save_steps: int
 
 
 def world_size(launcher: str) -> int:
@@ -115,7 +113,7 @@ def schedule(settings: StageSettings, samples: int, world: int, stage: str) -> S
     # As transformers' Trainer. The first step of a warm-up has a rate of 0, so always leave one
     # step after the warm-up.
     warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
-    return Schedule(accumulate, steps, warmup, settings.save_steps)
+    return Schedule(accumulate, steps, warmup)
 
 
 def log_schedule(settings: StageSettings, numbers: Schedule, samples: int, stage: str) -> None:
@@ -297,7 +295,7 @@ def _set_schedule(
         )
     ]
     config.train_cfg = dict(type="DPATrainLoop", max_iters=numbers.steps * counts)
-    config.default_hooks.checkpoint.interval = numbers.save_steps * counts
+    config.default_hooks.checkpoint.interval = settings.save_steps * counts
     if (logger := config.default_hooks.get("logger")) is not None:
         # Log at the end of a step: within one, the log would repeat the figures of the last step.
         logger.interval = math.ceil(logger.get("interval", 10) / counts) * counts

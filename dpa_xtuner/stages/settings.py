@@ -96,11 +96,6 @@ def _by_type(name: Any) -> Any:
     return {"type": name} if isinstance(name, str) else name
 
 
-def _colour(name: str) -> str:
-    colour_of(name)  # raises ValueError
-    return name
-
-
 def _passes(check: Callable[[Any], Any]) -> AfterValidator:
     """Validate a value by ``check``, which raises; None passes."""
 
@@ -120,7 +115,7 @@ _Scheme = Annotated[dict[str, Any], _passes(find_scheme)]
 _Encoder = Annotated[_Named, _passes(find_encoder_spec)]
 # 2: the first two arguments, the sizes, come from the models.
 _ProjectorConfig = Annotated[_Named, _passes(lambda cfg: find_named(PROJECTORS, cfg, 2))]
-_Colour = Annotated[str, AfterValidator(_colour)]
+_Colour = Annotated[str, _passes(colour_of)]
 _Template = Annotated[str | dict[str, Any] | None, _passes(resolve_template)]
 
 

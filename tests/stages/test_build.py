@@ -20,22 +20,22 @@ def settings(**changes) -> StageSettings:
     ("changes", "samples", "world", "expected"),
     [
         # 558,128 / 256 = 2180.2 -> 2181 steps of 4 on 8 GPUs; 3 % are 65.43 -> 66 steps.
-        ({}, 558_128, 8, Schedule(4, 2181, 66, 200)),
+        ({}, 558_128, 8, Schedule(4, 2181, 66)),
         # The same steps on one GPU, 32 micro-batches each.
-        ({}, 558_128, 1, Schedule(32, 2181, 66, 200)),
+        ({}, 558_128, 1, Schedule(32, 2181, 66)),
         # 100 steps: 3 of warm-up.
-        ({}, 25_600, 32, Schedule(1, 100, 3, 200)),
+        ({}, 25_600, 32, Schedule(1, 100, 3)),
         # Rounded up: 1.5 to 2, and 1.47 to 2.
-        ({"max_steps": 50}, 25_600, 16, Schedule(2, 50, 2, 200)),
-        ({"max_steps": 49}, 25_600, 16, Schedule(2, 49, 2, 200)),
-        ({"warmup_ratio": 0.0}, 25_600, 32, Schedule(1, 100, 0, 200)),
+        ({"max_steps": 50}, 25_600, 16, Schedule(2, 50, 2)),
+        ({"max_steps": 49}, 25_600, 16, Schedule(2, 49, 2)),
+        ({"warmup_ratio": 0.0}, 25_600, 32, Schedule(1, 100, 0)),
         # Each epoch is rounded up to whole steps: 3 x 2.
-        ({"max_epochs": 3}, 257, 32, Schedule(1, 6, 1, 200)),
+        ({"max_epochs": 3}, 257, 32, Schedule(1, 6, 1)),
         # One step is left after the warm-up, whose own first step has a rate of 0.
-        ({}, 256, 32, Schedule(1, 1, 0, 200)),
-        ({"warmup_ratio": 0.9}, 512, 32, Schedule(1, 2, 1, 200)),
+        ({}, 256, 32, Schedule(1, 1, 0)),
+        ({"warmup_ratio": 0.9}, 512, 32, Schedule(1, 2, 1)),
         # max_steps ends a stage early and never prolongs it.
-        ({"max_steps": 1000}, 25_600, 32, Schedule(1, 100, 3, 200)),
+        ({"max_steps": 1000}, 25_600, 32, Schedule(1, 100, 3)),
     ],
 )
 def test_steps(changes, samples, world, expected):
