@@ -15,7 +15,7 @@ from support import runs
 from transformers import AutoConfig, AutoTokenizer
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.export import export_config, hf, room
+from dpa_xtuner.export import export_config, hf
 from dpa_xtuner.files import file_sha256
 
 pytestmark = pytest.mark.slow
@@ -138,7 +138,7 @@ def test_an_unfinished_stage_and_a_part_that_is_gone(qwen, tmp_path):
 
 def test_a_full_disk_leaves_nothing_behind(qwen, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda _: usage(10_000))
+    monkeypatch.setattr(hf.shutil, "disk_usage", lambda _: usage(10_000))
     with pytest.raises(DPAError, match=r"has 0.0 GB left. Make room"):
         export_config(qwen.config, work_dir=qwen.work_dir, out=tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == [".hf.lock"]
