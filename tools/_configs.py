@@ -1,5 +1,6 @@
 """Find configs by name and print text, without importing torch."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -46,6 +47,27 @@ def nearest(name: str) -> str:
 def find_run(name: str, expected: str = "a run's folder, or its config's file or name") -> Path:
     """Find a run's folder or its config; raise as :func:`find_config`."""
     return Path(name) if Path(name).is_dir() else find_config(name, expected)
+
+
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose help shows a module's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def parsed(parser: argparse.ArgumentParser) -> dict:
+    """Parse a command line that may have ``--cfg-options``: these are ``options``, parsed too.
+
+    Raises:
+        SystemExit: as :func:`check_options`.
+    """
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
+    )
+    check_options(sys.argv[1:])
+    given = vars(parser.parse_args())
+    return given | {"options": parse_options(given.pop("cfg_options"))}
 
 
 def check_options(arguments: list[str]) -> None:

@@ -8,17 +8,14 @@ Keys that are not taken over are printed, and listed at the top of the new file:
         -o my_config.py
 """
 
-import argparse
 from pathlib import Path
 
-from _configs import CONFIGS
+from _configs import CONFIGS, parser_of
 
 
 def main() -> None:
     """Write the config, and print its notes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("stock", help="a LLaVA config of XTuner, by name or path")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the config to write")
     arguments = parser.parse_args()

@@ -6,17 +6,14 @@ holds a conversation in the terminal; --prompt asks one question and ends; --web
 this machine. MODEL is a run's folder or config, or an exported LLaVA folder.
 """
 
-import argparse
 from pathlib import Path
 
-from _configs import find_run, whole
+from _configs import find_run, parser_of, whole
 
 
 def main() -> None:
     """Open the model and talk."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("model", metavar="MODEL", help="a run's folder, its config, or an export")
     parser.add_argument("--image", type=Path, help="a picture")
     parser.add_argument("--prompt", help="one question; the answer is printed as it is made")

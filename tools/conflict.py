@@ -10,18 +10,14 @@ says how much of the captions' style the projector carries.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
-from _configs import check_options, find_config, numbers, parse_options, say, whole
+from _configs import find_config, numbers, parsed, parser_of, say, whole
 
 
 def main() -> None:
     """Measure, print, and say where the files are."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--captions", nargs="+", default=[], help="files in place of the config's")
     parser.add_argument("--llm", nargs="+", default=[], help="LLMs in place of the config's")
@@ -33,13 +29,10 @@ def main() -> None:
     parser.add_argument("--shares", type=numbers(float), default=[], help="of the captions")
     parser.add_argument("--out", type=Path, help="default: <work dir>/conflict")
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
-    check_options(sys.argv[1:])
-    given = vars(parser.parse_args())
+    given = parsed(parser)
     if given["shares"] and not given["ranks"]:
         parser.error("--shares is read with --ranks alone")
     given["config"] = find_config(given["config"])
-    given["options"] = parse_options(given.pop("cfg_options"))
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.analysis.command import compare

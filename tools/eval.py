@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _configs import config_names, find_config
+from _configs import config_names, find_config, parser_of, whole
 
 from dpa_xtuner.errors import DPAError, check_installed, cli_errors, nearest
 from dpa_xtuner.layout import HF_FOLDER, TUNE
@@ -38,9 +38,7 @@ EXPORT = Path(__file__).with_name("export.py")
 
 def main() -> int:
     """Evaluate; exit code 1 if a task failed or there was nothing to evaluate."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL",
         help="config or LLaVA folder; for text also an LLM's folder")  # fmt: skip
@@ -55,7 +53,7 @@ def main() -> int:
         action="store_true",
         help="also evaluate files that are not the published ones; the table names them",
     )
-    add("--limit", type=_positive, metavar="N",
+    add("--limit", type=whole(1), metavar="N",
         help="questions or groups of each data set, evenly spread (text-only: the first); default: "
         "all")  # fmt: skip
     add(
@@ -64,9 +62,9 @@ def main() -> int:
         metavar="N",
         help="GPUs that answer at a time; default: one, or the CPU if there is none",
     )
-    add("--batch-size", type=_positive, default=8, metavar="B", help="default: 8")
+    add("--batch-size", type=whole(1), default=8, metavar="B", help="default: 8")
     add("--fresh", action="store_true", help="ask all questions again")
-    add("--show", type=_positive, metavar="N",
+    add("--show", type=whole(1), metavar="N",
         help="draw N wrong answers of each data set to wrong_answers.html; of text-only ones to "
         "wrong_answers_text.html")  # fmt: skip
     add("--work-dir", type=Path, default="work_dirs/eval", help="default: work_dirs/eval")
@@ -75,13 +73,6 @@ def main() -> int:
         "(dpa_xtuner.evaluation.benchmarks.register_benchmark)")  # fmt: skip
     with cli_errors():
         return _evaluate(parser.parse_args())
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}; expected 1 or more")
-    return number
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

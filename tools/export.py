@@ -6,20 +6,16 @@ writes work_dirs/dpa_internlm2_7b/tune/hf, which transformers loads:
 LlavaForConditionalGeneration and its processor, with the chat template of the training.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
-from _configs import check_options, find_config, parse_options
+from _configs import find_config, parsed, parser_of
 
 from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 
 
 def main() -> None:
     """Export, and print the folder."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--stage", default=TUNE, help=f"{PROXY}, {ALIGN} or {TUNE} (default)")
     parser.add_argument("--format", default="hf", dest="fmt",
@@ -34,20 +30,15 @@ def main() -> None:
         "--dtype", help="bfloat16, float16 or float32; default: the run's precision"
     )
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
-    )
-    check_options(sys.argv[1:])
-    arguments = vars(parser.parse_args())
-    arguments["config"] = find_config(arguments["config"])
-    arguments["options"] = parse_options(arguments.pop("cfg_options"))
+    given = parsed(parser)
+    given["config"] = find_config(given["config"])
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
     from dpa_xtuner.export import export_config
 
     with cli_errors():
-        export_config(**arguments)
+        export_config(**given)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ NAME.partial and resumed. Text-only data sets come in archives, which are unpack
 network, put the listed files into the folder by other means, and run the command again.
 """
 
-import argparse
 import http.client
 import os
 import sys
@@ -16,6 +15,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from _configs import parser_of
 from tqdm import tqdm
 
 from dpa_xtuner.errors import DPAError, check_installed, cli_errors
@@ -29,9 +29,7 @@ TIMEOUT = 30  # seconds without a byte
 
 def main() -> None:
     """Parse arguments, fetch, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="*", default=["all"],
                         help="benchmarks; all (default) for those with pictures, text for those "
                         "without")  # fmt: skip

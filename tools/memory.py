@@ -9,14 +9,12 @@ or in this package.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _configs import check_options, config_names, find_config, parse_options
+from _configs import config_names, find_config, parsed, parser_of, whole
 
 if TYPE_CHECKING:  # it takes seconds to import
     from mmengine.config import Config
@@ -95,26 +93,21 @@ def _gb(size: float) -> str:
 
 def main() -> None:
     """Print the table of one config, or write those of all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("config", nargs="?", help="path or name of a config")
     parser.add_argument("--table", type=Path, metavar="FILE",
                         help="replace the tables in this Markdown file by those of all configs; "
                         "ignores other options")  # fmt: skip
-    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpus", type=whole(1), default=8)
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2,
                         help="DeepSpeed's ZeRO stage; 0: without DeepSpeed")  # fmt: skip
-    parser.add_argument("--length", type=int,
+    parser.add_argument("--length", type=whole(1),
                         help="tokens of a sample with its images (default: max_length; captions "
                         "are some 60 tokens and their image)")  # fmt: skip
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
-    check_options(sys.argv[1:])
-    arguments = parser.parse_args()
-    if bool(arguments.config) == bool(arguments.table):
+    given = parsed(parser)
+    config, table = given.pop("config"), given.pop("table")
+    if bool(config) == bool(table):
         parser.error("give a config, or --table FILE for all of them")
-    if arguments.gpus < 1 or (arguments.length or 1) < 1:
-        parser.error("--gpus and --length must be above 0")
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.errors import cli_errors
@@ -122,16 +115,13 @@ def main() -> None:
     from dpa_xtuner.stages.settings import config_from_file
 
     with cli_errors():
-        if arguments.table:
+        if table:
             made = iter(tables(config_names()))
-            page = arguments.table.read_text(encoding="utf-8")
+            page = table.read_text(encoding="utf-8")
             page = re.sub(r"(^\|.*\n)+", lambda _: f"{next(made)}\n", page, flags=re.MULTILINE)
-            write_text(arguments.table, page)
+            write_text(table, page)
         else:
-            cfg = config_from_file(
-                find_config(arguments.config), parse_options(arguments.cfg_options)
-            )
-            show(cfg, arguments.gpus, arguments.zero, arguments.length)
+            show(config_from_file(find_config(config), given.pop("options")), **given)
 
 
 if __name__ == "__main__":

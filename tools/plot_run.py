@@ -5,15 +5,12 @@ python tools/plot_run.py work_dirs/RUN [work_dirs/OTHER ...]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from _configs import say
+from _configs import parser_of, say
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="work dir of a run")
     parser.add_argument(
         "--out", type=Path, help="default: RUN/curves.png; of several runs, ./curves.png"

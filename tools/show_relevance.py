@@ -7,18 +7,14 @@ With --cfg-options align.loss=cal it shows what another scheme would make of the
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
-from _configs import check_options, find_run, parse_options, say, whole
+from _configs import find_run, parsed, parser_of, say, whole
 
 
 def main() -> None:
     """Write the page, and say where to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("run", metavar="CONFIG_OR_RUN", help="a run's folder, or its config")
     parser.add_argument("--stage", help="align or tune; default: the last that is finished")
     parser.add_argument("--samples", type=whole(1), default=24, help="default: 24, evenly spread")
@@ -26,13 +22,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a .pth file or DeepSpeed folder of the "
                         "stage, in place of what it wrote at its end")  # fmt: skip
     parser.add_argument("--work-dir", type=Path, help="default: work_dirs/<config's name>")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
-    )
-    check_options(sys.argv[1:])
-    given = parser.parse_args()
-    path = find_run(given.run)
-    options = parse_options(given.cfg_options)
+    given = parsed(parser)
+    given["given"] = find_run(given.pop("run"))
+    count, out = given.pop("samples"), given.pop("out")
 
     import dpa_xtuner.plugin  # noqa: F401
     from dpa_xtuner.analysis.models import find_source
@@ -40,8 +32,7 @@ def main() -> None:
     from dpa_xtuner.errors import cli_errors
 
     with cli_errors():
-        source = find_source(path, given.stage, given.work_dir, given.checkpoint, options)
-        say(f"Written: {show_relevance(source, given.samples, given.out)}")
+        say(f"Written: {show_relevance(find_source(**given), count, out)}")
 
 
 if __name__ == "__main__":
