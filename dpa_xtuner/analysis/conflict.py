@@ -194,7 +194,7 @@ def _of_run(asked: Asked, run: Run) -> Conflict | None:
         )
     _, samples = _split(run, stage, asked.samples)
     adapter = source.written(LLM_ADAPTER)
-    bare = replace(stage, trains=(), writes={})
+    bare = replace(stage, trains=())
     # With a new adapter, which adds nothing yet. The run measured it beside the weights: a sum in
     # bfloat16 is rounded, and was 0.015 nats off in the demo.
     model = _build(run, stage if adapter else bare).to(get_device())

@@ -79,7 +79,7 @@ def trained_model(source: Source) -> DPALLaVAModel:
     if adapters:  # the first is added by the model itself
         places[LLM_ADAPTER] = adapters[0]
     loads = {name: str(path.absolute()) for name, path in places.items()}
-    row = stage if source.checkpoint else replace(stage, loads=loads, trains=(), writes={})
+    row = stage if source.checkpoint else replace(stage, loads=loads, trains=())
     config = model_config(source.run, row) | {"use_activation_checkpointing": False}
     with DefaultScope.overwrite_default_scope("mmengine"):
         model = MODELS.build(config)

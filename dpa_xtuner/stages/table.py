@@ -1,7 +1,7 @@
 """One table: what each stage builds, loads, trains and writes."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpa_xtuner.data.templates import SampleFormat
 from dpa_xtuner.errors import DPAError, nearest
@@ -50,13 +50,11 @@ class Stage:
         loads: component -> folder below the work dir that an earlier stage wrote, or the absolute
             path of a folder that the config names.
         trains: components that get gradients.
-        writes: component -> folder below the work dir.
         guards: components whose weights must not change by a bit while they are frozen.
         held_out: how it is measured, if captions are held out.
 
     Raises:
-        DPAError: a component is unknown, trained but not built, written but not trained, or
-            trained in two ways.
+        DPAError: a component is unknown, trained but not built, or trained in two ways.
     """
 
     name: str
@@ -64,27 +62,26 @@ class Stage:
     builds: tuple[str, ...]
     loads: dict[str, str]
     trains: tuple[str, ...]
-    writes: dict[str, str]
     guards: tuple[str, ...] = ()
     held_out: HeldOut | None = None
 
     def __post_init__(self):
-        for component in (*self.builds, *self.loads, *self.trains, *self.writes, *self.guards):
+        for component in (*self.builds, *self.loads, *self.trains, *self.guards):
             if component not in COMPONENT_NAMES:
                 hint = nearest(component, COMPONENT_NAMES) or "."
                 raise DPAError(
                     f"{component!r} is not a component of a model{hint} Known: "
                     f"{', '.join(COMPONENT_NAMES)}."
                 )
-        for what, more, than in (("trains", self.trains, self.builds),
-                                 ("writes", self.writes, self.trains)):  # fmt: skip
-            if rest := [component for component in more if component not in than]:
-                base = "build" if what == "trains" else "train"
-                raise DPAError(
-                    f"Stage {self.name} {what} {', '.join(rest)}, which it does not {base}."
-                )
+        if rest := [component for component in self.trains if component not in self.builds]:
+            raise DPAError(f"Stage {self.name} trains {', '.join(rest)}, which it does not build.")
         if {LLM, LLM_ADAPTER} <= set(self.trains):
             raise DPAError(f"Stage {self.name} trains {LLM} and {LLM_ADAPTER}: choose one of them.")
+
+    @property
+    def writes(self) -> dict[str, str]:
+        """The components that it writes, those it trains -> folder below the work dir."""
+        return {component: f"{self.name}/{component}" for component in self.trains}
 
     @property
     def sees_pictures(self) -> bool:
@@ -97,46 +94,43 @@ def stage_table(settings: Settings) -> dict[str, Stage]:
     if settings.tune.init_projector is not None:
         given = {PROJECTOR: os.path.abspath(settings.tune.init_projector)}
         return {TUNE: _tune(settings, given)}
-    stages = []
-    proxy_writes: dict[str, str] = {}
+    rows: list[Stage] = []
+    from_proxy: dict[str, str] = {}
+    held_out = HeldOut(ALIGN, ALIGN, shown=(ALIGN,), meaning="with pictures")
     if settings.has_proxy and settings.proxy is not None:
-        trains = (_trained(settings.proxy),)
-        proxy_writes = _places(PROXY, trains)
-        stages.append(
-            Stage(
-                name=PROXY,
-                sample_format="caption_text",
-                builds=_unique(LLM, *trains),
-                loads={},
-                trains=trains,
-                writes=proxy_writes,
-                held_out=HeldOut(
-                    start="original",
-                    end="floor",
-                    shown=("original", "floor"),
-                    meaning="text only: under the original LLM, and under the proxy (the floor)",
-                ),
-            )
+        trained = _trained(settings.proxy)
+        proxy = Stage(
+            name=PROXY,
+            sample_format="caption_text",
+            builds=_unique(LLM, trained),
+            loads={},
+            trains=(trained,),
+            held_out=HeldOut(
+                start="original",
+                end="floor",
+                shown=("original", "floor"),
+                meaning="text only: under the original LLM, and under the proxy (the floor)",
+            ),
         )
-    floor: tuple[str, ...] = ()
-    earlier: dict[str, str] = {}
-    if settings.has_proxy:
-        floor = ("floor",)
-        meaning = "and the floor without: below it, the picture is used"
-        earlier = {"earlier": PROXY, "earlier_meaning": meaning}
+        rows, from_proxy = [proxy], proxy.writes
+        held_out = replace(
+            held_out,
+            shown=(ALIGN, "floor"),
+            earlier=PROXY,
+            earlier_meaning="and the floor without: below it, the picture is used",
+        )
     align = Stage(
         name=ALIGN,
         sample_format="caption",
         builds=(LLM, VISUAL_ENCODER, PROJECTOR),
-        loads=proxy_writes,
+        loads=from_proxy,
         trains=(PROJECTOR,),
-        writes=_places(ALIGN, (PROJECTOR,)),
         guards=(LLM,),
-        held_out=HeldOut(ALIGN, ALIGN, shown=(ALIGN, *floor), meaning="with pictures", **earlier),
+        held_out=held_out,
     )
-    from_proxy = proxy_writes if settings.tune.start_from == PROXY else {}
-    tune = _tune(settings, align.writes | from_proxy)
-    return {stage.name: stage for stage in (*stages, align, tune)}
+    loads = align.writes | (from_proxy if settings.tune.start_from == PROXY else {})
+    rows += [align, _tune(settings, loads)]
+    return {stage.name: stage for stage in rows}
 
 
 def find_stage(settings: Settings, name: str, given: str) -> Stage:
@@ -170,7 +164,6 @@ def _tune(settings: Settings, loads: dict[str, str]) -> Stage:
         builds=_unique(LLM, _trained(settings.tune), VISUAL_ENCODER, PROJECTOR),
         loads=loads,
         trains=trains,
-        writes=_places(TUNE, trains),
     )
 
 
@@ -180,8 +173,3 @@ def _trained(settings: LLMSettings) -> str:
 
 def _unique(*components: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(components))
-
-
-def _places(stage: str, components: tuple[str, ...]) -> dict[str, str]:
-    """Give each component that a stage writes a folder of its name."""
-    return {component: f"{stage}/{component}" for component in components}

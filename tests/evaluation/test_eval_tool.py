@@ -73,7 +73,7 @@ def test_typos_are_told_in_one_line(call, folder, data, tmp_path):
     assert "has no config.json" in refused(call(tmp_path, "--benchmarks", "ai2d", *where))
     for option, value in (("--batch-size", 0), ("--limit", 0), ("--limit", -3), ("--show", 0)):
         line = refused(call(folder, *where, option, value))
-        assert f"argument {option}: {value}; expected 1 or more" in line
+        assert f"argument {option}: invalid whole number (1 or more) value: '{value}'" in line
     assert "--gpus 99; this machine has" in refused(
         call(folder, "--benchmarks", "ai2d", *where, "--gpus", 99)
     )
