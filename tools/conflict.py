@@ -35,7 +35,7 @@ def main() -> None:
     given["config"] = find_config(given["config"])
 
     import dpa_xtuner.plugin  # noqa: F401
-    from dpa_xtuner.analysis.command import compare
+    from dpa_xtuner.analysis.report import compare
     from dpa_xtuner.errors import cli_errors
 
     with cli_errors():

@@ -1,4 +1,4 @@
-"""The conflict as a table, a JSON file and a plot."""
+"""What tools/conflict.py does: the conflict as a table, a JSON file and a plot."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from dpa_xtuner.analysis.conflict import WORTH, Conflict
+from dpa_xtuner.analysis.conflict import WORTH, Asked, Conflict, by_rank, measure
 from dpa_xtuner.analysis.fit import NEAR, Fit, recommend
 from dpa_xtuner.analysis.words import CLASSES
-from dpa_xtuner.files import write_json
+from dpa_xtuner.errors import check_installed
+from dpa_xtuner.files import prepare_to_write, write_json
+from dpa_xtuner.layout import ALIGN
+from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.tables import markdown
 
 Ranks = Mapping[float, Mapping[int, Fit]]
@@ -20,20 +23,53 @@ _PICTURES = ("without_picture", "own_picture", "other_picture", "blank_picture")
 _COLUMNS = ("LLM", "captions", "original", "proxy", "conflict", "per caption")
 
 
-def write_report(
-    out: Path, conflicts: Sequence[Conflict], ranks: Ranks, leakage: Mapping[str, float] | None
+def compare(
+    config: Path,
+    options: dict,
+    captions: Sequence[str],
+    llm: Sequence[str],
+    samples: int,
+    steps: int,
+    ranks: Sequence[int],
+    shares: Sequence[float],
+    out: Path | None,
+    work_dir: Path | None,
 ) -> str:
-    """Write ``conflict.json`` and ``conflict.png``.
+    """Measure the conflict and, of given ranks, the floor; add what a finished run has measured.
 
     Args:
-        out: the folder, which is there.
-        conflicts: side by side.
-        ranks: of the question of rank; may be empty.
-        leakage: what a finished ``align`` has measured, by name.
+        config: a DPA config.
+        options: as of ``--cfg-options``.
+        captions: files in place of the config's.
+        llm: LLMs in place of the config's.
+        samples: held-out captions to measure.
+        steps: of a quick fit, at most.
+        ranks: to compare.
+        shares: of the captions, for each of the ranks; none for all captions.
+        out: folder of the report; None for ``conflict`` in the work dir.
+        work_dir: work dir of the run; None for ``work_dirs/<config's name>``.
 
     Returns:
-        The table and what follows from it, in Markdown.
+        The tables, in Markdown.
+
+    Raises:
+        DPAError: settings, models or data can't be used, or matplotlib is missing.
     """
+    check_installed("demo", "matplotlib")
+    base = work_dir or Path(f"work_dirs/{config.stem}")
+    out = out or base / "conflict"
+    prepare_to_write(out / REPORT_FILE)
+    asked = Asked(config, options, samples, steps, base)
+    conflicts = measure(asked, llm, captions)
+    floors = by_rank(asked, ranks, shares or [1.0]) if ranks else {}
+    measured = {} if llm or captions else read_state(base / ALIGN).get("measured", {})
+    return _write(out, conflicts, floors, measured if "leakage" in measured else {})
+
+
+def _write(
+    out: Path, conflicts: Sequence[Conflict], ranks: Ranks, leakage: Mapping[str, float]
+) -> str:
+    """Write ``conflict.json`` and ``conflict.png``; return the tables."""
     facts: dict[str, Any] = {"conflicts": [each.facts() for each in conflicts]}
     if ranks:
         facts["ranks"] = {str(share): _ranks(fits) for share, fits in ranks.items()}

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import multiprocessing
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -312,11 +313,8 @@ def _wrong_number(value: Any, path: str) -> str:
 
 
 def _place(path: str) -> Place | None:
-    parts = path.split(".")
     for pattern, place in _PLACES.items():
-        wanted = pattern.split(".")
-        same = (one in ("*", other) for one, other in zip(wanted, parts, strict=False))
-        if len(wanted) == len(parts) and all(same):
+        if re.fullmatch(pattern.replace(".", r"\.").replace("*", "[^.]+"), path):
             return place
     return None
 

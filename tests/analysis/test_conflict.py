@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from dpa_xtuner.analysis.command import compare
 from dpa_xtuner.analysis.conflict import Asked, measure
 from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
 from dpa_xtuner.analysis.fit import Fit, fit, recommend
+from dpa_xtuner.analysis.report import compare
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.proxy_llm import ProxyLLM
