@@ -1,7 +1,7 @@
 """What captions cost a model, in nats, by word class."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner.analysis.words import CLASSES, classes_of, token_texts
 from dpa_xtuner.data import collate
-from dpa_xtuner.loss import IGNORE_INDEX, TokenLogProbs
+from dpa_xtuner.loss import IGNORE_INDEX
 from dpa_xtuner.loss.held_out import HeldOutModel, without_first
 from dpa_xtuner.precision import Precision
 
@@ -44,13 +44,6 @@ class Cost:
         return {kind: self.nats[kind] / self.tokens[kind] for kind in CLASSES if self.tokens[kind]}
 
 
-Ask = Callable[[HeldOutModel, dict], TokenLogProbs]
-
-
-def _with_all(model: HeldOutModel, data: dict) -> TokenLogProbs:
-    return model.log_probs(data)
-
-
 @torch.no_grad()
 def caption_cost(
     model: HeldOutModel,
@@ -58,7 +51,6 @@ def caption_cost(
     tokenizer: PreTrainedTokenizerBase,
     precision: Precision,
     batch_size: int = 8,
-    ask: Ask = _with_all,
 ) -> Cost:
     """Sum up the cross entropy of captions.
 
@@ -68,7 +60,6 @@ def caption_cost(
         tokenizer: that made their tokens.
         precision: what to compute in.
         batch_size: samples at a time.
-        ask: gives a batch's log-probabilities; by default all that the model sees.
     """
     cost, training = Cost(captions=len(samples)), model.training
     model.train(False)
@@ -77,7 +68,7 @@ def caption_cost(
         data = model.data_preprocessor(collate(rows), False)["data"]
         data = data | {"labels": without_first(data["labels"])}
         with precision.autocast(get_device()):
-            nats = ask(model, data).cross_entropy.tolist()  # (N,)
+            nats = model.log_probs(data).cross_entropy.tolist()  # (N,)
         kinds = [kind for row in rows for kind in _classes(row, tokenizer)]
         for kind, value in zip(kinds, nats, strict=True):
             cost.nats[kind] += value

@@ -24,7 +24,7 @@ from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.folder import background, check_llava, pads_pictures
-from dpa_xtuner.evaluation.llava import load_llava
+from dpa_xtuner.evaluation.llava import image_features, load_llava
 from dpa_xtuner.export.chat_template import end_of_turn
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.files import read_json
@@ -229,34 +229,22 @@ class FolderChat(ChatModel):
 
     def __init__(self, folder: Path) -> None:
         check_llava(folder)
-        self._device = torch.device(get_device())
-        llava, self._processor = load_llava(str(folder), self._device)
-        self._llava = llava.to(self._device).eval()
-        self._config = llava.config
+        device = torch.device(get_device())
+        llava, self._processor = load_llava(str(folder), device)
+        self._llava = llava.to(device).eval()
         self.llm, self.tokenizer = language_model(llava), self._processor.tokenizer
         self.generation = llava.generation_config
         about = read_json(folder / PROVENANCE_FILE, "Export the folder again.")
         self.takes_questions = about.get("stage") != ALIGN
         self._pads, self._background = pads_pictures(folder), background(folder)
-        side = self._config.vision_config.image_size
+        side = llava.config.vision_config.image_size
         with torch.no_grad():
-            blank = torch.zeros(1, 3, side, side, device=self._device)
-            self._image_tokens = self._features(blank).shape[1]
-
-    def _features(self, pixel_values: Tensor) -> Tensor:
-        """Turn pictures (N, 3, H, W) into vectors for the LLM (N, image tokens, its width)."""
-        model = getattr(self._llava, "model", self._llava)  # since transformers 4.52
-        pixel_values = pixel_values.to(self._llava.dtype)
-        hidden = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        patches = hidden[self._config.vision_feature_layer]  # (N, n, C)
-        if self._config.vision_feature_select_strategy == "default":
-            patches = patches[:, 1:]
-        return model.multi_modal_projector(patches)
+            self._image_tokens = image_features(llava, torch.zeros(1, 3, side, side)).shape[1]
 
     def _splice(self, data: dict[str, Any]) -> dict[str, Tensor]:
         embeds = self.llm.get_input_embeddings()(data["input_ids"])  # (1, T, H)
         if "pixel_values" in data:
-            features = self._features(data["pixel_values"]).to(embeds.dtype)  # (N, n, H)
+            features = image_features(self._llava, data["pixel_values"]).to(embeds.dtype)
             embeds = embeds.masked_scatter(data["image_mask"].unsqueeze(-1), features)
         return {
             "inputs_embeds": embeds,
@@ -283,7 +271,7 @@ class FolderChat(ChatModel):
         text = self._processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
         bos = self.tokenizer.bos_token
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
-        image_id = self._config.image_token_index
+        image_id = self._llava.config.image_token_index
         ids = [IMAGE_TOKEN_INDEX if token == image_id else token for token in ids]
         pictures = [turn.picture for turn in turns if turn.picture]
         pixels = [

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 from mmengine.logging import print_log
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -64,6 +65,17 @@ def load_llava(path: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
         attn_implementation={"text_config": _attention(config, dtype, device)},
     )
     return model, processor
+
+
+def image_features(llava: Any, pixel_values: Tensor) -> Tensor:
+    """Turn pictures (N, 3, H, W) into vectors for the LLM, (N, image tokens, its width)."""
+    found = llava.get_image_features(
+        pixel_values.to(llava.device, llava.dtype),
+        vision_feature_layer=llava.config.vision_feature_layer,
+        vision_feature_select_strategy=llava.config.vision_feature_select_strategy,
+    )
+    # A tensor; since transformers 4.52 a list of images, and since 5 that in an output.
+    return torch.stack(list(getattr(found, "pooler_output", found)))
 
 
 def load_whole(kind: Any, path: str, **options: Any) -> PreTrainedModel:

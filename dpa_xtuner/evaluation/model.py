@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
 from dpa_xtuner.evaluation.folder import background, pads_pictures
-from dpa_xtuner.evaluation.llava import load_llava
+from dpa_xtuner.evaluation.llava import image_features, load_llava
 from dpa_xtuner.pictures import WHITE, as_rgb, padded
 
 LLAVA_1_5 = (  # llava-v1.5's template (conv_vicuna_v1): its first folders have none
@@ -244,17 +244,10 @@ class LlavaFolder(ChatModel):
         config = model.config
         self.image_token, self.image_id = processor.image_token, config.image_token_index
         self.pads, self.background = pads_pictures(path), background(path)
-        dtype = model.dtype
         self.set_up(model, config.text_config, processor.tokenizer, processor)
         blank = self._pixels(Image.new("RGB", (64, 64)))
         with torch.inference_mode():
-            features = model.get_image_features(
-                blank.to(self.device, dtype),
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-            )
-        # (1, image tokens, hidden size); since transformers 5 in an output, as a list of images.
-        self.image_tokens = len(getattr(features, "pooler_output", features)[0])
+            self.image_tokens = image_features(model, blank).shape[1]
 
     def _pixels(self, picture: Image.Image) -> Tensor:
         processor = self.processor.image_processor
