@@ -15,7 +15,7 @@ from dpa_xtuner.model.adapter import read_adapter
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.stages.artifacts import is_finished, read_state
 from dpa_xtuner.stages.build import dataset_config, model_config, usable_data
-from dpa_xtuner.stages.components import LLM_ADAPTER
+from dpa_xtuner.stages.components import LLM_ADAPTER, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.table import Stage
 
@@ -85,7 +85,9 @@ def trained_model(source: Source) -> DPALLaVAModel:
         model = MODELS.build(config)
     for folder in adapters[1:]:
         read_adapter(folder).add_to(model.llm)
-    _refuse_changed(source, model, loads)
+    for component in PUBLISHED:
+        if component not in loads:
+            source.refuse_other(component, model.fingerprints[component])
     if source.checkpoint:
         state = read_checkpoint(source.checkpoint)
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -96,16 +98,6 @@ def trained_model(source: Source) -> DPALLaVAModel:
             )
         model.load_state_dict(state, strict=False)
     return model.requires_grad_(False).eval().to(get_device())
-
-
-def _refuse_changed(source: Source, model: DPALLaVAModel, loads: dict[str, str]) -> None:
-    for name, now in model.fingerprints.items():
-        before = source.stage_provenance.get(name, {})
-        if name not in loads and before.get("fingerprint", now) != now:
-            raise DPAError(
-                f"{before['name']} holds other weights than when {source.state_folder} was trained "
-                f"with it: put them back."
-            )
 
 
 def split_data(run: Run, stage: Stage) -> tuple[DPADataset, DPADataset | None]:

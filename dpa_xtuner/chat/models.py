@@ -23,7 +23,7 @@ from dpa_xtuner.data.images import ImageProblem, load_pixels, read_size
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation.folder import background, check_llava, pads_pictures
+from dpa_xtuner.evaluation.folder import background, pads_pictures
 from dpa_xtuner.evaluation.llava import image_features, load_llava
 from dpa_xtuner.export.chat_template import end_of_turn
 from dpa_xtuner.export.source import Source
@@ -228,7 +228,6 @@ class FolderChat(ChatModel):
     """
 
     def __init__(self, folder: Path) -> None:
-        check_llava(folder)
         device = torch.device(get_device())
         llava, self._processor = load_llava(str(folder), device)
         self._llava = llava.to(device).eval()

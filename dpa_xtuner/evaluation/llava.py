@@ -1,6 +1,7 @@
 """Loads an exported LLaVA, or any other LLaVA folder, with all its weights."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ import transformers
 from mmengine.logging import print_log
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation.folder import computing_dtype
+from dpa_xtuner.evaluation.folder import check_llava, computing_dtype
 from dpa_xtuner.model.configs import caps_attention, caps_logits
 from dpa_xtuner.versions import LLAVA_HOLDS_AN_LLM
 
@@ -36,9 +36,8 @@ def load_llava(path: str, device: torch.device) -> tuple[PreTrainedModel, Any]:
         DPAError: it is not a LLaVA folder, its tokenizer has no image token, or weights are
             missing.
     """
-    config = AutoConfig.from_pretrained(path)
-    if not isinstance(config, LlavaConfig):
-        raise DPAError(f"{path} is a {config.model_type!r} model; expected 'llava'.")
+    check_llava(Path(path))
+    config = LlavaConfig.from_pretrained(path)
     if caps_logits(config.text_config) and not LLAVA_HOLDS_AN_LLM:
         raise DPAError(
             f"{path}: its LLM caps its logits, and LLaVA does not in transformers "

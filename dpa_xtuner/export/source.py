@@ -11,7 +11,14 @@ from dpa_xtuner.files import file_sha256
 from dpa_xtuner.layout import STATE_FILE, TUNE
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished, newest_checkpoint, read_state
-from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, PROJECTOR, PUBLISHED, VISUAL_ENCODER
+from dpa_xtuner.stages.components import (
+    LLM,
+    LLM_ADAPTER,
+    PROJECTOR,
+    PUBLISHED,
+    VISUAL_ENCODER,
+    Published,
+)
 from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import StageSettings, config_from_file
@@ -73,6 +80,24 @@ class Source:
                 f"{self.stage.name}: give --stage {found['stage']}."
             )
         return found
+
+    def refuse_other(self, component: Published, fingerprint: str) -> None:
+        """Refuse a published model whose weights have changed since the stage was trained.
+
+        Args:
+            component: the LLM or the visual encoder.
+            fingerprint: that of its weights now.
+
+        Raises:
+            DPAError: they have changed.
+        """
+        trained = self.stage_provenance.get(component, {})
+        if trained.get("fingerprint", "") not in ("", fingerprint):
+            raise DPAError(
+                f"{component.name(self.run.settings)} holds other weights than {trained['name']} "
+                f"did when {self.state_folder} was trained with it. Restore them, or set "
+                f"{component.setting} to that model."
+            )
 
     def written(self, component: str) -> Path | None:
         """Return the folder of a component that the stage wrote; None if it did not.

@@ -9,7 +9,7 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpa_xtuner import compat
@@ -136,7 +136,7 @@ class StageWeights:
 
     def _loaded(self, component: Published, dtype: torch.dtype) -> PreTrainedModel:
         """Load a component from the folder that a stage wrote, else the published one."""
-        source = self.source
+        source, run = self.source, self.source.run
         written = source.written(component)
         held = without_adapter(self._of(component))
         if source.checkpoint and component in source.stage.trains and not held:
@@ -157,7 +157,7 @@ class StageWeights:
             more |= {"config": config, "low_cpu_mem_usage": True}
         module = load_pretrained(loader | name, **more)
         if not folder:
-            self._refuse_other(component, module)
+            source.refuse_other(component, fingerprint(module, run.precision.fingerprint_dtype))
         return module
 
     def _empty(self, component: Published) -> PreTrainedModel:
@@ -167,17 +167,6 @@ class StageWeights:
         config = copy.deepcopy(component.config(source.run))  # the model may change it
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
-
-    def _refuse_other(self, component: Published, module: nn.Module) -> None:
-        """Refuse a model whose weights have changed since the stage was trained."""
-        trained = self.source.stage_provenance.get(component, {})
-        now = fingerprint(module, self.source.run.precision.fingerprint_dtype)
-        if trained.get("fingerprint", "") not in ("", now):
-            raise DPAError(
-                f"{component.name(self.source.run.settings)} holds other weights than "
-                f"{trained['name']} did when {self.source.state_folder} was trained with it. "
-                f"Restore them, or set {component.setting} to that model."
-            )
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -346,5 +346,7 @@ def test_other_models_are_refused(folder, tmp_path):
     with pytest.raises(DPAError, match="no token '<image>' with the id 5"):
         LlavaFolder(str(other))
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(DPAError, match="'llama' model; expected 'llava'"):
+    with pytest.raises(
+        DPAError, match="is a model of type 'llama'; expected the folder of a Llava"
+    ):
         LlavaFolder(str(other))
