@@ -1,7 +1,7 @@
 """A proxy that is fitted quickly, to learn how well a LoRA can write like some captions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,13 +31,11 @@ class Fit:
         curve: held-out nats per token by optimizer step; step 0 is the original LLM.
         original: what the held-out captions cost that.
         best: what they cost at the best step.
-        asked: steps that it was allowed.
     """
 
     curve: dict[int, float]
     original: Cost
     best: Cost
-    asked: int
 
     @property
     def floor(self) -> float:
@@ -100,9 +98,8 @@ def fit(
     optimizer = torch.optim.AdamW(trained, max(rate, LOWEST_RATE), weight_decay=0.0)
     draw = np.random.default_rng(0)
     original = caption_cost(model, held_out, tokenizer, precision)
-    best, curve = original, {0: original.per_token}
+    found = Fit({0: original.per_token}, original, best=original)
     order: list[int] = []
-    found = Fit(curve, original, best, steps)
     every = max(1, steps // LOOKS)
     model.train()
     for step in range(1, steps + 1):
@@ -120,9 +117,9 @@ def fit(
         if step % every and step < steps:
             continue
         cost = caption_cost(model, held_out, tokenizer, precision)
-        curve[step] = cost.per_token
-        best = cost if curve[step] == min(curve.values()) else best
-        found = Fit(curve, original, best, steps)
+        found.curve[step] = cost.per_token
+        if found.best_step == step:
+            found = replace(found, best=cost)
         if found.converged:
             break
     return found

@@ -89,7 +89,7 @@ def _write(
     source: Source, fmt: str, dtype: str, out: Path, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     with torch.no_grad(), whole_folder(out) as partial:
-        about = _WRITERS[fmt](source, StageWeights(source), partial, _DTYPES[dtype])
+        about = _WRITERS[fmt](StageWeights(source, _DTYPES[dtype]), partial)
         known = {"run": str(source.run.work_dir.resolve()), "files": _file_sizes(partial)}
         known["versions"] = installed_versions()
         trained = source.stage_provenance

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from dpa_xtuner.export.chat_template import chat_template
 from dpa_xtuner.export.hf import SHARD, load_tokenizer, need_room
 from dpa_xtuner.export.refusals import has_quantised_llm, keeps_adapter
-from dpa_xtuner.export.source import Source
 from dpa_xtuner.export.weights import StageWeights
 from dpa_xtuner.export.xtuner_chat import chat_command
 from dpa_xtuner.layout import PROVENANCE_FILE
@@ -27,9 +25,7 @@ from dpa_xtuner.stages.components import (
 )
 
 
-def write_xtuner(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
+def write_xtuner(weights: StageWeights, folder: Path) -> dict[str, Any]:
     """Write the folder that ``xtuner chat --llava`` opens, as ``xtuner convert pth_to_hf`` does.
 
     It always holds the projector. It holds the adapter if the model is the published LLM plus one
@@ -37,31 +33,28 @@ def write_xtuner(
     trained.
 
     Args:
-        source: what is exported.
-        weights: its weights.
+        weights: the weights to write.
         folder: target folder; exists.
-        dtype: dtype of the weights.
 
     Returns:
         The command that opens it, and how its prompts differ from training.
     """
+    source = weights.source
     writes_llm = not keeps_adapter(source)
     if writes_llm:
-        _write_llm(source, weights, folder, dtype)
+        _write_llm(weights, folder)
     elif LLM_ADAPTER in source.inputs():
         _copy(source.inputs()[LLM_ADAPTER], folder / LLM_ADAPTER)
     elif LLM_ADAPTER in source.stage.trains:
-        _write_adapter(source, weights, folder / LLM_ADAPTER, dtype)
-    _write_projector(source, weights, folder / PROJECTOR, dtype)
+        _write_adapter(weights, folder / LLM_ADAPTER)
+    _write_projector(weights, folder / PROJECTOR)
     if weights.has_encoder:
-        _write_encoder(source, weights, folder / VISUAL_ENCODER, dtype)
+        _write_encoder(weights, folder / VISUAL_ENCODER)
     llm = None if writes_llm else LLM.name(source.run.settings)
     return chat_command(source, llm, folder, weights.has_encoder)
 
 
-def write_parts(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
+def write_parts(weights: StageWeights, folder: Path) -> dict[str, Any]:
     """Write each component that the stage trained into a folder that its own library opens.
 
     The LLM is a complete ``from_pretrained`` folder with its tokenizer; an adapter is added to it,
@@ -69,14 +62,13 @@ def write_parts(
     out.
 
     Args:
-        source: what is exported.
-        weights: its weights.
+        weights: the weights to write.
         folder: target folder; exists.
-        dtype: dtype of the weights.
 
     Returns:
         The components, and the base of the adapter if that is not the published LLM.
     """
+    source = weights.source
     wanted, about = set(source.stage.trains), {}
     if weights.has_encoder:
         wanted.add(VISUAL_ENCODER)
@@ -86,41 +78,36 @@ def write_parts(
         if first := "".join(f" + {path}" for path in source.inputs().values()):
             about["llm_adapter_on"] = LLM.name(source.run.settings) + first
     for component in wanted:
-        _WRITERS[component](source, weights, folder / component, dtype)
+        _WRITERS[component](weights, folder / component)
     return about | {"parts": sorted(wanted)}
 
 
-def write_llm(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
+def write_llm(weights: StageWeights, folder: Path) -> dict[str, Any]:
     """Write the LLM that the stage trained, with its adapter added, as ``parts`` does.
 
     Args:
-        source: what is exported.
-        weights: its weights.
+        weights: the weights to write.
         folder: target folder.
-        dtype: dtype of the weights.
 
     Returns:
         Its fingerprint, by which a further round of tuning recognises it.
     """
-    llm = _write_llm(source, weights, folder, dtype)
-    return {trained_key(LLM): fingerprint(llm, source.run.precision.fingerprint_dtype)}
+    llm = _write_llm(weights, folder)
+    return {trained_key(LLM): fingerprint(llm, weights.source.run.precision.fingerprint_dtype)}
 
 
-def _write_llm(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> PreTrainedModel:
-    llm, tokenizer = weights.llm(dtype), load_tokenizer(source)
+def _write_llm(weights: StageWeights, folder: Path) -> PreTrainedModel:
+    llm, tokenizer = weights.llm(), load_tokenizer(weights.source)
     folder.mkdir(exist_ok=True)
     need_room(folder, llm.state_dict())
     if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = chat_template(source.run.settings.template, tokenizer)
+        tokenizer.chat_template = chat_template(weights.source.run.settings.template, tokenizer)
     save_llm(llm, tokenizer, folder, max_shard_size=SHARD)
     return llm
 
 
-def _write_adapter(source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype) -> None:
+def _write_adapter(weights: StageWeights, folder: Path) -> None:
+    source = weights.source
     if written := source.written(LLM_ADAPTER):
         _copy(written, folder)  # unchanged
     else:
@@ -129,19 +116,19 @@ def _write_adapter(source: Source, weights: StageWeights, folder: Path, dtype: t
         adapter.save(folder, LLM.name(source.run.settings))
 
 
-def _write_projector(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> None:
-    state = {name: weight.to(dtype).contiguous() for name, weight in weights.projector().items()}
-    projector = copy.deepcopy(source.run.projector).to(dtype)
+def _write_projector(weights: StageWeights, folder: Path) -> None:
+    dtype, state = weights.dtype, weights.projector()
+    state = {name: weight.to(dtype).contiguous() for name, weight in state.items()}
+    projector = copy.deepcopy(weights.source.run.projector).to(dtype)
     projector.save_pretrained(folder, state_dict=state)
 
 
-def _write_encoder(source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype) -> None:
+def _write_encoder(weights: StageWeights, folder: Path) -> None:
     folder.mkdir()
-    encoder = weights.visual_encoder(dtype)
-    run = source.run
-    run.encoder_spec.save(encoder, folder, processor=VISUAL_ENCODER.companion(run.cfg))
+    run = weights.source.run
+    run.encoder_spec.save(
+        weights.visual_encoder(), folder, processor=VISUAL_ENCODER.companion(run.cfg)
+    )
 
 
 def _copy(written: Path, folder: Path) -> None:

@@ -44,16 +44,12 @@ _CLIP_STEPS = ("CLIPImageProcessor", "SiglipImageProcessor", "BitImageProcessor"
 _PROJECTOR = {"model.0.": "linear_1.", "model.2.": "linear_2."}
 
 
-def write_hf(
-    source: Source, weights: StageWeights, folder: Path, dtype: torch.dtype
-) -> dict[str, Any]:
+def write_hf(weights: StageWeights, folder: Path) -> dict[str, Any]:
     """Write model, generation settings, tokenizer, image processor and chat template.
 
     Args:
-        source: what is exported.
-        weights: its weights.
+        weights: the weights to write.
         folder: target folder; exists.
-        dtype: dtype of the weights.
 
     Returns:
         Further entries of ``dpa.json``.
@@ -61,9 +57,10 @@ def write_hf(
     Raises:
         DPAError: weights are missing or unknown, or the disk has no room for them.
     """
+    source, dtype = weights.source, weights.dtype
     tokenizer = load_tokenizer(source)
     image_id = _add_image_token(tokenizer)
-    llm, encoder = weights.llm(dtype), weights.visual_encoder(dtype)
+    llm, encoder = weights.llm(), weights.visual_encoder()
     grow(llm, image_id + 1)
     extra = extra_tokens(source)
     config = _config(source, llm, encoder, image_id, tokenizer, extra)
@@ -194,7 +191,7 @@ def _config(
     encoder.config._attn_implementation_autoset = False
     # vLLM finds the LLM by this name, which InternLM's configurations lack.
     llm.config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(llm.config)].__name__]
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=encoder.config,
         text_config=llm.config,
         image_token_index=image_id,
@@ -206,7 +203,6 @@ def _config(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=llm.config.tie_word_embeddings,
     )
-    return config
 
 
 def _state(

@@ -34,10 +34,11 @@ class StageWeights:
 
     Args:
         source: the result of :func:`dpa_xtuner.export.source.read_source`.
+        dtype: dtype of the exported weights.
     """
 
-    def __init__(self, source: Source):
-        self.source = source
+    def __init__(self, source: Source, dtype: torch.dtype):
+        self.source, self.dtype = source, dtype
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
@@ -94,11 +95,11 @@ class StageWeights:
             raise DPAError(f"{source.checkpoint} holds no adapter: it is not from this stage.")
         return found
 
-    def llm(self, dtype: torch.dtype) -> PreTrainedModel:
+    def llm(self) -> PreTrainedModel:
         """Load the LLM as the stage left it, its adapters added.
 
         An adapter that the stage loaded is added in the dtype of the training, the one that it
-        trained in ``dtype``.
+        trained in the exported one.
 
         Raises:
             DPAError: weights are missing, or the checkpoint is from another stage or model.
@@ -108,33 +109,33 @@ class StageWeights:
             llm = self._empty(LLM)
             fill(llm, state, str(source.checkpoint))
         else:
-            llm = self._loaded(LLM, dtype)
+            llm = self._loaded(LLM)
             if LLM_ADAPTER in inputs:
                 read_adapter(inputs[LLM_ADAPTER]).add_to(llm)
-        llm.to(dtype)
+        llm.to(self.dtype)
         llm.config.use_cache = True  # training turns it off
         if adapter := self.adapter():
             adapter.add_to(llm)
         return llm
 
-    def visual_encoder(self, dtype: torch.dtype) -> PreTrainedModel:
+    def visual_encoder(self) -> PreTrainedModel:
         """Load the encoder, published or trained.
 
         Raises:
             DPAError: weights are missing.
         """
         source, trained = self.source, self._of(VISUAL_ENCODER)
-        encoder = self._loaded(VISUAL_ENCODER, dtype)
+        encoder = self._loaded(VISUAL_ENCODER)
         if state := without_adapter(trained):
             source.run.encoder_spec.freeze_unread(encoder)  # checkpoints lack frozen weights
             fill(encoder, state, str(source.checkpoint))
-        encoder.to(dtype)
+        encoder.to(self.dtype)
         lora = source.run.cfg.model.get("visual_encoder_lora") or {"r": 8, "lora_alpha": 8}
         if adapter := adapter_of(trained, lora.get("r", 8), lora.get("lora_alpha", 8)):
             adapter.add_to(encoder)
         return encoder
 
-    def _loaded(self, component: Published, dtype: torch.dtype) -> PreTrainedModel:
+    def _loaded(self, component: Published) -> PreTrainedModel:
         """Load a component from the folder that a stage wrote, else the published one."""
         source, run = self.source, self.source.run
         written = source.written(component)
@@ -147,7 +148,7 @@ class StageWeights:
             )
         loader, folder = source.run.cfg.model[component], written or source.inputs().get(component)
         name = {"pretrained_model_name_or_path": str(folder)} if folder else {}
-        more: dict[str, Any] = {"torch_dtype": dtype} if written else {}
+        more: dict[str, Any] = {"torch_dtype": self.dtype} if written else {}
         if component in source.stage.trains and not written:
             more["torch_dtype"] = torch.float32  # as it was trained
         if component == LLM:

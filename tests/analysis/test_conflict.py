@@ -145,7 +145,7 @@ def test_a_fit_to_a_handful_over_fits(tokenizer):
 
 
 def a_fit(*curve: float) -> Fit:
-    return Fit(dict(enumerate(curve)), Cost(), Cost(), 10)
+    return Fit(dict(enumerate(curve)), Cost(), Cost())
 
 
 def test_the_smallest_rank_near_the_best_is_recommended():

@@ -41,7 +41,7 @@ def changed(qwen, monkeypatch):
     from dpa_xtuner.export import source
 
     monkeypatch.setattr(source, "refuse_changed", lambda *_: None)
-    monkeypatch.setattr(module, "StageWeights", lambda _: pytest.fail("something was loaded"))
+    monkeypatch.setattr(module, "StageWeights", lambda *_: pytest.fail("something was loaded"))
     return lambda fmt="hf", **options: refused(qwen, fmt, **options)
 
 
