@@ -1,11 +1,11 @@
 """The table: models by benchmarks in the paper's order, their means, and the paper's own rows."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from dpa_xtuner import tables
 from dpa_xtuner.evaluation.benchmarks import BENCHMARK_KINDS, PAPER, Benchmark
@@ -220,11 +220,7 @@ def save_report(report: Report, folder: Path, name: str = "table") -> str:
     """Write ``<name>.md``, ``<name>.csv`` and ``<name>.json``, and return the Markdown."""
     text, found = report_markdown(report), report_rows(report)
     write_text(folder / f"{name}.md", text)
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(found[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(found)
-    write_text(folder / f"{name}.csv", table.getvalue())
+    write_text(folder / f"{name}.csv", pd.DataFrame(found).to_csv(index=False))
     results: Mapping[str, dict] = {label: {} for label in report.models}
     for label, benchmark, result in report.results():
         results[label][benchmark] = vars(result)

@@ -36,11 +36,13 @@ class Source:
         run: the run; its precision is that of its first stage, or bfloat16 if no state file has it.
         stage: the row of the stage table.
         checkpoint: a .pth file or DeepSpeed folder in place of what the finished stage wrote.
+        state_folder: the folder whose ``stage.json`` describes the training.
     """
 
     run: Run
     stage: Stage
     checkpoint: Path | None
+    state_folder: Path
 
     @property
     def stage_settings(self) -> StageSettings:
@@ -53,11 +55,6 @@ class Source:
         if self.stage.sample_format == "chat":
             return self.run.settings.template
         return dict(_CAPTION)
-
-    @property
-    def state_folder(self) -> Path:
-        """The folder whose ``stage.json`` describes the training."""
-        return _state_folder(self.run.work_dir, self.stage.name, self.checkpoint)
 
     @property
     def stage_provenance(self) -> dict[str, Any]:
@@ -185,25 +182,21 @@ def read_source(
             unfinished, or a folder or checkpoint is missing.
     """
     base = Path(work_dir or f"work_dirs/{config.stem}")
-    begun = read_state(_state_folder(base, stage, checkpoint)).get("origin") or {}
+    folder = base / stage
+    if checkpoint is not None and (checkpoint.parent / STATE_FILE).is_file():
+        folder = checkpoint.parent  # the run's, if the checkpoint was not moved
+    begun = read_state(folder).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
     # What training sets, and the stage's own builders ask for.
     options = {**(options or {}), "work_dir": str(base), "launcher": "none"}
     run = Run.of(config_from_file(config, options), precision)
     row = find_stage(run.settings, stage, "--stage ")
-    source = Source(run, row, checkpoint)
+    source = Source(run, row, checkpoint, folder)
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # fail now, before large files are read
             component.config(source.run)
     return source
-
-
-def _state_folder(base: Path, stage: str, checkpoint: Path | None) -> Path:
-    # The folder of the checkpoint; if the checkpoint was moved, that of the run.
-    if checkpoint is not None and (checkpoint.parent / STATE_FILE).is_file():
-        return checkpoint.parent
-    return base / stage
 
 
 def _need_inputs(source: Source) -> None:

@@ -372,18 +372,17 @@ class Settings(_Settings):
     @property
     def unused_settings(self) -> dict[str, str]:
         """Settings that this method or scheme does not read, by prefix, and why."""
-        found, with_llm = {}, ["proxy", "tune"]
+        found = {}
         if not self.has_proxy:
             found["proxy."] = f"method={self.method!r} has no stage proxy"
-            with_llm.remove("proxy")
         if self.tune.init_projector is not None:
             reason = "with tune.init_projector the run has the stage tune alone"
             found |= dict.fromkeys(("proxy.", "align.", "captions."), reason)
         if not self.tune.train_visual_encoder:
             reason = "tune.train_visual_encoder=False trains no visual encoder"
             found["tune.visual_encoder_lr"] = reason
-        for name in with_llm:
-            if getattr(self, name).train_llm == "full":
+        for name in ("proxy", "tune"):
+            if f"{name}." not in found and getattr(self, name).train_llm == "full":
                 found[f"{name}.lora."] = f"{name}.train_llm='full' trains no LoRA"
         return found
 
