@@ -79,8 +79,10 @@ def _print_found(built: DPADataset, found: DataReport, tokenizer: Any) -> None:
     """Print the figures of each file, and the problems: of a mixture, file by file."""
     for figures in file_figures(built, tokenizer):
         print(figures)
-        if len(built.files) > 1 and (own := _of_file(figures.file, found.problems)):
-            print(f"{len(own):>8}  problems:\n{list_problems(own)}")
+        inside = [p for p in found.problems if p.record_id.startswith(f"{figures.file}: ")]
+        if len(built.files) > 1 and inside:
+            listed = list_problems(_bare(problem, [figures.file]) for problem in inside)
+            print(f"{len(inside):>8}  problems:\n{listed}")
     if len(built.files) == 1:
         print(found)
     else:
@@ -88,21 +90,11 @@ def _print_found(built: DPADataset, found: DataReport, tokenizer: Any) -> None:
               f"{found.samples} samples were opened")  # fmt: skip
 
 
-def _of_file(file: str, problems: list[Problem]) -> list[Problem]:
-    """Return the problems of a mixture's file, with ids that do not name the file."""
-    return [
-        replace(problem, record_id=_bare_id(problem, [file]))
-        for problem in problems
-        if problem.record_id.startswith(f"{file}: ")
-    ]
-
-
-def _bare_id(problem: Problem, files: Sequence[str | Path]) -> str:
-    """Return the record's own id; elsewhere, a mixture's records are "file: id"."""
-    for file in files:
-        if problem.record_id.startswith(f"{file}: "):
-            return problem.record_id.removeprefix(f"{file}: ")
-    return problem.record_id
+def _bare(problem: Problem, files: Sequence[str | Path]) -> Problem:
+    """Take the file off a record's id: a mixture's records are "file: id"."""
+    named = (f"{file}: " for file in files)
+    prefix = next((name for name in named if problem.record_id.startswith(name)), "")
+    return replace(problem, record_id=problem.record_id.removeprefix(prefix))
 
 
 def _lines(stage: str, problems: list[Problem], files: Sequence[str | Path]) -> list[str]:
@@ -113,7 +105,7 @@ def _lines(stage: str, problems: list[Problem], files: Sequence[str | Path]) -> 
                 "stage": stage,
                 "file": problem.file,
                 "record": problem.place,
-                "id": _bare_id(problem, files),
+                "id": _bare(problem, files).record_id,
                 "reason": problem.reason,
             }
         )
