@@ -23,7 +23,7 @@ from dpa_xtuner.data.images import ImageProblem, load_pixels, read_size
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.tiles import Tiling
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.evaluation.folder import background, pads_pictures
+from dpa_xtuner.evaluation.folder import pictures_in_training
 from dpa_xtuner.evaluation.llava import image_features, load_llava
 from dpa_xtuner.export.chat_template import end_of_turn
 from dpa_xtuner.export.source import Source
@@ -235,7 +235,7 @@ class FolderChat(ChatModel):
         self.generation = llava.generation_config
         about = read_json(folder / PROVENANCE_FILE, "Export the folder again.")
         self.takes_questions = about.get("stage") != ALIGN
-        self._pads, self._background = pads_pictures(folder), background(folder)
+        self._pads, self._background = pictures_in_training(folder)
         side = llava.config.vision_config.image_size
         with torch.no_grad():
             self._image_tokens = image_features(llava, torch.zeros(1, 3, side, side)).shape[1]

@@ -28,7 +28,7 @@ _ADVICE = "Copy or export the folder again."
 def files_read(folder: Path) -> list[Path]:
     """List the files that transformers may read, sorted; no README, log or folder.
 
-    ``dpa.json`` is left out: only its ``pads_pictures`` and ``background`` matter.
+    ``dpa.json`` is left out: only :func:`pictures_in_training` matters.
     """
     return sorted(
         path for path in folder.iterdir()
@@ -37,14 +37,10 @@ def files_read(folder: Path) -> list[Path]:
     )  # fmt: skip
 
 
-def pads_pictures(folder: str | Path) -> bool:
-    """Tell whether the model was trained on pictures that were padded to a square."""
-    return bool(read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("pad_image_to_square"))
-
-
-def background(folder: str | Path) -> str:
-    """Return the colour that was behind transparent pictures when the model was trained."""
-    return read_json(Path(folder, PROVENANCE_FILE), _ADVICE).get("background", WHITE)
+def pictures_in_training(folder: str | Path) -> tuple[bool, str]:
+    """Return whether pictures were padded to a square in training, and the colour behind them."""
+    about = read_json(Path(folder, PROVENANCE_FILE), _ADVICE)
+    return bool(about.get("pad_image_to_square")), about.get("background", WHITE)
 
 
 def computing_dtype(folder: str | Path, device: str) -> torch.dtype:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.evaluation.benchmarks import NO_ANSWER
-from dpa_xtuner.evaluation.folder import background, pads_pictures
+from dpa_xtuner.evaluation.folder import pictures_in_training
 from dpa_xtuner.evaluation.llava import image_features, load_llava
 from dpa_xtuner.pictures import WHITE, as_rgb, padded
 
@@ -243,7 +243,7 @@ class LlavaFolder(ChatModel):
         model, processor = load_llava(path, self.device)
         config = model.config
         self.image_token, self.image_id = processor.image_token, config.image_token_index
-        self.pads, self.background = pads_pictures(path), background(path)
+        self.pads, self.background = pictures_in_training(path)
         self.set_up(model, config.text_config, processor.tokenizer, processor)
         blank = self._pixels(Image.new("RGB", (64, 64)))
         with torch.inference_mode():

@@ -7,13 +7,12 @@ from dpa_xtuner.evaluation.benchmarks import Benchmark
 from dpa_xtuner.evaluation.cache_key import cache_key, file_digest, module_files
 from dpa_xtuner.evaluation.evaluate import Model, Options, opencompass_model
 from dpa_xtuner.evaluation.folder import (
-    background,
     check_llava,
     computing_dtype,
     files_read,
     has_chat_template,
     labels,
-    pads_pictures,
+    pictures_in_training,
 )
 
 _NO_TEMPLATE = "has no chat template: it is asked in LLaVA-1.5's."
@@ -34,8 +33,7 @@ def models_of(folders: Iterable[Path], options: Options) -> list[Model]:
     models = []
     for folder, label in zip(unique, labels(unique), strict=True):
         dtype = computing_dtype(folder, options.device)
-        seen = (pads_pictures(folder), background(folder))
-        key = cache_key(files_read(folder), seen, str(dtype))
+        key = cache_key(files_read(folder), pictures_in_training(folder), str(dtype))
         abbr = f"{labels([folder])[0]}-{key}"
         config = opencompass_model("model.LlavaFolder", abbr, folder, options)
         note = "" if has_chat_template(folder) else _NO_TEMPLATE
