@@ -252,9 +252,9 @@ LLM = _LLM(layout.LLM)
 LLM_ADAPTER = _LLMAdapter(layout.LLM_ADAPTER)
 VISUAL_ENCODER = _VisualEncoder(layout.VISUAL_ENCODER)
 PROJECTOR = _Projector(layout.PROJECTOR)
-COMPONENTS = (LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR)
+COMPONENTS: tuple[Component, ...] = (LLM, LLM_ADAPTER, VISUAL_ENCODER, PROJECTOR)
 """Every component that a stage may build, in the order of the log."""
-PUBLISHED = (LLM, VISUAL_ENCODER)
+PUBLISHED: tuple[Published, ...] = (LLM, VISUAL_ENCODER)
 """The components that a run loads as they were published. State files and ``dpa.json`` hold their
 names, architectures and fingerprints."""
 

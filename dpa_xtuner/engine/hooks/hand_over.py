@@ -25,7 +25,6 @@ from dpa_xtuner.stages.components import (
     LLM_ADAPTER,
     PROJECTOR,
     PUBLISHED,
-    Component,
     count_parameters,
 )
 from dpa_xtuner.stages.pipeline import resume_key
@@ -63,7 +62,6 @@ class HandOverHook(Hook):
     ):
         self.stage, self.stages = stage, stages
         self.loads: dict[str, str] = dict(loads)
-        self.writes: dict[Component, str]
         self.writes = {each: writes[each] for each in COMPONENTS if each in writes}
         self.guards = [each for each in COMPONENTS if each in guards]
         self.provenance, self.samples = provenance, samples
