@@ -195,7 +195,7 @@ def read_source(
     _need_inputs(source)
     for component in PUBLISHED:
         if component in row.builds:  # fail now, before large files are read
-            component.config(source.run)
+            run.config_of(component)
     return source
 
 

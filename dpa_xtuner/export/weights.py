@@ -165,7 +165,7 @@ class StageWeights:
         """Build a published model on the meta device."""
         source = self.source
         owner = model_class(source.run.cfg.model[component])
-        config = copy.deepcopy(component.config(source.run))  # the model may change it
+        config = copy.deepcopy(source.run.config_of(component))  # the model may change it
         with torch.device("meta"):
             return owner(config) if hasattr(owner, "config_class") else owner.from_config(config)
 

@@ -10,14 +10,12 @@ from typing import Any, cast
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from xtuner.registry import BUILDER
 
 from dpa_xtuner import layout
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.layout import PROVENANCE_FILE
-from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.fingerprint import gathered
 from dpa_xtuner.model.llm_folder import save_llm
@@ -119,22 +117,6 @@ class Published(Component):
     def name(self, settings: Settings) -> str:
         """Return the folder or hub name of the published model."""
         return getattr(settings, self.setting)
-
-    def config(self, run: Run) -> PretrainedConfig:
-        """Return the published configuration.
-
-        Raises:
-            DPAError: neither a folder nor the hub has it.
-        """
-        return run.llm_config if self == layout.LLM else run.encoder_config
-
-    def provenance(self, run: Run) -> dict[str, Any]:
-        """Return name and architecture of the published model, for ``stage.json``, ``dpa.json``.
-
-        Raises:
-            DPAError: neither a folder nor the hub has it.
-        """
-        return {"name": self.name(run.settings), "architecture": architecture(self.config(run))}
 
     def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""

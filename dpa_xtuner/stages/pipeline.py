@@ -15,7 +15,7 @@ from dpa_xtuner.stages.build import (
     world_size,
     zero_stage,
 )
-from dpa_xtuner.stages.provenance import check_inputs, provenance_of, refuse_changed
+from dpa_xtuner.stages.provenance import provenance_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.table import Stage, find_stage
 
@@ -47,7 +47,6 @@ def next_stage(cfg: Config) -> Config | None:
     stages = _wanted(run)
     check_ahead(run, stages)
     for number, stage in enumerate(stages, 1):
-        check_inputs(run, stage)
         folder, provenance = run.work_dir / stage.name, provenance_of(run, stage)
         state = read_state(folder)
         finished = state.get("status") == "finished"

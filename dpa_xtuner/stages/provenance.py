@@ -12,6 +12,7 @@ from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.layout import PROVENANCE_FILE
+from dpa_xtuner.model.configs import architecture
 from dpa_xtuner.model.projectors import read_projector
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import (
@@ -32,16 +33,27 @@ _FILES = (PROVENANCE_FILE, "config.json", "model.safetensors")
 
 
 def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
-    """Collect what the weights of a stage are made from, before the stage starts.
+    """Check a stage's inputs, and collect what its weights are made from, before it starts.
 
     Args:
         run: the run.
         stage: the row of the stage table.
 
     Raises:
-        DPAError: the LLM, the encoder or a given projector can't be found.
+        DPAError: the LLM or the encoder can't be found, an earlier stage has not written an input,
+            ``tune.init_projector`` is not a projector of a stage, or an input belongs to another
+            visual encoder, LLM or projector.
     """
     cfg, settings = run.cfg, run.settings
+    published: dict[str, dict[str, Any]] = {
+        component: {
+            "name": component.name(settings),
+            "architecture": architecture(run.config_of(component)),
+        }
+        for component in PUBLISHED
+        if component in stage.builds
+    }
+    _check_inputs(run, stage, published)
     stage_settings = settings.of_stage(stage.name)
     data = settings.data_of(stage.sample_format)
     wrapper = cfg.optim_wrapper
@@ -56,10 +68,8 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
         "paramwise_cfg": wrapper.get("paramwise_cfg"),
         "constructor": constructor_of(run, stage),
         "loads": input_hashes(stage, run.work_dir),
+        **published,
     }
-    for component in PUBLISHED:
-        if component in stage.builds:
-            found[component] = component.provenance(run)
     if (given := getattr(stage_settings, "init_projector", None)) is not None:
         found["initialised_from"] = lineage(Path(given), settings.llm_name_or_path)
     model = model_of(run, stage)
@@ -117,18 +127,7 @@ def refuse_changed(folder: Path, before: dict, now: dict, way_out: str) -> None:
         )
 
 
-def check_inputs(run: Run, stage: Stage) -> None:
-    """Refuse inputs of a stage that are missing or belong to other models.
-
-    Args:
-        run: the run.
-        stage: the row of the stage table.
-
-    Raises:
-        DPAError: an earlier stage has not written an input, ``tune.init_projector`` is not a
-            projector of a stage, or an input belongs to another visual encoder, LLM or projector.
-    """
-    ours = {each: each.provenance(run) for each in PUBLISHED if each in stage.builds}
+def _check_inputs(run: Run, stage: Stage, ours: dict[str, dict]) -> None:
     for component, path in stage.loads.items():
         folder, given = run.work_dir / path, Path(path).is_absolute()
         if given:  # by tune.init_projector

@@ -107,6 +107,14 @@ class Run:
         """
         return self.encoder_spec.config(self.settings.visual_encoder_name_or_path)
 
+    def config_of(self, component: str) -> PretrainedConfig:
+        """Return the published configuration of the LLM or of the visual encoder.
+
+        Raises:
+            DPAError: neither a folder nor the hub has it.
+        """
+        return self.llm_config if component == LLM else self.encoder_config
+
     @cached_property
     def projector(self) -> ProjectorModule:
         """The projector, on the meta device."""
@@ -244,16 +252,16 @@ def check_models(run: Run, stages: list[Stage]) -> None:
             "model.llm.output_router_logits=True asks for the router's auxiliary loss, which no "
             "stage adds to its own. Leave it out."
         )
-    template = settings.prompt_template
-    named = str(settings.family) if template is None else "prompt_template"
-    check_template(
-        settings.template, run.tokenizer, template if isinstance(template, str) else named
-    )
     if any(stage.sees_pictures for stage in stages):
         config = run.encoder_config
         check_loader("model.visual_encoder", cfg.model.visual_encoder.to_dict(), config)
         run.encoder_spec.check_layer(config)
         _ = run.image_processor, run.tiles  # building them raises what is wrong
+    template = settings.prompt_template
+    named = str(settings.family) if template is None else "prompt_template"
+    check_template(
+        settings.template, run.tokenizer, template if isinstance(template, str) else named
+    )
 
 
 def _load(key: str, setting: str, cfg: Config) -> Any:

@@ -13,7 +13,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export import export_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.build import model_config
-from dpa_xtuner.stages.provenance import check_inputs
+from dpa_xtuner.stages.provenance import provenance_of
 from dpa_xtuner.stages.run import Run, check_models
 from dpa_xtuner.stages.settings import config_from_file
 
@@ -29,7 +29,7 @@ def next_round(made: runs.Run, llm) -> runs.Run:
     run = Run.of(cfg, Precision(cfg.precision))
     cfg, row = run.cfg, run.stages["tune"]
     check_models(run, [row])
-    check_inputs(run, row)
+    provenance_of(run, row)  # checks the inputs
     model = MODELS.build(model_config(run, row))
     return runs.Run(made.folder, made.config, run.settings, cfg, model, "tune")
 
