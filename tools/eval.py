@@ -31,7 +31,6 @@ from dpa_xtuner.layout import HF_FOLDER, TUNE
 
 if TYPE_CHECKING:
     from dpa_xtuner.evaluation.evaluate import Options
-    from dpa_xtuner.evaluation.report import Details, Report
 
 EXPORT = Path(__file__).with_name("export.py")
 
@@ -107,22 +106,33 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _evaluate_kind(
     kind: str, arguments: argparse.Namespace, models: list[Path], asked: list, options: Options
 ) -> int:
-    """Evaluate on benchmarks of one kind, ``visual`` or ``text``; return the exit code."""
+    """Evaluate on benchmarks of one kind, ``visual`` or ``text``; return the exit code.
+
+    The table is saved and printed, and wrong answers are drawn. The code is 1 if something failed.
+    """
+    from dpa_xtuner.evaluation import show
     from dpa_xtuner.evaluation.evaluate import evaluate
-    from dpa_xtuner.evaluation.report import save_beside_runs
+    from dpa_xtuner.evaluation.report import save_beside_runs, save_report
+    from dpa_xtuner.files import write_text
 
     of_kind = importlib.import_module(f"dpa_xtuner.evaluation.{kind}")
-    data, work_dir, limit = arguments.data, arguments.work_dir, options.limit
+    folder, limit, table, suffix = arguments.work_dir, options.limit, "table", ""
     described = of_kind.models_of([_folder(model) for model in models], options)
-    data_sets = {b: of_kind.data_sets_of(b, data, work_dir, limit) for b in asked}
+    data_sets = {b: of_kind.data_sets_of(b, arguments.data, folder, limit) for b in asked}
     if kind == "text":
         options = replace(options, other_files=())  # only benchmarks with pictures have them
-        found = evaluate(described, data_sets, work_dir, options)
-        return _show(arguments, *found, "text", "wrong_answers_text.html")
-    found = evaluate(described, data_sets, work_dir, options)
-    if limit is None and not options.other_files:
-        save_beside_runs(found[0])
-    return _show(arguments, *found, "table", "wrong_answers.html")
+        table, suffix = "text", "_text"
+    report, details = evaluate(described, data_sets, folder, options)
+    if kind == "visual" and limit is None and not options.other_files:
+        save_beside_runs(report)
+    print(f"\n{save_report(report, folder, table)}\n{folder / f'{table}.md'}")
+    if arguments.show:
+        page = folder / f"wrong_answers{suffix}.html"
+        write_text(page, show.page(details, arguments.show))
+        print(page)
+    for line in report.failures():
+        print(f"dpa_xtuner: {line}", file=sys.stderr)
+    return 1 if report.failures() else 0
 
 
 def _import(module: str) -> None:
@@ -148,24 +158,6 @@ def _import(module: str) -> None:
             f"--import {module}: {type(error).__name__}: {error} ({last.filename}, line "
             f"{last.lineno})"
         ) from error
-
-
-def _show(
-    arguments: argparse.Namespace, report: Report, details: Details, table: str, page: str
-) -> int:
-    """Save and print the table, and draw wrong answers; return exit code 1 if something failed."""
-    from dpa_xtuner.evaluation import show
-    from dpa_xtuner.evaluation.report import save_report
-    from dpa_xtuner.files import write_text
-
-    folder = arguments.work_dir
-    print(f"\n{save_report(report, folder, table)}\n{folder / f'{table}.md'}")
-    if arguments.show:
-        write_text(folder / page, show.page(details, arguments.show))
-        print(folder / page)
-    for line in report.failures():
-        print(f"dpa_xtuner: {line}", file=sys.stderr)
-    return 1 if report.failures() else 0
 
 
 def _model(name: str) -> Path:
