@@ -124,11 +124,11 @@ def measure(asked: Asked, llms: Sequence[str], captions: Sequence[str]) -> list[
     Raises:
         DPAError: settings, models or data can't be used.
     """
-    run = _run(asked, {})  # its own settings are told of first
+    run = _run(asked, {})  # so that wrong settings of the config are reported first
     if not llms and not captions and (found := _of_run(asked, run)):
         return [found]
-    own: Sequence[str | None] = [None]
-    every = itertools.product(llms or own, captions or own)
+    the_configs: Sequence[str | None] = [None]
+    every = itertools.product(llms or the_configs, captions or the_configs)
     return [fitted(asked, _changes(asked, llm, file)) for llm, file in every]
 
 

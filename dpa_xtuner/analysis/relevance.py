@@ -156,20 +156,20 @@ def by_class(samples: Iterable[Sample], bounds: tuple[float, float]) -> list[dic
     total = sum(token.weight for token in tokens) or 1.0
     rows = []
     for kind in CLASSES:
-        own = [token for token in tokens if token.kind == kind]
-        if not own:
+        of_kind = [token for token in tokens if token.kind == kind]
+        if not of_kind:
             continue
         means = {
-            name: float(np.mean([getattr(token, name) for token in own]))
+            name: float(np.mean([getattr(token, name) for token in of_kind]))
             for name in ("weight", "p_w", "p_wo", "d")
         }
         low, high = bounds
         edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-        values = np.clip([token.weight for token in own], edges[0], edges[-1])
+        values = np.clip([token.weight for token in of_kind], edges[0], edges[-1])
         counts, _ = np.histogram(values, edges)
-        share = sum(token.weight for token in own) / total
+        share = sum(token.weight for token in of_kind) / total
         bars = (counts / counts.max()).tolist()
-        rows.append(dict(kind=kind, tokens=len(own), share=share, bars=bars, **means))
+        rows.append(dict(kind=kind, tokens=len(of_kind), share=share, bars=bars, **means))
     return rows
 
 

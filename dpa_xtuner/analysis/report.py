@@ -151,12 +151,12 @@ def _ranks_table(ranks: Ranks) -> str:
 
 def _leakage(measured: Mapping[str, float]) -> str:
     rows = [(name.replace("_", " "), f"{measured[name]:.3f}") for name in _PICTURES]
-    none, own, other, blank = (measured[name] for name in _PICTURES)
+    none, right, other, blank = (measured[name] for name in _PICTURES)
     return (
         "After align, as the run logged it: held-out captions under the original LLM\n\n"
         + markdown(["", "nats per token"], rows)
         + f"\n\nStyle leakage: another picture takes {none - other:.3f} nats off, a blank one "
-        f"{none - blank:.3f}; the right one {other - own:.3f} more than another."
+        f"{none - blank:.3f}; the right one {other - right:.3f} more than another."
     )
 
 
