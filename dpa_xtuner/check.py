@@ -5,7 +5,6 @@ Each line of the report says ``ok``, or what is wrong and what to do.
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -125,9 +124,7 @@ def device() -> Iterator[Finding]:
     precision = choose_precision("auto", kind)
     yield Finding(f"precision {precision.name}: {precision.reason}")
     for name, meaning in _OPTIONAL.items():
-        found = importlib.util.find_spec(name)
-        version = importlib.metadata.version(name) if found else f"not found: {meaning}"
-        yield Finding(f"{name} {version}")
+        yield Finding(f"{name} {_installed(name)[1] or f'not found: {meaning}'}")
 
 
 def rehearsal() -> Iterator[Finding]:

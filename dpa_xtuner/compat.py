@@ -4,7 +4,6 @@ Each function names the defect and the version it was seen in, checks whether th
 does nothing if it is gone. Nothing else in this package patches foreign code.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -126,9 +125,8 @@ def deepspeed_without_onebit() -> None:
     Every start with ``--deepspeed`` would fail. Classes of their names stand in; using one fails.
     """
     name = "deepspeed.runtime.fp16.onebit"
-    if name in sys.modules or not importlib.util.find_spec("deepspeed"):
-        return
-    if importlib.util.find_spec(name):
+    find = importlib.util.find_spec
+    if name in sys.modules or not find("deepspeed") or find(name):
         return
     module: Any = types.ModuleType(name)
     for optimizer in ("OnebitAdam", "OnebitLamb", "ZeroOneAdam"):
@@ -146,10 +144,9 @@ def deepspeed_leaves_float32() -> None:
     from deepspeed import DeepSpeedEngine
 
     cast = getattr(DeepSpeedEngine, "_cast_module_mixed_precision", None)
-    if cast is None or hasattr(cast, "__wrapped__"):
+    if cast is None:
         return
 
-    @functools.wraps(cast)
     def cast_all(self, dtype, *args, **kwargs) -> None:
         for parameter in self.module.parameters():
             if dtype is not None and not hasattr(parameter, "ds_id"):
@@ -253,14 +250,12 @@ def optim_wrapper_rebuilt() -> None:
     from mmengine.config import Config
 
     replace = Config.__setitem__
-    if hasattr(replace, "__wrapped__"):
-        return
 
-    @functools.wraps(replace)
     def keep(self, name, value):
         before = self._cfg_dict.get(name)
         ours = self._cfg_dict.get("_scope_") == "dpa_xtuner" and isinstance(before, dict)
-        if ours and (name == "strategy" or (name == "optim_wrapper" and _is_deepspeed(value))):
+        by_deepspeed = isinstance(value, dict) and value.get("type") == "DeepSpeedOptimWrapper"
+        if ours and (name == "strategy" or (name == "optim_wrapper" and by_deepspeed)):
             value = {**before, **value}
         replace(self, name, value)
 
@@ -276,10 +271,7 @@ def options_that_do_not_fit() -> None:
     from mmengine.config import Config
 
     merge = Config.merge_from_dict
-    if hasattr(merge, "__wrapped__"):
-        return
 
-    @functools.wraps(merge)
     def told(self, options, *args, **kwargs):
         try:
             merge(self, options, *args, **kwargs)
@@ -289,10 +281,6 @@ def options_that_do_not_fit() -> None:
             ) from None
 
     Config.merge_from_dict = told
-
-
-def _is_deepspeed(wrapper) -> bool:
-    return isinstance(wrapper, dict) and wrapper.get("type") == "DeepSpeedOptimWrapper"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Draws the curves of runs: each stage's logged figures, several runs in one picture."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,27 +63,21 @@ def read_curves(stage: Path) -> dict[str, Curve]:
                     line[_SPEED] = line["supervised_tokens"] / (line["time"] * counts)
             for name, value in line.items():
                 found.setdefault(name, {})[step] = value
-    sorted_by_step = {name: sorted(points.items()) for name, points in found.items()}
     return {
-        name: Curve(*map(list, zip(*points, strict=True)))
-        for name, points in sorted_by_step.items()
+        name: Curve(*map(list, zip(*sorted(points.items()), strict=True)))
+        for name, points in found.items()
     }
 
 
 def _lines(file: Path) -> list[dict]:
     lines = file.read_text(encoding="utf-8").splitlines()
     try:
-        return [json.loads(line) for line in lines[:-1]] + _last(lines)
+        found = [json.loads(line) for line in lines[:-1]]
     except json.JSONDecodeError as error:
         raise DPAError(f"{file} is broken ({error}). Move it away to draw the rest.") from None
-
-
-def _last(lines: list[str]) -> list[dict]:
-    """Read the last line, which a killed process may have left incomplete."""
-    try:
-        return [json.loads(line) for line in lines[-1:]]
-    except json.JSONDecodeError:
-        return []
+    with suppress(json.JSONDecodeError):  # a killed process may have left it incomplete
+        found += [json.loads(line) for line in lines[-1:]]
+    return found
 
 
 def _micro_batches(stage: Path, state: dict) -> float:

@@ -41,16 +41,12 @@ def _unpacked(annotation: Any) -> dict[str, Any]:
     return get_type_hints(inner[0]) if inner and is_typeddict(inner[0]) else {}
 
 
-def _functions(calls: Iterable[Callable]) -> list[Callable]:
-    return [
-        each
-        for call in calls
-        for each in (_constructors(call) if inspect.isclass(call) else [call])
-    ]
-
-
-def _constructors(kind: type) -> list[Callable]:
-    return [c.__init__ for c in kind.__mro__[:-1]]  # type: ignore[misc]  # read, not called
+def _functions(calls: Iterable[Any]) -> Iterator[Callable]:
+    for call in calls:
+        if inspect.isclass(call):
+            yield from (c.__init__ for c in call.__mro__[:-1])  # type: ignore[misc]  # read only
+        else:
+            yield call
 
 
 def _resolved(annotation: Any, call: Callable) -> Any:

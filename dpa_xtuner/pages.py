@@ -40,6 +40,17 @@ def embedded(picture_file: str | Path | io.BytesIO | None) -> str:
     except Exception:  # the page says what is wrong with it
         return ""
     small.thumbnail((SIDE, SIDE))
+    return data_uri(small, "jpeg", quality=85)
+
+
+def data_uri(picture: Image.Image, kind: str, **options) -> str:
+    """Put a picture into an address.
+
+    Args:
+        picture: the picture.
+        kind: format of the file, "jpeg" or "png".
+        options: of Pillow's writer.
+    """
     content = io.BytesIO()
-    small.save(content, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+    picture.save(content, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -57,7 +57,7 @@ def choose_precision(setting: str, device: str, why: str = "precision says so") 
         why: the reason for any setting but ``"auto"``, for the log.
 
     Raises:
-        DPAError: the setting is unknown, or asks for float16 on a CPU.
+        DPAError: the setting asks for float16 on a CPU.
     """
     if setting == "fp16" and device == "cpu":
         raise DPAError(
@@ -65,20 +65,16 @@ def choose_precision(setting: str, device: str, why: str = "precision says so") 
             "Use 'auto', 'bf16' or 'fp32'."
         )
     native = computes_bf16(device)
-    if setting in DTYPES:
-        slow = setting == "bf16" and not native
-        return Precision(
-            setting, f"{why}, though {_name(device)} emulates it, slowly" if slow else why
-        )
     if setting != "auto":
-        raise DPAError(f"precision={setting!r} is not one of auto, {', '.join(DTYPES)}.")
+        if setting == "bf16" and not native:
+            why += f", though {_name(device)} emulates it, slowly"
+        return Precision(setting, why)
     if native:
         return Precision("bf16", f"{_name(device)} computes bfloat16 natively")
+    lacks = f"{_name(device)} does not compute bfloat16"
     if device == "cuda":
-        return Precision(
-            "fp16", f"{_name(device)} does not compute bfloat16: float16, with dynamic loss scaling"
-        )
-    return Precision("fp32", f"{_name(device)} does not compute bfloat16 natively")
+        return Precision("fp16", f"{lacks}: float16, with dynamic loss scaling")
+    return Precision("fp32", f"{lacks} natively")
 
 
 def computes_bf16(device: str) -> bool:

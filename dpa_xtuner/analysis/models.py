@@ -115,7 +115,7 @@ def split_data(run: Run, stage: Stage) -> tuple[DPADataset, DPADataset | None]:
     """
     with DefaultScope.overwrite_default_scope("mmengine"):
         train = usable_data(run, stage)
-        if not (count := train.encoding["held_out"]):
+        if not (count := train.cache_key["held_out"]):
             return train, None
         config = dataset_config(run, stage) | {"held_out": count, "split": "held_out"}
         return train, DATASETS.build(config)

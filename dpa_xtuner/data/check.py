@@ -61,16 +61,8 @@ def check_dataset(dataset: DPADataset, sample: int | None = None, seed: int = 0)
     samples = chosen = np.array(dataset.distinct)
     if sample is not None and sample < len(samples):
         chosen = np.sort(np.random.default_rng(seed).choice(samples, sample, replace=False))
-    return DataReport(
-        samples=len(samples),
-        checked=len(chosen),
-        record_problems=dataset.problems,
-        image_problems=_check_images(dataset, chosen),
-    )
-
-
-def _check_images(dataset: DPADataset, chosen: np.ndarray) -> list[Problem]:
     with ThreadPool(os.cpu_count()) as pool:
         found = pool.imap(dataset.check_images, chosen.tolist(), chunksize=_CHUNK)
         progress = tqdm(found, "Opening images", len(chosen), unit=" samples", delay=2)
-        return [problem for problem in progress if problem]
+        image_problems = [problem for problem in progress if problem]
+    return DataReport(len(samples), len(chosen), dataset.problems, image_problems)

@@ -73,7 +73,7 @@ class DPADataset(Dataset):
     Attributes:
         files: the data files, one or more.
         stores: the tokenised store of each file.
-        encoding: what its tokens were made by and what was chosen of them: the facts of
+        cache_key: what its tokens were made by and what was chosen of them: the key of
             :class:`RecordTokenizer`, the settings that choose, and a hash of the chosen samples,
             of their lengths and of all tokens.
         skip_limit: as given.
@@ -139,7 +139,7 @@ class DPADataset(Dataset):
         hashes = "".join(store.sha256 for store in self.stores)  # stays if the files are moved
         chosen = self._rows.tobytes() + self._lengths.tobytes() + hashes.encode()
         chosen_hash = hashlib.sha256(chosen).hexdigest()
-        self.encoding = tokenize.facts() | choice | {"chosen": chosen_hash}
+        self.cache_key = tokenize.cache_key() | choice | {"chosen": chosen_hash}
 
     def _choose(self, choice: dict[str, Any]) -> np.ndarray:
         positions = [store.arrays["positions"] for store in self.stores]
@@ -178,7 +178,7 @@ class DPADataset(Dataset):
             return None
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        _, images = self._names(index)
+        record_id, images = self._names(index)
         try:
             pixels = [
                 tensor
@@ -189,7 +189,10 @@ class DPADataset(Dataset):
                 )
             ]  # fmt: skip
         except ImageProblem as problem:
-            return self._problem(index, str(problem))
+            file, row = self._find(index)
+            position = int(self.stores[file].arrays["positions"][row])
+            where = str(self.files[file])
+            return Problem(record_id, str(problem), position=position, file=where)
         return self.text(index) | {"pixel_values": pixels}
 
     def text(self, index: int) -> dict[str, Any]:
@@ -222,19 +225,14 @@ class DPADataset(Dataset):
         sample = self[index]
         return sample if isinstance(sample, Problem) else None
 
-    def _problem(self, index: int, reason: str) -> Problem:
-        file, row = self._find(index)
-        position = int(self.stores[file].arrays["positions"][row])
-        return Problem(self._names(index)[0], reason, position=position, file=str(self.files[file]))
-
     def images_of(self, index: int) -> list[str]:
         """Return the names of a sample's images."""
         return [path for path, _ in self._names(index)[1]]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of ``encoding``: another one means other tokens, or other samples."""
-        return hashlib.sha256(json.dumps(self.encoding, sort_keys=True).encode()).hexdigest()
+        """Hash of ``cache_key``: another one means other tokens, or other samples."""
+        return hashlib.sha256(json.dumps(self.cache_key, sort_keys=True).encode()).hexdigest()
 
     @property
     def distinct(self) -> list[int]:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
 from dpa_xtuner.data.problems import Problem
-from dpa_xtuner.data.records import Record
+from dpa_xtuner.data.records import Malformed, Record
 from dpa_xtuner.data.special import SpecialTokens
 from dpa_xtuner.data.templates import (
     Piece,
@@ -108,7 +108,7 @@ class RecordTokenizer:
                 "one, or use a template with SUFFIX and SUFFIX_AS_EOS=True."
             )
 
-    def facts(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Collect all that decides the tokens, except the data; the tokenizer by its hash."""
         return {
             "sample_format": self.sample_format,
@@ -135,35 +135,36 @@ class RecordTokenizer:
         Raises:
             DPAError: a record has an image, and none takes any token.
         """
-        records, layouts, problems = [], [], []
+        records, layouts = [], []
+        problems: list[Problem] = []
         notes: list[Problem] = []
         for item in items:
-            if self.sample_format == "caption_text" and isinstance(item, Record):
+            if isinstance(item, Problem):
+                problems.append(item)
+                continue
+            if self.sample_format == "caption_text":
                 item = replace(item, images=())
-            pieces = item if isinstance(item, Problem) else self._lay_out(item, notes)
-            if isinstance(pieces, Problem):
-                problems.append(pieces)
-            else:
-                records.append(cast("Record", item))  # a problem is its own pieces
-                layouts.append(pieces)
+            try:
+                layouts.append(self._lay_out(item, notes))
+                records.append(item)
+            except Malformed as error:
+                problems.append(Problem.of(item, str(error)))
         found = self._cut(records, *self._tokenise(layouts), problems)
         lost = {problem.position for problem in found.problems}
         found.notes.extend(note for note in notes if note.position not in lost)
         return found
 
-    def _lay_out(self, record: Record, notes: list[Problem]) -> list[Piece] | Problem:
+    def _lay_out(self, record: Record, notes: list[Problem]) -> list[Piece]:
         if record.images and self._image_tokens < 1:
             raise DPAError(
                 f"record {record.id} has an image, but image_tokens is {self._image_tokens}; set "
                 "the number of tokens that an image takes (576 for CLIP ViT-L/14-336)."
             )
         pieces = to_pieces(self._plain(record, notes), self.sample_format, self._template)
-        chat = self.sample_format == "chat"
-        if chat and isinstance(pieces, list) and (silent := silent_turns(record)):
-            left = (
-                f"answers not trained on: {len(silent)} of {len(record.turns)}, empty or marked so"
-            )
-            notes.append(Problem(record.id, left, position=record.position))
+        if self.sample_format == "chat" and (silent := silent_turns(record)):
+            some = f"{len(silent)} of {len(record.turns)}"
+            left = f"answers not trained on: {some}, empty or marked so"
+            notes.append(Problem.of(record, left))
         return pieces
 
     def _plain(self, record: Record, notes: list[Problem]) -> Record:
@@ -171,8 +172,7 @@ class RecordTokenizer:
         special = self._special
         if not any(map(special.are_in, self._texts(record))):
             return record
-        reason = "special token in a text"
-        notes.append(Problem(record.id, reason, position=record.position))
+        notes.append(Problem.of(record, "special token in a text"))
         if self._special_tokens == "token":
             return record
         hidden = tuple((special.hide(human), special.hide(gpt)) for human, gpt in record.turns)
@@ -277,8 +277,12 @@ class RecordTokenizer:
         for i in np.flatnonzero(image_lost | no_answer):
             lost = f"no supervised token: {full[i]} tokens, max_length {self._max_length}"
             if image_lost[i]:
-                lost = self._image_reason(pictures[i])
-            problems.append(Problem(records[i].id, lost, position=records[i].position))
+                cut = f" in {sum(pictures[i])} tiles" if self.tiling else ""
+                lost = (
+                    f"image cut off: {len(pictures[i])} image(s){cut} of {self._image_tokens} "
+                    f"tokens and the text before them exceed max_length {self._max_length}"
+                )
+            problems.append(Problem.of(records[i], lost))
         good = ~(image_lost | no_answer)
         kept = fits & good[samples]
         return TokenizedRecords(
@@ -297,13 +301,6 @@ class RecordTokenizer:
         if self.tiling is None:
             return [1] * len(record.images)
         return [self.tiling.count(size) for size in record.sizes]
-
-    def _image_reason(self, pictures: list[int]) -> str:
-        cut = f" in {sum(pictures)} tiles" if self.tiling else ""
-        return (
-            f"image cut off: {len(pictures)} image(s){cut} of {self._image_tokens} tokens and the "
-            f"text before them exceed max_length {self._max_length}"
-        )
 
 
 def _sum_by(samples: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:

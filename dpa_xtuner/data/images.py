@@ -111,7 +111,9 @@ def load_pixels(
         ImageProblem: the file is missing or broken, or the image has another size now.
     """
     image = load_image(path, pad_to_square, size, background)
-    colour = _mean_colour(image_processor) if pad_to_square else None
+    colour = None
+    if pad_to_square:  # the mean colour
+        colour = tuple(int(x * 255) for x in image_processor.image_mean)
     left_out: dict[str, bool] = {}
     if tiling is not None:
         pictures = tiling.cut(image, colour)
@@ -124,7 +126,3 @@ def load_pixels(
         pictures, return_tensors="pt", input_data_format="channels_last", **left_out
     )
     return list(pixels["pixel_values"].float())
-
-
-def _mean_colour(image_processor: Any) -> tuple[int, ...]:
-    return tuple(int(x * 255) for x in image_processor.image_mean)

@@ -137,9 +137,9 @@ def _row_group(path: str, number: int, column: str) -> Any:
         return _last.table
     with pq.ParquetFile(path) as file:
         group = file.metadata.row_group(number)
-        own = [group.column(i) for i in range(group.num_columns)]
+        columns = [group.column(i) for i in range(group.num_columns)]
         size = sum(
-            c.total_uncompressed_size for c in own if c.path_in_schema.split(".")[0] == column
+            c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column
         )
         if size > _LARGEST_GROUP:
             raise ValueError(

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
 
 
@@ -26,6 +27,11 @@ class Problem:
     position: int = 0
     file: str = ""
     number: int | None = None
+
+    @classmethod
+    def of(cls, record: Record, reason: str, image: str | None = None) -> "Problem":
+        """Say what is wrong with a record that could be read."""
+        return cls(record.id, reason, image, record.position)
 
     @property
     def place(self) -> int:

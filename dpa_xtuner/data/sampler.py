@@ -116,8 +116,8 @@ class GroupedSampler(LengthGroupedSampler):
                 pool.sort(key=lambda i: abs(self.length[i]), reverse=True)
                 groups = [pool[i : i + width] for i in range(0, len(pool), width)]
                 tokens = [sum(abs(self.length[i]) for i in group) for group in groups]
-                for place, own in zip(window, spread(tokens, len(window)), strict=True):
-                    batches[place] = [i for group in own for i in groups[group]]
+                for place, groups_of_step in zip(window, spread(tokens, len(window)), strict=True):
+                    batches[place] = [i for group in groups_of_step for i in groups[group]]
         return [i for batch in batches for i in batch]
 
     def _dealt(self, order: list[int]) -> Iterator[int]:
@@ -160,10 +160,10 @@ def deal(
         tokens = [_padded(part, lengths) for part in parts]
         # What runs at the same time is alike before anything changes places.
         given = spread(tokens, ranks, math.inf if wait_each else 0.005)
-        given = [sorted(own, key=lambda part: tokens[part], reverse=True) for own in given]
-        rows = [[tokens[part] for part in own] for own in given]
+        given = [sorted(of_rank, key=lambda part: tokens[part], reverse=True) for of_rank in given]
+        rows = [[tokens[part] for part in of_rank] for of_rank in given]
         duration = sum(map(max, zip(*rows, strict=True))) if wait_each else max(map(sum, rows))
-        ways.append((duration, [[parts[part] for part in own] for own in given]))
+        ways.append((duration, [[parts[part] for part in of_rank] for of_rank in given]))
     return min(ways, key=lambda way: way[0])[1]
 
 
@@ -185,26 +185,26 @@ def spread(costs: Sequence[int], sets: int, enough: float = 0.0) -> list[list[in
     given: list[list[int]] = [[] for _ in range(sets)]
     sums = [0] * sets
     for first in range(0, len(order), sets):
-        cheapest_first = sorted(range(sets), key=lambda own: sums[own])
-        for own, thing in zip(cheapest_first, order[first : first + sets], strict=True):
-            given[own].append(thing)
-            sums[own] += costs[thing]
+        cheapest_first = sorted(range(sets), key=lambda other: sums[other])
+        for other, thing in zip(cheapest_first, order[first : first + sets], strict=True):
+            given[other].append(thing)
+            sums[other] += costs[thing]
     bound = sum(costs) / sets * (1 + enough)
     while (high := max(sums)) > bound:
         dearest = sums.index(high)
-        for own in sorted(range(sets), key=lambda own: sums[own]):
+        for other in sorted(range(sets), key=lambda other: sums[other]):
             # The best exchange moves half of the gap; one that moves none of it or all is no use.
-            gap = high - sums[own]
+            gap = high - sums[other]
             off, i, j = min(
                 (abs(gap - 2 * (costs[a] - costs[b])), i, j)
                 for i, a in enumerate(given[dearest])
-                for j, b in enumerate(given[own])
+                for j, b in enumerate(given[other])
             )
             if off < gap:
-                a, b = given[dearest][i], given[own][j]
-                given[dearest][i], given[own][j] = b, a
+                a, b = given[dearest][i], given[other][j]
+                given[dearest][i], given[other][j] = b, a
                 sums[dearest] -= costs[a] - costs[b]
-                sums[own] += costs[a] - costs[b]
+                sums[other] += costs[a] - costs[b]
                 break
         else:
             break  # nothing helps

@@ -43,10 +43,9 @@ class SpecialTokens:
 
     def are_in(self, text: str) -> bool:
         """Whether a text holds a special token."""
-        for letter in self._starts:  # few texts have one, so that few are searched
-            if letter in text:
-                return self._pattern.search(text) is not None
-        return False
+        # Few texts hold such a letter, so that few are searched.
+        found = any(letter in text for letter in self._starts) and self._pattern.search(text)
+        return bool(found)
 
     def hide(self, text: str) -> str:
         """Put stand-ins for the special tokens of a text."""
@@ -73,16 +72,13 @@ class SpecialTokens:
 
     def _ids_of_slow(self, text: str) -> list[int]:
         ids: list[int] = []
-        at = 0
-        for match in [*self._pattern.finditer(text), None]:
-            piece = self._shown(text[at : match.start() if match else len(text)])
-            if piece:
-                ids += self._tokenizer(
-                    piece, add_special_tokens=False, split_special_tokens=True, verbose=False
-                ).input_ids
-            if match:
-                ids.append(self._tokenizer.convert_tokens_to_ids(match[0]))
-                at = match.end()
+        plain = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+        # Text, special token, text, special token, ..., text.
+        for i, piece in enumerate(re.split(f"({self._pattern.pattern})", text)):
+            if i % 2:
+                ids.append(self._tokenizer.convert_tokens_to_ids(piece))
+            elif piece:
+                ids += self._tokenizer(self._shown(piece), **plain).input_ids
         return ids
 
     @functools.cached_property

@@ -6,10 +6,10 @@ import json
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -150,14 +150,18 @@ def open_store(
     source = open_source(data_path)
     files = _identify(source)
     images = os.path.realpath(image_folder or "") if tokenizer.tiling else ""
-    key = json.dumps([FORMAT, files, tokenizer.facts(), images], sort_keys=True)
+    key = json.dumps([FORMAT, files, tokenizer.cache_key(), images], sort_keys=True)
     folder = cache_root() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
     store, how = _usable_store(folder), "read"
     if store is None:
         with _lock(folder):
             store = _usable_store(folder)  # another process may have built it meanwhile
             if store is None:
-                store, how = _build(source, files, tokenizer, images, num_proc, folder), "built"
+                with whole_folder(folder) as partial:
+                    _write(source, tokenizer, images, num_proc, partial)
+                    if _identify(open_source(data_path)) != files:
+                        raise DPAError(f"data file {data_path} changed while it was read; retry.")
+                store, how = TokenStore(folder), "built"
     if folder not in _named:
         _named.add(folder)
         print_log(
@@ -202,22 +206,6 @@ def _lock(folder: Path) -> AcquireReturnProxy:
         ) from error
 
 
-def _build(
-    source: Source,
-    files: list[list[Any]],
-    tokenizer: RecordTokenizer,
-    image_folder: str,
-    num_proc: int,
-    folder: Path,
-) -> TokenStore:
-    """Build a store beside its place and move it there; the caller holds its lock."""
-    with whole_folder(folder) as partial:
-        _write(source, tokenizer, image_folder, num_proc, partial)
-        if _identify(open_source(source.path)) != files:
-            raise DPAError(f"data file {source.path} changed while it was read; start again.")
-    return TokenStore(folder)
-
-
 def _write(
     source: Source, tokenizer: RecordTokenizer, image_folder: str, num_proc: int, folder: Path
 ) -> None:
@@ -225,11 +213,9 @@ def _write(
     notes: dict[str, tuple[int, list[str]]] = {}
     digest = hashlib.sha256()
     what = tokenizer.sample_format + (", reading image sizes" if tokenizer.tiling else "")
+    raw = {name: folder / f"{name}.raw" for name in _COLUMNS}
     with ExitStack() as stack:
-        append = {
-            name: stack.enter_context(_growing(folder / f"{name}.npy", dtype))
-            for name, dtype in _COLUMNS.items()
-        }
+        files = {name: stack.enter_context(path.open("wb")) for name, path in raw.items()}
         pool = stack.enter_context(ThreadPoolExecutor(_HEADER_READERS))
         progress = stack.enter_context(
             tqdm(desc=f"Tokenising {source.path.name} ({what})", unit=" records", delay=2)
@@ -238,16 +224,21 @@ def _write(
         if tokenizer.tiling:
             measure = functools.partial(_measure, image_folder)
             batches = (list(pool.map(measure, batch)) for batch in batches)
-        for size, tokenized in _tokenized(batches, tokenizer, num_proc):
+        for tokenized in _tokenized(batches, tokenizer, num_proc):
             for name, values in _columns(tokenized).items():
-                append[name](values)
+                files[name].write(np.ascontiguousarray(values, _COLUMNS[name]).data)
             digest.update((2 * tokenized.tokens + tokenized.supervised).tobytes())
             problems += tokenized.problems
             for note in tokenized.notes:
                 count, ids = notes.get(note.kind, (0, []))
                 notes[note.kind] = (count + 1, [*ids, note.record_id] if count < _NOTED else ids)
-            progress.update(size)
+            progress.update(len(tokenized.records) + len(tokenized.problems))
         records = progress.n
+    for name, path in raw.items():
+        dtype = _COLUMNS[name]
+        column = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+        np.save(folder / f"{name}.npy", column)
+        path.unlink()
     meta = {
         "data": str(source.path),
         "format": source.format,
@@ -262,11 +253,10 @@ def _write(
 
 def _tokenized(
     batches: Iterator[list[Record | Problem]], tokenizer: RecordTokenizer, num_proc: int
-) -> Iterator[tuple[int, TokenizedRecords]]:
-    """Tokenise batches in order: their sizes and their tokens."""
+) -> Iterator[TokenizedRecords]:
+    """Tokenise batches in order."""
     if num_proc == 1:
-        for batch in batches:
-            yield len(batch), tokenizer(batch)
+        yield from map(tokenizer, batches)
         return
     # Forked, the processes share the tokenizer and need not import XTuner again.
     fork = multiprocessing.get_context("fork")
@@ -297,32 +287,8 @@ def _begin(tokenizer: RecordTokenizer) -> None:
     _in_process[:] = [tokenizer]
 
 
-def _tokenize_here(batch: list[Record | Problem]) -> tuple[int, TokenizedRecords]:
-    return len(batch), _in_process[0](batch)
-
-
-@contextmanager
-def _growing(path: Path, dtype: type) -> Iterator[Callable[[np.ndarray], None]]:
-    """Give a function that appends values to a ``.npy`` file, and write the header at the end.
-
-    (``numpy.lib.format`` pads the header, so that it has the same length for any number of values.)
-    """
-    total = 0
-
-    def append(values: np.ndarray) -> None:
-        nonlocal total
-        total += len(values)
-        file.write(np.ascontiguousarray(values, dtype).data)
-
-    def write_header() -> None:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    with path.open("wb") as file:
-        write_header()
-        yield append
-        file.seek(0)
-        write_header()
+def _tokenize_here(batch: list[Record | Problem]) -> TokenizedRecords:
+    return _in_process[0](batch)
 
 
 def _measure(image_folder: str, item: Record | Problem) -> Record | Problem:
@@ -335,7 +301,7 @@ def _measure(image_folder: str, item: Record | Problem) -> Record | Problem:
         try:
             sizes.append(read_size(path))
         except ImageProblem as problem:
-            return Problem(item.id, str(problem), path, item.position)
+            return Problem.of(item, str(problem), path)
     return replace(item, sizes=tuple(sizes))
 
 

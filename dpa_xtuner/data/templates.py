@@ -32,8 +32,7 @@ from typing import Any, Literal, NamedTuple
 
 from xtuner.utils import DEFAULT_IMAGE_TOKEN, PROMPT_TEMPLATE
 
-from dpa_xtuner.data.problems import Problem
-from dpa_xtuner.data.records import Record
+from dpa_xtuner.data.records import Malformed, Record
 from dpa_xtuner.errors import DPAError, nearest
 
 SampleFormat = Literal["caption_text", "caption", "chat"]
@@ -93,7 +92,7 @@ def resolve_template(template: str | Mapping[str, Any] | None) -> dict[str, Any]
 
 def to_pieces(
     record: Record, sample_format: SampleFormat, template: Mapping[str, Any]
-) -> list[Piece] | Problem:
+) -> list[Piece]:
     """Lay a record out in a sample format.
 
     Args:
@@ -101,28 +100,23 @@ def to_pieces(
         sample_format: see above.
         template: from :func:`resolve_template`; read by "chat" only.
 
-    Returns:
-        Its pieces, or the :class:`Problem` that keeps it out of this format.
+    Raises:
+        Malformed: the record does not fit into this format.
     """
     if sample_format == "chat":
         return _chat(record, template)
-
-    def problem(reason: str) -> Problem:
-        return Problem(record.id, reason, position=record.position)
-
-    if len(record.turns) > 1:
-        return problem(
-            f"several answers: caption record has {len(record.turns)} answers, expected 1"
-        )
+    answers = len(record.turns)
+    if answers > 1:
+        raise Malformed(f"several answers: caption record has {answers} answers, expected 1")
     caption = record.turns[0][1]
     if not caption.strip():
-        return problem("empty caption")
+        raise Malformed("empty caption")
     if record.silent:
-        return problem("no answer to train on: the record says so")
+        raise Malformed("no answer to train on: the record says so")
     if sample_format == "caption_text":
         return [Piece(caption + "\n", True)]
     if not record.images:
-        return problem("caption without an image")
+        raise Malformed("caption without an image")
     return [Piece(Special.IMAGE, False)] * len(record.images) + [Piece(caption + "\n", True)]
 
 
@@ -132,19 +126,20 @@ def silent_turns(record: Record) -> set[int]:
     return blank.union(record.silent) if record.silent else blank
 
 
-def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece] | Problem:
+def _chat(record: Record, template: Mapping[str, Any]) -> list[Piece]:
     system = record.system or template.get("DEFAULT_SYSTEM")
     if system and not (template.get("SYSTEM") or template.get("SYSTEM_INSTRUCTION")):
-        reason = "system turn: the prompt template has no SYSTEM"
-        return Problem(record.id, reason, position=record.position)
+        raise Malformed("system turn: the prompt template has no SYSTEM")
     silent = silent_turns(record)
     if len(silent) == len(record.turns):
-        reason = "no answer to train on: the record says so" if record.silent else "empty answer"
-        return Problem(record.id, reason, position=record.position)
+        raise Malformed(
+            "no answer to train on: the record says so" if record.silent else "empty answer"
+        )
     thinking = template["INSTRUCTION"] + template.get("NO_THINKING", "")
     if _END_OF_THINKING in thinking and any(_END_OF_THINKING in gpt for _, gpt in record.turns):
-        reason = "answer with reasoning: the prompt template closes the thinking before answers"
-        return Problem(record.id, reason, position=record.position)
+        raise Malformed(
+            "answer with reasoning: the prompt template closes the thinking before answers"
+        )
     strip = str.strip if template.get("STRIP") else str
     suffix, separator = template.get("SUFFIX") or "", template.get("SEP", "")
     pieces = []

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 
@@ -115,8 +114,11 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             self._add_module(params, module, prefix, is_dcn_module)
             return
-        with _quiet():  # MMEngine logs a line for each option of each parameter
-            super().add_params(params, module, prefix, is_dcn_module)
+        logger = MMLogger.get_current_instance()
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # MMEngine logs a line for each option of each parameter
+        super().add_params(params, module, prefix, is_dcn_module)
+        logger.setLevel(level)
         for group in params:
             self._set_decay(group)
         params[:] = _merged_groups(params)
@@ -165,24 +167,9 @@ _DECAY_UNSET = "decay_unset"
 
 def _merged_groups(groups: list[dict]) -> list[dict]:
     """Merge groups with equal options: hundreds of groups cost time in every step."""
-    merged: list[dict] = []
+    merged: dict[str, dict] = {}
     for group in groups:
         options = {key: value for key, value in group.items() if key != "params"}
-        for other in merged:
-            if {key: value for key, value in other.items() if key != "params"} == options:
-                other["params"] += group["params"]
-                break
-        else:
-            merged.append({**group, "params": list(group["params"])})
-    return merged
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        same = merged.setdefault(repr(sorted(options.items())), {"params": [], **options})
+        same["params"] += group["params"]
+    return list(merged.values())

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -76,7 +77,9 @@ def guard() -> None:
         signal.signal(number, _stop)
     # A child shares the pipe at first. A signal to the child in that moment would end this process.
     os.register_at_fork(
-        before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_leave_to_parent
+        before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, _SIGNALS),
+        after_in_parent=_unblock_signals,
+        after_in_child=_leave_to_parent,
     )
     watch = (reader, numbers, launchers)
     threading.Thread(target=_watch, args=watch, name="stopping", daemon=True).start()
@@ -105,12 +108,7 @@ def _stop(number: int, frame) -> None:
     raise _stopped
 
 
-def _block_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-
-
-def _unblock_signals() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+_unblock_signals = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _leave_to_parent() -> None:

@@ -33,15 +33,14 @@ def _instead_of(usual: Callable) -> Callable:
 def _mistake(error: BaseException, trace: TracebackType | None) -> str:
     """Return what is wrong with the config, nothing if the error has another reason."""
     frames = [frame for frame, _ in walk_tb(trace)]
-    functions = {_function(frame): frame for frame in frames}
     if isinstance(cause := error.__cause__, ImportError) and _function(frames[-1]) == (
         "mmengine.config.config.fromfile"
     ):
         return f"custom_imports: {cause}: {cause.__context__}"
-    if any(name.startswith("dpa_xtuner.engine.runner.") for name in functions):
+    if any(_function(frame).startswith("dpa_xtuner.engine.runner.") for frame in frames):
         return ""  # our runner has checked the config
-    script = next((frame for name, frame in functions.items() if _is_script(name, frame)), None)
-    cfg = script and script.f_locals.get("cfg")
+    scripts = [f for f in frames if f.f_code.co_filename.endswith("xtuner/tools/train.py")]
+    cfg = next((f.f_locals["cfg"] for f in scripts if "cfg" in f.f_locals), None)
     if not cfg:
         return ""
     from dpa_xtuner.stages.settings import read_settings
@@ -55,9 +54,3 @@ def _mistake(error: BaseException, trace: TracebackType | None) -> str:
 
 def _function(frame: FrameType) -> str:
     return f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}"
-
-
-def _is_script(name: str, frame: FrameType) -> bool:
-    """Tell whether this is the main function of XTuner's training script."""
-    file = frame.f_code.co_filename.replace("\\", "/")
-    return name.endswith(".main") and file.endswith("xtuner/tools/train.py")

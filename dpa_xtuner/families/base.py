@@ -9,6 +9,17 @@ from dpa_xtuner.versions import require_transformers
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of a LLaMA-type decoder layer."""
 
+CHATML = dict(
+    SYSTEM="<|im_start|>system\n{system}<|im_end|>\n",
+    INSTRUCTION="<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n",
+    SUFFIX="<|im_end|>",
+    SUFFIX_AS_EOS=True,
+    SEP="\n",
+    STOP_WORDS=["<|im_end|>"],
+    AS_ONE_TEXT=True,
+)
+"""ChatML, the template that several families share."""
+
 
 class Family:
     """One family of LLMs, described by class attributes.

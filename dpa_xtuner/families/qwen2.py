@@ -1,7 +1,6 @@
 """Qwen2 and Qwen2.5, which differ in their default system prompt."""
 
-from dpa_xtuner.families.base import Family
-from dpa_xtuner.families.chatml import CHATML
+from dpa_xtuner.families.base import CHATML, Family
 from dpa_xtuner.registry import FAMILIES
 
 

@@ -1,7 +1,6 @@
 """SmolLM3."""
 
-from dpa_xtuner.families.base import Family
-from dpa_xtuner.families.chatml import CHATML
+from dpa_xtuner.families.base import CHATML, Family
 from dpa_xtuner.registry import FAMILIES
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from datetime import date
-from itertools import takewhile
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -63,8 +63,8 @@ def _difference(
     """Find the first difference: the published rendering, ours, and the index of the token."""
     for published, ours in _renderings(template, tokenizer):
         if published != ours:
-            pairs = zip(published, ours, strict=False)
-            index = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            pairs = enumerate(zip_longest(published, ours))
+            index = next(i for i, (theirs, other) in pairs if theirs != other)
             return tokenizer.decode(published), tokenizer.decode(ours), index
     return None
 

@@ -49,9 +49,8 @@ def cross_entropy_per_token(
         Nats per token over all ranks.
     """
     rank, world = get_dist_info()
-    batches = [
-        range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)
-    ]
+    every = range(len(dataset))
+    batches = [every[i : i + batch_size] for i in every[::batch_size]]
     total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     training = model.training
     model.train(False)

@@ -6,7 +6,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from dpa_xtuner.loss.head import TokenLogProbs
-from dpa_xtuner.loss.relevance import check_normalize, relevance_loss, statistics
+from dpa_xtuner.loss.relevance import relevance_loss, statistics
 from dpa_xtuner.loss.weighting import build_scheme
 
 IGNORE_INDEX = -100
@@ -37,11 +37,10 @@ class Objective:
             :class:`dpa_xtuner.engine.hooks.OptimizerStepHook` reads and empties it.
 
     Raises:
-        DPAError: one of the arguments can't be used.
+        DPAError: ``loss`` can't be used.
     """
 
     def __init__(self, loss: str | dict, normalize: str):
-        check_normalize(normalize)
         self.scheme, self.normalize = build_scheme(loss), normalize
         self.seen: dict[str, Tensor] = {}
 

@@ -57,7 +57,11 @@ def relevance_loss(
     Raises:
         DPAError: ``normalize`` is unknown.
     """
-    check_normalize(normalize)
+    if normalize not in NORMALIZE:
+        raise DPAError(
+            f"normalize={normalize!r}{nearest(normalize, NORMALIZE)}; expected 'global' (over the "
+            f"whole optimizer step) or 'micro_batch' (as stock XTuner)."
+        )
     weights, relevance = scheme.weights(log_probs, no_image, supervised)  # (N,), (N,) or None
     total = (weights * log_probs.cross_entropy).sum()  # scalar
     loss = total / (weights.sum() + EPS)
@@ -109,16 +113,3 @@ def statistics(sums: dict) -> dict:
         figures["share_at_d_max"] = sums["at_d_max"] / tokens
         figures["mean_p_difference"] = sums["p_difference"] / tokens
     return figures
-
-
-def check_normalize(normalize: str) -> None:
-    """Refuse a ``normalize`` that :func:`relevance_loss` does not know.
-
-    Raises:
-        DPAError: ``normalize`` is unknown.
-    """
-    if normalize not in NORMALIZE:
-        raise DPAError(
-            f"normalize={normalize!r}{nearest(str(normalize), NORMALIZE)}; expected 'global' (over "
-            f"the whole optimizer step) or 'micro_batch' (as stock XTuner)."
-        )

@@ -102,20 +102,19 @@ class ContrastScheme:
 
     def __post_init__(self) -> None:
         """Check the arguments."""
-        numbers = all(isinstance(bound, (int, float)) for bound in (self.d_min, self.d_max))
-        if not numbers or not 0 <= self.d_min <= self.d_max < float("inf") or self.d_max == 0:
+        if not 0 <= self.d_min <= self.d_max < float("inf") or self.d_max == 0:
             raise DPAError(
                 f"d_min={self.d_min!r}, d_max={self.d_max!r}: expected numbers, 0 <= d_min <= "
                 f"d_max and d_max above 0. Swap or change them."
             )
-        if type(self.window) is not int or self.window < 1 or self.window % 2 == 0:
+        if self.window < 1 or self.window % 2 == 0:
             raise DPAError(
                 f"window={self.window!r}: expected an odd whole number above 0. The paper uses 3; "
                 f"1 means no pooling."
             )
         if self.boundary not in BOUNDARIES:
             raise DPAError(
-                f"boundary={self.boundary!r}{nearest(str(self.boundary), BOUNDARIES)}; expected "
+                f"boundary={self.boundary!r}{nearest(self.boundary, BOUNDARIES)}; expected "
                 f"'sample' (pool within a sample) or 'flat' (the authors' way)."
             )
 

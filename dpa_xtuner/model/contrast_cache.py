@@ -62,18 +62,16 @@ class ContrastCache:
         return TokenLogProbs(*torch.from_numpy(rows).to(device, non_blocking=True).unbind(-1))
 
 
-def write_contrast_cache(
-    folder: Path, counts: np.ndarray, log_probs: np.ndarray, cache_key: dict
-) -> None:
+def write_contrast_cache(folder: Path, samples: list[np.ndarray], cache_key: dict) -> None:
     """Write the files of a cache into an existing folder.
 
     Args:
         folder: the target.
-        counts: (S,) int64, supervised tokens per sample.
-        log_probs: (M, 2) float32, cross entropy and logit of each token, sample by sample.
+        samples: of each sample in order, the cross entropy and logit of its supervised tokens,
+            (tokens, 2) float32.
         cache_key: what they were computed from; must fit into JSON.
     """
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(counts)]))
-    np.save(folder / "scores.npy", log_probs)
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, samples)]))
+    np.save(folder / "scores.npy", np.concatenate(samples))
     text = json.dumps(cache_key, indent=2) + "\n"
     (folder / CACHE_KEY_FILE).write_text(text, encoding="utf-8")

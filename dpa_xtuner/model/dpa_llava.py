@@ -18,7 +18,7 @@ from dpa_xtuner.model.contrast_cache import ContrastCache
 from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.model.fingerprint import fingerprint
 from dpa_xtuner.model.llm import add_lora, load, merge_adapter, supervised_log_probs
-from dpa_xtuner.model.projectors import build_projector, load_projector
+from dpa_xtuner.model.projectors import build_projector, read_projector
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.versions import embedding_scale
 
@@ -72,16 +72,11 @@ class DPALLaVAModel(LLaVAModel):
         use_activation_checkpointing: bool = True,
         **kwargs,
     ):
-        if "projector_depth" in kwargs:
-            raise DPAError(
-                f"model.projector_depth={kwargs['projector_depth']} has no effect: set "
-                f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
-            )
         llm, visual_encoder = load(llm), load(visual_encoder)
-        rounded_to = Precision(precision).fingerprint_dtype
+        run_precision = Precision(precision)
         fingerprints = {
-            LLM: fingerprint(llm, rounded_to),
-            VISUAL_ENCODER: fingerprint(visual_encoder, rounded_to),
+            LLM: fingerprint(llm, run_precision.fingerprint_dtype),
+            VISUAL_ENCODER: fingerprint(visual_encoder, run_precision.fingerprint_dtype),
         }
         if merged_adapter is not None:
             llm = merge_adapter(llm, merged_adapter)
@@ -108,11 +103,11 @@ class DPALLaVAModel(LLaVAModel):
             self.llm.enable_input_require_grads()
             self.activation_checkpointing_enable()
         _undo_dispatch(self.llm)
-        self.fingerprints = fingerprints
+        self.precision, self.fingerprints = run_precision, fingerprints
         # Trained weights are float32 under autocast; DeepSpeed makes its own copies.
         self.projector.float()
         if pretrained_projector is not None:
-            load_projector(self.projector, pretrained_projector)
+            self.projector.load_state_dict(read_projector(self.projector, pretrained_projector))
         self.objective = Objective(loss, normalize)
         self.contrast_cache: ContrastCache | None = None
 

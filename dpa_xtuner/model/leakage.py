@@ -49,8 +49,8 @@ class _Changed:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Any:
-        own, other = self.pairs[index]
-        sample = self.captions[own]
+        this, other = self.pairs[index]
+        sample = self.captions[this]
         if self.change is None or not isinstance(sample, dict):
             return sample
         giver = self.captions[other]
@@ -100,16 +100,13 @@ def style_leakage(
 def _pairs(captions: Captions) -> list[tuple[int, int]]:
     """Give each caption with a picture the next one that has another in as many tokens."""
     names = [captions.images_of(i) for i in range(len(captions))]
-    tokens = [_image_tokens(captions, i) for i in range(len(captions))]
+    texts = (captions.text(i)["input_ids"] for i in range(len(captions)))
+    tokens = [int((text == IMAGE_TOKEN_INDEX).sum()) for text in texts]
     seen = [i for i, count in enumerate(tokens) if count]
     pairs = []
-    for place, own in enumerate(seen):
+    for place, this in enumerate(seen):
         turned = seen[place + 1 :] + seen[:place]
-        fits = (i for i in turned if tokens[i] == tokens[own] and names[i] != names[own])
+        fits = (i for i in turned if tokens[i] == tokens[this] and names[i] != names[this])
         if (other := next(fits, None)) is not None:
-            pairs.append((own, other))
+            pairs.append((this, other))
     return pairs
-
-
-def _image_tokens(captions: Captions, index: int) -> int:
-    return int((captions.text(index)["input_ids"] == IMAGE_TOKEN_INDEX).sum())

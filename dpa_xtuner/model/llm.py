@@ -1,10 +1,9 @@
 """The LLM of both models: load it, adapt it, compute its log-probabilities."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import cast
+from unittest.mock import patch
 
 import torch
 from mmengine.config import ConfigDict
@@ -82,10 +81,12 @@ def fill(module: nn.Module, state: dict[str, Tensor], what: Path | str) -> None:
     Raises:
         DPAError: weights are missing or unknown, or have another shape.
     """
-    own = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    asked = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     given = {name: tuple(weight.shape) for name, weight in state.items()}
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if wrong := sorted(name for name in trained | given.keys() if given.get(name) != own.get(name)):
+    if wrong := sorted(
+        name for name in trained | given.keys() if given.get(name) != asked.get(name)
+    ):
         raise DPAError(
             f"{what} does not fit a {type(module).__name__}: {len(wrong)} weights are missing, "
             f"unknown or of another shape ({', '.join(wrong[:5])}). Is it of this config?"
@@ -118,11 +119,6 @@ def add_lora(llm: PreTrainedModel, lora: LoraConfig) -> PeftModel:
     return get_peft_model(llm, lora)
 
 
-def is_quantised(llm: PreTrainedModel) -> bool:
-    """Tell whether its weights were quantised on loading, or published quantised."""
-    return getattr(llm, "is_quantized", False)
-
-
 def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftModel:
     """Add a PEFT LoRA adapter to the weights of ``llm``, and remove peft's wrapping.
 
@@ -142,7 +138,7 @@ def merge_adapter(llm: PreTrainedModel, folder: str) -> PreTrainedModel | PeftMo
     # peft draws random numbers for an adapter that it then reads. Both ways do so, so that a
     # projector that is drawn afterwards is the same with either.
     wrapped = PeftModel.from_pretrained(llm, folder, config=config)
-    if is_quantised(llm):
+    if getattr(llm, "is_quantized", False):  # on loading, or published so
         return wrapped
     llm = wrapped.unload()
     for parameter in trained:  # peft has frozen them
@@ -227,21 +223,8 @@ def head_log_probs(
 
     # The chunks are computed inside one call of the module, so that DeepSpeed ZeRO-3's hooks
     # gather its parameters once for all of them and reduce their gradients.
-    with _forward_replaced(head, forward):
+    with patch.object(head, "forward", forward):
         return TokenLogProbs(*head(hidden))
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # such as accelerate's
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def output_head(llm: PreTrainedModel | PeftModel) -> nn.Linear:

@@ -38,7 +38,9 @@ def save_llm(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
         # An LLM that is saved with this set chooses no attention when it is loaded, and so gets the
         # eager one: on transformers 4.48. 5 takes no other; 4.57 has to be told, as it has to for
         # a published Gemma-2. save_pretrained does not keep what is set in memory.
-        _merge(folder / "config.json", {"_attn_implementation_autoset": True})
+        file = folder / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, values | {"_attn_implementation_autoset": True})
 
 
 def write_portably(folder: Path, chat_template: str | None = None) -> None:
@@ -86,7 +88,3 @@ def _with_older_names(config: dict) -> dict:
         if scaling.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", scaling)
     return config
-
-
-def _merge(file: Path, values: dict) -> None:
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | values)

@@ -15,7 +15,7 @@ from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.registry import PROJECTORS, build_named
+from dpa_xtuner.registry import PROJECTORS, find_named
 
 
 class Projector(nn.Module):
@@ -241,12 +241,10 @@ def build_projector(
     Raises:
         DPAError: unknown name or argument, a value out of range, or a class that can't be saved.
     """
-    cfg = {"type": cfg} if isinstance(cfg, str) else dict(cfg)
-    projector = build_named(PROJECTORS, cfg, visual_hidden_size, llm_hidden_size)
-    if isinstance(projector, ProjectorModel):  # XTuner's, which has its own configuration
-        return projector
-    name = cfg.pop("type")
-    if not isinstance(projector, Projector):
+    found, keywords = find_named(PROJECTORS, cfg, positional=2)
+    projector = found(visual_hidden_size, llm_hidden_size, **keywords)
+    name = cfg if isinstance(cfg, str) else cfg["type"]
+    if not isinstance(projector, ProjectorModule):
         raise DPAError(
             f"The projector {name!r} is a {type(projector).__name__}, which can't be saved. Derive "
             f"its class from dpa_xtuner.model.projectors.Projector."
@@ -258,20 +256,18 @@ def build_projector(
             f"({', '.join(sorted(unsaved))}), but only parameters are saved. Register buffers "
             f"with persistent=False, and share no weights."
         )
-    given = signature(type(projector)).bind(visual_hidden_size, llm_hidden_size, **cfg)
+    given = signature(found).bind(visual_hidden_size, llm_hidden_size, **keywords)
     given.apply_defaults()
     projector.settings = {"type": name, **given.arguments}
     return projector
 
 
-def projected_tokens(cfg: str | dict, visual_hidden_size: int, n: int) -> int:
-    """Count the tokens that a projector makes of ``n`` patches, without loading weights.
+def projected_tokens(projector: ProjectorModule, n: int) -> int:
+    """Count the tokens that a projector makes of ``n`` patches.
 
     Raises:
-        DPAError: as :func:`build_projector`, or it can't take ``n`` patches.
+        DPAError: it can't take ``n`` patches.
     """
-    with torch.device("meta"):  # the LLM's width does not change the count
-        projector = build_projector(cfg, visual_hidden_size, visual_hidden_size)
     return projector.tokens(n) if isinstance(projector, Projector) else n
 
 
@@ -287,20 +283,10 @@ def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedC
         DPAError: a name is unknown, or the projector can't take the encoder's tokens.
     """
     spec = build_encoder(encoder)
-    return projected_tokens(projector, spec.hidden_size(config), spec.tokens(config))
-
-
-def load_projector(projector: ProjectorModule, folder: str) -> None:
-    """Load a projector's weights, strictly.
-
-    Args:
-        projector: the one to fill.
-        folder: written by ``save_pretrained`` of such a projector.
-
-    Raises:
-        DPAError: as :func:`read_projector`.
-    """
-    projector.load_state_dict(read_projector(projector, folder))
+    width = spec.hidden_size(config)
+    with torch.device("meta"):  # the LLM's width does not change the count
+        built = build_projector(projector, width, width)
+    return projected_tokens(built, spec.tokens(config))
 
 
 def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]:
@@ -316,9 +302,7 @@ def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]
     config, path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     # avg_pool's weights have the same names and shapes as mlp's, so compare the settings too.
     written = _without_sizes(json.loads(config.read_text(encoding="utf-8")))
-    built = _without_sizes(
-        projector.settings if isinstance(projector, Projector) else projector.config.to_dict()
-    )
+    built = _without_sizes(projector.settings)
     if written != built:
         raise DPAError(
             f"{config} describes the projector {written}, but this model's is {built}. Set "
@@ -341,7 +325,7 @@ def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
 
 def _without_sizes(settings: dict) -> dict:
     """Drop the sizes: the shapes of the weights show better which ones differ."""
-    if settings.get("model_type") == ProjectorConfig.model_type:
+    if settings.get("model_type") == ProjectorConfig.model_type:  # as XTuner writes it
         settings = {"type": "mlp", "depth": settings["depth"]}
     sizes = ("visual_hidden_size", "llm_hidden_size")
     return {key: value for key, value in settings.items() if key not in sizes}

@@ -38,9 +38,10 @@ class ProxyLLM(SupervisedFinetune):
         **kwargs,
     ):
         llm = load(llm)
-        of_llm = fingerprint(llm, Precision(precision).fingerprint_dtype)
+        run_precision = Precision(precision)
+        of_llm = fingerprint(llm, run_precision.fingerprint_dtype)
         super().__init__(llm=llm, lora=lora, **kwargs)
-        self.fingerprints = {LLM: of_llm}
+        self.precision, self.fingerprints = run_precision, {LLM: of_llm}
         self.objective = Objective("uniform", normalize)
 
     def build_llm_from_cfg(self, llm_cfg, use_varlen_attn, max_position_embeddings):

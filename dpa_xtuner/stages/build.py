@@ -198,7 +198,7 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
     config = _outline(run, stage)
     built = usable_data(run, stage)
     if "held_out" in config.train_dataloader.dataset:
-        config.train_dataloader.dataset.held_out = built.encoding["held_out"]
+        config.train_dataloader.dataset.held_out = built.cache_key["held_out"]
     dataset = config.train_dataloader.dataset.to_dict()
     numbers = schedule(stage_settings, len(built), world_size(run.cfg.launcher), stage.name)
     log_schedule(stage_settings, numbers, len(built), stage.name)
@@ -394,21 +394,20 @@ def constructor_of(run: Run, stage: Stage) -> str | None:
 
 
 def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict) -> list[dict]:
-    settings, base, precision = run.settings, run.work_dir, run.precision.name
+    settings, base = run.settings, run.work_dir
     limit = settings.data_of(stage.sample_format).skip_limit
     hooks: list[dict] = [
         dict(type="OptimizerStepHook"), dict(type="IterationSeedHook"), dict(type="ProgressBarHook")
     ]  # fmt: skip
     if (cache := getattr(settings.of_stage(stage.name), "contrast_cache", None)) is not None:
         files = {"data": provenance["data"]["sha256"], "loads": provenance["loads"]}
-        hooks.append(dict(type="ContrastCacheHook", folder=cache, files=files, precision=precision))
+        hooks.append(dict(type="ContrastCacheHook", folder=cache, files=files))
     hooks.append(dict(type="SkippedSamplesHook", limit=limit))
     if dataset.get("held_out"):
         assert stage.held_out is not None, "a stage that holds captions out measures them"
         measured = dict(
             data=dict(dataset, split="held_out"),
             batch_size=settings.of_stage(stage.name).batch_size,
-            precision=precision,
         )
         hooks.append(dict(type="HeldOutHook", **measured, **asdict(stage.held_out)))
     hand_over = dict(

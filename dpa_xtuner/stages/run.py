@@ -23,7 +23,7 @@ from dpa_xtuner.families.template_check import check_template
 from dpa_xtuner.layout import LLM, STAGE_NAMES, VISUAL_ENCODER
 from dpa_xtuner.model.configs import read_config
 from dpa_xtuner.model.encoders import VisionEncoderSpec
-from dpa_xtuner.model.projectors import Projector, ProjectorModule, build_projector
+from dpa_xtuner.model.projectors import ProjectorModule, build_projector, projected_tokens
 from dpa_xtuner.precision import Precision, choose_precision
 from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.settings import Settings, find_encoder_spec, read_settings
@@ -125,11 +125,9 @@ class Run:
     @cached_property
     def tiles(self) -> dict[str, int]:
         """The tokens of an image or tile, its size, and the largest number of tiles."""
-        tokens = self.encoder_spec.tokens(self.encoder_config)
-        if isinstance(self.projector, Projector):
-            tokens = self.projector.tokens(tokens)
+        patches = self.encoder_spec.tokens(self.encoder_config)
         return {
-            "image_tokens": tokens,
+            "image_tokens": projected_tokens(self.projector, patches),
             "tile_size": self.encoder_spec.image_size(self.encoder_config),
             "max_tiles": self.settings.max_tiles,
         }

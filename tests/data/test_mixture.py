@@ -147,9 +147,9 @@ def test_a_weighted_epoch(make, files):
     assert len(dataset.distinct) == len(ids[0]) < len(dataset)
     lengths = [len(dataset.text(i)["input_ids"]) for i in range(len(dataset))]
     assert dataset.length == lengths
-    assert dataset.encoding["weights"] == [2, 1]
-    assert json.loads(json.dumps(dataset.encoding)) == dataset.encoding
-    assert dataset.encoding["chosen"] != make(weights=[1, 1], held_out=4).encoding["chosen"]
+    assert dataset.cache_key["weights"] == [2, 1]
+    assert json.loads(json.dumps(dataset.cache_key)) == dataset.cache_key
+    assert dataset.cache_key["chosen"] != make(weights=[1, 1], held_out=4).cache_key["chosen"]
 
 
 def test_a_start_says_what_an_epoch_is(make, files, monkeypatch):

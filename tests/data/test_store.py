@@ -29,13 +29,13 @@ def encoder(tokenizer, sample_format="caption", image_tokens=4, template=None, m
 def built(monkeypatch):
     """Counts the builds of this process."""
     folders = []
-    build = store._build
+    build = store._write
 
     def watched(*args):
         folders.append(args[-1])
         return build(*args)
 
-    monkeypatch.setattr(store, "_build", watched)
+    monkeypatch.setattr(store, "_write", watched)
     return folders
 
 
@@ -124,12 +124,12 @@ def test_a_change_of_anything_that_counts_builds_anew(
 
 
 def test_a_tokenizer_is_known_by_what_it_does(tokenizer, tmp_path):
-    key = encoder(tokenizer).facts()
+    key = encoder(tokenizer).cache_key()
     tokenizer.pad_token = "</s>"
     tokenizer(["cat", "two cats"], padding=True, truncation=True, max_length=3)
     tokenizer.save_pretrained(tmp_path / "elsewhere")
     moved = type(tokenizer).from_pretrained(tmp_path / "elsewhere")
-    assert encoder(tokenizer).facts() == encoder(moved).facts() == key
+    assert encoder(tokenizer).cache_key() == encoder(moved).cache_key() == key
 
 
 def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
@@ -137,7 +137,7 @@ def test_slow_tokenizers_have_a_key_too(bpe_folder, tmp_path):
 
     def key():
         files = str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt")
-        return encoder(GPT2Tokenizer(*files, unk_token="</s>")).facts()
+        return encoder(GPT2Tokenizer(*files, unk_token="</s>")).cache_key()
 
     before = key()
     assert key() == before
@@ -176,7 +176,7 @@ def test_a_process_that_is_killed_is_told(data, tokenizer, monkeypatch):
 
 
 def test_two_processes_at_once_build_once(data, tokenizer, tmp_path, monkeypatch):
-    build = store._build
+    build = store._write
 
     def slow(*args):
         with (tmp_path / "builds").open("a") as file:
@@ -187,7 +187,7 @@ def test_two_processes_at_once_build_once(data, tokenizer, tmp_path, monkeypatch
     def start(queue):
         queue.put(len(open_store(data, encoder(tokenizer))))
 
-    monkeypatch.setattr(store, "_build", slow)
+    monkeypatch.setattr(store, "_write", slow)
     queue = FORK.Queue()
     processes = [FORK.Process(target=start, args=(queue,)) for _ in range(3)]
     for process in processes:

@@ -186,7 +186,7 @@ def test_the_text_format_opens_no_image(make, caption, headers):
     data = [caption("a", image="none.png"), caption("b")]
     text = make(data, "caption_text", image_folder=None)
     assert len(text) == 2 and not headers
-    assert text.encoding == make(data, "caption_text", max_tiles=1).encoding
+    assert text.cache_key == make(data, "caption_text", max_tiles=1).cache_key
 
 
 def test_max_length_counts_tiles(make, caption):
@@ -277,14 +277,14 @@ def test_a_huge_image_has_a_size_but_no_pixels(processor, tmp_path):
 
 def test_encoding_tells_what_decides_the_counts(make, caption, images):
     data = [caption(str(i)) for i in range(4)]
-    base = make(data).encoding
+    base = make(data).cache_key
     assert (base["max_tiles"], base["tile_size"]) == (6, 8)
-    assert make(data).encoding == base
+    assert make(data).cache_key == base
     for change in ({"max_tiles": 5}, {"tile_size": 16}, {"share": 0.5}, {"held_out": 1}):
         (name,) = change
-        changed = make(data, **change).encoding
+        changed = make(data, **change).cache_key
         assert changed[name] == change[name] != base[name]
     other = images.with_name("other")
     other.mkdir()
     picture(9, 9).save(other / "wide.png")
-    assert make(data, image_folder=other).encoding["chosen"] != base["chosen"]
+    assert make(data, image_folder=other).cache_key["chosen"] != base["chosen"]

@@ -14,8 +14,8 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.projectors import (
     Projector,
     build_projector,
-    load_projector,
     projected_tokens,
+    read_projector,
 )
 from dpa_xtuner.registry import PROJECTORS
 from dpa_xtuner.stages.artifacts import read_component_provenance
@@ -44,13 +44,18 @@ def build(cfg) -> nn.Module:
     return build_projector(cfg, C, H)
 
 
+def on_meta(cfg) -> nn.Module:
+    with torch.device("meta"):
+        return build_projector(cfg, C, H)
+
+
 @pytest.mark.parametrize(
     ("cfg", "expected"),
     zip(KINDS, [36, 36, 9, 4, 9, 1, 64, 5], strict=True),
     ids=str,
 )
 def test_tokens_are_counted_without_weights(cfg, expected):
-    assert projected_tokens(cfg, C, 36) == expected
+    assert projected_tokens(on_meta(cfg), 36) == expected
     assert build(cfg)(patches()).shape == (2, expected, H)
 
 
@@ -122,7 +127,7 @@ def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     PROJECTOR.save(SimpleNamespace(projector=written), tmp_path / "p", {"stage": "align"})
     assert read_component_provenance(tmp_path / "p")["component"] == "projector"
     read = build_projector(cfg, C, H)
-    load_projector(read, str(tmp_path / "p"))
+    read.load_state_dict(read_projector(read, str(tmp_path / "p")))
     pairs = zip(written.state_dict().items(), read.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
@@ -148,7 +153,7 @@ def test_the_settings_are_written_whole(tmp_path):
 def test_another_projectors_weights_are_refused(written, read, message, tmp_path):
     build(written).save_pretrained(tmp_path)
     with pytest.raises(DPAError, match=message):
-        load_projector(build(read), str(tmp_path))
+        read_projector(build(read), str(tmp_path))
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
@@ -158,7 +163,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     message = r"extra: saved \(24,\), model nothing; norm\.bias: saved nothing, model \(24,\)"
     with pytest.raises(DPAError, match=message):
-        load_projector(build("pixel_shuffle"), str(tmp_path))
+        read_projector(build("pixel_shuffle"), str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -175,12 +180,12 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 )
 def test_bad_settings_are_refused(cfg, message):
     with pytest.raises(DPAError, match=message):
-        projected_tokens(cfg, C, 36)
+        projected_tokens(on_meta(cfg), 36)
 
 
 def test_patches_that_are_no_square_are_refused():
     with pytest.raises(DPAError, match="needs a square of patches, but the encoder gives 35"):
-        projected_tokens("pixel_shuffle", C, 35)
+        projected_tokens(on_meta("pixel_shuffle"), 35)
 
 
 @pytest.fixture
@@ -210,10 +215,10 @@ def test_one_of_ones_own_is_built_saved_and_loaded(register, tmp_path):
             return self.linear(patches[:, :: self.step])
 
     cfg = dict(type=register(Every), step=3)
-    assert projected_tokens(cfg, C, 36) == 12
+    assert projected_tokens(on_meta(cfg), 36) == 12
     written, read = build(cfg), build_projector(cfg, C, H)
     written.save_pretrained(tmp_path)
-    load_projector(read, str(tmp_path))
+    read.load_state_dict(read_projector(read, str(tmp_path)))
     assert torch.equal(written(patches()), read(patches()))
 
 

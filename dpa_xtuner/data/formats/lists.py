@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 import yaml as yaml_package
 
 from dpa_xtuner.data.formats.source import Source
-from dpa_xtuner.data.places import is_place
+from dpa_xtuner.data.places import joined
 from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.errors import DPAError
@@ -187,8 +186,4 @@ def _records(file: _File, read: Callable[[], Iterator[Any]]) -> Iterator[Record 
             where = (found.file, found.number) if found.file else (str(file.path), number)
             yield replace(found, file=where[0], number=where[1])
         else:
-            yield replace(found, images=tuple(_under(file.root, name) for name in found.images))
-
-
-def _under(root: str, name: str) -> str:
-    return os.path.join(root, name) if root and not is_place(name) else name
+            yield replace(found, images=tuple(joined(file.root, name) for name in found.images))

@@ -81,10 +81,11 @@ def _leaves(file: Any) -> tuple[list[str], dict[str, bool]]:
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     left_out, inside = set(), {}
     for field in file.schema_arrow:
-        own = {leaf.rpartition(".")[2]: leaf for leaf in leaves if leaf.split(".")[0] == field.name}
-        if _has_bytes(field.type) and {"bytes", "path"} <= own.keys():
-            left_out.update(set(own.values()) - {own["path"]})
-            inside[field.name] = not _all_null(file, leaves.index(own["bytes"]))
+        inner = [leaf for leaf in leaves if leaf.split(".")[0] == field.name]
+        found = {leaf.rpartition(".")[2]: leaf for leaf in inner}
+        if _has_bytes(field.type) and {"bytes", "path"} <= found.keys():
+            left_out.update(set(inner) - {found["path"]})
+            inside[field.name] = not _all_null(file, leaves.index(found["bytes"]))
     return [leaf for leaf in leaves if leaf not in left_out], inside
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,6 @@ from dpa_xtuner.data.records import Malformed
 HUMAN = ("human", "user")
 ANSWERS = ("gpt", "assistant", "bot")
 SYSTEM = "system"
-_OTHER_SPELLINGS = ("<ImageHere>",)  # of "<image>"
 _MEDIA = ("video", "videos", "audio", "audios", "speech", "point_cloud")
 _PREFERENCE = re.compile(
     r"(?:chosen|rejected)(?:_.*)?|.*_(?:chosen|rejected)|(?:positive|negative)_messages|kto_tag"
@@ -54,20 +52,13 @@ def refuse_what_is_not_read(item: Mapping[str, Any]) -> None:
         raise Malformed(f"two conversations: under {named}; keep one")
     if item.get("history") and not _TALKS.isdisjoint(item):
         raise Malformed("two conversations: 'history' is read beside 'query' alone")
-    for key in _suspect(tuple(item)):
-        value = item[key]
+    for key, value in item.items():
         if key in _MEDIA and value:
             raise Malformed(f"{key}: records with {key} are not read, only pictures and texts")
         if (key == "label" and isinstance(value, bool)) or _PREFERENCE.fullmatch(key):
             raise Malformed(f"preferences: {key!r} rates answers, and here all are trained on")
         if key in _TOOLS and value not in ("", "[]", []):
             raise Malformed(f"tools: {key!r} is not read")
-
-
-@functools.lru_cache(1024)  # the records of a file have few sets of keys
-def _suspect(keys: tuple[str, ...]) -> list[str]:
-    named = (*_MEDIA, *_TOOLS, "label")
-    return [key for key in keys if key in named or _PREFERENCE.fullmatch(key)]
 
 
 def refuse_unread_pictures(item: Mapping[str, Any], images: Sequence[str]) -> None:
@@ -119,10 +110,7 @@ def list_under(item: Mapping[str, Any], key: str, expected: str) -> list:
 
 def with_marks(text: str) -> str:
     """Spell all marks of pictures in a text ``<image>``."""
-    for spelling in _OTHER_SPELLINGS:
-        if spelling in text:
-            text = text.replace(spelling, DEFAULT_IMAGE_TOKEN)
-    return text
+    return text.replace("<ImageHere>", DEFAULT_IMAGE_TOKEN)
 
 
 def picture_names(value: Any, what: str = "image") -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""Hooks, one a file."""
+"""Hooks, one a file; importing them registers them."""
+
+# ruff: noqa: F401
 
 from dpa_xtuner.engine.hooks.contrast_cache import ContrastCacheHook
 from dpa_xtuner.engine.hooks.hand_over import HandOverHook
@@ -8,14 +10,3 @@ from dpa_xtuner.engine.hooks.leakage import LeakageHook
 from dpa_xtuner.engine.hooks.optimizer_step import OptimizerStepHook
 from dpa_xtuner.engine.hooks.progress_bar import ProgressBarHook
 from dpa_xtuner.engine.hooks.skipped_samples import SkippedSamplesHook
-
-__all__ = [
-    "ContrastCacheHook",
-    "HandOverHook",
-    "HeldOutHook",
-    "IterationSeedHook",
-    "LeakageHook",
-    "OptimizerStepHook",
-    "ProgressBarHook",
-    "SkippedSamplesHook",
-]

@@ -1,18 +1,17 @@
 """Computes the contrast pass of all samples before training, once."""
 
-import shutil
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.device import get_device
-from mmengine.dist import barrier, get_dist_info, is_main_process
+from mmengine.dist import barrier, collect_results, get_dist_info
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from tqdm import tqdm
 
 from dpa_xtuner.data import DPADataset, collate
-from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks.unwrap import autocast, unwrap
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import whole_folder
 from dpa_xtuner.layout import LLM
@@ -20,7 +19,6 @@ from dpa_xtuner.loss import supervised_mask
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.contrast_cache import ContrastCache, write_contrast_cache
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
-from dpa_xtuner.precision import Precision
 
 _TOKENS = 8192
 """Text tokens of a batch, padding left out. No gradient is kept, so it can be larger than in
@@ -38,12 +36,10 @@ class ContrastCacheHook(Hook):
     Args:
         folder: folder of the cache.
         files: SHA-256 of the data files and of the proxy's files, for the cache key.
-        precision: what the run computes in.
     """
 
-    def __init__(self, folder: str, files: dict, precision: str):
+    def __init__(self, folder: str, files: dict):
         self.folder, self.files = Path(folder), dict(files)
-        self.precision = Precision(precision)
 
     def before_train(self, runner) -> None:
         """Read the cache; compute it first if it does not exist.
@@ -53,18 +49,17 @@ class ContrastCacheHook(Hook):
         """
         model = unwrap(runner.model)
         dataset: DPADataset = runner.train_dataloader.dataset
-        plain = not hasattr(runner, "strategy")  # DeepSpeed's weights have that dtype already
-        amp = self.precision.autocast(get_device(), enabled=plain)
+        plain = not hasattr(runner, "strategy")
         cache_key = {
             **self.files,
             "samples": len(dataset),
-            **dataset.encoding,
+            **dataset.cache_key,
             LLM: model.fingerprints[LLM],
             "dtype": f"{next(model.llm.parameters()).dtype}, autocast {plain}",
         }
         if not self.folder.exists():
             runner.logger.info(f"Computing what the LLM says without pictures: {self.folder}")
-            self._compute(model, dataset, amp, cache_key)
+            self._compute(model, dataset, autocast(runner), cache_key)
         barrier()
         if not self.folder.exists():
             raise DPAError(
@@ -78,49 +73,22 @@ class ContrastCacheHook(Hook):
     ) -> None:
         """Compute the cache, each rank its share of the batches, and write it on rank 0."""
         rank, world = get_dist_info()
-        shards = self.folder.with_name(f".{self.folder.name}.parts.partial")
-        if is_main_process():
-            shutil.rmtree(shards, ignore_errors=True)
-            shards.mkdir(parents=True)
-        barrier()
         batches = _full_batches(dataset.text_length)
-        found: dict[int, np.ndarray] = {}
+        found = []
         for start in tqdm(
             range(0, len(batches), world), desc="contrast", disable=None if rank == 0 else True
         ):
             # All ranks take the same number of batches, as ZeRO-3 needs.
             mine = batches[min(start + rank, len(batches) - 1)]
-            log_probs, counts = _log_probs(model, [dataset.text(i) for i in mine], amp)  # (M, 2)
-            if start + rank < len(batches):
-                by_sample = np.split(log_probs, np.cumsum(counts)[:-1])
-                found |= dict(zip(mine, by_sample, strict=True))
-        np.savez(
-            shards / f"{rank}.npz",
-            indices=np.array(list(found), dtype=np.int64),
-            counts=np.array([len(rows) for rows in found.values()], dtype=np.int64),
-            log_probs=np.concatenate([np.empty((0, 2), np.float32), *found.values()]),
-        )
+            found.append(_log_probs(model, [dataset.text(i) for i in mine], amp))
+        parts = self.folder.with_name(f".{self.folder.name}.parts.partial")
+        # On rank 0: in the order of the batches, without those at the end that were taken twice.
+        collected = collect_results(found, len(batches), tmpdir=str(parts))
+        if collected is not None:
+            by_index = dict(zip(chain(*batches), chain(*collected), strict=True))
+            with whole_folder(self.folder) as folder:
+                write_contrast_cache(folder, [by_index[i] for i in range(len(dataset))], cache_key)
         barrier()
-        if is_main_process():
-            self._join(shards, world, len(dataset), cache_key)
-        barrier()
-
-    def _join(self, shards: Path, world: int, samples: int, cache_key: dict) -> None:
-        """Put the shards of all ranks into the order of the data set, and write the cache."""
-        counts = np.zeros(samples, dtype=np.int64)
-        loaded = [np.load(shards / f"{rank}.npz") for rank in range(world)]
-        for shard in loaded:
-            counts[shard["indices"]] = shard["counts"]
-        offsets = np.concatenate([[0], np.cumsum(counts)])  # (samples + 1,)
-        log_probs = np.empty((offsets[-1], 2), np.float32)
-        for shard in loaded:
-            sizes = shard["counts"]
-            # Where each token stands within its own sample: 0, 1, ..., 0, 1, ...
-            within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            log_probs[np.repeat(offsets[shard["indices"]], sizes) + within] = shard["log_probs"]
-        with whole_folder(self.folder) as folder:
-            write_contrast_cache(folder, counts, log_probs, cache_key)
-        shutil.rmtree(shards)
 
 
 def _full_batches(lengths: list[int]) -> list[list[int]]:
@@ -136,12 +104,11 @@ def _full_batches(lengths: list[int]) -> list[list[int]]:
     return batches
 
 
-def _log_probs(
-    model: DPALLaVAModel, samples: list[dict], amp: torch.autocast
-) -> tuple[np.ndarray, list[int]]:
-    """Compute (M, 2) cross entropies and logits, and the number of tokens of each sample."""
+def _log_probs(model: DPALLaVAModel, samples: list[dict], amp: torch.autocast) -> list[np.ndarray]:
+    """Compute the cross entropies and logits of each sample's tokens, (tokens, 2) float32."""
     data = model.data_preprocessor(collate(samples), False)["data"]
     with amp:
         log_probs = contrast_log_probs(model.llm, data)
     counts = supervised_mask(data["labels"]).sum(1).tolist()
-    return torch.stack(log_probs, dim=-1).float().cpu().numpy(), counts  # (M, 2)
+    rows = torch.stack(log_probs, dim=-1).float().cpu()  # (tokens of all samples, 2)
+    return [each.numpy() for each in rows.split(counts)]

@@ -12,7 +12,6 @@ from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.layout import ALIGN
 from dpa_xtuner.model.fingerprint import fingerprint
-from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import (
     read_component_provenance,
     read_state,
@@ -65,7 +64,6 @@ class HandOverHook(Hook):
         self.writes = {each: writes[each] for each in COMPONENTS if each in writes}
         self.guards = [each for each in COMPONENTS if each in guards]
         self.provenance, self.samples = provenance, samples
-        self.precision = Precision(provenance["precision"])
 
     def before_train(self, runner) -> None:
         """Check what was loaded, log the stage's table, and mark the stage running.
@@ -119,7 +117,7 @@ class HandOverHook(Hook):
         written = self.provenance | {"step": steps_done(runner.cfg, runner.iter)}
         for component in PUBLISHED:
             if component in self.writes:
-                value = fingerprint(component.of(model), self.precision.fingerprint_dtype)
+                value = fingerprint(component.of(model), model.precision.fingerprint_dtype)
                 written[trained_key(component)] = value
         for component, folder in self.writes.items():
             component.save(model, Path(folder), written, self.companions[component])

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 
-from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks.unwrap import autocast, unwrap
 from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.loss.held_out import cross_entropy_per_token
-from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.stages.table import HeldOut
 
@@ -30,15 +28,13 @@ class HeldOutHook(Hook):
     Args:
         data: config of the held-out captions.
         batch_size: captions at a time on a device.
-        precision: what the run computes in.
         how: the fields of :class:`dpa_xtuner.stages.table.HeldOut`.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, data: dict, batch_size: int, precision: str, **how):
-        self.data, self.batch_size = data, batch_size
-        self.precision, self.how = Precision(precision), HeldOut(**how)
+    def __init__(self, data: dict, batch_size: int, **how):
+        self.data, self.batch_size, self.how = data, batch_size, HeldOut(**how)
 
     def before_train(self, runner) -> None:
         """Read what the earlier stage measured, and this stage before it was interrupted."""
@@ -68,9 +64,9 @@ class HeldOutHook(Hook):
 
     def _measure(self, runner, name: str, iterations: int) -> None:
         model, measured = unwrap(runner.model), runner.state_file.measured
-        # DeepSpeed's weights have that dtype already.
-        amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
-        measured[name] = cross_entropy_per_token(model, self.held_out, self.batch_size, amp)
+        measured[name] = cross_entropy_per_token(
+            model, self.held_out, self.batch_size, autocast(runner)
+        )
         shown = {key: measured[key] for key in self.how.shown if key in measured}
         earlier = [key for key in shown if key in self.before]
         meaning = f"{self.how.meaning}, {self.how.earlier_meaning}" if earlier else self.how.meaning

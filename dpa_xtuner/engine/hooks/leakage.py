@@ -5,12 +5,11 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 
-from dpa_xtuner.engine.hooks.unwrap import unwrap
+from dpa_xtuner.engine.hooks.unwrap import autocast, unwrap
 from dpa_xtuner.engine.state_file import steps_done
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.leakage import style_leakage
 from dpa_xtuner.model.llm import load
-from dpa_xtuner.precision import Precision
 
 
 @HOOKS.register_module()
@@ -24,15 +23,13 @@ class LeakageHook(Hook):
     Args:
         data: config of the held-out captions.
         batch_size: captions at a time on a device.
-        precision: what the run computes in.
         original: config that loads the original LLM; None where it is the one in memory.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, data: dict, batch_size: int, precision: str, original: dict | None):
-        self.data, self.batch_size = data, batch_size
-        self.precision, self.original = Precision(precision), original
+    def __init__(self, data: dict, batch_size: int, original: dict | None):
+        self.data, self.batch_size, self.original = data, batch_size, original
 
     def after_train(self, runner) -> None:
         """Measure, log and write down."""
@@ -51,8 +48,8 @@ class LeakageHook(Hook):
             del model.llm
             model.llm = load(self.original)
             model.to(get_device())
-        amp = self.precision.autocast(get_device(), enabled=not hasattr(runner, "strategy"))
-        found = style_leakage(model, DATASETS.build(self.data), self.batch_size, amp)
+        held_out = DATASETS.build(self.data)
+        found = style_leakage(model, held_out, self.batch_size, autocast(runner))
         if not found:
             runner.logger.info(
                 "The style leakage is not measured: no held-out caption has a picture that can be "

@@ -1,6 +1,7 @@
 """Shows how far a stage is, and how long it will take."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -49,14 +50,6 @@ class ProgressBarHook(Hook):
         counts = runner.cfg.param_scheduler[0].accumulative_counts
         left = (runner.max_iters - batch_idx - 1) * seconds
         runner.logger.info(
-            f"On this CPU, an optimizer step takes {seconds * counts:.3g} s: about "
-            f"{_duration(left)} are left of stage {Path(runner.work_dir).name}"
+            f"On this CPU, an optimizer step takes {seconds * counts:.3g} s. Time left of stage "
+            f"{Path(runner.work_dir).name}: about {timedelta(seconds=round(left))}"
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} seconds"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"

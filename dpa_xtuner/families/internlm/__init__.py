@@ -1,7 +1,6 @@
 """InternLM2, InternLM2.5 and InternLM3, loaded as LLaMA without remote code."""
 
-from dpa_xtuner.families.base import Family
-from dpa_xtuner.families.chatml import CHATML
+from dpa_xtuner.families.base import CHATML, Family
 from dpa_xtuner.registry import FAMILIES
 
 

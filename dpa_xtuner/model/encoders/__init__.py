@@ -1,4 +1,6 @@
-"""Kinds of visual encoders, by name: the spec of each."""
+"""Kinds of visual encoders, by name: the spec of each. Importing them registers them."""
+
+# ruff: noqa: F401
 
 from dpa_xtuner.model.encoders.base import (
     Encoder,
@@ -9,16 +11,3 @@ from dpa_xtuner.model.encoders.base import (
 from dpa_xtuner.model.encoders.mmpretrain import MMPretrain
 from dpa_xtuner.model.encoders.pair import Pair
 from dpa_xtuner.model.encoders.vits import CLIP, DINOv2, InternViT, SigLIP
-
-__all__ = [
-    "CLIP",
-    "DINOv2",
-    "Encoder",
-    "InternViT",
-    "MMPretrain",
-    "Pair",
-    "SigLIP",
-    "VisionEncoder",
-    "VisionEncoderSpec",
-    "build_encoder",
-]

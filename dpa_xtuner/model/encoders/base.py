@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -193,20 +192,18 @@ class VisionEncoderSpec:
         module.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
 
-    def check_layer(self, config: PretrainedConfig, chosen: int | None = None) -> None:
+    def check_layer(self, config: PretrainedConfig) -> None:
         """Check before loading that the module will have the features' layer.
 
         Args:
             config: the published configuration; passes if it has no number of layers.
-            chosen: the ``visual_select_layer`` of a stock config; replaces :attr:`layer`.
 
         Raises:
             DPAError: it has no such layer.
         """
-        layer = self.layer if chosen is None else chosen
         layers = getattr(config, "num_hidden_layers", None)
-        if layer is not None and layers is not None:
-            _check_layer(layer, layers + 1, type(self).__name__)
+        if self.layer is not None and layers is not None:
+            _check_layer(self.layer, layers + 1, type(self).__name__)
 
     def write_tiny(self, config: PretrainedConfig, folder: Path) -> None:
         """Write a tiny module of random weights, and its image processor, for a rehearsal.
@@ -223,7 +220,7 @@ class VisionEncoderSpec:
         torch.manual_seed(0)
         self.build(config).save_pretrained(folder)
         size = self.image_size(config)
-        owner = get_object_from_string(self.image_processor).__self__
+        owner = model_class({"type": self.image_processor})
         default = owner()
         sizes = {name: getattr(default, name, None) for name in ("size", "crop_size")}
         # Since transformers 5 a size is an object, whose dict is the sides that are set.

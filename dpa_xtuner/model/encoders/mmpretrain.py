@@ -14,7 +14,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
-from dpa_xtuner.errors import DPAError, install, nearest
+from dpa_xtuner.errors import DPAError, check_installed, nearest
 from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
@@ -78,13 +78,17 @@ class MMPretrainConfig(PretrainedConfig):
         """
         if Path(name).is_dir():
             return super().from_pretrained(name, **kwargs)
-        get_model_info, known = _mmpretrain()
+        check_installed("mmpretrain", "mmpretrain", "mmcv")
+        from mmpretrain import list_models
+        from mmpretrain.apis import ModelHub
+
+        known = list_models()
         if name.lower() not in known:
             raise DPAError(
                 f"{SETTING}={name!r} is neither a folder nor the name of an MMPretrain config"
                 f"{nearest(name, known) or '.'} mmpretrain.list_models() lists all {len(known)}."
             )
-        info = get_model_info(name)
+        info = ModelHub.get(name)
         model, colours = info.config.model, info.config.data_preprocessor
         if "backbone" not in model or not colours.get("to_rgb", False):
             what = (
@@ -260,20 +264,8 @@ def _preparation(config: MMPretrainConfig) -> dict:
     }
 
 
-def _mmpretrain():
-    try:
-        from mmpretrain import list_models
-        from mmpretrain.apis import ModelHub
-    except ImportError as error:
-        raise DPAError(
-            f"The encoder 'mmpretrain' needs the package mmpretrain ({error}). Install it: "
-            f"{install('mmpretrain')}."
-        ) from None
-    return ModelHub.get, list_models()
-
-
 def _build(backbone: dict) -> nn.Module:
-    _mmpretrain()
+    check_installed("mmpretrain", "mmpretrain", "mmcv")
     from mmpretrain.registry import MODELS
 
     with DefaultScope.overwrite_default_scope("mmpretrain"):

@@ -2,13 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from mmengine.utils import get_object_from_string
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import PretrainedConfig
+from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec, build_encoder
@@ -72,7 +71,7 @@ class PairModel(nn.Module):
         names = split_name(pretrained_model_name_or_path)
         for half, spec, name in zip(HALVES, pair.specs, names, strict=True):
             loader = spec.loader(name) | kwargs | {"output_loading_info": True}
-            module, info = get_object_from_string(loader.pop("type"))(**loader)
+            module, info = BUILDER.build(loader)
             modules.append(module)
             missing += [f"{half}.{key}" for key in info["missing_keys"]]
         model = cls(pair.config(pretrained_model_name_or_path), *modules)
@@ -136,21 +135,16 @@ class Pair(VisionEncoderSpec):
         return self._pair([spec.default_config() for spec in self.specs], [grey, grey])
 
     def _pair(self, configs: list[PretrainedConfig], colours: list) -> PairConfig:
-        halves = list(zip(self.specs, configs, strict=True))
-        counts = [spec.tokens(config) for spec, config in halves]
-        if counts[0] != counts[1] and any(math.isqrt(n) ** 2 != n for n in counts):
+        (one, other), (first, second) = self.specs, configs
+        n, m = one.tokens(first), other.tokens(second)
+        if n != m and (math.isqrt(n) ** 2 != n or math.isqrt(m) ** 2 != m):
             raise DPAError(
-                f"The encoders of the pair give {counts[0]} and {counts[1]} tokens, but only "
-                f"square grids can be interpolated. Change the image size of one."
+                f"The encoders of the pair give {n} and {m} tokens, but only square grids can be "
+                f"interpolated. Change the image size of one."
             )
-        first, second = configs
-        return PairConfig(
-            first,
-            second,
-            colours,
-            hidden_size=sum(spec.hidden_size(config) for spec, config in halves),
-            image_size=self.specs[0].image_size(configs[0]),
-        )
+        channels = one.hidden_size(first) + other.hidden_size(second)
+        size = one.image_size(first)
+        return PairConfig(first, second, colours, hidden_size=channels, image_size=size)
 
     def build(self, config: PairConfig) -> PairModel:
         """Build both modules, with random weights."""
@@ -196,7 +190,7 @@ class Pair(VisionEncoderSpec):
 
         The second encoder's image processor is the published one.
         """
-        second = _built(self.specs[1].processor(split_name(module.name_or_path)[1]))
+        second = BUILDER.build(self.specs[1].processor(split_name(module.name_or_path)[1]))
         processors = processor, second
         for half, spec, half_processor in zip(HALVES, self.specs, processors, strict=True):
             inner = None if state is None else {
@@ -231,15 +225,8 @@ def split_name(name: str) -> list[str]:
 
 
 def _colours(processor: dict) -> list[list[float]]:
-    built = _built(processor)
+    built = BUILDER.build(processor)
     return [list(built.image_mean), list(built.image_std)]
-
-
-def _built(processor: dict) -> Any:
-    options = dict(processor)
-    build = get_object_from_string(options.pop("type"))
-    name = options.pop("pretrained_model_name_or_path", None)
-    return build(**options) if name is None else build(name, **options)
 
 
 def _regrid(tokens: Tensor, n: int) -> Tensor:
