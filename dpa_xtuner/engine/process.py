@@ -92,8 +92,7 @@ def run_next(config: Config) -> None:
     os.environ[DATA_CHECKED] = str(Path(config.work_dir).parent)
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, *_without_resume(_quiet_script(sys.orig_argv[1:]))]
-    os.execve(sys.executable, command, os.environ)
+    os.execve(sys.executable, [sys.executable, *_arguments(sys.orig_argv[1:])], os.environ)
 
 
 def _free_port() -> int:
@@ -102,18 +101,18 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _quiet_script(arguments: list[str]) -> list[str]:
-    """Put our script in the place of XTuner's, which imports packages before the plugin."""
-    ours = str(shipped("tools") / "_xtuner_train.py")
-    return [ours if each.endswith("xtuner/tools/train.py") else each for each in arguments]
+def _arguments(given: list[str]) -> list[str]:
+    """Return those of the next stage, without ``--resume``.
 
-
-def _without_resume(arguments: list[str]) -> list[str]:
+    Our script stands in the place of XTuner's, which imports packages before the plugin.
+    """
     kept = []
-    it = iter(arguments)
+    it = iter(given)
     for argument in it:
         if argument == "--resume":
             next(it)
+        elif argument.endswith("xtuner/tools/train.py"):
+            kept.append(str(shipped("tools") / "_xtuner_train.py"))
         elif not argument.startswith("--resume="):
             kept.append(argument)
     return kept
