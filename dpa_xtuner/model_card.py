@@ -1,7 +1,5 @@
 """The model card of an exported LLaVA: README.md in its folder, with code that runs as it is."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

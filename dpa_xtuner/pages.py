@@ -1,7 +1,5 @@
 """HTML pages that need no other file: templates, and pictures inside them."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

@@ -14,8 +14,6 @@
 Only Pillow and numpy are imported here.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

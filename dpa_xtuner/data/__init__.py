@@ -1,5 +1,7 @@
 """Data: reading, tokenising once, batching, checking."""
 
+# ruff: noqa: F401
+
 from dpa_xtuner.data.check import DataReport, check_dataset
 from dpa_xtuner.data.collate import collate
 from dpa_xtuner.data.dataset import DPADataset
@@ -7,14 +9,3 @@ from dpa_xtuner.data.formats import read_records
 from dpa_xtuner.data.problems import Problem
 from dpa_xtuner.data.records import Record
 from dpa_xtuner.data.sampler import GroupedSampler
-
-__all__ = [
-    "DPADataset",
-    "DataReport",
-    "GroupedSampler",
-    "Problem",
-    "Record",
-    "check_dataset",
-    "collate",
-    "read_records",
-]

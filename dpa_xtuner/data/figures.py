@@ -1,7 +1,5 @@
 """What is in a data file, in figures: lengths, answers, pictures, scripts, duplicates."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass

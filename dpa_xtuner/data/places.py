@@ -10,8 +10,6 @@ A record names a picture by a text: a path, or one of these.
 | ``data:image/png;base64,...``               | these bytes                                 |
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import functools

@@ -1,7 +1,5 @@
 """One record of the data, whatever format it was written in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

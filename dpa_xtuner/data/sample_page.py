@@ -1,7 +1,5 @@
 """Sample records as the model sees them, on one HTML page that needs no other file."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from pathlib import Path
 from typing import Any

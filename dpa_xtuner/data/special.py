@@ -7,8 +7,6 @@ template itself says stays special. A second tokenizer, which knows the special 
 names only, then takes the words for what they are.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

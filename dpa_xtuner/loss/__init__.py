@@ -1,5 +1,7 @@
 """The relevance-weighted loss: from hidden states to log-probabilities, weights and one number."""
 
+# ruff: noqa: F401
+
 from dpa_xtuner.loss.head import TokenLogProbs, token_log_probs
 from dpa_xtuner.loss.objective import IGNORE_INDEX, Objective, supervised_mask
 from dpa_xtuner.loss.relevance import NORMALIZE, RelevanceLoss, relevance_loss, statistics
@@ -13,23 +15,3 @@ from dpa_xtuner.loss.weighting import (
     WeightingScheme,
     build_scheme,
 )
-
-__all__ = [
-    "CAL",
-    "CMO",
-    "IGNORE_INDEX",
-    "NORMALIZE",
-    "Contrast",
-    "ContrastScheme",
-    "Objective",
-    "RelevanceLoss",
-    "TokenLogProbs",
-    "TokenWeights",
-    "Uniform",
-    "WeightingScheme",
-    "build_scheme",
-    "relevance_loss",
-    "statistics",
-    "supervised_mask",
-    "token_log_probs",
-]

@@ -5,8 +5,6 @@ shards, lists of files), which gives its records as plain dicts. What a dict mea
 keys: LLaVA, messages, query/response, user/assistant texts, image and caption.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

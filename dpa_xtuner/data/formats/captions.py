@@ -1,7 +1,5 @@
 """A picture and its caption: rows of a table, or JSON objects of the same two keys."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders: Hugging Face data sets as ``save_to_disk`` or a hub has them, and tar shards."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """JSON: an array, or an object on each line, decoded one by one in bounded memory."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

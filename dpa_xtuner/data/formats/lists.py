@@ -1,7 +1,5 @@
 """Files that name other data files: LLaVA-NeXT's YAML and InternVL's meta.json."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -7,8 +7,6 @@ stands for the next one under "images" or "image". XTuner V1 names pictures in b
 their places in the text by ``<IMG_CONTEXT>``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Recognise a data file or folder by what is in it."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import zlib

@@ -4,8 +4,6 @@ ms-swift writes the former, with earlier turns under "history"; The Cauldron and
 latter. Pictures stand before the first question unless marks in the questions place them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a data file turns out to be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """CSV and TSV tables whose first row names a column of pictures and one of captions."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterator
 from pathlib import Path

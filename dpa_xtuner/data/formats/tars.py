@@ -1,7 +1,5 @@
 """WebDataset's tar shards: files of one name are one record, such as 7.jpg with 7.txt or 7.json."""
 
-from __future__ import annotations
-
 import re
 import tarfile
 from collections.abc import Iterator

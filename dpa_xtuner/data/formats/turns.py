@@ -1,7 +1,5 @@
 """What the formats have in common: turns, answers that are not trained on, pictures' names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
