@@ -6,12 +6,11 @@
 # make study-quick  the controlled study (studies/README.md) with three seeds; make study: all of it
 # make docs    site/: the pages of docs/ and an API reference; a dead link ends it
 # STEPS=20     a quick smoke test
-# STACK=5      for make install: the versions of constraints/5.txt; 5-eval has OpenCompass as well,
-#              stock (the default) has XTuner's own pins
+# STACK=stock  XTuner's own versions, in .venv-stock; any file of constraints/
 comma := ,
 PYTHON ?= python3
-VENV ?= .venv
-STACK ?= stock
+STACK ?= default
+VENV ?= .venv$(addprefix -,$(filter-out default,$(STACK)))
 DATA ?= data
 STEPS ?=
 
@@ -29,7 +28,7 @@ RUNS := work_dirs/$(CONFIG) $(filter-out %-vanilla %-eval,$(wildcard work_dirs/$
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/$(STACK).txt
 # OpenCompass needs numpy 1, and MMPretrain was tried with it alone.
-EXTRAS := deepspeed,demo,dev$(if $(filter stock 5-eval,$(STACK)),$(comma)eval$(comma)mmpretrain)
+EXTRAS := deepspeed,demo,dev$(if $(filter stock default,$(STACK)),$(comma)eval$(comma)mmpretrain)
 MATRIX := stock:python3.10 4.57:python3.11 5:python3.12
 
 .PHONY: demo compare lint fast check test matrix study study-quick docs install clean
@@ -87,8 +86,8 @@ matrix:
 	failed=; for each in $(MATRIX); do \
 		stack=$${each%%:*}; \
 		echo "== constraints/$$stack.txt, $${each##*:}"; \
-		$(MAKE) install STACK=$$stack PYTHON=$${each##*:} VENV=.venv-$$stack && \
-		$(MAKE) fast STACK=$$stack VENV=.venv-$$stack || failed="$$failed $$stack"; \
+		$(MAKE) install STACK=$$stack PYTHON=$${each##*:} && \
+		$(MAKE) fast STACK=$$stack || failed="$$failed $$stack"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 fast:

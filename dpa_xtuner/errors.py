@@ -38,7 +38,7 @@ def check_installed(extra: str, *packages: str) -> None:
 
 def install(extra: str) -> str:
     """Return the command that installs an extra, in the versions that are tested together."""
-    return f"pip install -c constraints/stock.txt -e '.[{extra}]' (see docs/environments.md)"
+    return f"pip install -c constraints/default.txt -e '.[{extra}]' (see docs/environments.md)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -33,12 +33,12 @@ NOT_RUN = {
     "make install": "installs, from the network",
     "source": "needs what `make install` makes",
     "pip": "installs, from the network",
+    "python -m dpa_xtuner.compat": "changes the installed XTuner; tests/test_compat.py",
     "python -m dpa_xtuner.check": "tests/test_check.py",
     "make demo": "ten minutes; tests/demo",
     "python -m dpa_xtuner.demo prepare": "needs the demo's packages; tests/demo",
     "make study-quick": "hours; tests/studies",
     "python -m studies.report": "tests/studies",
-    "evaluation.md: python tools/eval.py": "as the README's, which is run; tests/evaluation",
     "python tools/get_benchmarks.py": "downloads; tests/evaluation/test_get_benchmarks.py",
     "NPROC_PER_NODE=8": "needs 8 GPUs",
     "NNODES=2": "needs two machines",
@@ -141,7 +141,12 @@ def checkout(tiny, reference, tmp_path_factory) -> Path:
     (folder / "configs").mkdir()
     finished = reference(harness.Layout())
     base = f"_base_ = [{str(harness.TINY_CONFIG)!r}]\n"
-    for name in ("dpa_internlm2_7b", "dpa_qwen2_5_1_5b", "dpa_smollm2_135m_openmoji"):
+    for name in (
+        "dpa_internlm2_7b",
+        "vanilla_internlm2_7b",
+        "dpa_qwen2_5_1_5b",
+        "dpa_smollm2_135m_openmoji",
+    ):
         (folder / "configs" / f"{name}.py").write_text(
             base + "proxy = dict(lora=dict(lora_dropout=0.0))\n"
             "tune = dict(train_llm='full', lora=dict(lora_dropout=0.0))\n"
@@ -161,6 +166,10 @@ def checkout(tiny, reference, tmp_path_factory) -> Path:
         tiny_folder.write_folder(folder / "path/to" / name)
     for dataset in ("AI2D_TEST", "MMVP"):
         tiny_folder.write_data(folder / "benchmarks", dataset, tiny_folder.rows(dataset, 4))
+    asked = {"query": "Ice is", "choices": ["cold.", "hot.", "blue.", "far."], "gold": 0}
+    hellaswag = folder / "benchmarks/hellaswag/hellaswag.jsonl"
+    hellaswag.parent.mkdir()
+    hellaswag.write_text(json.dumps(asked) + "\n")
     (folder / "cache").mkdir()
     return folder
 
