@@ -32,8 +32,8 @@ def prepare_to_write(file: Path) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a text file completely or not at all, even if several processes do so at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(content, encoding="utf-8")
     move_into_place(partial, path)
 

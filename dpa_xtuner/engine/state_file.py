@@ -1,18 +1,16 @@
 """Writes how far a stage is and how its process ended, in its ``stage.json``."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_distributed
 
 from dpa_xtuner.engine.stopping import Stopped, stopped_in_order
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.files import move_into_place, write_json
+from dpa_xtuner.files import write_json
 from dpa_xtuner.layout import STATE_FILE
 from dpa_xtuner.stages.artifacts import read_state
 from dpa_xtuner.versions import installed_versions
@@ -73,11 +71,8 @@ class StateFile:
                 yield
         except BaseException as error:
             stopped = isinstance(error, Stopped | KeyboardInterrupt)
-            end: dict[str, Any] = {
-                "status": "stopped" if stopped else "failed",
-                "reason": _reason(error),
-            }
-            end["seconds"] = self.seconds()
+            status = "stopped" if stopped else "failed"
+            end = {"status": status, "reason": _reason(error), "seconds": self.seconds()}
             if steps is not None and (done := steps()):  # 0: it did not reach the first one
                 end["steps"] = done
             with suppress(OSError, DPAError):  # the first error is the one to show
@@ -90,11 +85,8 @@ class StateFile:
             return
         state = read_state(self.folder)
         # The first rank to fail knows why; the others fail because it is gone.
-        if state.get("status") != "running":
-            return
-        partial = self.folder / f".{STATE_FILE}.{self.rank}.partial"  # ranks may fail at once
-        partial.write_text(json.dumps(state | end, indent=2) + "\n", encoding="utf-8")
-        move_into_place(partial, self.folder / STATE_FILE)
+        if state.get("status") == "running":
+            write_json(self.folder / STATE_FILE, state | end)
 
 
 def steps_done(cfg: Config, iterations: int) -> int:
