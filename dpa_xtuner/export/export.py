@@ -15,7 +15,7 @@ from dpa_xtuner.export.hf import write_hf
 from dpa_xtuner.export.refusals import FORMATS, refuse_inexpressible
 from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.export.weights import StageWeights
-from dpa_xtuner.files import acquire_lock, whole_folder, write_json
+from dpa_xtuner.files import acquire_lock, read_json, whole_folder, write_json
 from dpa_xtuner.layout import HF_FOLDER, PROVENANCE_FILE, TUNE
 from dpa_xtuner.model_card import MODEL_CARD, write_card
 from dpa_xtuner.precision import DTYPES
@@ -115,11 +115,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 def _earlier_export(out: Path) -> dict[str, Any]:
     """Read the ``dpa.json`` of an earlier export; return an empty dict if there is none."""
-    try:
-        found = json.loads((out / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and {"format", "stage"} <= found.keys() else {}
+    found = read_json(out / PROVENANCE_FILE, f"Remove {out}, or choose another folder with -o.")
+    return found if {"format", "stage"} <= found.keys() else {}
 
 
 def _is_fresh(out: Path, provenance: dict[str, Any]) -> bool:

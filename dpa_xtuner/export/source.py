@@ -187,9 +187,10 @@ def read_source(
         folder = checkpoint.parent  # the run's, if the checkpoint was not moved
     begun = read_state(folder).get("origin") or {}
     precision = Precision(begun.get("precision", "bf16"))
-    # What training sets, and the stage's own builders ask for.
-    options = {**(options or {}), "work_dir": str(base), "launcher": "none"}
-    run = Run.of(config_from_file(config, options), precision)
+    cfg = config_from_file(config, options)
+    cfg.work_dir = str(base)  # as training sets it
+    cfg.setdefault("launcher", "none")
+    run = Run.of(cfg, precision)
     row = find_stage(run.settings, stage, "--stage ")
     source = Source(run, row, checkpoint, folder)
     _need_inputs(source)

@@ -59,17 +59,11 @@ def next_stage(cfg: Config) -> Config | None:
             continue
         config = stage_config(run, stage, provenance)
         _resume(config, checkpoint, state)
-        if not continues:
-            _check_later_data(run, stages[number:])
+        for later in [] if continues else stages[number:]:
+            if not is_finished(run.work_dir / later.name):
+                usable_data(run, later)  # the later stage finds it on disk
         return config
     return None
-
-
-def _check_later_data(run: Run, stages: list[Stage]) -> None:
-    """Build the data sets of later stages now; these then find them on disk."""
-    for stage in stages:
-        if not is_finished(run.work_dir / stage.name):
-            usable_data(run, stage)
 
 
 def resume_key(config: Config) -> dict:

@@ -537,24 +537,16 @@ def config_from_file(path: Path | str, options: dict | None = None) -> Config:
 
 
 def read_settings(cfg: Config) -> Settings:
-    """Read and check the settings of a config, and refuse options that have no effect.
+    """Read and check the settings of a config, and refuse ``--cfg-options`` that have no effect.
+
+    In a file, such settings are allowed.
 
     Raises:
-        DPAError: as :meth:`Settings.from_config` and :func:`refuse_unused_options`.
+        DPAError: as :meth:`Settings.from_config`, or options have no effect; lists them, one a line.
     """
     settings = Settings.from_config(cfg)
-    refuse_unused_options(cfg, settings)
-    return settings
-
-
-def refuse_unused_options(cfg: Config, settings: Settings) -> None:
-    """Refuse ``--cfg-options`` that have no effect; in a file, such settings are allowed.
-
-    Raises:
-        DPAError: there are some; lists them, one a line.
-    """
     if cfg.filename is None:
-        return
+        return settings
     file = _plain(Config.fromfile(cfg.filename)._cfg_dict)
     wrong = {
         path: f"{reason}, so nothing reads it; leave it out"
@@ -565,6 +557,7 @@ def refuse_unused_options(cfg: Config, settings: Settings) -> None:
     if file.get("launcher") not in (None, cfg.get("launcher")):  # XTuner overwrites it
         wrong["launcher"] = f"{file['launcher']!r} has no effect: give --launcher"
     refuse(f"{cfg.filename} (or --cfg-options)", wrong)
+    return settings
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, Any, Any]]:

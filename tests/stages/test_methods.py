@@ -11,7 +11,7 @@ from support.harness import Layout
 from transformers import LlamaForCausalLM
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages.settings import Settings, refuse_unused_options
+from dpa_xtuner.stages.settings import Settings, read_settings
 from dpa_xtuner.stages.table import stage_table
 
 pytestmark = pytest.mark.slow
@@ -29,9 +29,7 @@ METHODS = {
 def settings(**changes) -> Settings:
     cfg = Config.fromfile(harness.TINY_CONFIG)
     cfg.merge_from_dict({key.replace("__", "."): value for key, value in changes.items()})
-    found = Settings.from_config(cfg)
-    refuse_unused_options(cfg, found)
-    return found
+    return read_settings(cfg)
 
 
 def state(work_dir, stage: str) -> dict:

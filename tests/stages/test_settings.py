@@ -7,7 +7,7 @@ from mmengine.config import Config
 from support import harness
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.stages.settings import Settings, refuse_unused_options
+from dpa_xtuner.stages.settings import Settings, read_settings
 from dpa_xtuner.stages.settings_table import settings_table
 
 
@@ -105,7 +105,7 @@ def test_a_launcher_in_the_config_has_no_effect_and_is_told(tiny, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(f"_base_ = [{str(harness.TINY_CONFIG)!r}]\nlauncher = 'pytorch'\n")
     cfg = Config.fromfile(file)
-    refuse_unused_options(cfg, Settings.from_config(cfg))
+    read_settings(cfg)
     cfg.launcher = "none"  # as XTuner does, which takes --launcher alone
     with pytest.raises(DPAError, match="launcher: 'pytorch' has no effect: give --launcher"):
-        refuse_unused_options(cfg, Settings.from_config(cfg))
+        read_settings(cfg)
