@@ -542,7 +542,7 @@ def read_settings(cfg: Config) -> Settings:
     In a file, such settings are allowed.
 
     Raises:
-        DPAError: as :meth:`Settings.from_config`, or options have no effect; lists them, one a line.
+        DPAError: as :meth:`Settings.from_config`; or options have no effect: lists them.
     """
     settings = Settings.from_config(cfg)
     if cfg.filename is None:
