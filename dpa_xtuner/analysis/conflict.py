@@ -8,23 +8,20 @@ from typing import Any
 
 import torch
 from mmengine.device import get_device
-from mmengine.registry import MODELS, DefaultScope
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
 from dpa_xtuner.analysis.fit import Fit, fit
-from dpa_xtuner.analysis.models import split_data, spread
+from dpa_xtuner.analysis.models import build_model, split_data, spread
 from dpa_xtuner.data import DPADataset
 from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import read_source
 from dpa_xtuner.families.base import known_families
 from dpa_xtuner.layout import PROXY
-from dpa_xtuner.model.proxy_llm import ProxyLLM
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished
-from dpa_xtuner.stages.build import model_config
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import config_from_file
@@ -172,7 +169,7 @@ def fitted(asked: Asked, changes: dict) -> Conflict:
     stage, settings = run.stages[PROXY], run.settings
     train, samples = _split(run, stage, asked.samples)
     torch.manual_seed(0)  # of the adapter's first weights
-    model, lr = _build(run, stage), settings.proxy.lr  # type: ignore[union-attr]
+    model, lr = build_model(run, stage), settings.proxy.lr  # type: ignore[union-attr]
     found = fit(model, train, samples, run.tokenizer, run.precision, asked.steps, lr)
     in_other = " in float32, since float16 needs a scaled loss" * (asked_for != run.precision.name)
     files, how = ", ".join(settings.captions.files), f"quick fit{in_other}, {found.verdict}"
@@ -197,14 +194,14 @@ def _of_run(asked: Asked, run: Run) -> Conflict | None:
     bare = replace(stage, trains=())
     # With a new adapter, which adds nothing yet. The run measured it beside the weights: a sum in
     # bfloat16 is rounded, and was 0.015 nats off in the demo.
-    model = _build(run, stage if adapter else bare).to(get_device())
+    model = build_model(run, stage if adapter else bare).to(get_device())
     original = caption_cost(model, samples, run.tokenizer, run.precision)
     if adapter:
         set_peft_model_state_dict(model.llm, load_file(adapter / "adapter_model.safetensors"))
     else:
         del model  # before another of its size
         whole: dict[str, str] = {LLM: str(asked.base.absolute() / stage.writes[LLM])}
-        model = _build(run, replace(bare, loads=whole)).to(get_device())
+        model = build_model(run, replace(bare, loads=whole)).to(get_device())
     proxy = caption_cost(model, samples, run.tokenizer, run.precision)
     files, how = ", ".join(run.settings.captions.files), f"the proxy of {asked.base}"
     return Conflict(run.settings.llm_name_or_path, files, original, proxy, how)
@@ -230,11 +227,6 @@ def _split(run: Run, stage: Stage, count: int) -> tuple[DPADataset, list[dict]]:
             f"them is held out to be measured, so there must be 10 or more."
         )
     return train, [held_out.text(i) for i in spread(len(held_out), count)]
-
-
-def _build(run: Run, stage: Stage) -> ProxyLLM:
-    with DefaultScope.overwrite_default_scope("mmengine"):
-        return MODELS.build(model_config(run, stage))
 
 
 def _changes(asked: Asked, llm: str | None, captions: str | None) -> dict:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.device import get_device
 from mmengine.registry import DATASETS, MODELS, DefaultScope
@@ -66,8 +67,20 @@ def _config_of(folder: Path) -> Path:
     return Path(config)
 
 
+def build_model(run: Run, stage: Stage, **changes: Any) -> Any:
+    """Build a stage's model by the stage's own builder.
+
+    Args:
+        run: the run.
+        stage: the row of the stage table.
+        changes: arguments in place of those of the stage.
+    """
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        return MODELS.build(model_config(run, stage) | changes)
+
+
 def trained_model(source: Source) -> DPALLaVAModel:
-    """Build a stage's model by the stage's own builder, with the weights that it left; frozen.
+    """Build a stage's model with the weights that it left; frozen.
 
     Raises:
         DPAError: the checkpoint is not of this stage, or the published models have changed.
@@ -80,9 +93,7 @@ def trained_model(source: Source) -> DPALLaVAModel:
         places[LLM_ADAPTER] = adapters[0]
     loads = {name: str(path.absolute()) for name, path in places.items()}
     row = stage if source.checkpoint else replace(stage, loads=loads, trains=())
-    config = model_config(source.run, row) | {"use_activation_checkpointing": False}
-    with DefaultScope.overwrite_default_scope("mmengine"):
-        model = MODELS.build(config)
+    model = build_model(source.run, row, use_activation_checkpointing=False)
     for folder in adapters[1:]:
         read_adapter(folder).add_to(model.llm)
     for component in PUBLISHED:
