@@ -114,7 +114,7 @@ def measure(asked: Asked, llms: Sequence[str], captions: Sequence[str]) -> list[
     captions were held out from it. Everything else is fitted quickly.
 
     Args:
-        asked: see there.
+        asked: what is to be measured.
         llms: folders or names on a hub; none for the config's own.
         captions: files; none for the config's own.
 
@@ -158,7 +158,7 @@ def fitted(asked: Asked, changes: dict) -> Conflict:
     """Measure by a quick fit.
 
     Args:
-        asked: see there.
+        asked: what is to be measured.
         changes: settings in place of the config's.
     """
     forced = {"captions.held_out": asked.samples, "proxy.train_llm": "lora"}
@@ -192,7 +192,7 @@ def _of_run(asked: Asked, run: Run) -> Conflict | None:
     _, samples = _split(run, stage, asked.samples)
     adapter = source.written(LLM_ADAPTER)
     bare = replace(stage, trains=())
-    # With a new adapter, which adds nothing yet. The run measured it beside the weights: a sum in
+    # With a new adapter, which adds nothing yet. In the run it was not merged either: a sum in
     # bfloat16 is rounded, and was 0.015 nats off in the demo.
     model = build_model(run, stage if adapter else bare).to(get_device())
     original = caption_cost(model, samples, run.tokenizer, run.precision)

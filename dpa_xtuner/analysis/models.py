@@ -32,8 +32,8 @@ def find_source(
 
     Args:
         given: a DPA config, or the folder of a run, which knows its config.
-        stage: its name; by default ``tune`` where that is finished, else ``align``.
-        work_dir: of the run; ``work_dirs/<config's name>`` where it is None.
+        stage: its name; None for ``tune`` if that is finished, else for ``align``.
+        work_dir: work dir of the run; None for ``work_dirs/<config's name>``.
         checkpoint: look at this in place of what the stage wrote.
         options: as of ``--cfg-options``.
 
@@ -57,11 +57,11 @@ def _config_of(folder: Path) -> Path:
     if config is None:
         raise DPAError(
             f"{folder.parent} is not the folder of a run in which {folder.name} has begun: give "
-            f"such as work_dirs/RUN, or a config."
+            f"a folder such as work_dirs/RUN, or a config."
         )
     if not Path(config).is_file():
         raise DPAError(
-            f"{folder} was trained with {config}, which is not there, seen from here. Go to where "
+            f"{folder} was trained with {config}, which is not there. Go to the folder in which "
             f"it was trained, or give the config and --work-dir {folder.parent}."
         )
     return Path(config)
@@ -104,8 +104,8 @@ def trained_model(source: Source) -> DPALLaVAModel:
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         if wrong := sorted((state.keys() - model.state_dict().keys()) | (trained - state.keys())):
             raise DPAError(
-                f"{source.checkpoint} is not of stage {stage.name} of this config: it lacks or has "
-                f"beside it {len(wrong)} weights ({', '.join(wrong[:3])})."
+                f"{source.checkpoint} is not of stage {stage.name} of this config: {len(wrong)} "
+                f"weights are missing or unknown ({', '.join(wrong[:3])})."
             )
         model.load_state_dict(state, strict=False)
     return model.requires_grad_(False).eval().to(get_device())

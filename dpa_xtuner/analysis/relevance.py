@@ -209,7 +209,7 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     Args:
         source: of :func:`dpa_xtuner.analysis.models.find_source`.
         count: samples to show, evenly spread.
-        out: where to; ``relevance.html`` in the stage's folder where it is None.
+        out: the page's file; None for ``relevance.html`` in the stage's folder.
 
     Returns:
         The page's file.
@@ -226,7 +226,7 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     samples = []
     for index in spread(len(dataset), count):
         if not isinstance(sample := dataset[index], dict):
-            continue  # its picture can't be read, as the check of the data has said
+            continue  # its picture can't be read; the check of the data has reported it
         data = model.data_preprocessor(collate([sample]), False)["data"]
         with source.run.precision.autocast(get_device()):
             weights = weigh(model, data)

@@ -90,10 +90,10 @@ def _conflicts(conflicts: Sequence[Conflict]) -> str:
          f"{each.per_caption:.1f}")
         for each in conflicts
     ]  # fmt: skip
-    told = [f"- {each.llm}, {each.captions}: {each.how}.{_advice(each)}" for each in conflicts]
+    notes = [f"- {each.llm}, {each.captions}: {each.how}.{_advice(each)}" for each in conflicts]
     count = ", ".join(sorted({str(each.original.captions) for each in conflicts}))
     head = f"Nats per token of {count} held-out captions, text only\n\n"
-    return head + markdown(_COLUMNS, rows) + "\n\n" + "\n".join(told)
+    return head + markdown(_COLUMNS, rows) + "\n\n" + "\n".join(notes)
 
 
 def _advice(conflict: Conflict) -> str:
@@ -117,8 +117,8 @@ def _classes(conflicts: Sequence[Conflict]) -> str:
 
 
 def _of_class(one: dict) -> str:
-    told = f"{one['original']:.2f} - {one['proxy']:.2f} = {one['conflict']:.2f}"
-    return f"{told} ({one['tokens']})"
+    difference = f"{one['original']:.2f} - {one['proxy']:.2f} = {one['conflict']:.2f}"
+    return f"{difference} ({one['tokens']})"
 
 
 def _ranks(fits: Mapping[int, Fit]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _ranks_table(ranks: Ranks) -> str:
         (f"{share:g}", *(f"{fits[rank].floor:.3f}" for rank in every), str(recommend(fits)))
         for share, fits in ranks.items()
     ]
-    told = [
+    notes = [
         f"- share {share:g}, rank {rank}: {one.verdict}"
         for share, fits in ranks.items()
         for rank, one in fits.items()
@@ -146,7 +146,7 @@ def _ranks_table(ranks: Ranks) -> str:
         f"rank within {NEAR:.0%} of the best\n\n"
     )
     table = markdown(["share", *map(str, every), "recommended"], rows)
-    return head + table + "".join(f"\n{line}" for line in ["", *told] if told)
+    return head + table + "".join(f"\n{line}" for line in ["", *notes] if notes)
 
 
 def _leakage(measured: Mapping[str, float]) -> str:
@@ -161,7 +161,7 @@ def _leakage(measured: Mapping[str, float]) -> str:
 
 
 def draw(conflicts: Sequence[Conflict], ranks: Ranks, file: Path) -> None:
-    """Plot each conflict by word class beside its fit's curve, and the floors by rank.
+    """Plot each conflict by word class and its fit's curve, and the floors by rank.
 
     Args:
         conflicts: a row each.

@@ -258,10 +258,10 @@ class FolderChat(ChatModel):
                 raise DPAError(f"A question can't hold {self._processor.image_token!r}.")
             content = [{"type": "image"}] if turn.picture else []
             content += [{"type": "text", "text": turn.question}] if self.takes_questions else []
-            said = [{"type": "text", "text": turn.answer}]
+            answer = [{"type": "text", "text": turn.answer}]
             messages += [
                 {"role": "user", "content": content},
-                {"role": "assistant", "content": said},
+                {"role": "assistant", "content": answer},
             ]
         if not (self._processor.chat_template or self.tokenizer.chat_template):
             raise DPAError(

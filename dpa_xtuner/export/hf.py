@@ -230,5 +230,5 @@ def _generation(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_of_turn(source.template, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[image_id],  # its row is nobody's
+        suppress_tokens=[image_id],  # no training has set its row
     )
