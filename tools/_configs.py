@@ -5,7 +5,6 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from itertools import takewhile
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -65,35 +64,25 @@ def parsed(parser: argparse.ArgumentParser) -> dict:
     parser.add_argument(
         "--cfg-options", nargs="+", action="extend", default=[], help="as in training"
     )
-    check_options(sys.argv[1:])
     given = vars(parser.parse_args())
+    check_options(given["cfg_options"])
     return given | {"options": parse_options(given.pop("cfg_options"))}
 
 
-def check_options(arguments: list[str]) -> None:
+def check_options(given: list[str]) -> None:
     """Refuse ``--cfg-options`` on which MMEngine's parser would fail with a traceback.
-
-    Args:
-        arguments: a command line's arguments.
 
     Raises:
         SystemExit: an option does not have the form SETTING=VALUE, or its brackets don't close.
     """
-    for i, argument in enumerate(arguments):
-        if argument.startswith("--cfg-options="):
-            given = [argument.removeprefix("--cfg-options=")]
-        elif argument == "--cfg-options":
-            given = list(takewhile(lambda a: not a.startswith("--"), arguments[i + 1 :]))
-        else:
-            continue
-        for option in given:
-            key, equals, value = option.partition("=")
-            if not equals or not key:
-                raise SystemExit(
-                    f"--cfg-options {option}: expected SETTING=VALUE, such as align.lr=1e-3."
-                )
-            if any(value.count(a) != value.count(b) for a, b in ("()", "[]")):
-                raise SystemExit(f"--cfg-options {option}: its brackets don't close.")
+    for option in given:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise SystemExit(
+                f"--cfg-options {option}: expected SETTING=VALUE, such as align.lr=1e-3."
+            )
+        if any(value.count(a) != value.count(b) for a, b in ("()", "[]")):
+            raise SystemExit(f"--cfg-options {option}: its brackets don't close.")
 
 
 def parse_options(given: list[str]) -> dict:

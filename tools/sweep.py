@@ -31,8 +31,8 @@ def main() -> int:
     parser.add_argument("--cfg-options", nargs="+", default=[], help="settings of all runs")
     parser.add_argument("--rehearse", action="store_true", help="rehearse each run")
     parser.add_argument("--table", action="store_true", help="make the table; run nothing")
-    check_options(sys.argv[1:])
     known, others = parser.parse_known_args()
+    check_options(known.cfg_options)
     config = find_config(known.config)
     work_dir = Path(known.work_dir or f"work_dirs/{config.stem}-sweep")
     if known.rehearse:

@@ -93,8 +93,11 @@ def main() -> int:
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--work-dir", help="default: work_dirs/<config's name>")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, a few steps a stage")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], help="settings")
     known, others = parser.parse_known_args()
-    check_options(others)
+    check_options(known.cfg_options)
+    if known.cfg_options:
+        others += ["--cfg-options", *known.cfg_options]
     config = find_config(known.config)
     if known.rehearse:
         os.environ["DPA_REHEARSE"] = "1"
