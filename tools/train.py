@@ -75,15 +75,16 @@ def _is_locked(path: Path) -> bool:
         return True
 
 
-def _check_deepspeed(arguments: list[str]) -> None:
+def _check_deepspeed(name: str) -> None:
     """Refuse a ``--deepspeed`` that is neither a file nor one of XTuner's names."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--deepspeed")
-    name = parser.parse_known_args(arguments)[0].deepspeed
+    if not importlib.util.find_spec("deepspeed"):
+        from dpa_xtuner.errors import install
+
+        raise SystemExit(f"--deepspeed needs DeepSpeed: {install('deepspeed')}")
     folder = Path(importlib.util.find_spec("xtuner").origin).parent / "configs" / "deepspeed"
     known = sorted(path.stem for path in folder.glob("*.json"))
     known += ["zero1", "zero2", "zero3"]
-    if name is not None and not Path(name).is_file() and name not in known:
+    if not Path(name).is_file() and name not in known:
         raise SystemExit(f"--deepspeed {name} is neither a file nor one of {', '.join(known)}.")
 
 
@@ -93,6 +94,7 @@ def main() -> int:
     parser.add_argument("config", help="path or name of a config")
     parser.add_argument("--work-dir", help="default: work_dirs/<config's name>")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, a few steps a stage")
+    parser.add_argument("--deepspeed", metavar="zero2", help="or another of XTuner's, or a file")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], help="settings")
     known, others = parser.parse_known_args()
     check_options(known.cfg_options)
@@ -101,13 +103,9 @@ def main() -> int:
     config = find_config(known.config)
     if known.rehearse:
         os.environ["DPA_REHEARSE"] = "1"
-    if any(o.startswith("--deepspeed") for o in others) and not importlib.util.find_spec(
-        "deepspeed"
-    ):
-        from dpa_xtuner.errors import install
-
-        raise SystemExit(f"--deepspeed needs DeepSpeed: {install('deepspeed')}")
-    _check_deepspeed(others)
+    if known.deepspeed is not None:
+        _check_deepspeed(known.deepspeed)
+        others += ["--deepspeed", known.deepspeed]
     work_dir = (known.work_dir or f"work_dirs/{config.stem}").rstrip("/")
     code = run(command(config, ["--work-dir", work_dir, *others]))
     rehearsal = "-rehearsal" if os.environ.get("DPA_REHEARSE", "0") not in ("", "0") else ""
