@@ -204,11 +204,9 @@ def _need_inputs(source: Source) -> None:
     name, base = source.stage.name, source.run.work_dir
     if source.checkpoint is None:
         _need_finished(base, name, "what it writes is needed")
-        needed = [folder for each in source.stage.writes if (folder := source.written(each))]
-    else:
-        if not source.checkpoint.exists():
-            raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
-        needed = []
+    elif not source.checkpoint.exists():
+        raise DPAError(f"--checkpoint {source.checkpoint} does not exist.")
+    needed = [folder for each in source.stage.writes if (folder := source.written(each))]
     if source.stage_provenance:
         now = model_of(source.run, source.stage)
         known = source.stage_settings.names_changing("model")
