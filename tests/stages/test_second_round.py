@@ -23,6 +23,7 @@ from dpa_xtuner.export import export_config
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.planning import sweep
 from dpa_xtuner.planning.check import check_config
+from dpa_xtuner.planning.memory import stage_models
 from dpa_xtuner.stages.settings import config_from_file
 
 pytestmark = pytest.mark.slow
@@ -393,7 +394,6 @@ def test_a_second_round_with_zero2(rounds, tmp_path):
 
 def test_the_tools_know_a_run_of_one_stage(rounds, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
-    import memory
     import train
 
     first, second = rounds("full")
@@ -402,7 +402,7 @@ def test_the_tools_know_a_run_of_one_stage(rounds, tmp_path, monkeypatch):
         "stage", "tune",
     ]  # fmt: skip
     cfg = config_from_file(harness.TINY_CONFIG, options)
-    assert list(memory.stage_models(cfg)) == ["tune"]
+    assert list(stage_models(cfg)) == ["tune"]
     axes = sweep.grid(["tune.lr=1e-3,2e-3", "align.lr=1e-3,2e-3"])
     plan = sweep.plan(harness.TINY_CONFIG, axes, options)
     assert [run.name for run in plan] == ["tune.lr=1e-3", "tune.lr=2e-3"]
