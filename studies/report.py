@@ -7,6 +7,7 @@ A block of the page, between `<!-- NAME -->` and `<!-- end -->`, is replaced by 
 """
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -20,6 +21,8 @@ from scipy.stats import t as student
 
 from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
+from studies.openmoji.plan import BUDGETS, SEEDS, Run, load
+from studies.openmoji.styles import STYLES
 from studies.plan import BASE, METHODS, STUDIES, VARIANTS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -287,6 +290,60 @@ def _mechanism(results: Results) -> str:
     return _table(["level", "method", "", *map(str, steps)], rows) if rows else ""
 
 
+DRAWINGS: dict[str, Callable[[dict], float]] = {
+    "conflict": lambda run: run["measured"]["original"] - run["measured"]["floor"],
+    "floor": lambda run: run["measured"]["floor"],
+    "align": lambda run: run["measured"]["align"],
+    "leakage": lambda run: run["measured"]["leakage"],
+    "accuracy": lambda run: run["answers"]["all"]["accuracy"],
+    "nats": lambda run: run["answers"]["all"]["with_picture"],
+}
+"""What a run with SmolLM2 and drawings is judged by."""
+
+
+def drawings(folder: Path) -> dict[str, str]:
+    """Make the tables of the study with drawings, a block for each budget."""
+    return {
+        f"openmoji {name}": _drawings(load(folder, BUDGETS[name].protocol))
+        for name in ("large", "small")
+    }
+
+
+def _drawings(runs: dict[Run, dict]) -> str:
+    if not runs:
+        return "Not run."
+    rows, missing = [], 0
+    for style, method in itertools.product(STYLES, METHODS):
+        mine = {run.seed: runs[run] for run in runs if (run.style, run.method) == (style, method)}
+        absent = [seed for seed in SEEDS if seed not in mine]
+        missing += len(absent)
+        means = [
+            f"{np.mean([value(run) for run in mine.values()]):.3f}" if mine else "-"
+            for value in DRAWINGS.values()
+        ]
+        gains = []
+        for value in (DRAWINGS["accuracy"], DRAWINGS["nats"]):
+            pairs = [
+                value(run) - value(runs[base])
+                for seed, run in mine.items()
+                if (base := Run(style, "vanilla", seed)) in runs and method != "vanilla"
+            ]
+            gains.append(_gain(Interval.of(pairs) if pairs else None))
+        listed = [", ".join(map(str, sorted(seeds))) for seeds in (mine, absent)]
+        rows.append((style, method, *listed, *means, *gains))
+    head = ["captions", "method", "seeds", "missing", *DRAWINGS]
+    head += ["accuracy - vanilla", "nats - vanilla"]
+    where: dict[str, list[str]] = {}
+    for run, known in sorted(runs.items(), key=lambda item: item[0].name):
+        where.setdefault(known["machine"], []).append(run.name)
+    seconds = np.median([sum(known["seconds"].values()) for known in runs.values()])
+    return "\n\n".join([
+        f"{len(runs)} runs of {seconds:.0f} s (median, with the proxy's); {missing} are missing.",
+        _table(head, rows),
+        *(f"Ran on {machine}: {', '.join(names)}." for machine, names in where.items()),
+    ])  # fmt: skip
+
+
 def draw(results: Results, folder: Path) -> None:
     """Write one picture per question into a folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -379,7 +436,7 @@ def main() -> None:
     results = Results(given.results, STUDIES[given.study].sizes.protocol)
     if not results.runs:
         raise SystemExit(f"No results of {given.study} in {given.results}: run it first.")
-    made = tables(results)
+    made = tables(results) | drawings(given.results)
     write_text(given.page, fill(given.page.read_text(encoding="utf-8"), made))
     draw(results, given.page.parent)
     print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))

@@ -211,7 +211,7 @@ def _write(
 ) -> None:
     problems: list[Problem] = []
     notes: dict[str, tuple[int, list[str]]] = {}
-    digest = hashlib.sha256()
+    digest, records = hashlib.sha256(), 0
     what = tokenizer.sample_format + (", reading image sizes" if tokenizer.tiling else "")
     raw = {name: folder / f"{name}.raw" for name in _COLUMNS}
     with ExitStack() as stack:
@@ -232,8 +232,9 @@ def _write(
             for note in tokenized.notes:
                 count, ids = notes.get(note.kind, (0, []))
                 notes[note.kind] = (count + 1, [*ids, note.record_id] if count < _NOTED else ids)
-            progress.update(len(tokenized.records) + len(tokenized.problems))
-        records = progress.n
+            size = len(tokenized.records) + len(tokenized.problems)
+            progress.update(size)
+            records += size  # progress counts nothing where TQDM_DISABLE is set
     for name, path in raw.items():
         dtype = _COLUMNS[name]
         column = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)

@@ -1,5 +1,6 @@
 """The tokenised store: when it is built, read, rebuilt and trusted."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -57,6 +58,12 @@ def test_a_store_holds_what_the_encoder_says(data, tokenizer, monkeypatch):
         assert found.arrays["lengths"][i] == alone.lengths[0]
         assert found.arrays["truncated"][i] == alone.truncated[0]
     assert 0 < found.arrays["truncated"].sum() < 29
+
+
+def test_records_are_counted_without_a_progress_bar(data, tokenizer, monkeypatch):
+    # As TQDM_DISABLE does, which tqdm reads when it is imported.
+    monkeypatch.setattr(store, "tqdm", functools.partial(store.tqdm, disable=True))
+    assert open_store(data, encoder(tokenizer)).records == 29
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from support import tiny_llava
 from studies import world
 from studies.measure import look
 from studies.plan import STUDIES, Cell
-from studies.report import Interval, Results, fill, tables
+from studies.report import Interval, Results, drawings, fill, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -218,4 +218,5 @@ def test_all_tables_are_made_of_few_results(tmp_path):
 def test_the_published_tables_are_those_of_the_files_under_todays_protocol():
     results = Results(ROOT / "studies/results", STUDIES["full"].sizes.protocol)
     page = (ROOT / "docs/results.md").read_text()
-    assert fill(page, tables(results)) == page
+    made = tables(results) | drawings(ROOT / "studies/results")
+    assert fill(page, made) == page
