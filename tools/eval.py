@@ -167,7 +167,7 @@ def _model(name: str) -> Path:
     if (name.endswith(".py") and Path(name).is_file()) or name in config_names():
         return find_config(name)
     raise DPAError(
-        f"{name!r} is neither a folder nor a config{nearest(name, config_names())}. Give the "
+        f"{name!r} is neither a folder nor a config{nearest(name, config_names()) or '.'} Give the "
         f"folder of a Hugging Face LLaVA, or a config: python tools/list_configs.py."
     )
 

@@ -292,6 +292,7 @@ def find_benchmarks(names: Iterable[str], also: Iterable[str] = ()) -> list[Benc
         if name not in BENCHMARKS:
             known = ["all", *BENCHMARKS, *also]
             raise DPAError(
-                f"There is no benchmark {name!r}{nearest(name, known)}. Known: {', '.join(known)}."
+                f"There is no benchmark {name!r}{nearest(name, known) or '.'} "
+                f"Known: {', '.join(known)}."
             )
     return [benchmark for name, benchmark in BENCHMARKS.items() if name in found]

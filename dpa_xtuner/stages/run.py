@@ -304,7 +304,7 @@ def check_loader(side: str, how: dict, config: PretrainedConfig) -> None:
     if attention is not None and attention not in kinds:
         raise DPAError(
             f"{side}.attn_implementation={attention!r}: expected one of {', '.join(kinds)}"
-            f"{nearest(str(attention), kinds)}."
+            f"{nearest(str(attention), kinds) or '.'}"
         )
 
 
