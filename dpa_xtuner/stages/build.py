@@ -166,7 +166,7 @@ def check_ahead(run: Run, stages: list[Stage]) -> None:
     for stage in stages:
         stage_settings = run.settings.of_stage(stage.name)
         data = run.settings.data_of(stage.sample_format)
-        model = _outline(run, stage).model.to_dict()
+        model = model_config(run, stage)
         wrong = problems([MODELS.get(model["type"])], model, ("type",))
         refuse(str(run.cfg.filename), {f"model.{key}": what for key, what in wrong})
         accumulative_counts(stage_settings, world_size(run.cfg.launcher), stage.name)
@@ -195,11 +195,14 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
         A new config that has MMEngine's keys only.
     """
     stage_settings = run.settings.of_stage(stage.name)
-    config = _outline(run, stage)
-    built = usable_data(run, stage)
-    if "held_out" in config.train_dataloader.dataset:
-        config.train_dataloader.dataset.held_out = built.cache_key["held_out"]
-    dataset = config.train_dataloader.dataset.to_dict()
+    dataset, built = dataset_config(run, stage), usable_data(run, stage)
+    if "held_out" in dataset:
+        dataset["held_out"] = built.cache_key["held_out"]
+    config = _without_settings(run.cfg)
+    config.work_dir = str(run.work_dir / stage.name)
+    config.model = model_config(run, stage)
+    config.train_dataloader.update(dataset=dataset)
+    _set_optimizer(config, run, stage)
     numbers = schedule(stage_settings, len(built), world_size(run.cfg.launcher), stage.name)
     log_schedule(stage_settings, numbers, len(built), stage.name)
     _set_schedule(config, stage_settings, numbers, run.deepspeed)
@@ -207,24 +210,12 @@ def stage_config(run: Run, stage: Stage, provenance: dict) -> Config:
         _balance_ranks(config, stage_settings.batch_size, VISUAL_ENCODER not in stage.trains)
     _set_precision(config, run.deepspeed)
     _set_log(config, run, stage)
-    config.custom_hooks = config.custom_hooks + _hooks(
-        run, stage, dataset, built.fingerprint, provenance
-    )
+    hooks = _hooks(run, stage, dataset, built.fingerprint, provenance)
+    config.custom_hooks = [*(config.get("custom_hooks") or []), *hooks]
     if not torch.cuda.is_available():
         config.env_cfg.dist_cfg.backend = "gloo"
         config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
         config.train_dataloader.pin_memory = False  # for copies to a GPU
-    return config
-
-
-def _outline(run: Run, stage: Stage) -> Config:
-    """Build the part of a stage's config that does not depend on its data."""
-    config = _without_settings(run.cfg)
-    config.work_dir = str(run.work_dir / stage.name)
-    config.model = model_config(run, stage)
-    config.train_dataloader.update(dataset=dataset_config(run, stage))
-    config.custom_hooks = config.get("custom_hooks") or []
-    _set_optimizer(config, run, stage)
     return config
 
 
