@@ -33,14 +33,12 @@ class Component(str):
         label: its name for people.
         module: the attribute of the model that holds it.
         loaded_as: the key of the model's config for the folder it is loaded from.
-        settings: settings of a stage that have no effect unless the stage trains it.
-        rate: the one of these settings that is its own learning rate.
+        rate: the setting of a stage that is the component's learning rate.
     """
 
     label: str
     module: str
     loaded_as: str = ""
-    settings: tuple[str, ...] = ()
     rate: str | None = None
 
     def of(self, model: nn.Module) -> Any:
@@ -148,7 +146,7 @@ class _LLM(Published):
 
 
 class _LLMAdapter(Component):
-    label, module, loaded_as, settings = "LLM's adapter", "llm", "merged_adapter", ("lora",)
+    label, module, loaded_as = "LLM's adapter", "llm", "merged_adapter"
 
     def owns(self, parameter: str) -> bool:
         """Tell whether a parameter is one of the LLM's LoRA weights."""
@@ -187,8 +185,7 @@ class _LLMAdapter(Component):
 
 
 class _VisualEncoder(Published):
-    label, module = "visual encoder", "visual_encoder"
-    settings, rate = ("train_visual_encoder", "visual_encoder_lr"), "visual_encoder_lr"
+    label, module, rate = "visual encoder", "visual_encoder", "visual_encoder_lr"
 
     def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""
@@ -218,7 +215,7 @@ class _VisualEncoder(Published):
 
 class _Projector(Component):
     label, module, loaded_as = "projector", "projector", "pretrained_projector"
-    settings, rate = ("projector_lr",), "projector_lr"
+    rate = "projector_lr"
 
     def configure(self, model: dict, run: Run, stage: Stage) -> None:
         """See :meth:`Component.configure`."""

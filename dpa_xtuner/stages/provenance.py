@@ -24,7 +24,7 @@ from dpa_xtuner.stages.artifacts import (
     trained_key,
 )
 from dpa_xtuner.stages.build import constructor_of
-from dpa_xtuner.stages.components import COMPONENTS, LLM, PROJECTOR, PUBLISHED
+from dpa_xtuner.stages.components import LLM, PROJECTOR, PUBLISHED
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import Change, differences
 from dpa_xtuner.stages.table import Stage
@@ -96,9 +96,9 @@ def model_of(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _of_stage(run: Run, stage: Stage, change: Change) -> dict[str, Any]:
-    frozen = [component for component in COMPONENTS if component not in stage.trains]
-    unused = {name for component in frozen for name in component.settings}
-    return run.settings.of_stage(stage.name).changing(change, leave_out=unused)
+    prefix, unused = f"{stage.name}.", run.settings.unused_settings
+    left_out = {key.removeprefix(prefix).rstrip(".") for key in unused if key.startswith(prefix)}
+    return run.settings.of_stage(stage.name).changing(change, left_out)
 
 
 def refuse_changed(folder: Path, before: dict, now: dict, way_out: str) -> None:
