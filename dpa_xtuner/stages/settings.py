@@ -489,7 +489,7 @@ def _methods(proxy: bool) -> str:
 
 
 # Keys that every stage sets, whatever the settings are.
-_STAGES_OWN = (
+_SET_BY_STAGES = (
     "data_preprocessor",
     "default_hooks.checkpoint.by_epoch",
     "default_hooks.logger.log_metric_by_epoch",
@@ -513,7 +513,7 @@ def owned_keys() -> dict[str, str]:
                 found.setdefault(key, {})[f"{prefix}{name}"] = None
     ways = {key: f"set {' or '.join(names)} instead" for key, names in found.items()}
     ways["model.projector_depth"] = "set projector.depth instead"
-    return ways | dict.fromkeys(_STAGES_OWN, "leave it out")
+    return ways | dict.fromkeys(_SET_BY_STAGES, "leave it out")
 
 
 def settings_in(annotation: Any) -> type[BaseModel] | None:
