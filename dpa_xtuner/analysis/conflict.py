@@ -110,13 +110,13 @@ class Asked:
 def measure(asked: Asked, llms: Sequence[str], captions: Sequence[str]) -> list[Conflict]:
     """Measure each caption file under each LLM.
 
-    The run's own proxy stands for the config's own LLM and captions, where it is finished and
-    captions were held out from it. Everything else is fitted quickly.
+    For the config's LLM and captions, the run's proxy is used if its stage is finished and captions
+    were held out from it. Every other proxy is fitted quickly.
 
     Args:
         asked: what is to be measured.
-        llms: folders or names on a hub; none for the config's own.
-        captions: files; none for the config's own.
+        llms: folders or names on a hub; empty for the config's LLM.
+        captions: files; empty for the config's captions.
 
     Raises:
         DPAError: settings, models or data can't be used.

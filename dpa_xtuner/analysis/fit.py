@@ -16,11 +16,11 @@ from dpa_xtuner.precision import Precision
 BATCH = 8
 """Captions of a step."""
 LOWEST_RATE = 2e-4
-"""The least learning rate: a run's own is often for batches of 256 and thousands of steps."""
+"""The least learning rate: that of a run is often meant for batches of 256 and many steps."""
 LOOKS = 10
-"""Times that held-out captions are looked at, if no look ends the fit before."""
+"""How often the held-out captions are measured, unless the fit converges before."""
 NEAR = 0.01
-"""What is within 1 % of the best counts as no worse."""
+"""A cost within 1 % of the best counts as equal."""
 
 
 @dataclass(frozen=True)
