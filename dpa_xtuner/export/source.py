@@ -1,6 +1,6 @@
 """What is exported: a finished stage of a run, or a checkpoint of one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dpa_xtuner.stages.components import (
 )
 from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import StageSettings, config_from_file
+from dpa_xtuner.stages.settings import StageSettings, config_from_file, differences
 from dpa_xtuner.stages.table import Stage, find_stage
 
 # Captions are learned as image, text, newline: a template without words.
@@ -231,14 +231,11 @@ def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
     """Refuse inputs that were trained again or replaced after the stage had loaded them."""
     inputs = source.inputs()
     before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
-    loads = {name: folder for name, folder in source.stage.loads.items() if name in inputs}
-    now = input_hashes(replace(source.stage, loads=loads), source.run.work_dir) if before else {}
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise DPAError(
-                f"{inputs[name.split('/')[0]]} is not what stage {source.stage.name} was trained "
-                f"on: {name} has changed since. Restore it, or train {source.stage.name} again."
-            )
+    for name, *_ in differences(before, input_hashes(inputs)) if before else ():
+        raise DPAError(
+            f"{inputs[name.split('/')[0]]} is not what stage {source.stage.name} was trained on: "
+            f"{name} has changed since. Restore it, or train {source.stage.name} again."
+        )
 
 
 def _need_finished(base: Path, stage: str, why: str) -> None:

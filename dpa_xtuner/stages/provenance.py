@@ -5,6 +5,7 @@ belong to the run's models, by the provenance that lies next to them.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def provenance_of(run: Run, stage: Stage) -> dict[str, Any]:
         "optimizer": wrapper.optimizer.to_dict(),
         "paramwise_cfg": wrapper.get("paramwise_cfg"),
         "constructor": constructor_of(run, stage),
-        "loads": input_hashes(stage, run.work_dir),
+        "loads": input_hashes({c: run.work_dir / folder for c, folder in stage.loads.items()}),
         **published,
     }
     if (given := getattr(stage_settings, "init_projector", None)) is not None:
@@ -271,10 +272,14 @@ def lineage(folder: Path, llm: str) -> dict:
     }
 
 
-def input_hashes(stage: Stage, work_dir: Path) -> dict[str, str]:
-    """Hash (SHA-256) the weight files that a stage loads from earlier ones, by component/file."""
+def input_hashes(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Hash (SHA-256) the weight files of a stage's inputs, by component/file.
+
+    Args:
+        inputs: component -> its folder.
+    """
     return {
         f"{component}/{file.name}": file_sha256(file)
-        for component, folder in stage.loads.items()
-        for file in sorted((work_dir / folder).glob("*.safetensors"))
+        for component, folder in inputs.items()
+        for file in sorted(folder.glob("*.safetensors"))
     }
