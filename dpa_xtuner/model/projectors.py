@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PretrainedConfig
 from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.model.encoders import build_encoder
 from dpa_xtuner.registry import PROJECTORS, find_named
 
 
@@ -269,24 +267,6 @@ def projected_tokens(projector: ProjectorModule, n: int) -> int:
         DPAError: it can't take ``n`` patches.
     """
     return projector.tokens(n) if isinstance(projector, Projector) else n
-
-
-def image_tokens(encoder: str | dict, projector: str | dict, config: PretrainedConfig) -> int:
-    """Count the tokens that an image (or tile) takes in the LLM's sequence.
-
-    Args:
-        encoder: a kind of encoder, by name or as a dict of its name and arguments.
-        projector: a projector, by name or as a dict of its name and arguments.
-        config: the encoder's published configuration.
-
-    Raises:
-        DPAError: a name is unknown, or the projector can't take the encoder's tokens.
-    """
-    spec = build_encoder(encoder)
-    width = spec.hidden_size(config)
-    with torch.device("meta"):  # the LLM's width does not change the count
-        built = build_projector(projector, width, width)
-    return projected_tokens(built, spec.tokens(config))
 
 
 def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]:

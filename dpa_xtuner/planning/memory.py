@@ -18,7 +18,7 @@ from dpa_xtuner.loss.head import LOGITS_AT_ONCE
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
-from dpa_xtuner.model.projectors import build_projector, image_tokens
+from dpa_xtuner.model.projectors import build_projector, projected_tokens
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, VISUAL_ENCODER
@@ -177,7 +177,7 @@ class StageModel:
         if VISUAL_ENCODER in self.stage.trains:
             spec.freeze_unread(encoder)
         projector = build_projector(settings.projector, width, self.llm_config.hidden_size)
-        self.image_tokens = image_tokens(settings.encoder, settings.projector, config)
+        self.image_tokens = projected_tokens(projector, patches)
         # The frozen encoder's hidden states, which exist together for a moment, and the inputs and
         # outputs of the projector's layers.
         states = (getattr(config, "num_hidden_layers", 0) + 1) * width
