@@ -18,7 +18,7 @@ from dpa_xtuner.loss.head import LOGITS_AT_ONCE
 from dpa_xtuner.model.configs import NotFound, model_class
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
 from dpa_xtuner.model.llm import add_lora
-from dpa_xtuner.model.projectors import build_projector, projected_tokens
+from dpa_xtuner.model.projectors import build_projector
 from dpa_xtuner.model.published import published_config
 from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER, VISUAL_ENCODER
@@ -116,7 +116,6 @@ class StageModel:
 
     Attributes:
         counts: its parameters.
-        image_tokens: tokens of an image in the sequence; 0 if the stage sees no images.
 
     Raises:
         DPAError: a model is neither in a folder, nor on the hub, nor in ``published.json``.
@@ -130,7 +129,7 @@ class StageModel:
         self.checkpointing = cfg.model.get("use_activation_checkpointing", True)
         self.eager = cfg.model.llm.get("attn_implementation") == "eager"
         self.llm_config = published_config("llm_name_or_path", cfg.model.llm)
-        self.image_tokens = self.visual_bytes = 0
+        self.visual_bytes = 0
         with torch.device("meta"):
             modules = [self._llm(run, dtype)]
             if stage.sees_pictures:
@@ -168,7 +167,7 @@ class StageModel:
         return llm
 
     def _visual(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        """Build encoder and projector, and note the tokens and bytes of an image."""
+        """Build encoder and projector, and note the bytes of an image."""
         spec, settings = build_encoder(self.settings.encoder), self.settings
         config = _encoder_config(spec, settings.visual_encoder_name_or_path)
         patches, width = spec.tokens(config), spec.hidden_size(config)
@@ -177,7 +176,6 @@ class StageModel:
         if VISUAL_ENCODER in self.stage.trains:
             spec.freeze_unread(encoder)
         projector = build_projector(settings.projector, width, self.llm_config.hidden_size)
-        self.image_tokens = projected_tokens(projector, patches)
         # The frozen encoder's hidden states, which exist together for a moment, and the inputs and
         # outputs of the projector's layers.
         states = (getattr(config, "num_hidden_layers", 0) + 1) * width
