@@ -117,7 +117,8 @@ def test_parameters_are_the_published_ones(name):
     assert model.counts.frozen / 1e9 == pytest.approx(billions + CLIP, rel=0.01)
     width = model.llm_config.hidden_size
     assert model.counts.trained == 1024 * width + width + width * width + width
-    assert model.image_tokens == 576
+    # 576 patches: 25 hidden states, and what goes into and comes out of two linear layers.
+    assert model.visual_bytes == 2 * 576 * (25 * 1024 + 1024 + 3 * width)
 
 
 def test_a_local_folder_is_counted_as_it_is_loaded(tiny):
