@@ -1,7 +1,6 @@
 """Says what is wrong with a config on which XTuner's script fails before it reaches our runner."""
 
 import sys
-from collections.abc import Callable
 from traceback import walk_tb
 from types import FrameType, TracebackType
 
@@ -10,10 +9,8 @@ from dpa_xtuner.errors import DPAError
 
 def answer_uncaught() -> None:
     """Let a user's mistake end the process with its message alone, not with a traceback."""
-    sys.excepthook = _instead_of(sys.excepthook)
+    usual = sys.excepthook
 
-
-def _instead_of(usual: Callable) -> Callable:
     def hook(kind: type, error: BaseException, trace: TracebackType | None) -> None:
         """Print the answer to a user's mistake; show any other error as usual."""
         if isinstance(error, (EOFError, ConnectionError)) and any(
@@ -27,7 +24,7 @@ def _instead_of(usual: Callable) -> Callable:
         else:
             usual(kind, error, trace)
 
-    return hook
+    sys.excepthook = hook
 
 
 def _mistake(error: BaseException, trace: TracebackType | None) -> str:

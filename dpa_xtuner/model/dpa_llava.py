@@ -136,13 +136,19 @@ class DPALLaVAModel(LLaVAModel):
         return [self.llm, encoder] if able and not self.freeze_visual_encoder else [self.llm]
 
     def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: the trained components only.
+        """Return what a checkpoint holds: trained weights, and the buffers of their components.
 
         Args:
             args: of PyTorch's method.
             kwargs: of PyTorch's method.
         """
-        return _trained_state(self, super(LLaVAModel, self).state_dict(*args, **kwargs))
+        state = super(LLaVAModel, self).state_dict(*args, **kwargs)
+        named = self.named_parameters(remove_duplicate=False)
+        trains = {name: parameter.requires_grad for name, parameter in named}
+        modules = {name.split(".")[0] for name, trained in trains.items() if trained}
+        buffers = {name for name, _ in self.named_buffers() if name.split(".")[0] in modules}
+        # MMEngine sets an attribute on it, which a plain dict does not allow.
+        return OrderedDict((k, v) for k, v in state.items() if trains.get(k, k in buffers))
 
     def train(self, mode: bool = True) -> "DPALLaVAModel":
         """Switch the mode, but keep a frozen visual encoder in evaluation mode."""
@@ -234,16 +240,6 @@ class DPALLaVAModel(LLaVAModel):
         elif self.objective.scheme.contrast:
             no_image = contrast_log_probs(self.llm, data)
         return self.objective(log_probs, no_image, data)
-
-
-def _trained_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the trained weights of a state dict, and the buffers of their components."""
-    named = model.named_parameters(remove_duplicate=False)
-    trains = {name: parameter.requires_grad for name, parameter in named}
-    modules = {name.split(".")[0] for name, trained in trains.items() if trained}
-    buffers = {name for name, _ in model.named_buffers() if name.split(".")[0] in modules}
-    # MMEngine sets an attribute on it, which a plain dict does not allow.
-    return OrderedDict((k, v) for k, v in state.items() if trains.get(k, k in buffers))
 
 
 def _undo_dispatch(llm: nn.Module) -> None:
