@@ -9,11 +9,10 @@ import re
 from contextlib import suppress
 from typing import ClassVar
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -264,10 +263,7 @@ def read_weights(name: str, **hub) -> dict[str, Tensor]:
         files = get_checkpoint_shard_files(name, found, **hub)[0] if is_index else [found]
         weights: dict[str, Tensor] = {}
         for path in files:
-            if path.endswith(".safetensors"):
-                weights |= load_file(path)
-            else:
-                weights |= torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            weights |= load_state_dict(path, map_location="cpu")
         return weights
     raise DPAError(
         f"{name} has no weights: expected {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or their index for "
