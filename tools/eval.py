@@ -24,9 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _configs import config_names, find_config, parser_of, whole
+from _configs import find_run, parser_of, whole
 
-from dpa_xtuner.errors import DPAError, check_installed, cli_errors, nearest
+from dpa_xtuner.errors import DPAError, check_installed, cli_errors
 from dpa_xtuner.layout import HF_FOLDER, TUNE
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _import(module)
     texts, names = text.split_names(arguments.benchmarks)
     benchmarks = find_benchmarks(names, also=("text", *text.TEXT_BENCHMARKS))
-    models = [_model(name) for name in arguments.models]
+    expected = "the folder of a Hugging Face LLaVA, or a config's file or name"
+    models = [find_run(name, expected) for name in arguments.models]
     check_installed("eval", "opencompass", "vlmeval")
     gpus = _gpus(arguments.gpus)
     there, left_out, other_files = _with_files([*benchmarks, *texts], arguments)
@@ -158,18 +159,6 @@ def _import(module: str) -> None:
             f"--import {module}: {type(error).__name__}: {error} ({last.filename}, line "
             f"{last.lineno})"
         ) from error
-
-
-def _model(name: str) -> Path:
-    """Find a LLaVA folder, or the file of a config."""
-    if Path(name).is_dir():
-        return Path(name)
-    if (name.endswith(".py") and Path(name).is_file()) or name in config_names():
-        return find_config(name)
-    raise DPAError(
-        f"{name!r} is neither a folder nor a config{nearest(name, config_names()) or '.'} Give the "
-        f"folder of a Hugging Face LLaVA, or a config: python tools/list_configs.py."
-    )
 
 
 def _with_files(
