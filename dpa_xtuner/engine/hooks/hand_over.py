@@ -90,15 +90,14 @@ class HandOverHook(Hook):
             runner.logger.info(f"Stage {self.stage} begins from {self._start()}")
         self.frozen = {component: fingerprint(component.of(model)) for component in self.guards}
         barrier()
-        if is_main_process():
-            runner.state_file.write(self._state("running", runner, runner.iter))
+        self._write_running(runner, runner.iter)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Write how far the stage is, whenever a checkpoint is due."""
         interval = runner.cfg.default_hooks.checkpoint.interval
         last = batch_idx + 1 == runner.max_iters
-        if not last and self.every_n_train_iters(runner, interval) and is_main_process():
-            runner.state_file.write(self._state("running", runner, batch_idx + 1))
+        if not last and self.every_n_train_iters(runner, interval):
+            self._write_running(runner, batch_idx + 1)
 
     def after_train(self, runner) -> None:
         """Check that frozen weights are unchanged, write the components, mark the stage finished.
@@ -126,6 +125,11 @@ class HandOverHook(Hook):
         if is_main_process():
             runner.state_file.write(self._state("finished", runner, runner.iter))
         barrier()
+
+    def _write_running(self, runner, iterations: int) -> None:
+        if is_main_process():
+            runner.state_file.write(self._state("running", runner, iterations))
+        barrier()  # or a rank could fail meanwhile, and the reason that it notes be overwritten
 
     def _state(self, status: str, runner, iterations: int) -> dict:
         state = {
