@@ -941,7 +941,11 @@ PARTS = {
         heads, 1, "Head and loss",
         "Of the supervised tokens, with the gradient of the hidden states; the head is frozen.",
     ),
-    "study": Part(study, 2, "Study", "The part of the study that needs a GPU."),
+    "study": Part(
+        study, 2, "Study",
+        "Further seeds of the study's world (`studies/`). The study of SmolLM2-135M is a command "
+        "of its own: `python -m studies.openmoji`.",
+    ),
 }  # fmt: skip
 
 
@@ -1012,7 +1016,7 @@ that is cut off keeps what it has:
     {COMMAND}
 
 It needs no network and no weights: models are made on the GPU. It runs on the versions of
-`constraints/stock.txt` and `constraints/5.txt`; [`install.md`](install.md) is for a machine without
+every file of `constraints/`; [`install.md`](install.md) is for a machine without
 a network. A library that is missing costs only the figures that need it. `--device cpu` runs the
 same code with tiny shapes, as the tests do. The tests also run most of what is for a GPU alone on
 a pretended one: tensors that compute on the CPU, and refuse to be mixed with others.

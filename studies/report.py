@@ -239,11 +239,14 @@ def _variants(results: Results) -> str:
             rows.append((
                 name, level, _number(results.mean(cell, "over tune")),
                 _gain(results.gain(cell, base, "over tune")),
-                _gain(results.gain(cell, plain, "over tune")), method, len(results.seeds(cell)),
+                _gain(results.gain(cell, plain, "over tune")), method,
+                _number(results.mean(cell, "at the end")),
+                _gain(results.gain(cell, base, "at the end")),
             ))  # fmt: skip
     if not rows:
         return "Not run."
-    head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method", "seeds"]
+    head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method",
+            "at the end", "at the end - vanilla"]  # fmt: skip
     return _table(head, rows)
 
 

@@ -50,6 +50,7 @@ def write_smollm2(folder: Path) -> bool:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=GGUF_FILE, torch_dtype=torch.bfloat16
         )
+        model.hf_quantizer = None  # or transformers 5 takes its weights for quantized ones
         model.save_pretrained(temporary)
         _tokenizer(source).save_pretrained(temporary)
     _clean_config(temporary / "config.json")
@@ -86,7 +87,12 @@ def _tokenizer(source: Path):
 def _clean_config(path: Path) -> None:
     """Remove the names of the GGUF file and of its folder from the config."""
     config = json.loads(path.read_text())
-    for key in ("_name_or_path", "_model_name_or_path", "_attn_implementation_autoset"):
+    for key in (
+        "_name_or_path",
+        "_model_name_or_path",
+        "_attn_implementation_autoset",
+        "quantization_config",
+    ):
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

@@ -209,7 +209,7 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     assert rows["gains"] == [["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-", "-0.100 (1)"]]
     assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00", "0.50"]]
     assert rows["variants"] == [
-        ["cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "1"]
+        ["cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "0.75", "+0.250 (1)"]
     ]
     assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250 (1)", "-", "-", "-"]
     assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
