@@ -58,7 +58,7 @@ def before_training(root: Path) -> DemoModel:
     Args:
         root: folder of :func:`dpa_xtuner.demo.prepare.prepare`.
     """
-    llm, vit = _llm(root / LLM_FOLDER), CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
+    llm, vit = _llm(root / LLM_FOLDER), _vit(root)
     torch.manual_seed(0)
     projector = ProjectorModel(
         ProjectorConfig(
@@ -88,14 +88,18 @@ def after_training(root: Path, work_dir: Path) -> DemoModel:
     else:
         llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written[LLM_ADAPTER])
         llm = llm.merge_and_unload()
-    vit = CLIPVisionModel.from_pretrained(root / VIT_FOLDER)
-    return _demo_model(root, llm, vit, ProjectorModel.from_pretrained(written[PROJECTOR]))
+    return _demo_model(root, llm, _vit(root), ProjectorModel.from_pretrained(written[PROJECTOR]))
 
 
 def _llm(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=choose_precision("auto", "cpu").dtype
     )
+
+
+def _vit(root: Path) -> CLIPVisionModel:
+    # Its file has float16 weights, which transformers 5 would keep.
+    return CLIPVisionModel.from_pretrained(root / VIT_FOLDER, torch_dtype=torch.float32)
 
 
 def _demo_model(

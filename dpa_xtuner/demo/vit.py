@@ -418,7 +418,7 @@ def train_shipped(llm_folder: Path, out: Path) -> None:
         out: folder to write.
     """
     torch.manual_seed(SEED)
-    llm = AutoModelForCausalLM.from_pretrained(llm_folder)
+    llm = AutoModelForCausalLM.from_pretrained(llm_folder, torch_dtype=torch.float32)
     tower = NameTower(llm, AutoTokenizer.from_pretrained(llm_folder))
     names = sorted({drawing.name for drawing in catalogue() if not drawing.held_out})
     model = DrawingClip(tower, names)
