@@ -1,12 +1,14 @@
-# make demo    all three stages on a laptop, what came of them, exported and evaluated
-# make compare the same by vanilla alignment, and both evaluated side by side
+# make install makes the environment, .venv; the targets below do so too if it is missing
+# make demo    trains all three stages on a laptop, exports the model and evaluates it
+# make compare the same, then by vanilla alignment; both are evaluated side by side
 # make check   the linters, types and fast tests, in a few minutes
 # make test    the linters, types and all tests
-# make matrix  the fast tests on each set of versions in constraints/, in environments of their own
+# make matrix  the fast tests on stock, 4.57 and 5 of constraints/, in environments of their own
 # make study-quick  the controlled study (studies/README.md) with three seeds; make study: all of it
 # make docs    site/: the pages of docs/ and an API reference; a dead link ends it
-# STEPS=20     a quick smoke test
-# STACK=stock  XTuner's own versions, in .venv-stock; any file of constraints/
+# make clean   removes the demo's runs, data and models
+# STEPS=20     with demo or compare: a quick smoke test
+# STACK=stock  XTuner's own versions, in .venv-stock; 4.57 and 5 are other sets, for the matrix
 comma := ,
 PYTHON ?= python3
 STACK ?= default

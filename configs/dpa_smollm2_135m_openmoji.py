@@ -1,6 +1,7 @@
 # The demo (make demo): a real 135M language model and drawings, on two CPU cores.
-# `python -m dpa_xtuner.demo prepare` makes the models and the data. All numbers are [ours], chosen for what is
-# learned in a quarter of an hour. Small batches: as many samples in half as many steps taught less.
+# `python -m dpa_xtuner.demo prepare` makes the models and the data. All numbers are [ours], chosen for
+# what is learned in a quarter of an hour. Batches are small: as many samples in half as many steps
+# taught less.
 _base_ = ['_base_/dpa.py']
 
 __data = '{{$DPA_DATA:data}}'
@@ -35,6 +36,6 @@ tune = dict(
 # the end.
 optim_wrapper = dict(optimizer=dict(betas=(0.9, 0.98)))
 
-# On CPUs without a GPU the eager attention is the faster one, and memory is no concern.
+# On a CPU, eager attention is faster, and memory is no concern.
 model = dict(llm=dict(attn_implementation='eager'), use_activation_checkpointing=False)
 train_dataloader = dict(num_workers=1, pin_memory=False)

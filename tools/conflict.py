@@ -22,9 +22,11 @@ def main() -> None:
     parser.add_argument("--captions", nargs="+", default=[], help="files in place of the config's")
     parser.add_argument("--llm", nargs="+", default=[], help="LLMs in place of the config's")
     parser.add_argument(
-        "--samples", type=whole(1), default=128, help="held-out captions to measure"
+        "--samples", type=whole(1), default=128, help="held-out captions to measure; default: 128"
     )
-    parser.add_argument("--steps", type=whole(1), default=200, help="of a quick LoRA fit, at most")
+    parser.add_argument(
+        "--steps", type=whole(1), default=200, help="of a quick LoRA fit, at most; default: 200"
+    )
     parser.add_argument("--ranks", type=numbers(int), default=[], help="of LoRA, to compare")
     parser.add_argument("--shares", type=numbers(float), default=[], help="of the captions")
     parser.add_argument("--out", type=Path, help="default: <work dir>/conflict")

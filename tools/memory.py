@@ -98,9 +98,9 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE",
                         help="replace the tables in this Markdown file by those of all configs; "
                         "ignores other options")  # fmt: skip
-    parser.add_argument("--gpus", type=whole(1), default=8)
+    parser.add_argument("--gpus", type=whole(1), default=8, help="default: 8")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=2,
-                        help="DeepSpeed's ZeRO stage; 0: without DeepSpeed")  # fmt: skip
+                        help="DeepSpeed's ZeRO stage (default: 2); 0: none")  # fmt: skip
     parser.add_argument("--length", type=whole(1),
                         help="tokens of a sample with its images (default: max_length; captions "
                         "are some 60 tokens and their image)")  # fmt: skip

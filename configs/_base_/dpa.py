@@ -43,9 +43,9 @@ projector = dict(type='mlp')  # [paper]
 # Above 1: cut an image into at most so many tiles of the encoder's size, plus a thumbnail.
 max_tiles = 1
 
-# Data: LLaVA-format JSON or JSONL. proxy reads the text of `captions`, align the same
-# captions with their images, tune the `instructions`. share=0.25 uses a quarter of the data. A
-# list of files, with a list of image folders, is a mixture; weights=[2, 1] sets its ratio.
+# Data: files or folders of any format in docs/data.md. proxy reads the text of `captions`, align
+# the same captions with their images, tune the `instructions`. share=0.25 uses a quarter of the
+# data. A list of files, with a list of image folders, is a mixture; weights=[2, 1] sets its ratio.
 __data = '{{$DPA_DATA:data}}'  # with two underscores it is no setting
 captions = dict(
     data_path=f'{__data}/captions.json',

@@ -30,7 +30,7 @@ def main() -> None:
     command.add_argument("root", type=Path, help="folder of prepare")
     command.add_argument("work_dir", type=Path, help="folder of the training")
     command.set_defaults(run=print_report)
-    command = commands.add_parser("vit", help="train the shipped vision encoder again")
+    command = commands.add_parser("vit", help="train the shipped visual encoder again")
     command.add_argument(
         "llm_folder", nargs="?", type=Path, default=Path("data") / LLM_FOLDER,
         help="LLM whose word embeddings stand for the drawings' names",

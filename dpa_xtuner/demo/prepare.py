@@ -1,4 +1,4 @@
-"""Prepares the demo's inputs: a language model, the vision encoder and pictures."""
+"""Prepares the demo's inputs: a language model, the visual encoder and pictures."""
 
 import filecmp
 import functools
@@ -98,7 +98,7 @@ def _clean_config(path: Path) -> None:
 
 
 def copy_vit(folder: Path) -> bool:
-    """Copy the shipped vision encoder, unless the folder has these weights already.
+    """Copy the shipped visual encoder, unless the folder has these weights already.
 
     Args:
         folder: folder to create.
@@ -115,7 +115,7 @@ def copy_vit(folder: Path) -> bool:
 
 
 def prepare(root: Path) -> None:
-    """Write language model, vision encoder, data and benchmarks under ``root``.
+    """Write language model, visual encoder, data and benchmarks under ``root``.
 
     Finished work is not done again.
 

@@ -35,7 +35,7 @@ class DemoModel:
 
     Attributes:
         llm: language model.
-        vit: vision encoder.
+        vit: visual encoder.
         projector: features of the second-last layer (B, P, vision width) to (B, P, LLM width).
         tokenizer: tokenizer of the LLM.
         processor: image processor of the encoder.
