@@ -1,7 +1,7 @@
 """Workarounds for defects of other packages, one function for each defect.
 
-Each function names the defect and the version it was seen in, checks whether the defect exists, and
-does nothing if it is gone. Nothing else in this package patches foreign code.
+Each function names the defect and the version it was seen in. Where a version can be without the
+defect, it checks, and does nothing. Nothing else in this package patches foreign code.
 """
 
 import importlib.metadata

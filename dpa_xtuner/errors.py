@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from safetensors import SafetensorError
@@ -38,7 +39,8 @@ def check_installed(extra: str, *packages: str) -> None:
 
 def install(extra: str) -> str:
     """Return the command that installs an extra, in the versions that are tested together."""
-    return f"pip install -c constraints/default.txt -e '.[{extra}]' (see docs/environments.md)"
+    stack = "stock" if version("transformers").startswith("4.") else "default"
+    return f"pip install -c constraints/{stack}.txt -e '.[{extra}]' (see docs/environments.md)"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

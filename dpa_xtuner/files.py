@@ -31,16 +31,22 @@ def prepare_to_write(file: Path) -> None:
         raise DPAError(f"{file} can't be written: it is a folder. Give the name of a file.")
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a text file completely or not at all, even if several processes do so at once."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def write_text(path: Path, content: str, writer: str = "") -> None:
+    """Write a text file completely or not at all.
+
+    Args:
+        path: the file.
+        content: its text.
+        writer: name of this process, where several may write the file at once.
+    """
+    partial = path.with_name(f".{path.name}{writer}.partial")
     partial.write_text(content, encoding="utf-8")
     move_into_place(partial, path)
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file completely or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+def write_json(path: Path, content: dict, writer: str = "") -> None:
+    """Write a JSON file completely or not at all; see :func:`write_text`."""
+    write_text(path, json.dumps(content, indent=2) + "\n", writer)
 
 
 def read_json(path: Path, advice: str) -> dict:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -16,11 +17,17 @@ def outlive_readers() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         # None, a notebook's stream and a file of the user's are left alone.
-        if type(stream) is not io.TextIOWrapper or stream.fileno() not in (1, 2):
+        if type(stream) is not io.TextIOWrapper or _descriptor(stream) not in (1, 2):
             continue
         if "write" not in vars(stream):
             for name in ("write", "flush"):
                 setattr(stream, name, _lasting(stream, getattr(stream, name)))
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    with suppress(OSError, ValueError):  # a stream into memory has none
+        return stream.fileno()
+    return None
 
 
 def _lasting(stream: TextIO, method: Callable) -> Callable:

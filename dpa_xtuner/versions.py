@@ -40,7 +40,7 @@ def require_transformers(since: str, what: str) -> None:
     if Version(installed) < Version(since):
         raise DPAError(
             f"{what} needs transformers {since} or newer; installed is {installed}. Install the "
-            f"versions of constraints/default.txt (README, Install)."
+            f"versions of constraints/default.txt, on Python 3.11 or 3.12 (README, Install)."
         )
 
 

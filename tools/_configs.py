@@ -27,11 +27,12 @@ def find_config(name: str, expected: str = "a config's file or its name") -> Pat
         SystemExit: there is no such config; the message has the nearest names.
     """
     path, known = Path(name), config_names()
-    if path.is_file():
+    if path.is_file() and path.suffix == ".py":
         return path
     if (stem := name.removesuffix(".py")) in known:
         return next(CONFIGS.rglob(f"{stem}.py"))
-    wrong = "is a folder" if path.is_dir() else "is not there"
+    there = "is a folder" if path.is_dir() else "is no .py file"
+    wrong = there if path.exists() else "is not there"
     raise SystemExit(f"{name!r} {wrong}: expected {expected}.{nearest(path.stem)}")
 
 

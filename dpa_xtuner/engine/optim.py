@@ -117,8 +117,10 @@ class DPAOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         logger = MMLogger.get_current_instance()
         level = logger.level
         logger.setLevel(logging.ERROR)  # MMEngine logs a line for each option of each parameter
-        super().add_params(params, module, prefix, is_dcn_module)
-        logger.setLevel(level)
+        try:
+            super().add_params(params, module, prefix, is_dcn_module)
+        finally:
+            logger.setLevel(level)
         for group in params:
             self._set_decay(group)
         params[:] = _merged_groups(params)

@@ -86,7 +86,7 @@ class StateFile:
         state = read_state(self.folder)
         # The first rank to fail knows why; the others fail because it is gone.
         if state.get("status") == "running":
-            write_json(self.folder / STATE_FILE, state | end)
+            write_json(self.folder / STATE_FILE, state | end, f".{self.rank}")
 
 
 def steps_done(cfg: Config, iterations: int) -> int:

@@ -82,6 +82,13 @@ def relevance_loss(
     return RelevanceLoss(loss, weights, sums)
 
 
+FIGURES = (
+    "loss", "cross_entropy", "mean_weight", "supervised_tokens",
+    "share_at_d_min", "share_at_d_max", "mean_p_difference",
+)  # fmt: skip
+"""Names of the log's figures."""
+
+
 def statistics(sums: dict) -> dict:
     """Compute the log's figures from the sums of any number of micro-batches.
 

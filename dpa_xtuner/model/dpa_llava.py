@@ -72,6 +72,11 @@ class DPALLaVAModel(LLaVAModel):
         use_activation_checkpointing: bool = True,
         **kwargs,
     ):
+        if "projector_depth" in kwargs:
+            raise DPAError(
+                f"model.projector_depth={kwargs['projector_depth']} has no effect: set "
+                f"projector=dict(type='mlp', depth={kwargs['projector_depth']})."
+            )
         llm, visual_encoder = load(llm), load(visual_encoder)
         run_precision = Precision(precision)
         fingerprints = {

@@ -282,7 +282,9 @@ def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]
     config, path = Path(folder) / "config.json", Path(folder) / "model.safetensors"
     # avg_pool's weights have the same names and shapes as mlp's, so compare the settings too.
     written = _without_sizes(json.loads(config.read_text(encoding="utf-8")))
-    built = _without_sizes(projector.settings)
+    built = _without_sizes(
+        projector.settings if isinstance(projector, Projector) else projector.config.to_dict()
+    )
     if written != built:
         raise DPAError(
             f"{config} describes the projector {written}, but this model's is {built}. Set "

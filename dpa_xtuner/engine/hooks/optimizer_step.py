@@ -8,7 +8,7 @@ from mmengine.registry import HOOKS
 from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.loss import statistics
-from dpa_xtuner.loss.relevance import EPS
+from dpa_xtuner.loss.relevance import EPS, FIGURES
 
 
 @HOOKS.register_module(name=["OptimizerStepHook", "GlobalNormalizationHook"])
@@ -42,7 +42,10 @@ class OptimizerStepHook(Hook):
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Log the figures of the step at its end, and none of single micro-batches."""
-        outputs.clear()  # they are the figures of a micro-batch
+        if outputs is None:
+            return
+        for name in FIGURES:  # of a micro-batch
+            outputs.pop(name, None)
         if self.sums is not None:
             outputs.update(statistics(self.sums))
             if self.objective.normalize == "micro_batch":  # what was minimised

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from typing import ClassVar
 
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -263,7 +264,9 @@ def read_weights(name: str, **hub) -> dict[str, Tensor]:
         files = get_checkpoint_shard_files(name, found, **hub)[0] if is_index else [found]
         weights: dict[str, Tensor] = {}
         for path in files:
-            weights |= load_state_dict(path, map_location="cpu")
+            # transformers 4 would refuse a safetensors file that does not name its framework.
+            safe = path.endswith(".safetensors")
+            weights |= load_file(path) if safe else load_state_dict(path, map_location="cpu")
         return weights
     raise DPAError(
         f"{name} has no weights: expected {SAFE_WEIGHTS_NAME}, {WEIGHTS_NAME} or their index for "

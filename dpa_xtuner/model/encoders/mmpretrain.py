@@ -14,7 +14,7 @@ from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, PretrainedConfig
 
-from dpa_xtuner.errors import DPAError, check_installed, nearest
+from dpa_xtuner.errors import DPAError, check_installed, install, nearest
 from dpa_xtuner.model.encoders.base import SETTING, VisionEncoder, VisionEncoderSpec
 from dpa_xtuner.registry import ENCODERS
 
@@ -78,9 +78,14 @@ class MMPretrainConfig(PretrainedConfig):
         """
         if Path(name).is_dir():
             return super().from_pretrained(name, **kwargs)
-        check_installed("mmpretrain", "mmpretrain", "mmcv")
-        from mmpretrain import list_models
-        from mmpretrain.apis import ModelHub
+        try:
+            from mmpretrain import list_models
+            from mmpretrain.apis import ModelHub
+        except ImportError as error:  # it, or what it needs
+            raise DPAError(
+                f"The encoder 'mmpretrain' needs the package mmpretrain ({error}). Install it: "
+                f"{install('mmpretrain')}."
+            ) from None
 
         known = list_models()
         if name.lower() not in known:
