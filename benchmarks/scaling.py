@@ -3,13 +3,15 @@
     python benchmarks/scaling.py
 
 prints the tables of docs/scaling.md. The micro-batches are those that ``GroupedSampler`` forms; the
-lengths are drawn. Nothing is timed.
+lengths are drawn, some of them from those of published captions. Nothing is timed.
 """
 
 import argparse
+import json
 import logging
 import math
 import random
+from pathlib import Path
 from typing import NamedTuple
 
 from packing import (
@@ -79,6 +81,17 @@ def long_captions(count: int, images: int) -> list[Sample]:
     return [Sample(0, round(min(500, max(40, length))), images) for length in drawn]
 
 
+def published_captions(name: str, count: int, images: int) -> list[Sample]:
+    """Draw from the lengths of published captions, in tokens of SmolLM2's tokenizer and one end.
+
+    lengths.json: ``coco``, the captions 506529 - 537483 of COCO's captions_val2014.json (155 in a
+    row); ``iiw``, the first 42 human descriptions of datasets/DCI_TEST/data.jsonl in
+    github.com/google/imageinwords.
+    """
+    lengths = json.loads(Path(__file__).with_name("lengths.json").read_text())[name]
+    return [Sample(0, n, images) for n in random.Random(0).choices(lengths, k=count)]
+
+
 def data_of(count: int) -> dict[str, tuple[str, list[Sample]]]:
     """Draw each kind of data: by name, the stage and ``count`` samples."""
     return {
@@ -86,6 +99,10 @@ def data_of(count: int) -> dict[str, tuple[str, list[Sample]]]:
         "proxy, captions of about 180": (PROXY, long_captions(count, 0)),
         "align, captions of 20 - 80": (ALIGN, draw(ALIGN, count)),
         "align, captions of about 180": (ALIGN, long_captions(count, IMAGE_TOKENS)),
+        "proxy, COCO's captions": (PROXY, published_captions("coco", count, 0)),
+        "align, COCO's captions": (ALIGN, published_captions("coco", count, IMAGE_TOKENS)),
+        "proxy, ImageInWords": (PROXY, published_captions("iiw", count, 0)),
+        "align, ImageInWords": (ALIGN, published_captions("iiw", count, IMAGE_TOKENS)),
         "tune, instructions": (TUNE, draw(TUNE, count)),
     }
 
