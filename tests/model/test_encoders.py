@@ -10,7 +10,7 @@ import transformers
 from mmengine.utils import get_object_from_string
 from PIL import Image
 from support import encoder_folders
-from support.encoder_folders import SIZES
+from support.encoder_folders import SIZES, image_tokens
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -26,7 +26,6 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.configs import NotFound
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import VisionEncoderSpec, build_encoder
-from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 from dpa_xtuner.registry import ENCODERS
 
@@ -459,6 +458,6 @@ def test_one_of_ones_own_is_a_few_lines(tmp_path):
 
 def test_mmpretrain_is_asked_for_by_its_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mmpretrain", None)
-    with pytest.raises(DPAError, match=r"mmpretrain is not installed.*-e '\.\[mmpretrain\]'"):
+    with pytest.raises(DPAError, match=r"needs the package mmpretrain.*-e '\.\[mmpretrain\]'"):
         build_encoder("mmpretrain").config("swin-tiny_16xb64_in1k")
     assert get_object_from_string(build_encoder("mmpretrain").model)  # its class needs no package

@@ -7,13 +7,13 @@ import pytest
 import torch
 from mmpretrain import get_model
 from PIL import Image
+from support.encoder_folders import image_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 from xtuner.registry import BUILDER
 
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.encoders import build_encoder
-from dpa_xtuner.model.projectors import image_tokens
 from dpa_xtuner.planning.rehearsal import write_tiny_encoder
 from dpa_xtuner.stages.components import VISUAL_ENCODER
 

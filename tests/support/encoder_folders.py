@@ -20,6 +20,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from dpa_xtuner.model.encoders import build_encoder
+from dpa_xtuner.model.projectors import build_projector, projected_tokens
+
 SIZES = dict(
     hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2, patch_size=4
 )
@@ -151,3 +154,10 @@ def _write(model, processor, folder: Path) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def image_tokens(encoder, projector, config):
+    """Tokens of an image in the LLM's sequence, of an encoder's configuration and a projector."""
+    spec = build_encoder(encoder)
+    made = build_projector(projector, spec.hidden_size(config), 8)
+    return projected_tokens(made, spec.tokens(config))
