@@ -12,7 +12,9 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from unittest.mock import patch
 
@@ -296,11 +298,21 @@ def deepspeed_loads_safely() -> Iterator[None]:
     from deepspeed.utils.tensor_fragment import fragment_address
     from mmengine.config import ConfigDict
 
-    classes = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, ConfigDict]
+    classes: list[Any] = [
+        DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address, ConfigDict,
+        # Python 3.11.0 - 3.11.3 pickles an enum's member as a call of getattr.
+        (_enum_member, "builtins.getattr"),
+    ]  # fmt: skip
     switch = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
     with torch.serialization.safe_globals(classes), patch.dict(os.environ, switch):
         os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # torch refuses both
         yield
+
+
+def _enum_member(owner: type, name: str) -> Enum:
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise UnpicklingError(f"{owner}.{name} is no member of an enum")
+    return owner[name]
 
 
 def vlmeval_literals() -> None:

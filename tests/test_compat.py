@@ -1,6 +1,7 @@
 """Each mend does nothing where the defect is gone, and harm nowhere."""
 
 import io
+import pickle
 import subprocess
 import sys
 import types
@@ -190,3 +191,25 @@ def test_a_missing_xtuner_is_said_with_the_command(monkeypatch):
     monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DPAError, match="pip install --no-deps xtuner"):
         compat.apply()
+
+
+class Attribute:
+    """Pickled, a call of getattr, as Python 3.11.0 - 3.11.3 pickles a member of an enum."""
+
+    def __init__(self, owner, name):
+        self.call = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_of_calls_of_getattr_in_a_deepspeed_checkpoint_only_members_of_enums_are_read(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from mmengine.config import ConfigDict
+
+    for name, saved in {"enum": (ZeroStageEnum, "weights"), "other": (ConfigDict, "pop")}.items():
+        torch.save(Attribute(*saved), tmp_path / name)
+    with compat.deepspeed_loads_safely():
+        assert torch.load(tmp_path / "enum", weights_only=False) is ZeroStageEnum.weights
+        with pytest.raises(pickle.UnpicklingError, match="pop is no member of an enum"):
+            torch.load(tmp_path / "other", weights_only=False)

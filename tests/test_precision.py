@@ -135,9 +135,9 @@ def _as_on_a_gpu() -> None:
     amp_optimizer_wrapper.GradScaler = lambda **how: torch.amp.GradScaler("cpu", **how)
     amp.autocast = lambda dtype: torch.autocast("cpu", dtype=dtype)
     chosen = precision.choose_precision
-    from dpa_xtuner.stages import pipeline
+    from dpa_xtuner.stages import run
 
-    pipeline.choose_precision = lambda setting, device, *why: chosen(setting, "cuda", *why)
+    run.choose_precision = lambda setting, device, *why: chosen(setting, "cuda", *why)
 
 
 def test_float16_trains_with_a_scaled_loss_and_resumes_its_scale(tiny, tmp_path):
