@@ -32,6 +32,7 @@ def _descriptor(stream: TextIO) -> int | None:
 
 def _lasting(stream: TextIO, method: Callable) -> Callable:
     def call(*args):
+        """Do what the method does; from a closed reader on, do it to nowhere."""
         try:
             return method(*args)
         except OSError as error:

@@ -1,7 +1,5 @@
 """Data: reading, tokenising once, batching, checking."""
 
-# ruff: noqa: F401
-
 from dpa_xtuner.data.check import DataReport, check_dataset
 from dpa_xtuner.data.collate import collate
 from dpa_xtuner.data.dataset import DPADataset

@@ -1,7 +1,7 @@
 """LLM families: a loader, a chat template, a tokenizer and LoRA targets for each."""
 
 # Importing their modules registers them.
-from dpa_xtuner.families import (  # noqa: F401
+from dpa_xtuner.families import (
     gemma2,
     gemma3,
     internlm,

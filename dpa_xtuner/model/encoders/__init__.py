@@ -1,7 +1,5 @@
 """Kinds of visual encoders, by name: the spec of each. Importing them registers them."""
 
-# ruff: noqa: F401
-
 from dpa_xtuner.model.encoders.base import (
     Encoder,
     VisionEncoder,
