@@ -9,11 +9,12 @@ from mmengine.registry import DATASETS, HOOKS
 from dpa_xtuner.data import DPADataset, collate
 from dpa_xtuner.engine.hooks.unwrap import unwrap
 from dpa_xtuner.files import write_json
-from dpa_xtuner.layout import TUNE
+from dpa_xtuner.layout import ALIGN, TUNE
 from dpa_xtuner.loss import supervised_mask
 from dpa_xtuner.model.contrast import contrast_log_probs
 from dpa_xtuner.model.dpa_llava import DPALLaVAModel
 from dpa_xtuner.model.llm import decode, output_head
+from dpa_xtuner.model.projectors import read_projector
 
 MEASURES = "measures.json"
 """In a stage's folder: what :class:`StudyHook` has measured, by optimizer step."""
@@ -26,17 +27,21 @@ class StudyHook(Hook):
     Args:
         questions: data file of the held-out questions, with pictures of their own.
         every: steps between two looks.
+        projector: folder of a projector that `align` starts from; None: a new one.
     """
 
     priority = "LOWEST"
 
-    def __init__(self, questions: str, every: int):
-        self.questions, self.every = questions, every
+    def __init__(self, questions: str, every: int, projector: str | None = None):
+        self.questions, self.every, self.projector = questions, every, projector
         self.found: dict[int, dict[str, float | None]] = {}
 
     def before_train(self, runner) -> None:
-        """Load the questions."""
+        """Load the questions, or the projector to start from."""
         self.batches: list[dict] = []
+        if self.projector is not None and Path(runner.work_dir).name == ALIGN:
+            projector = unwrap(runner.model).projector
+            projector.load_state_dict(read_projector(projector, self.projector))
         if Path(runner.work_dir).name != TUNE:
             return
         how = runner.cfg.train_dataloader.dataset.to_dict()

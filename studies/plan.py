@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 HERE = Path(__file__).parent
-WORLD = 4
+WORLD = 5
 """Version of world.py: raise it when scenes, texts, pictures, LLM or encoder change."""
 
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
@@ -28,11 +28,20 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gentle_proxy": ("pmo", {"proxy.lr": 2e-4}),
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
+    "proxy_first": ("pmo", {}),
+    "long_proxy_first": ("pmo", {}),
 }
 """Variants by name: the method that they change, and its settings. Results are known by the name:
 it keeps its settings."""
 
-BASE = {"lora": "lora_vanilla", "long": "long_vanilla"}
+THEN: dict[str, dict[str, object]] = {
+    "proxy_first": {"captions.share": 0.25},
+    "long_proxy_first": {"align.max_epochs": 2},
+}
+"""Variants whose `align` is followed by a second one, with the original LLM (vanilla) and the
+projector of the first: the second one's settings."""
+
+BASE = {"lora": "lora_vanilla", "long": "long_vanilla", "long_proxy_first": "long_vanilla"}
 """What a variant is compared with, where that is not vanilla."""
 
 
@@ -43,7 +52,7 @@ class Cell:
     Attributes:
         level: style words in each of a caption's three gaps.
         method: one of :data:`METHODS`.
-        seed: of captions, pictures, questions, first weights and the order of samples.
+        seed: of the LLM, the encoder, captions, pictures, questions, first weights and order.
         share: fraction of the captions.
         variant: one of :data:`VARIANTS`, or empty.
     """
@@ -134,7 +143,7 @@ STUDIES = {
     "smallest": Study(
         (Part("methods", (2,), ("vanilla", "pmo")),), (900, 901), Sizes(320, 320, 32, 20)
     ),
-    "quick": Study((Part("methods", (0, 2, 6)),), (10, 11, 12), Sizes()),
+    "quick": Study((Part("methods", (0, 6)),), (20, 21, 22), Sizes()),
     "full": Study(
         (
             Part("methods", (0, 1, 2, 4, 6)),
@@ -143,7 +152,7 @@ STUDIES = {
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),
-        (10, 11, 12, 13, 14),
+        (20, 21, 22, 23, 24),
         Sizes(),
     ),
 }

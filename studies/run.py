@@ -1,8 +1,8 @@
 """Run a study: python -m studies.run quick.
 
 Each stage of each run is `xtuner train` in a forked process, so that XTuner is imported once.
-World, LLM and proxies are shared by the runs that need the same. What is finished, here or in
-another results file of the same protocol, is skipped: the same command continues a study.
+A seed's LLM, encoder, data and proxies are shared by the runs that need the same. What is finished,
+here or in another results file of the same protocol, is skipped: the same command continues a study.
 """
 
 import argparse
@@ -14,12 +14,15 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Imports ask whether there is a GPU. Asked through CUDA, no forked process could use it.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import numpy as np
 import torch
@@ -29,9 +32,10 @@ from transformers import AutoTokenizer, CLIPImageProcessor, LlamaForCausalLM
 import dpa_xtuner.plugin  # noqa: F401, registers what a config names
 from dpa_xtuner.data import dataset, images
 from dpa_xtuner.files import read_json, whole_folder, write_json, write_text
+from dpa_xtuner.layout import PROJECTOR
 from studies import schemes, world  # noqa: F401, schemes registers its classes
 from studies.measure import MEASURES
-from studies.plan import STUDIES, Cell, Sizes
+from studies.plan import STUDIES, THEN, Cell, Sizes
 
 HERE = Path(__file__).parent
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process would wait for its threads
@@ -55,8 +59,13 @@ def main() -> int:
     results = given.results or HERE / "results" / f"{given.study}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     folder = given.work_dir / study.sizes.protocol
-    make_world(folder, study.sizes)
-    failed = []
+    failed = in_parallel(
+        {f"world{seed}": partial(make_world, folder, study.sizes, seed)
+         for seed in given.seeds or study.seeds},
+        given.processes,
+    )  # fmt: skip
+    if failed:
+        return 1
     for part in study.parts:
         for seed in given.seeds or study.seeds:
             known = finished(results.parent, study.sizes)
@@ -81,20 +90,21 @@ def finished(folder: Path, sizes: Sizes) -> set[Cell]:
     }
 
 
-def make_world(folder: Path, sizes: Sizes) -> None:
-    """Train the LLM and write the encoder, unless they are there."""
-    if (folder / "world.json").exists():
+def make_world(folder: Path, sizes: Sizes, seed: int) -> None:
+    """Train a seed's LLM and write its encoder, unless they are there."""
+    place = world_of(folder, seed)
+    if place.exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    print("The world's LLM is trained", flush=True)
-    began = time.monotonic()
-    with whole_folder(folder / "encoder") as encoder:
-        world.write_encoder(encoder)
-    with whole_folder(folder / "llm") as llm:
-        accuracy = world.train_llm(llm, sizes.llm_steps)
-    seconds = round(time.monotonic() - began)
-    print(f"It answers {accuracy:.1%} from a description, after {seconds} s", flush=True)
-    write_json(folder / "world.json", {"llm_accuracy": accuracy, "seconds": seconds})
+    with whole_folder(place) as made:
+        world.write_encoder(made / "encoder", seed)
+        accuracy = world.train_llm(made / "llm", sizes.llm_steps, seed)
+        write_json(made / "world.json", {"llm_accuracy": accuracy})
+    print(f"The LLM of seed {seed} gets {accuracy:.1%} right from a description", flush=True)
+
+
+def world_of(folder: Path, seed: int) -> Path:
+    """Name the folder of a seed's LLM and encoder."""
+    return folder / f"world{seed}"
 
 
 def make_data(folder: Path, sizes: Sizes, seed: int, levels: Iterable[int]) -> Path:
@@ -139,10 +149,10 @@ def _write_records(file: Path, talks: list[tuple[str, str, str]]) -> None:
     write_text(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def keep_pictures(data: Path) -> None:
+def keep_pictures(data: Path, encoder: Path) -> None:
     """Load a seed's pictures now: its runs all load them alike, and find them in memory."""
     load = getattr(images.load_pixels, "unkept", images.load_pixels)
-    processor = CLIPImageProcessor.from_pretrained(data.parent / "encoder")
+    processor = CLIPImageProcessor.from_pretrained(encoder)
     kept = {str(file): load(file, processor, False) for file in data.absolute().glob("*.png")}
 
     def load_kept(path, *how):
@@ -162,7 +172,7 @@ def run_seed(
         Names of those that failed.
     """
     data = make_data(folder, sizes, cells[0].seed, {cell.level for cell in cells})
-    keep_pictures(data)
+    keep_pictures(data, world_of(folder, cells[0].seed) / "encoder")
     proxies = {folder / cell.proxy: cell for cell in cells if cell.proxy}
     failed = in_parallel(
         {place.name: partial(train, folder, cell, place, ["proxy"])
@@ -180,34 +190,41 @@ def _has_proxy(place: Path) -> bool:
     return (place / "proxy/llm_adapter").exists()
 
 
-def proxy_reads(folder: Path, adapter: Path) -> float:
-    """Measure how well a proxy still reads descriptions."""
+def proxy_reads(llm: Path, adapter: Path) -> float:
+    """Measure how well a proxy, an adapter of an LLM, still reads descriptions."""
     from peft import PeftModel  # after the plugin, which mends what peft imports
 
-    original = LlamaForCausalLM.from_pretrained(folder / "llm")
+    original = LlamaForCausalLM.from_pretrained(llm)
     proxy = PeftModel.from_pretrained(original, str(adapter)).eval()
-    words = AutoTokenizer.from_pretrained(folder / "llm")
+    words = AutoTokenizer.from_pretrained(llm)
     return world.reads(proxy, words, np.random.default_rng(0))
 
 
 def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
     """Train `align` and `tune`, and append what was measured to the results."""
     began, work_dir = time.monotonic(), folder / cell.name
+    own_world = world_of(folder, cell.seed)
     shutil.rmtree(work_dir, ignore_errors=True)
     if cell.proxy:
         shutil.copytree(folder / cell.proxy / "proxy", work_dir / "proxy")
-    train(folder, cell, work_dir, ["align", "tune"])
+    then: dict[str, object] = {}
+    if cell.variant in THEN:
+        train(folder, cell, work_dir, ["align"])
+        first = (work_dir / "align").rename(work_dir / "first_align")
+        then = {"method": "vanilla", "custom_hooks.0.projector": str(first / PROJECTOR)}
+        then |= THEN[cell.variant]
+    train(folder, cell, work_dir, ["align", "tune"], then)
     measured = read_json(work_dir / "align/stage.json", "")["measured"]
     proxy = read_json(work_dir / "proxy/stage.json", "").get("measured", {})
     if cell.proxy:
-        measured["proxy_reads"] = proxy_reads(folder, work_dir / "proxy/llm_adapter")
+        measured["proxy_reads"] = proxy_reads(own_world / "llm", work_dir / "proxy/llm_adapter")
     line = {
         "protocol": sizes.protocol,
         "cell": vars(cell),
         "measured": proxy | measured,
         "caption_tokens": 3 * cell.level + 4 if cell.level else 17,
         "tune": read_json(work_dir / f"tune/{MEASURES}", ""),
-        "llm_accuracy": read_json(folder / "world.json", "")["llm_accuracy"],
+        "llm_accuracy": read_json(own_world / "world.json", "")["llm_accuracy"],
         "seconds": round(time.monotonic() - began, 1),
         "machine": f"{platform.machine()}, torch {torch.__version__}",
     }
@@ -217,8 +234,21 @@ def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
     print(f"  {cell.name}: {line['seconds']} s", flush=True)
 
 
-def train(folder: Path, cell: Cell, work_dir: Path, stages: list[str]) -> None:
+def train(
+    folder: Path,
+    cell: Cell,
+    work_dir: Path,
+    stages: list[str],
+    changed: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Run `xtuner train` for each of the stages, in a process of its own.
+
+    Args:
+        folder: of the world.
+        cell: the run.
+        work_dir: where its stages are.
+        stages: to be trained, in order.
+        changed: settings in place of the run's own.
 
     Raises:
         SystemExit: a stage failed; the end of its log is printed.
@@ -234,13 +264,14 @@ def train(folder: Path, cell: Cell, work_dir: Path, stages: list[str]) -> None:
         "custom_hooks.0.questions": f"{data}/asked.jsonl",
         "randomness.seed": cell.seed,
         **cell.settings,
+        **changed,
     }
     argv = ["train.py", str(HERE / "config.py"), "--work-dir", str(work_dir), "--cfg-options"]
     argv += [f"{key}={value}" for key, value in options.items()]
     work_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         log = work_dir / f"{stage}.log"
-        environment = {"DPA_STAGE": stage, "DPA_WORLD": str(folder.absolute()),
+        environment = {"DPA_STAGE": stage, "DPA_WORLD": str(world_of(folder, cell.seed).absolute()),
                        "DPA_CACHE": str(folder.absolute() / "tokens")}  # fmt: skip
         child = fork(partial(_xtuner_train, argv, environment), log)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):

@@ -135,21 +135,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
 
 
-def write_encoder(folder: Path) -> None:
+def write_encoder(folder: Path, seed: int) -> None:
     """Write a frozen encoder: a small CLIP ViT with random weights, 4 patches of 8 x 8 pixels.
 
     Its features hold the scene, since random layers lose little; no word is attached to them.
     """
-    torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         image_size=SIDE, patch_size=SIDE // 2,
     )  # fmt: skip
     encoder = CLIPVisionModel(config)
+    # Drawn here, about as transformers does: its own draws differ between its versions.
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
-            if "patch_embedding" in name:
-                weight.normal_(std=weight[0].numel() ** -0.5)
+            if "position" in name:
+                weight.normal_(std=0.02, generator=draw)
+            elif "class_embedding" in name:
+                weight.normal_(std=0.1, generator=draw)
+            elif weight.ndim > 1:
+                std = 1.0 if "patch_embedding" in name else 0.7
+                weight.normal_(std=std * weight[0].numel() ** -0.5, generator=draw)
     encoder.save_pretrained(folder)
     CLIPImageProcessor(
         size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE},
@@ -181,7 +187,7 @@ def texts(words: PreTrainedTokenizerFast, count: int, draw: Draw):
     return tokens, marks
 
 
-def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float:
+def train_llm(folder: Path, steps: int, seed: int) -> float:
     """Train a LLaMA on plain text until it can read a description, and write it.
 
     A word that the description tells weighs 10 and everything else 0.3: with equal weights it does
@@ -190,7 +196,6 @@ def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float
     Args:
         folder: to write, with the tokenizer.
         steps: of 32 texts, at most.
-        width: of its hidden states.
         seed: of weights and texts.
 
     Returns:
@@ -199,7 +204,7 @@ def train_llm(folder: Path, steps: int, width: int = 64, seed: int = 0) -> float
     torch.manual_seed(seed)
     words, draw = tokenizer(), np.random.default_rng(seed)
     llm = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=width, intermediate_size=3 * width,
+        vocab_size=len(words), hidden_size=64, intermediate_size=192,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0,
         bos_token_id=None, eos_token_id=None, initializer_range=0.1,
