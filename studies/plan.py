@@ -141,7 +141,9 @@ class Study:
 
 STUDIES = {
     "smallest": Study(
-        (Part("methods", (2,), ("vanilla", "pmo")),), (900, 901), Sizes(320, 320, 32, 20)
+        (Part("methods", (2,), ("vanilla", "pmo"), variants=("proxy_first",)),),
+        (900, 901),
+        Sizes(320, 320, 32, 20),
     ),
     "quick": Study((Part("methods", (0, 6)),), (20, 21, 22), Sizes()),
     "full": Study(

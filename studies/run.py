@@ -1,8 +1,8 @@
 """Run a study: python -m studies.run quick.
 
 Each stage of each run is `xtuner train` in a forked process, so that XTuner is imported once.
-A seed's LLM, encoder, data and proxies are shared by the runs that need the same. What is finished,
-here or in another results file of the same protocol, is skipped: the same command continues a study.
+Runs share a seed's LLM, encoder, data and proxies. What is finished, here or in another results
+file of the same protocol, is skipped: the same command continues a study.
 """
 
 import argparse

@@ -7,15 +7,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DATASETS
 from scipy.stats import ttest_rel
 from support import tiny_llava
 
 from studies import world
-from studies.measure import look
+from studies.measure import StudyHook, look
 from studies.plan import STUDIES, Cell
 from studies.report import Interval, Results, drawings, fill, tables
 
@@ -93,6 +95,19 @@ def test_a_look_is_that_of_plain_transformers():
         assert found[name] == (pytest.approx(np.mean(d), abs=1e-5) if d else None)
 
 
+def test_align_starts_from_a_given_projector_and_tune_does_not(tmp_path, monkeypatch):
+    given, new = tiny_llava.build(), tiny_llava.build()
+    torch.nn.init.normal_(given.projector.model[0].weight)
+    given.projector.save_pretrained(tmp_path / "projector")
+    hook = StudyHook("none.jsonl", 25, str(tmp_path / "projector"))
+    before = new.projector.state_dict()["model.0.weight"].clone()
+    monkeypatch.setattr(DATASETS, "build", lambda _: [])
+    cfg = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=SimpleNamespace(to_dict=dict)))
+    for stage, expected in (("tune", before), ("align", given.projector.model[0].weight)):
+        hook.before_train(SimpleNamespace(model=new, cfg=cfg, work_dir=str(tmp_path / stage)))
+        assert torch.equal(new.projector.model[0].weight, expected)
+
+
 def collated(rows: list[dict]) -> dict:
     from dpa_xtuner.data import collate
 
@@ -134,8 +149,12 @@ def smallest(tmp_path_factory):
 def test_the_table_is_what_the_files_say(smallest):
     folder, _, _ = smallest
     lines = [json.loads(line) for line in (folder / "results/a.jsonl").read_text().splitlines()]
-    by_run = {(line["cell"]["method"], line["cell"]["seed"]): line for line in lines}
-    assert by_run.keys() == {(m, s) for m in ("vanilla", "pmo") for s in (900, 901)}
+    cells = [line["cell"] for line in lines]
+    by_run = {
+        (cell["variant"] or cell["method"], cell["seed"]): line
+        for cell, line in zip(cells, lines, strict=True)
+    }
+    assert by_run.keys() == {(m, s) for m in ("vanilla", "pmo", "proxy_first") for s in (900, 901)}
     page = folder / "page.md"
     page.write_text("<!-- gains -->\n<!-- end -->\n<!-- conflict -->\n<!-- end -->\n")
     subprocess.run(
@@ -169,7 +188,7 @@ def test_the_table_is_what_the_files_say(smallest):
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(smallest):
     folder, run, first = smallest
-    assert first.count(" s\n") == 5  # the LLM and four runs
+    assert first.count(" s\n") == 6
     file = folder / "results/a.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-1]))
@@ -182,7 +201,7 @@ def test_a_study_goes_on_where_it_stopped(smallest):
     for key in ("cell", "measured", "tune"):  # the same to the last digit
         assert new[key] == old[key]
     sizes = STUDIES["smallest"].sizes
-    assert len(Results(folder / "results", sizes.protocol).runs) == 4
+    assert len(Results(folder / "results", sizes.protocol).runs) == 6
     assert "No run failed" in run()
 
 
