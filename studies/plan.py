@@ -9,7 +9,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 HERE = Path(__file__).parent
-WORLD = 5
+WORLD = 6
 """Version of world.py: raise it when scenes, texts, pictures, LLM or encoder change."""
 
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
@@ -97,7 +97,7 @@ class Sizes:
     captions: int = 8000
     questions: int = 6400
     asked: int = 512
-    llm_steps: int = 2000
+    llm_steps: int = 1000
 
     @functools.cached_property
     def protocol(self) -> str:
@@ -145,7 +145,7 @@ STUDIES = {
         (900, 901),
         Sizes(320, 320, 32, 20),
     ),
-    "quick": Study((Part("methods", (0, 6)),), (20, 21, 22), Sizes()),
+    "quick": Study((Part("methods", (0, 6)),), (30, 31, 32), Sizes()),
     "full": Study(
         (
             Part("methods", (0, 1, 2, 4, 6)),
@@ -154,7 +154,7 @@ STUDIES = {
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),
-        (20, 21, 22, 23, 24),
+        (30, 31, 32, 33, 34),
         Sizes(),
     ),
 }
