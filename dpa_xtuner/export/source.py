@@ -19,7 +19,8 @@ from dpa_xtuner.stages.components import (
     VISUAL_ENCODER,
     Published,
 )
-from dpa_xtuner.stages.provenance import input_hashes, model_of, refuse_changed
+from dpa_xtuner.stages.inputs import input_hashes
+from dpa_xtuner.stages.provenance import model_of, refuse_changed
 from dpa_xtuner.stages.run import Run
 from dpa_xtuner.stages.settings import StageSettings, config_from_file, differences
 from dpa_xtuner.stages.table import Stage, find_stage

@@ -26,8 +26,8 @@ from dpa_xtuner.stages.components import (
     PUBLISHED,
     count_parameters,
 )
+from dpa_xtuner.stages.inputs import provenance_of_loaded
 from dpa_xtuner.stages.pipeline import resume_key
-from dpa_xtuner.stages.provenance import provenance_of_loaded
 
 
 @HOOKS.register_module(name=["HandOverHook", "ProxyLLMHook"])
