@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def _variants(results: Results) -> str:
     for name, (method, _) in VARIANTS.items():
         for level in results.levels(variant=name):
             cell, plain = Cell(level, method, 0, 1.0, name), Cell(level, method, 0)
-            base = Cell(level, "vanilla", 0, 1.0, BASE.get(name, ""))
+            base = _base(cell)
             rows.append((
                 name, level, _number(results.mean(cell, "over tune")),
                 _gain(results.gain(cell, base, "over tune")),
@@ -248,6 +249,11 @@ def _variants(results: Results) -> str:
     head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method",
             "at the end", "at the end - vanilla"]  # fmt: skip
     return _table(head, rows)
+
+
+def _base(cell: Cell) -> Cell:
+    """Return the run of vanilla that another run is compared with."""
+    return replace(cell, method="vanilla", variant=BASE.get(cell.variant, ""))
 
 
 def _proxies(results: Results) -> str:
@@ -352,50 +358,33 @@ def draw(results: Results, folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def figure(columns: int) -> tuple[Figure, Any]:
-        made = Figure(figsize=(4 * columns + 0.8, 3.6), layout="constrained")
+    def write(name: str, panels: list[Callable[[Any], None]]) -> None:
+        if not panels:
+            return
+        made = Figure(figsize=(4 * len(panels) + 0.8, 3.6), layout="constrained")
         FigureCanvasAgg(made)
-        return made, made.subplots(1, columns, squeeze=False)[0]
+        axes = made.subplots(1, len(panels), squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            panel(axis)
+        if axes[0].get_legend_handles_labels()[0]:
+            axes[0].legend(frameon=False, fontsize=8)
+        made.savefig(folder / f"results_{name}.png", dpi=110)
 
-    levels = results.levels(share=1.0, variant="")
-    made, axes = figure(3)
-    for axis, measure in zip(axes, ("after align", "over tune", "leakage"), strict=True):
-        _draw_gains(axis, results, measure)
-    axes[0].legend(frameon=False, fontsize=8)
-    made.savefig(folder / "results_gains.png", dpi=110)
-    made, axes = figure(len(levels))
-    for axis, level in zip(axes, levels, strict=True):
-        for method in METHODS:
-            if results.seeds(cell := Cell(level, method, 0)):
-                axis.plot(*results.curve(cell, "accuracy"), label=method, color=COLOURS[method])
-        axis.set(title=f"level {level}", xlabel="steps of tune", ylim=(0, 1.02))
-    axes[0].set_ylabel("accuracy")
-    axes[0].legend(frameon=False, fontsize=8)
-    made.savefig(folder / "results_curves.png", dpi=110)
-    made, axes = figure(len(levels))
-    for axis, level in zip(axes, levels, strict=True):
-        _draw_mechanism(axis, results, level)
-    axes[0].set_ylabel("p_w - p_wo of answers")
-    axes[0].legend(frameon=False, fontsize=8)
-    made.savefig(folder / "results_mechanism.png", dpi=110)
+    def by_level(panel: Callable[..., None], levels: list[int]) -> list[Callable[[Any], None]]:
+        return [partial(panel, results, level) for level in levels]
+
+    measures = ("after align", "over tune", "leakage")
+    every = results.levels(share=1.0, variant="")
+    write("gains", [partial(_draw_gains, results, measure) for measure in measures])
+    write("curves", by_level(_draw_curves, every))
+    write("mechanism", by_level(_draw_mechanism, every))
+    write("variants", by_level(_draw_variants, results.levels(variant="long")))
+    write("shares", by_level(_draw_shares, results.levels(share=0.5)))
 
 
-def _draw_gains(axis, results: Results, measure: str) -> None:
+def _draw_gains(results: Results, measure: str, axis) -> None:
     levels = results.levels(method="vanilla", share=1.0, variant="")
-    axis.axhline(0, color="#777777", linewidth=1)
-    for shift, method in enumerate(m for m in METHODS if m != "vanilla"):
-        found = [
-            (level, gain)
-            for level in levels
-            if (gain := results.gain(Cell(level, method, 0), Cell(level, "vanilla", 0), measure))
-        ]
-        if found:
-            axis.errorbar(
-                [levels.index(level) + (shift - 1.5) * 0.08 for level, _ in found],
-                [gain.mean for _, gain in found],
-                [np.nan_to_num(gain.half) for _, gain in found],
-                fmt="o-", markersize=4, capsize=3, label=method, color=COLOURS[method],
-            )  # fmt: skip
+    _draw_difference(results, axis, measure, [Cell(level, "vanilla", 0) for level in levels])
     conflict = [results.mean(Cell(level, "pmo", 0), "conflict per caption") for level in levels]
     named = zip(levels, conflict, strict=True)
     axis.set_xticks(range(len(levels)), [f"{level}\n{_number(nats)}" for level, nats in named])
@@ -404,7 +393,32 @@ def _draw_gains(axis, results: Results, measure: str) -> None:
     axis.set_title(f"{what}: minus vanilla", fontsize=10)
 
 
-def _draw_mechanism(axis, results: Results, level: int) -> None:
+def _draw_difference(results: Results, axis, measure: str, bases: list[Cell]) -> None:
+    """Draw what each method gains over some cells of vanilla, one beside the other."""
+    axis.axhline(0, color="#777777", linewidth=1)
+    for shift, method in enumerate(m for m in METHODS if m != "vanilla"):
+        found = [
+            (i, gain)
+            for i, base in enumerate(bases)
+            if (gain := results.gain(replace(base, method=method), base, measure))
+        ]
+        if found:
+            axis.errorbar(
+                [i + (shift - 1.5) * 0.08 for i, _ in found],
+                [gain.mean for _, gain in found],
+                [np.nan_to_num(gain.half) for _, gain in found],
+                fmt="o-", markersize=4, capsize=3, label=method, color=COLOURS[method],
+            )  # fmt: skip
+
+
+def _draw_curves(results: Results, level: int, axis) -> None:
+    for method in METHODS:
+        if results.seeds(cell := Cell(level, method, 0)):
+            axis.plot(*results.curve(cell, "accuracy"), label=method, color=COLOURS[method])
+    axis.set(title=f"level {level}", xlabel="steps of tune", ylabel="accuracy", ylim=(0, 1.02))
+
+
+def _draw_mechanism(results: Results, level: int, axis) -> None:
     for method in ("cmo", "dpa"):
         if not results.seeds(cell := Cell(level, method, 0)):
             continue
@@ -416,6 +430,44 @@ def _draw_mechanism(axis, results: Results, level: int) -> None:
     for bound in (0.05, 0.5):
         axis.axhline(bound, color="#bbbbbb", linewidth=1)
     axis.set(title=f"level {level}", xlabel="steps of tune", ylim=(-0.05, 1))
+    axis.set_ylabel("p_w - p_wo of answers")
+
+
+def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
+    """Compare methods and variants with vanilla, over `tune`; the smallest gain comes first."""
+    cells = {method: Cell(level, method, 0) for method in METHODS if method != "vanilla"}
+    cells |= {
+        name: Cell(level, method, 0, 1.0, name)
+        for name, (method, _) in VARIANTS.items()
+        if name not in BASE.values()
+    }
+    found = {
+        name: gain
+        for name, cell in cells.items()
+        if (gain := results.gain(cell, _base(cell), "over tune"))
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1].mean))
+
+
+def _draw_variants(results: Results, level: int, axis) -> None:
+    axis.axvline(0, color="#777777", linewidth=1)
+    gains = gains_of_variants(results, level)
+    for i, (name, gain) in enumerate(gains.items()):
+        axis.errorbar(
+            gain.mean, i, xerr=np.nan_to_num(gain.half), fmt="o", markersize=4, capsize=3,
+            color=COLOURS.get(name, "#333333"),
+        )  # fmt: skip
+    axis.set_yticks(range(len(gains)), gains, fontsize=8)
+    axis.set_title(f"level {level}: accuracy over tune, minus vanilla", fontsize=10)
+
+
+def _draw_shares(results: Results, level: int, axis) -> None:
+    shares = sorted({cell.share for cell in results.runs if not cell.variant})
+    bases = [Cell(level, "vanilla", 0, share) for share in shares]
+    _draw_difference(results, axis, "over tune", bases)
+    axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
+    axis.set_xlabel("share of the captions")
+    axis.set_title(f"level {level}: accuracy over tune, minus vanilla", fontsize=10)
 
 
 def fill(page: str, made: dict[str, str]) -> str:

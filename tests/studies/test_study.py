@@ -19,7 +19,7 @@ from support import tiny_llava
 from studies import world
 from studies.measure import StudyHook, look
 from studies.plan import STUDIES, Cell
-from studies.report import Interval, Results, drawings, fill, tables
+from studies.report import Interval, Results, drawings, fill, gains_of_variants, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -232,6 +232,20 @@ def test_all_tables_are_made_of_few_results(tmp_path):
     ]
     assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250 (1)", "-", "-", "-"]
     assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
+
+
+def test_a_variant_is_compared_with_its_own_base():
+    results = Results(Path("none"), "p")
+    for cell, accuracy in (
+        (Cell(2, "vanilla", 0), 0.5),
+        (Cell(2, "pmo", 0), 0.7),
+        (Cell(2, "pmo", 0, 1.0, "long"), 0.8),
+        (Cell(2, "vanilla", 0, 1.0, "long_vanilla"), 0.9),
+    ):
+        results.runs[cell] = {"tune": {"steps": [0, 25], "looks": [{"accuracy": accuracy}] * 2}}
+    gains = {name: gain.mean for name, gain in gains_of_variants(results, 2).items()}
+    assert list(gains) == ["long", "pmo"]
+    assert gains == pytest.approx({"long": -0.1, "pmo": 0.2})
 
 
 def test_the_published_tables_are_those_of_the_files_under_todays_protocol():
