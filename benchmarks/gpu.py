@@ -907,7 +907,8 @@ def study(results: Results) -> None:
     results.need(120)
     lines = results.path.with_suffix(".jsonl")
     minutes = (results.until - time.time()) / 60 - 1  # the last ones need a minute
-    command = [sys.executable, "-m", "studies.run", "full", "--seeds", "5", "6", "--processes", "8"]
+    command = [sys.executable, "-m", "studies.run", "full", "--parts", "methods"]
+    command += ["--seeds", "40", "41", "--processes", "8"]
     command += ["--minutes", f"{minutes:.1f}", "--results", str(lines)]
     with tempfile.TemporaryDirectory(prefix="dpa_study_") as folder:
         done = subprocess.run([*command, "--work-dir", folder], cwd=ROOT)

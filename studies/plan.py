@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gentle_proxy": ("pmo", {"proxy.lr": 2e-4}),
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
+    "vanilla_first": ("vanilla", {}),
     "proxy_first": ("pmo", {}),
     "long_proxy_first": ("pmo", {}),
 }
@@ -35,13 +36,19 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 it keeps its settings."""
 
 THEN: dict[str, dict[str, object]] = {
+    "vanilla_first": {"captions.share": 0.25},
     "proxy_first": {"captions.share": 0.25},
     "long_proxy_first": {"align.max_epochs": 2},
 }
 """Variants whose `align` is followed by a second one, with the original LLM (vanilla) and the
 projector of the first: the second one's settings."""
 
-BASE = {"lora": "lora_vanilla", "long": "long_vanilla", "long_proxy_first": "long_vanilla"}
+BASE = {
+    "lora": "lora_vanilla",
+    "long": "long_vanilla",
+    "proxy_first": "vanilla_first",
+    "long_proxy_first": "long_vanilla",
+}
 """What a variant is compared with, where that is not vanilla."""
 
 

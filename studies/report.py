@@ -86,9 +86,12 @@ class Results:
         seeds = self.seeds(cell)
         return float(np.mean(self.values(cell, measure, seeds))) if seeds else None
 
-    def gain(self, cell: Cell, base: Cell, measure: str) -> Interval | None:
-        """Compare a cell with another, seed by seed."""
-        if not (seeds := self.seeds(cell, base)):
+    def gain(
+        self, cell: Cell, base: Cell, measure: str, among: list[int] | None = None
+    ) -> Interval | None:
+        """Compare a cell with another, seed by seed, among all seeds or some."""
+        seeds = [s for s in self.seeds(cell, base) if among is None or s in among]
+        if not seeds:
             return None
         pairs = zip(
             self.values(cell, measure, seeds), self.values(base, measure, seeds), strict=True
@@ -139,6 +142,7 @@ def tables(results: Results) -> dict[str, str]:
     """Make all tables, by the name of their block."""
     return {
         "runs": _runs(results),
+        "claim": _claim(results),
         "conflict": _conflict(results),
         "gains": _gains(results, "over tune"),
         "gains after align": _gains(results, "after align"),
@@ -165,6 +169,35 @@ def _runs(results: Results) -> str:
         f"original LLMs get at least {llm:.1%} of the words right that a description tells.\n\n"
         + _table(["level", "seeds"], rows)
     )
+
+
+def _claim(results: Results) -> str:
+    """Tell whether a method gains more with the strongest conflict than without one."""
+    levels = results.levels(method="vanilla", share=1.0, variant="")
+    weak, strong = levels[0], levels[-1]
+    seeds = results.seeds(Cell(strong, "vanilla", 0))
+    planned = [seed for seed in seeds if seed in STUDIES["full"].seeds]
+    added = [seed for seed in seeds if seed not in planned]
+
+    def gain(level: int, method: str, among: list[int]) -> Interval | None:
+        cell = Cell(level, method, 0)
+        return results.gain(cell, Cell(level, "vanilla", 0), "over tune", among)
+
+    rows = []
+    for method in METHODS[1:]:
+        gains = [gain(strong, method, among) for among in (planned, added, seeds)]
+        rows.append((method, *map(_gain, gains), _gain(_more(results, method, weak, strong))))
+    head = ["method", f"level {strong}, planned seeds", "added seeds", "all"]
+    return _table([*head, f"level {strong} minus level {weak}"], rows)
+
+
+def _more(results: Results, method: str, weak: int, strong: int) -> Interval | None:
+    cells = [Cell(level, name, 0) for level in (strong, weak) for name in (method, "vanilla")]
+    found = [set(results.seeds(cell)) for cell in cells]
+    if not (seeds := sorted(set.intersection(*found))):
+        return None
+    a, b, c, d = (np.array(results.values(cell, "over tune", seeds)) for cell in cells)
+    return Interval.of((a - b) - (c - d))
 
 
 def _conflict(results: Results) -> str:
@@ -240,7 +273,7 @@ def _variants(results: Results) -> str:
             rows.append((
                 name, level, _number(results.mean(cell, "over tune")),
                 _gain(results.gain(cell, base, "over tune")),
-                _gain(results.gain(cell, plain, "over tune")), method,
+                "-" if base.variant else _gain(results.gain(cell, plain, "over tune")), method,
                 _number(results.mean(cell, "at the end")),
                 _gain(results.gain(cell, base, "at the end")),
             ))  # fmt: skip
@@ -378,7 +411,8 @@ def draw(results: Results, folder: Path) -> None:
     write("gains", [partial(_draw_gains, results, measure) for measure in measures])
     write("curves", by_level(_draw_curves, every))
     write("mechanism", by_level(_draw_mechanism, every))
-    write("variants", by_level(_draw_variants, results.levels(variant="long")))
+    varied = sorted({cell.level for cell in results.runs if cell.variant})
+    write("variants", by_level(_draw_variants, varied))
     write("shares", by_level(_draw_shares, results.levels(share=0.5)))
 
 

@@ -5,6 +5,7 @@ Runs share a seed's LLM, encoder, data and proxies. What is finished, here or in
 file of the same protocol, is skipped: the same command continues a study.
 """
 
+# ruff: noqa: E402, the environment is set before the imports
 import argparse
 import gc
 import json
@@ -21,11 +22,14 @@ from types import MappingProxyType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Imports ask whether there is a GPU. Asked through CUDA, no forked process could use it.
+# Imports ask for the GPU, bitsandbytes for its capability. Asked through CUDA, no forked process
+# could use it. No run needs bitsandbytes.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, LlamaForCausalLM
 
@@ -33,6 +37,7 @@ import dpa_xtuner.plugin  # noqa: F401, registers what a config names
 from dpa_xtuner.data import dataset, images
 from dpa_xtuner.files import read_json, whole_folder, write_json, write_text
 from dpa_xtuner.layout import PROJECTOR
+from dpa_xtuner.stages.artifacts import is_finished
 from studies import schemes, world  # noqa: F401, schemes registers its classes
 from studies.measure import MEASURES
 from studies.plan import STUDIES, THEN, Cell, Sizes
@@ -59,18 +64,22 @@ def main() -> int:
     results = given.results or HERE / "results" / f"{given.study}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
     folder = given.work_dir / study.sizes.protocol
+    parts = [part for part in study.parts if not given.parts or part.name in given.parts]
+    known = finished(results.parent, study.sizes)
+    seeds = [
+        seed
+        for seed in given.seeds or study.seeds
+        if any(cell not in known for part in parts for cell in part.cells(seed))
+    ]
     failed = in_parallel(
-        {f"world{seed}": partial(make_world, folder, study.sizes, seed)
-         for seed in given.seeds or study.seeds},
-        given.processes,
+        {f"world{seed}": partial(make_world, folder, study.sizes, seed) for seed in seeds},
+        given.processes, end,
     )  # fmt: skip
-    if failed:
-        return 1
-    for part in study.parts:
-        for seed in given.seeds or study.seeds:
+    for part in parts:
+        for seed in seeds:
             known = finished(results.parent, study.sizes)
             cells = [cell for cell in part.cells(seed) if cell not in known]
-            if not cells or (given.parts and part.name not in given.parts):
+            if not cells or not world_of(folder, seed).exists():
                 continue
             if time.monotonic() > end:
                 break
@@ -187,7 +196,7 @@ def run_seed(
 
 
 def _has_proxy(place: Path) -> bool:
-    return (place / "proxy/llm_adapter").exists()
+    return is_finished(place / "proxy")
 
 
 def proxy_reads(llm: Path, adapter: Path) -> float:
@@ -226,7 +235,8 @@ def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
         "tune": read_json(work_dir / f"tune/{MEASURES}", ""),
         "llm_accuracy": read_json(own_world / "world.json", "")["llm_accuracy"],
         "seconds": round(time.monotonic() - began, 1),
-        "machine": f"{platform.machine()}, torch {torch.__version__}",
+        "machine": f"{platform.machine()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
     }
     with results.open("a", encoding="utf-8") as file:  # one write, so that lines stay whole
         file.write(json.dumps(line) + "\n")
