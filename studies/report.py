@@ -292,11 +292,13 @@ def _base(cell: Cell) -> Cell:
 def _proxies(results: Results) -> str:
     rows = []
     for level in results.levels(variant="gentle_proxy"):
+        seeds = results.seeds(Cell(level, "pmo", 0, 1.0, "gentle_proxy"), Cell(level, "pmo", 0))
         for name in ("gentle_proxy", "", "forgetful_proxy"):
             cell, base = Cell(level, "pmo", 0, 1.0, name), Cell(level, "vanilla", 0)
-            if results.seeds(cell, base):
-                means = [results.mean(cell, m) for m in ("floor", "reads", "picture", "over tune")]
-                gain = _gain(results.gain(cell, base, "over tune"))
+            if shared := [seed for seed in seeds if seed in results.seeds(cell, base)]:
+                measures = ("floor", "reads", "picture", "over tune")
+                means = [float(np.mean(results.values(cell, m, shared))) for m in measures]
+                gain = _gain(results.gain(cell, base, "over tune", shared))
                 rows.append((level, name or "pmo", *map(_number, means), gain))
     if not rows:
         return "Not run."
@@ -468,7 +470,11 @@ def _draw_mechanism(results: Results, level: int, axis) -> None:
 
 
 def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
-    """Compare methods and variants with vanilla, over `tune`; the smallest gain comes first."""
+    """Compare methods and variants with vanilla, over `tune`; the smallest gain comes first.
+
+    Only seeds that variants were run with count: methods may have more.
+    """
+    among = sorted({cell.seed for cell in results.runs if cell.variant and cell.level == level})
     cells = {method: Cell(level, method, 0) for method in METHODS if method != "vanilla"}
     cells |= {
         name: Cell(level, method, 0, 1.0, name)
@@ -478,7 +484,7 @@ def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
     found = {
         name: gain
         for name, cell in cells.items()
-        if (gain := results.gain(cell, _base(cell), "over tune"))
+        if (gain := results.gain(cell, _base(cell), "over tune", among))
     }
     return dict(sorted(found.items(), key=lambda item: item[1].mean))
 
