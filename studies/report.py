@@ -163,7 +163,7 @@ def _runs(results: Results) -> str:
     ]
     seconds = [run["seconds"] for run in results.runs.values()]
     llm = min(run["llm_accuracy"] for run in results.runs.values())
-    machines = ", ".join(sorted({run["machine"] for run in results.runs.values()}))
+    machines = "; ".join(sorted({run["machine"] for run in results.runs.values()}))
     return (
         f"{len(results.runs)} runs of {np.median(seconds):.0f} s (median), on {machines}. The "
         f"original LLMs get at least {llm:.1%} of the words right that a description tells.\n\n"
