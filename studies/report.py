@@ -179,13 +179,10 @@ def _claim(results: Results) -> str:
     planned = [seed for seed in seeds if seed in STUDIES["full"].seeds]
     added = [seed for seed in seeds if seed not in planned]
 
-    def gain(level: int, method: str, among: list[int]) -> Interval | None:
-        cell = Cell(level, method, 0)
-        return results.gain(cell, Cell(level, "vanilla", 0), "over tune", among)
-
-    rows = []
+    base, rows = Cell(strong, "vanilla", 0), []
     for method in METHODS[1:]:
-        gains = [gain(strong, method, among) for among in (planned, added, seeds)]
+        cell = replace(base, method=method)
+        gains = [results.gain(cell, base, "over tune", s) for s in (planned, added, seeds)]
         rows.append((method, *map(_gain, gains), _gain(_more(results, method, weak, strong))))
     head = ["method", f"level {strong}, planned seeds", "added seeds", "all"]
     return _table([*head, f"level {strong} minus level {weak}"], rows)
@@ -394,6 +391,7 @@ def draw(results: Results, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     def write(name: str, panels: list[Callable[[Any], None]]) -> None:
+        """Draw panels side by side into a file; without panels, none is written."""
         if not panels:
             return
         made = Figure(figsize=(4 * len(panels) + 0.8, 3.6), layout="constrained")

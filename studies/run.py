@@ -15,10 +15,9 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -86,6 +85,9 @@ def main() -> int:
             print(f"{part.name}, seed {seed}: {len(cells)} runs", flush=True)
             failed += run_seed(folder, results, study.sizes, cells, given.processes, end)
     print(f"Failed: {', '.join(failed)}" if failed else "No run failed")
+    wanted = {cell for part in parts for seed in seeds for cell in part.cells(seed)}
+    if left := wanted - finished(results.parent, study.sizes):
+        print(f"Not finished: {len(left)} runs. The same command continues")
     return bool(failed)
 
 
@@ -249,7 +251,7 @@ def train(
     cell: Cell,
     work_dir: Path,
     stages: list[str],
-    changed: Mapping[str, object] = MappingProxyType({}),
+    changed: dict[str, object] | None = None,
 ) -> None:
     """Run `xtuner train` for each of the stages, in a process of its own.
 
@@ -274,7 +276,7 @@ def train(
         "custom_hooks.0.questions": f"{data}/asked.jsonl",
         "randomness.seed": cell.seed,
         **cell.settings,
-        **changed,
+        **(changed or {}),
     }
     argv = ["train.py", str(HERE / "config.py"), "--work-dir", str(work_dir), "--cfg-options"]
     argv += [f"{key}={value}" for key, value in options.items()]
