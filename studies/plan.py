@@ -12,6 +12,13 @@ HERE = Path(__file__).parent
 WORLD = 6
 """Version of world.py: raise it when scenes, texts, pictures, LLM or encoder change."""
 
+SEEDS = {
+    "planned": (30, 31, 32, 33, 34),
+    "added": (35, 36, 37, 38, 39),
+    "replication": (50, 51, 52, 53, 54, 55, 56, 57, 58, 59),
+}
+"""Seeds of the full study: the first ones, more of levels 0 and 6, and those of the replication."""
+
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
 
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -152,7 +159,7 @@ STUDIES = {
         (900, 901),
         Sizes(320, 320, 32, 20),
     ),
-    "quick": Study((Part("methods", (0, 6)),), (30, 31, 32), Sizes()),
+    "quick": Study((Part("methods", (0, 6)),), SEEDS["planned"][:3], Sizes()),
     "full": Study(
         (
             Part("methods", (0, 1, 2, 4, 6)),
@@ -161,7 +168,7 @@ STUDIES = {
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),
-        (30, 31, 32, 33, 34),
+        SEEDS["planned"] + SEEDS["replication"],
         Sizes(),
     ),
 }

@@ -62,6 +62,9 @@ class Results:
     Args:
         folder: of the results files; all are merged.
         protocol: hash of the protocol; lines of others are left out.
+
+    Raises:
+        SystemExit: runs of a seed have different worlds.
     """
 
     def __init__(self, folder: Path, protocol: str):
@@ -70,6 +73,14 @@ class Results:
             for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
                 if line["protocol"] == protocol:
                     self.runs.setdefault(Cell(**line["cell"]), line)
+        worlds: dict[int, set[str]] = {}
+        for cell, line in self.runs.items():
+            worlds.setdefault(cell.seed, set()).add(line.get("world", ""))
+        if mixed := [str(seed) for seed, found in sorted(worlds.items()) if len(found) > 1]:
+            raise SystemExit(
+                f"{folder}: the runs of seed {', '.join(mixed)} have different LLMs or encoders, "
+                "so they can't be compared. Keep those of one machine and set of packages."
+            )
 
     def seeds(self, cell: Cell, other: Cell | None = None) -> list[int]:
         """List the seeds for which a cell, and another, were run."""

@@ -8,6 +8,7 @@ file of the same protocol, is skipped: the same command continues a study.
 # ruff: noqa: E402, the environment is set before the imports
 import argparse
 import gc
+import hashlib
 import json
 import os
 import platform
@@ -74,6 +75,7 @@ def main() -> int:
         {f"world{seed}": partial(make_world, folder, study.sizes, seed) for seed in seeds},
         given.processes, end,
     )  # fmt: skip
+    seeds = [seed for seed in seeds if is_same_world(folder, seed, known)]
     for part in parts:
         for seed in seeds:
             known = finished(results.parent, study.sizes)
@@ -86,15 +88,15 @@ def main() -> int:
             failed += run_seed(folder, results, study.sizes, cells, given.processes, end)
     print(f"Failed: {', '.join(failed)}" if failed else "No run failed")
     wanted = {cell for part in parts for seed in seeds for cell in part.cells(seed)}
-    if left := wanted - finished(results.parent, study.sizes):
+    if left := wanted - finished(results.parent, study.sizes).keys():
         print(f"Not finished: {len(left)} runs. The same command continues")
     return bool(failed)
 
 
-def finished(folder: Path, sizes: Sizes) -> set[Cell]:
-    """List the runs that results files in a folder hold already."""
+def finished(folder: Path, sizes: Sizes) -> dict[Cell, str]:
+    """Name the world of each run that results files in a folder hold already."""
     return {
-        Cell(**line["cell"])
+        Cell(**line["cell"]): line.get("world", "")
         for file in folder.glob("*.jsonl")
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())
         if line["protocol"] == sizes.protocol
@@ -109,13 +111,32 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> None:
     with whole_folder(place) as made:
         world.write_encoder(made / "encoder", seed)
         accuracy = world.train_llm(made / "llm", sizes.llm_steps, seed)
-        write_json(made / "world.json", {"llm_accuracy": accuracy})
+        weights = (made / f"{name}/model.safetensors" for name in ("llm", "encoder"))
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()
+        write_json(made / "world.json", {"llm_accuracy": accuracy, "world": digest[:8]})
     print(f"The LLM of seed {seed} gets {accuracy:.1%} right from a description", flush=True)
 
 
 def world_of(folder: Path, seed: int) -> Path:
     """Name the folder of a seed's LLM and encoder."""
     return folder / f"world{seed}"
+
+
+def is_same_world(folder: Path, seed: int, known: dict[Cell, str]) -> bool:
+    """Tell whether a seed's finished runs, if any, have the LLM and encoder that are here.
+
+    Another machine, or other packages, may draw others of the same seed.
+    """
+    if not (place := world_of(folder, seed)).exists():
+        return True
+    others = {world for cell, world in known.items() if cell.seed == seed}
+    if others <= {read_json(place / "world.json", "")["world"]}:
+        return True
+    print(
+        f"Seed {seed} is left out: its finished runs have another LLM or encoder than is drawn here. "
+        "Give other seeds (--seeds), or another folder for all of them (--results)"
+    )
+    return False
 
 
 def make_data(folder: Path, sizes: Sizes, seed: int, levels: Iterable[int]) -> Path:
@@ -235,7 +256,7 @@ def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
         "measured": proxy | measured,
         "caption_tokens": 3 * cell.level + 4 if cell.level else 17,
         "tune": read_json(work_dir / f"tune/{MEASURES}", ""),
-        "llm_accuracy": read_json(own_world / "world.json", "")["llm_accuracy"],
+        **read_json(own_world / "world.json", ""),
         "seconds": round(time.monotonic() - began, 1),
         "machine": f"{platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
