@@ -97,6 +97,19 @@ class Cell:
         return VARIANTS[self.variant][1] if self.variant else {}
 
 
+FINDINGS: dict[str, tuple[Cell, Cell]] = {
+    "R1": (Cell(6, "pmo", 0), Cell(6, "vanilla", 0)),
+    "R2": (Cell(6, "pmo", 0), Cell(6, "dpa", 0)),
+    "R3": (Cell(6, "dpa", 0, variant="cmo_in_align"), Cell(6, "dpa", 0)),
+    "R4": (Cell(6, "dpa", 0, variant="d_min_0.25"), Cell(6, "dpa", 0)),
+    "R5": (Cell(2, "pmo", 0, variant="gentle_proxy"), Cell(2, "vanilla", 0)),
+    "R6": (Cell(2, "vanilla", 0), Cell(2, "pmo", 0, variant="forgetful_proxy")),
+    "R7": (Cell(6, "pmo", 0, variant="long"), Cell(6, "vanilla", 0, variant="long_vanilla")),
+    "R8": (Cell(1, "vanilla", 0), Cell(1, "cal", 0)),
+}
+"""What the replication tests: the first is ahead of the second, over `tune`. The seed 0 is any."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How large the world and the budgets are.

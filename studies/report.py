@@ -22,9 +22,10 @@ from scipy.stats import t as student
 
 from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
-from studies.openmoji.plan import BUDGETS, SEEDS, Run, load
+from studies.openmoji.plan import BUDGETS, Run, load
+from studies.openmoji.plan import SEEDS as DRAWN_SEEDS
 from studies.openmoji.styles import STYLES
-from studies.plan import BASE, METHODS, STUDIES, VARIANTS, Cell
+from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = dict(zip(METHODS, ("#777777", "#1f77b4", "#e15a00", "#7b3294", "#2a9d4a"), strict=True))
@@ -154,6 +155,7 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "runs": _runs(results),
         "claim": _claim(results),
+        "replication": _replication(results),
         "conflict": _conflict(results),
         "gains": _gains(results, "over tune"),
         "gains after align": _gains(results, "after align"),
@@ -187,16 +189,31 @@ def _claim(results: Results) -> str:
     levels = results.levels(method="vanilla", share=1.0, variant="")
     weak, strong = levels[0], levels[-1]
     seeds = results.seeds(Cell(strong, "vanilla", 0))
-    planned = [seed for seed in seeds if seed in STUDIES["full"].seeds]
-    added = [seed for seed in seeds if seed not in planned]
-
+    groups = [[seed for seed in seeds if seed in group] for group in (*SEEDS.values(), seeds)]
     base, rows = Cell(strong, "vanilla", 0), []
     for method in METHODS[1:]:
         cell = replace(base, method=method)
-        gains = [results.gain(cell, base, "over tune", s) for s in (planned, added, seeds)]
+        gains = [results.gain(cell, base, "over tune", group) for group in groups]
         rows.append((method, *map(_gain, gains), _gain(_more(results, method, weak, strong))))
-    head = ["method", f"level {strong}, planned seeds", "added seeds", "all"]
+    head = ["method", *(f"level {strong}, {name}" for name in SEEDS), "all"]
     return _table([*head, f"level {strong} minus level {weak}"], rows)
+
+
+def _replication(results: Results) -> str:
+    """Tell which findings of the first seeds the others show again."""
+    new = SEEDS["replication"]
+    rows = []
+    for name, (ahead, behind) in FINDINGS.items():
+        shared = results.seeds(ahead, behind)
+        groups = [s for s in shared if s not in new], [s for s in shared if s in new]
+        first, again = (results.gain(ahead, behind, "over tune", group) for group in groups)
+        stands = "not run"
+        if again and again.seeds > 2:
+            stands = "yes" if again.clear and again.mean > 0 else "no"
+        named = f"{ahead.variant or ahead.method} - {behind.variant or behind.method}"
+        rows.append((name, ahead.level, named, _gain(first), _gain(again), stands))
+    head = ["", "level", "difference", "seeds 30 - 39", "replication", "stands"]
+    return _table(head, rows)
 
 
 def _more(results: Results, method: str, weak: int, strong: int) -> Interval | None:
@@ -367,7 +384,7 @@ def _drawings(runs: dict[Run, dict]) -> str:
     rows, missing = [], 0
     for style, method in itertools.product(STYLES, METHODS):
         mine = {run.seed: runs[run] for run in runs if (run.style, run.method) == (style, method)}
-        absent = [seed for seed in SEEDS if seed not in mine]
+        absent = [seed for seed in DRAWN_SEEDS if seed not in mine]
         missing += len(absent)
         means = [
             f"{np.mean([value(run) for run in mine.values()]):.3f}" if mine else "-"

@@ -133,8 +133,8 @@ def is_same_world(folder: Path, seed: int, known: dict[Cell, str]) -> bool:
     if others <= {read_json(place / "world.json", "")["world"]}:
         return True
     print(
-        f"Seed {seed} is left out: its finished runs have another LLM or encoder than is drawn here. "
-        "Give other seeds (--seeds), or another folder for all of them (--results)"
+        f"Seed {seed} is left out: its finished runs have another LLM or encoder than is drawn "
+        "here. Give other seeds (--seeds), or another folder for all of them (--results)"
     )
     return False
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "analysis": {"data", "export", "families", "loss", "model", "stages"},
     "evaluation": {"model"},
     "chat": {"analysis", "data", "evaluation", "export", "loss"},
-    "demo": {"evaluation", "stages"},
+    "demo": {"evaluation", "model", "stages"},
 }
 
 

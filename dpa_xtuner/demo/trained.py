@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,7 +13,6 @@ from transformers import (
     CLIPVisionModel,
     PreTrainedModel,
 )
-from xtuner.model.modules import ProjectorConfig, ProjectorModel
 
 from dpa_xtuner.demo import report
 from dpa_xtuner.demo.prepare import DATA_FOLDER, LLM_FOLDER, VIT_FOLDER
@@ -20,6 +20,7 @@ from dpa_xtuner.demo.report import DemoModel
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import write_text
 from dpa_xtuner.layout import LLM, LLM_ADAPTER, PROJECTOR, STATE_FILE, TUNE
+from dpa_xtuner.model.projectors import build_projector, load_projector
 from dpa_xtuner.precision import choose_precision
 from dpa_xtuner.stages.artifacts import read_state
 
@@ -60,11 +61,7 @@ def before_training(root: Path) -> DemoModel:
     """
     llm, vit = _llm(root / LLM_FOLDER), _vit(root)
     torch.manual_seed(0)
-    projector = ProjectorModel(
-        ProjectorConfig(
-            visual_hidden_size=vit.config.hidden_size, llm_hidden_size=llm.config.hidden_size
-        )
-    )
+    projector = build_projector("mlp", vit.config.hidden_size, llm.config.hidden_size)
     return _demo_model(root, llm, vit, projector)
 
 
@@ -88,7 +85,9 @@ def after_training(root: Path, work_dir: Path) -> DemoModel:
     else:
         llm = PeftModel.from_pretrained(_llm(root / LLM_FOLDER), written[LLM_ADAPTER])
         llm = llm.merge_and_unload()
-    return _demo_model(root, llm, _vit(root), ProjectorModel.from_pretrained(written[PROJECTOR]))
+    vit = _vit(root)
+    projector = load_projector(written[PROJECTOR], vit.config.hidden_size, llm.config.hidden_size)
+    return _demo_model(root, llm, vit, projector)
 
 
 def _llm(folder: Path) -> PreTrainedModel:
@@ -103,7 +102,7 @@ def _vit(root: Path) -> CLIPVisionModel:
 
 
 def _demo_model(
-    root: Path, llm: PreTrainedModel, vit: CLIPVisionModel, projector: ProjectorModel
+    root: Path, llm: PreTrainedModel, vit: CLIPVisionModel, projector: nn.Module
 ) -> DemoModel:
     return DemoModel(
         llm=llm,

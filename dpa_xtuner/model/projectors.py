@@ -301,6 +301,23 @@ def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]
     return saved
 
 
+def load_projector(folder: str, visual_hidden_size: int, llm_hidden_size: int) -> ProjectorModule:
+    """Build a saved projector with its weights.
+
+    Args:
+        folder: written by ``save_pretrained`` of a projector.
+        visual_hidden_size: channels of a patch.
+        llm_hidden_size: channels of an embedding.
+
+    Raises:
+        DPAError: it was saved for other sizes; the message says which.
+    """
+    settings = _without_sizes(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    projector = build_projector(settings, visual_hidden_size, llm_hidden_size)
+    projector.load_state_dict(read_projector(projector, folder))
+    return projector
+
+
 def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
     return tuple(weights[key].shape) if key in weights else "nothing"
 

@@ -68,7 +68,7 @@ class Budget:
     def protocol(self) -> str:
         """Hash of sizes, settings and all that the config says of stages and optimizer."""
         config = Config.fromfile(HERE / "config.py", import_custom_modules=False).to_dict()
-        kept = ("proxy", "align", "tune", "optim_wrapper", "encoder", "projector",
+        kept = ("proxy", "align", "tune", "optim_wrapper", "encoder", "projector", "tokenizer",
                 "prompt_template", "precision")  # fmt: skip
         content = [asdict(self), asdict(self.recipe(0)), VERSION, *(config[key] for key in kept)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
@@ -80,7 +80,7 @@ BUDGETS = {
         {"align.lr": 1e-3, "train_dataloader.num_workers": 4,
          "model.llm.attn_implementation": "sdpa"},
     ),
-    "small": Budget((16, 32, 100), (8, 8, 4), 32, 120),
+    "small": Budget((60, 120, 60), (8, 16, 4), 64, 240, {"align.lr": 3e-3}),
     "smallest": Budget((2, 2, 2), (4, 4, 4), 4, 8),
 }  # fmt: skip
 """By name: for a GPU, for two CPU cores, and for a test."""

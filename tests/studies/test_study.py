@@ -205,17 +205,61 @@ def test_a_study_goes_on_where_it_stopped(smallest):
     assert "No run failed" in run()
 
 
-def test_all_tables_are_made_of_few_results(tmp_path):
-    def line(cell: Cell, accuracy: float) -> str:
-        look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
-        measured = {"original": 9.0, "floor": 3.0, "leakage": 2.0, "other_picture": 5.0}
-        measured |= {"own_picture": 4.0, "proxy_reads": 0.5}
-        return json.dumps({
-            "protocol": "p", "cell": vars(cell), "measured": measured, "caption_tokens": 10,
-            "tune": {"steps": [0, 25], "looks": [look, look]}, "llm_accuracy": 1.0, "seconds": 9.0,
-            "machine": "m",
-        })  # fmt: skip
+@pytest.mark.slow
+def test_a_seed_of_another_world_is_left_out(smallest):
+    folder, run, _ = smallest
+    lines = [json.loads(line) for line in (folder / "results/a.jsonl").read_text().splitlines()]
+    worlds = {line["cell"]["seed"]: line["world"] for line in lines}
+    assert len(set(worlds.values())) == 2
+    # Seed 900 was begun on another machine, seed 901 here; a run of each is missing.
+    others = [line | {"world": "another"} for line in lines if line["cell"]["seed"] == 900][1:]
+    own = [line for line in lines if line["cell"]["seed"] == 901][1:]
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    file = folder / "results/a.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in others + own))
+    said = run()
+    file.write_text(whole)
+    assert "Seed 900 is left out: its finished runs have another LLM" in said
+    assert "seed 901: 1 runs" in said and "seed 900: 1 runs" not in said
 
+
+def line(cell: Cell, accuracy: float, **more) -> str:
+    """A line of a results file."""
+    look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
+    measured = {"original": 9.0, "floor": 3.0, "leakage": 2.0, "other_picture": 5.0}
+    measured |= {"own_picture": 4.0, "proxy_reads": 0.5}
+    return json.dumps({
+        "protocol": "p", "cell": vars(cell), "measured": measured, "caption_tokens": 10,
+        "tune": {"steps": [0, 25], "looks": [look, look]}, "llm_accuracy": 1.0, "seconds": 9.0,
+        "machine": "m", **more,
+    })  # fmt: skip
+
+
+def test_runs_of_two_worlds_are_not_compared(tmp_path):
+    one, other = Cell(2, "vanilla", 7), Cell(2, "pmo", 7)
+    (tmp_path / "a.jsonl").write_text(line(one, 0.5, world="a") + "\n")
+    (tmp_path / "b.jsonl").write_text(line(other, 0.5) + "\n")
+    with pytest.raises(SystemExit, match="the runs of seed 7 have different LLMs"):
+        Results(tmp_path, "p")
+
+
+def test_the_replication_is_judged_by_its_own_seeds(tmp_path):
+    gains = {30: 0.3, 31: 0.1, 32: 0.2, 50: -0.1, 51: 0.05, 52: 0.0}
+    lines = [line(Cell(6, "vanilla", seed), 0.5) for seed in gains]
+    lines += [line(Cell(6, "pmo", seed), 0.5 + gain) for seed, gain in gains.items()]
+    lines += [line(Cell(6, "dpa", seed), 0.4 + gain) for seed, gain in gains.items()]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    table = tables(Results(tmp_path, "p"))["replication"]
+    rows = [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
+    low, high = ttest_rel([0.4, 0.55, 0.5], [0.5] * 3).confidence_interval(0.95)
+    half = f"{(high - low) / 2:.3f}"
+    assert rows[0][:3] == ["R1", "6", "pmo - vanilla"]
+    assert rows[0][3:] == ["+0.200 ± 0.248 (3)", f"-0.017 ± {half} (3)", "no"]
+    assert rows[1][:3] == ["R2", "6", "pmo - dpa"] and rows[1][-1] == "yes"
+    assert rows[2][-3:] == ["-", "-", "not run"]
+
+
+def test_all_tables_are_made_of_few_results(tmp_path):
     cells = {
         Cell(2, "vanilla", 0): 0.5, Cell(2, "pmo", 0): 0.7, Cell(2, "dpa", 0): 0.6,
         Cell(2, "dpa", 0, 1.0, "cmo_in_align"): 0.75,
