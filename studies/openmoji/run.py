@@ -28,6 +28,7 @@ from dpa_xtuner.files import whole_folder, write_json
 from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 from dpa_xtuner.stages.artifacts import is_finished, read_state
 from dpa_xtuner.stages.methods import METHODS as PIPELINES
+from dpa_xtuner.versions import require_transformers
 from studies.openmoji.plan import BUDGETS, HERE, SEEDS, Budget, Run, load
 from studies.openmoji.styles import STYLES, write_data
 from studies.plan import METHODS
@@ -132,6 +133,7 @@ def main() -> int:
     parser.add_argument("--work-dir", type=Path, default="work_dirs/openmoji")
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
+    require_transformers("5", "tokenizer.add_bos_token, and so this study,")
     chosen = BUDGETS[given.budget]
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // given.processes or 1))
     study = Study(chosen, given.data, given.work_dir / chosen.protocol, given.results, given.budget)
