@@ -130,9 +130,8 @@ def test_parts_hold_any_projector(run, projector):
     out = export_config(made.config, stage="align", fmt="parts", work_dir=made.work_dir,
                         options=options, dtype="float32")  # fmt: skip
     assert sorted(p.name for p in out.iterdir()) == ["dpa.json", "projector"]
-    from dpa_xtuner.model.projectors import build_projector, read_projector
+    from dpa_xtuner.model.projectors import load_projector
 
-    again = build_projector(options["projector"], 8, 32)
-    again.load_state_dict(read_projector(again, str(out / "projector")))
+    again = load_projector(str(out / "projector"), 8, 32)
     patches = torch.randn(1, 16, 8)
     assert torch.equal(again(patches), made.model.projector(patches))

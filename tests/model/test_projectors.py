@@ -14,6 +14,7 @@ from dpa_xtuner.errors import DPAError
 from dpa_xtuner.model.projectors import (
     Projector,
     build_projector,
+    load_projector,
     projected_tokens,
     read_projector,
 )
@@ -126,8 +127,8 @@ def test_what_a_stage_writes_is_read_back_to_the_bit(cfg, tmp_path):
     written = build(cfg)
     PROJECTOR.save(SimpleNamespace(projector=written), tmp_path / "p", {"stage": "align"})
     assert read_component_provenance(tmp_path / "p")["component"] == "projector"
-    read = build_projector(cfg, C, H)
-    read.load_state_dict(read_projector(read, str(tmp_path / "p")))
+    read = load_projector(str(tmp_path / "p"), C, H)
+    assert type(read) is type(written)
     pairs = zip(written.state_dict().items(), read.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
@@ -154,6 +155,12 @@ def test_another_projectors_weights_are_refused(written, read, message, tmp_path
     build(written).save_pretrained(tmp_path)
     with pytest.raises(DPAError, match=message):
         read_projector(build(read), str(tmp_path))
+
+
+def test_a_projector_of_other_sizes_is_not_loaded(tmp_path):
+    build("mlp").save_pretrained(tmp_path)
+    with pytest.raises(DPAError, match=r"model\.2\.weight: saved .*, model "):
+        load_projector(str(tmp_path), C, H + 1)
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
@@ -216,9 +223,9 @@ def test_one_of_ones_own_is_built_saved_and_loaded(register, tmp_path):
 
     cfg = dict(type=register(Every), step=3)
     assert projected_tokens(on_meta(cfg), 36) == 12
-    written, read = build(cfg), build_projector(cfg, C, H)
+    written = build(cfg)
     written.save_pretrained(tmp_path)
-    read.load_state_dict(read_projector(read, str(tmp_path)))
+    read = load_projector(str(tmp_path), C, H)
     assert torch.equal(written(patches()), read(patches()))
 
 
