@@ -17,7 +17,7 @@ SEEDS = {
     "added": (35, 36, 37, 38, 39),
     "replication": (50, 51, 52, 53, 54, 55, 56, 57, 58, 59),
 }
-"""Seeds of the full study: the first ones, more of levels 0 and 6, and those of the replication."""
+"""Reported seeds: the first ones, more of levels 0 and 6 alone, and those of the replication."""
 
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
 

@@ -70,18 +70,19 @@ class Results:
 
     def __init__(self, folder: Path, protocol: str):
         self.runs: dict[Cell, dict[str, Any]] = {}
+        worlds: dict[int, dict[str, str]] = {}
         for file in sorted(folder.glob("*.jsonl")):
             for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
                 if line["protocol"] == protocol:
-                    self.runs.setdefault(Cell(**line["cell"]), line)
-        worlds: dict[int, set[str]] = {}
-        for cell, line in self.runs.items():
-            worlds.setdefault(cell.seed, set()).add(line.get("world", ""))
-        if mixed := [str(seed) for seed, found in sorted(worlds.items()) if len(found) > 1]:
-            raise SystemExit(
-                f"{folder}: the runs of seed {', '.join(mixed)} have different LLMs or encoders, "
-                "so they can't be compared. Keep those of one machine and set of packages."
-            )
+                    cell = Cell(**line["cell"])
+                    if self.runs.setdefault(cell, line) is line:
+                        worlds.setdefault(cell.seed, {})[line.get("world", "")] = file.name
+        for seed, files in worlds.items():
+            if len(files) > 1:
+                raise SystemExit(
+                    f"{folder}: the runs of seed {seed} have different LLMs or encoders, so they "
+                    f"can't be compared. Keep those of one: see {', '.join(files.values())}."
+                )
 
     def seeds(self, cell: Cell, other: Cell | None = None) -> list[int]:
         """List the seeds for which a cell, and another, were run."""
@@ -201,18 +202,18 @@ def _claim(results: Results) -> str:
 
 def _replication(results: Results) -> str:
     """Tell which findings of the first seeds the others show again."""
-    new = SEEDS["replication"]
+    first, new = SEEDS["planned"] + SEEDS["added"], SEEDS["replication"]
     rows = []
     for name, (ahead, behind) in FINDINGS.items():
-        shared = results.seeds(ahead, behind)
-        groups = [s for s in shared if s not in new], [s for s in shared if s in new]
-        first, again = (results.gain(ahead, behind, "over tune", group) for group in groups)
-        stands = "not run"
-        if again and again.seeds > 2:
-            stands = "yes" if again.clear and again.mean > 0 else "no"
+        gains = [results.gain(ahead, behind, "over tune", list(seeds)) for seeds in (first, new)]
+        again = gains[1]
+        shown = "not run" if again is None else f"{again.seeds} of {len(new)} seeds"
+        if again and again.seeds == len(new):
+            shown = "yes" if again.clear and again.mean > 0 else "no"
         named = f"{ahead.variant or ahead.method} - {behind.variant or behind.method}"
-        rows.append((name, ahead.level, named, _gain(first), _gain(again), stands))
-    head = ["", "level", "difference", "seeds 30 - 39", "replication", "stands"]
+        rows.append((name, ahead.level, named, *map(_gain, gains), shown))
+    head = ["", "level", "difference", f"seeds {first[0]} - {first[-1]}",
+            f"seeds {new[0]} - {new[-1]}", "shown again"]  # fmt: skip
     return _table(head, rows)
 
 

@@ -75,7 +75,8 @@ def main() -> int:
         {f"world{seed}": partial(make_world, folder, study.sizes, seed) for seed in seeds},
         given.processes, end,
     )  # fmt: skip
-    seeds = [seed for seed in seeds if is_same_world(folder, seed, known)]
+    left_out = [seed for seed in seeds if not is_same_world(folder, seed, known)]
+    seeds = [seed for seed in seeds if seed not in left_out]
     for part in parts:
         for seed in seeds:
             known = finished(results.parent, study.sizes)
@@ -90,17 +91,23 @@ def main() -> int:
     wanted = {cell for part in parts for seed in seeds for cell in part.cells(seed)}
     if left := wanted - finished(results.parent, study.sizes).keys():
         print(f"Not finished: {len(left)} runs. The same command continues")
+    if left_out:
+        print(
+            f"Left out: seeds {', '.join(map(str, left_out))}. Their finished runs have another "
+            "LLM or encoder than is drawn here, or don't say which. Give other seeds (--seeds), "
+            "or another folder for all of them (--results)"
+        )
     return bool(failed)
 
 
 def finished(folder: Path, sizes: Sizes) -> dict[Cell, str]:
     """Name the world of each run that results files in a folder hold already."""
-    return {
-        Cell(**line["cell"]): line.get("world", "")
-        for file in folder.glob("*.jsonl")
-        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        if line["protocol"] == sizes.protocol
-    }
+    worlds: dict[Cell, str] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if line["protocol"] == sizes.protocol:
+                worlds.setdefault(Cell(**line["cell"]), line.get("world", ""))
+    return worlds
 
 
 def make_world(folder: Path, sizes: Sizes, seed: int) -> None:
@@ -111,15 +118,19 @@ def make_world(folder: Path, sizes: Sizes, seed: int) -> None:
     with whole_folder(place) as made:
         world.write_encoder(made / "encoder", seed)
         accuracy = world.train_llm(made / "llm", sizes.llm_steps, seed)
-        weights = (made / f"{name}/model.safetensors" for name in ("llm", "encoder"))
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in weights)).hexdigest()
-        write_json(made / "world.json", {"llm_accuracy": accuracy, "world": digest[:8]})
+        write_json(made / "world.json", {"llm_accuracy": accuracy})
     print(f"The LLM of seed {seed} gets {accuracy:.1%} right from a description", flush=True)
 
 
 def world_of(folder: Path, seed: int) -> Path:
     """Name the folder of a seed's LLM and encoder."""
     return folder / f"world{seed}"
+
+
+def world_hash(place: Path) -> str:
+    """Hash the files of an LLM's and an encoder's weights."""
+    files = (place / f"{name}/model.safetensors" for name in ("llm", "encoder"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 def is_same_world(folder: Path, seed: int, known: dict[Cell, str]) -> bool:
@@ -129,14 +140,8 @@ def is_same_world(folder: Path, seed: int, known: dict[Cell, str]) -> bool:
     """
     if not (place := world_of(folder, seed)).exists():
         return True
-    others = {world for cell, world in known.items() if cell.seed == seed}
-    if others <= {read_json(place / "world.json", "")["world"]}:
-        return True
-    print(
-        f"Seed {seed} is left out: its finished runs have another LLM or encoder than is drawn "
-        "here. Give other seeds (--seeds), or another folder for all of them (--results)"
-    )
-    return False
+    worlds = {world for cell, world in known.items() if cell.seed == seed}
+    return worlds <= {world_hash(place)}
 
 
 def make_data(folder: Path, sizes: Sizes, seed: int, levels: Iterable[int]) -> Path:
@@ -256,7 +261,8 @@ def one_run(folder: Path, results: Path, sizes: Sizes, cell: Cell) -> None:
         "measured": proxy | measured,
         "caption_tokens": 3 * cell.level + 4 if cell.level else 17,
         "tune": read_json(work_dir / f"tune/{MEASURES}", ""),
-        **read_json(own_world / "world.json", ""),
+        "llm_accuracy": read_json(own_world / "world.json", "")["llm_accuracy"],
+        "world": world_hash(own_world),
         "seconds": round(time.monotonic() - began, 1),
         "machine": f"{platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",

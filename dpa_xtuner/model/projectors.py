@@ -302,7 +302,7 @@ def read_projector(projector: ProjectorModule, folder: str) -> dict[str, Tensor]
 
 
 def load_projector(folder: str, visual_hidden_size: int, llm_hidden_size: int) -> ProjectorModule:
-    """Build a saved projector with its weights.
+    """Build a saved projector with its weights, in evaluation mode and float32.
 
     Args:
         folder: written by ``save_pretrained`` of a projector.
@@ -310,12 +310,12 @@ def load_projector(folder: str, visual_hidden_size: int, llm_hidden_size: int) -
         llm_hidden_size: channels of an embedding.
 
     Raises:
-        DPAError: it was saved for other sizes; the message says which.
+        DPAError: it was saved for other sizes, or its type is unknown.
     """
     settings = _without_sizes(json.loads((Path(folder) / "config.json").read_text("utf-8")))
     projector = build_projector(settings, visual_hidden_size, llm_hidden_size)
     projector.load_state_dict(read_projector(projector, folder))
-    return projector
+    return projector.eval()
 
 
 def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
@@ -325,6 +325,8 @@ def _shape(weights: dict[str, Tensor], key: str) -> tuple[int, ...] | str:
 def _without_sizes(settings: dict) -> dict:
     """Drop the sizes: the shapes of the weights show better which ones differ."""
     if settings.get("model_type") == ProjectorConfig.model_type:  # as XTuner writes it
-        settings = {"type": "mlp", "depth": settings["depth"]}
+        usual = {"hidden_act": "gelu", "bias": True}  # build_projector makes no others
+        others = {key: settings[key] for key in usual if settings.get(key, usual[key]) != usual[key]}
+        settings = {"type": "mlp", "depth": settings["depth"], **others}
     sizes = ("visual_hidden_size", "llm_hidden_size")
     return {key: value for key, value in settings.items() if key not in sizes}

@@ -157,6 +157,14 @@ def test_another_projectors_weights_are_refused(written, read, message, tmp_path
         read_projector(build(read), str(tmp_path))
 
 
+def test_another_activation_of_xtuners_is_not_loaded_as_gelu(tmp_path):
+    ProjectorModel(ProjectorConfig(C, H, hidden_act="relu")).save_pretrained(tmp_path)
+    with pytest.raises(DPAError, match="hidden_act"):
+        load_projector(str(tmp_path), C, H)
+    with pytest.raises(DPAError, match="'hidden_act': 'relu'.*this model's"):
+        read_projector(build("mlp"), str(tmp_path))
+
+
 def test_a_projector_of_other_sizes_is_not_loaded(tmp_path):
     build("mlp").save_pretrained(tmp_path)
     with pytest.raises(DPAError, match=r"model\.2\.weight: saved .*, model "):

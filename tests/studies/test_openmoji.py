@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from packaging.version import Version
 from scipy.stats import ttest_rel
 from support import harness, runs
 
@@ -125,7 +126,9 @@ def forked(command: list[str], env: dict[str, str], **how) -> subprocess.Complet
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(transformers.__version__ < "5", reason="the study needs transformers 5")
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"), reason="the study needs transformers 5"
+)
 def test_the_smallest_study_from_end_to_end(tmp_path, pieces, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", forked)
     runs.write_llm(tmp_path / "data" / LLM_FOLDER, pieces, "smollm2")

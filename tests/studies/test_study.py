@@ -18,7 +18,7 @@ from support import tiny_llava
 
 from studies import world
 from studies.measure import StudyHook, look
-from studies.plan import STUDIES, Cell
+from studies.plan import SEEDS, STUDIES, Cell
 from studies.report import Interval, Results, drawings, fill, gains_of_variants, tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,8 +219,9 @@ def test_a_seed_of_another_world_is_left_out(smallest):
     file.write_text("".join(json.dumps(line) + "\n" for line in others + own))
     said = run()
     file.write_text(whole)
-    assert "Seed 900 is left out: its finished runs have another LLM" in said
     assert "seed 901: 1 runs" in said and "seed 900: 1 runs" not in said
+    assert "Left out: seeds 900. Their finished runs have another LLM" in said
+    assert "Not finished" not in said
 
 
 def line(cell: Cell, accuracy: float, **more) -> str:
@@ -243,20 +244,23 @@ def test_runs_of_two_worlds_are_not_compared(tmp_path):
         Results(tmp_path, "p")
 
 
-def test_the_replication_is_judged_by_its_own_seeds(tmp_path):
-    gains = {30: 0.3, 31: 0.1, 32: 0.2, 50: -0.1, 51: 0.05, 52: 0.0}
+def test_the_replication_is_judged_by_its_own_seeds_when_all_are_run(tmp_path):
+    new = SEEDS["replication"]
+    gains = {30: 0.3, 35: 0.1, 40: 9.0} | {seed: 0.01 * (seed - 55) for seed in new}
     lines = [line(Cell(6, "vanilla", seed), 0.5) for seed in gains]
     lines += [line(Cell(6, "pmo", seed), 0.5 + gain) for seed, gain in gains.items()]
     lines += [line(Cell(6, "dpa", seed), 0.4 + gain) for seed, gain in gains.items()]
+    lines += [line(Cell(6, "dpa", seed, 1.0, "cmo_in_align"), 0.9) for seed in new[:4]]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     table = tables(Results(tmp_path, "p"))["replication"]
     rows = [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
-    low, high = ttest_rel([0.4, 0.55, 0.5], [0.5] * 3).confidence_interval(0.95)
+    low, high = ttest_rel([0.01 * (s - 55) for s in new], [0.0] * 10).confidence_interval(0.95)
     half = f"{(high - low) / 2:.3f}"
     assert rows[0][:3] == ["R1", "6", "pmo - vanilla"]
-    assert rows[0][3:] == ["+0.200 ± 0.248 (3)", f"-0.017 ± {half} (3)", "no"]
+    assert rows[0][3].startswith("+0.200 ± ") and rows[0][3].endswith("(2)")
+    assert rows[0][4:] == [f"-0.005 ± {half} (10)", "no"]
     assert rows[1][:3] == ["R2", "6", "pmo - dpa"] and rows[1][-1] == "yes"
-    assert rows[2][-3:] == ["-", "-", "not run"]
+    assert rows[2][-1] == "4 of 10 seeds" and rows[3][-2:] == ["-", "not run"]
 
 
 def test_all_tables_are_made_of_few_results(tmp_path):
@@ -297,3 +301,4 @@ def test_the_published_tables_are_those_of_the_files_under_todays_protocol():
     page = (ROOT / "docs/results.md").read_text()
     made = tables(results) | drawings(ROOT / "studies/results")
     assert fill(page, made) == page
+    assert all(f"<!-- {name} -->" in page for name in made)
