@@ -326,7 +326,9 @@ def _without_sizes(settings: dict) -> dict:
     """Drop the sizes: the shapes of the weights show better which ones differ."""
     if settings.get("model_type") == ProjectorConfig.model_type:  # as XTuner writes it
         usual = {"hidden_act": "gelu", "bias": True}  # build_projector makes no others
-        others = {key: settings[key] for key in usual if settings.get(key, usual[key]) != usual[key]}
+        others = {
+            key: settings[key] for key in usual if settings.get(key, usual[key]) != usual[key]
+        }
         settings = {"type": "mlp", "depth": settings["depth"], **others}
     sizes = ("visual_hidden_size", "llm_hidden_size")
     return {key: value for key, value in settings.items() if key not in sizes}

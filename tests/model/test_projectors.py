@@ -161,7 +161,7 @@ def test_another_activation_of_xtuners_is_not_loaded_as_gelu(tmp_path):
     ProjectorModel(ProjectorConfig(C, H, hidden_act="relu")).save_pretrained(tmp_path)
     with pytest.raises(DPAError, match="hidden_act"):
         load_projector(str(tmp_path), C, H)
-    with pytest.raises(DPAError, match="'hidden_act': 'relu'.*this model's"):
+    with pytest.raises(DPAError, match=r"'hidden_act': 'relu'.*this model's"):
         read_projector(build("mlp"), str(tmp_path))
 
 
