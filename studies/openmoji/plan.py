@@ -80,7 +80,9 @@ BUDGETS = {
         {"align.lr": 1e-3, "train_dataloader.num_workers": 4,
          "model.llm.attn_implementation": "sdpa"},
     ),
-    "small": Budget((60, 120, 60), (8, 16, 4), 64, 240, {"align.lr": 3e-3, "align.warmup_ratio": 0.15}),
+    "small": Budget(
+        (60, 120, 60), (8, 16, 4), 64, 240, {"align.lr": 3e-3, "align.warmup_ratio": 0.15}
+    ),
     "smallest": Budget((2, 2, 2), (4, 4, 4), 4, 8),
 }  # fmt: skip
 """By name: for a GPU, for two CPU cores, and for a test."""
