@@ -499,9 +499,12 @@ def _draw_mechanism(results: Results, level: int, axis) -> None:
 def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
     """Compare methods and variants with vanilla, over `tune`; the smallest gain comes first.
 
-    Only seeds that variants were run with count: methods may have more.
+    Only seeds count that all variants of the level were run with: some have more.
     """
-    among = sorted({cell.seed for cell in results.runs if cell.variant and cell.level == level})
+    varied = {
+        replace(cell, seed=0) for cell in results.runs if cell.variant and cell.level == level
+    }
+    among = sorted(set.intersection(*(set(results.seeds(cell)) for cell in varied)))
     cells = {method: Cell(level, method, 0) for method in METHODS if method != "vanilla"}
     cells |= {
         name: Cell(level, method, 0, 1.0, name)
