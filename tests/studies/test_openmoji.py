@@ -16,6 +16,7 @@ from support import harness, runs
 from dpa_xtuner.demo.drawings import COLOURS, Drawing, catalogue
 from dpa_xtuner.demo.prepare import LLM_FOLDER
 from dpa_xtuner.demo.scenes import Scene
+from dpa_xtuner.errors import DPAError
 from studies.openmoji import styles
 from studies.openmoji.plan import BUDGETS, Run
 from studies.openmoji.run import main
@@ -84,24 +85,24 @@ def results_file(folder: Path, run: Run, accuracy: float, **changes) -> None:
 
 
 def test_the_table_is_what_the_files_say(tmp_path):
-    vanilla, dpa = {10: 0.25, 11: 0.5, 12: 0.5}, {10: 0.5, 11: 0.625}
+    vanilla, dpa = {20: 0.25, 21: 0.5, 22: 0.5}, {20: 0.5, 21: 0.625}
     for seed, accuracy in vanilla.items():
         results_file(tmp_path, Run("plain", "vanilla", seed), accuracy)
     for seed, accuracy in dpa.items():
         results_file(tmp_path, Run("plain", "dpa", seed), accuracy)
-    results_file(tmp_path, Run("french", "cal", 11), 0.5, machine="some CPU")
-    results_file(tmp_path, Run("ornate", "cal", 11), 0.5, protocol="another")
+    results_file(tmp_path, Run("french", "cal", 21), 0.5, machine="some CPU")
+    results_file(tmp_path, Run("ornate", "cal", 21), 0.5, protocol="another")
     made = drawings(tmp_path)
     assert made["openmoji large"] == "Not run."
     head, *rest = made["openmoji small"].split("\n\n")
     assert head == "6 runs of 150 s (median, with the proxy's); 39 are missing."
-    assert rest[1] == "Ran on some CPU: french-cal-11."
-    assert rest[2].startswith("Ran on some GPU: plain-dpa-10, plain-dpa-11, plain-vanilla-10, ")
+    assert rest[1] == "Ran on some CPU: french-cal-21."
+    assert rest[2].startswith("Ran on some GPU: plain-dpa-20, plain-dpa-21, plain-vanilla-20, ")
     table = [re.split(r"\s*\|\s*", row.strip("| ")) for row in rest[0].splitlines()]
     rows = {(row[0], row[1]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
     assert len(rows) == 15
     assert rows["plain", "vanilla"] == {
-        "captions": "plain", "method": "vanilla", "seeds": "10, 11, 12", "missing": "",
+        "captions": "plain", "method": "vanilla", "seeds": "20, 21, 22", "missing": "",
         "conflict": "3.500", "floor": "1.500", "align": "1.250", "leakage": "0.750",
         "accuracy": "0.417", "nats": "0.583", "accuracy - vanilla": "-", "nats - vanilla": "-",
     }  # fmt: skip
@@ -110,10 +111,17 @@ def test_the_table_is_what_the_files_say(tmp_path):
     half = f"{(high - low) / 2:.3f}"
     assert rows["plain", "dpa"]["accuracy - vanilla"] == f"+0.188 ± {half} (2)"
     assert rows["plain", "dpa"]["nats - vanilla"] == f"-0.188 ± {half} (2)"
-    assert rows["plain", "dpa"]["missing"] == "12"
+    assert rows["plain", "dpa"]["missing"] == "22"
     assert rows["french", "cal"]["accuracy - vanilla"] == "-"
-    assert rows["ornate", "cal"]["missing"] == "10, 11, 12"
+    assert rows["ornate", "cal"]["missing"] == "20, 21, 22"
     assert rows["ornate", "cal"]["accuracy"] == "-"
+
+
+def test_it_is_refused_where_a_tokenizer_puts_no_first_token(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(sys, "argv", ["openmoji"])
+    with pytest.raises(DPAError, match=r"tokenizer.add_bos_token.* needs transformers 5 or newer"):
+        main()
 
 
 def forked(command: list[str], env: dict[str, str], **how) -> subprocess.CompletedProcess:
