@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -95,6 +96,19 @@ class Cell:
     def settings(self) -> dict[str, object]:
         """What its variant sets."""
         return VARIANTS[self.variant][1] if self.variant else {}
+
+
+def read_runs(folder: Path, protocol: str) -> dict[Cell, dict[str, Any]]:
+    """Read a protocol's runs from a folder of results, each with the name of its ``file``.
+
+    Of lines with the same cell, the first counts, in the order of the files' names.
+    """
+    runs: dict[Cell, dict[str, Any]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+            if line["protocol"] == protocol:
+                runs.setdefault(Cell(**line["cell"]), line | {"file": file.name})
+    return runs
 
 
 FINDINGS: dict[str, tuple[Cell, Cell]] = {

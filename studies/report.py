@@ -8,7 +8,6 @@ A block of the page, between `<!-- NAME -->` and `<!-- end -->`, is replaced by 
 
 import argparse
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from dpa_xtuner.tables import markdown
 from studies.openmoji.plan import BUDGETS, Run, load
 from studies.openmoji.plan import SEEDS as DRAWN_SEEDS
 from studies.openmoji.styles import STYLES
-from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell
+from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = dict(zip(METHODS, ("#777777", "#1f77b4", "#e15a00", "#7b3294", "#2a9d4a"), strict=True))
@@ -69,14 +68,10 @@ class Results:
     """
 
     def __init__(self, folder: Path, protocol: str):
-        self.runs: dict[Cell, dict[str, Any]] = {}
+        self.runs = read_runs(folder, protocol)
         worlds: dict[int, dict[str, str]] = {}
-        for file in sorted(folder.glob("*.jsonl")):
-            for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-                if line["protocol"] == protocol:
-                    cell = Cell(**line["cell"])
-                    if self.runs.setdefault(cell, line) is line:
-                        worlds.setdefault(cell.seed, {})[line.get("world", "")] = file.name
+        for cell, line in self.runs.items():
+            worlds.setdefault(cell.seed, {})[line.get("world", "")] = line["file"]
         for seed, files in worlds.items():
             if len(files) > 1:
                 raise SystemExit(

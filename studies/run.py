@@ -40,7 +40,7 @@ from dpa_xtuner.layout import PROJECTOR
 from dpa_xtuner.stages.artifacts import is_finished
 from studies import schemes, world  # noqa: F401, schemes registers its classes
 from studies.measure import MEASURES
-from studies.plan import STUDIES, THEN, Cell, Sizes
+from studies.plan import STUDIES, THEN, Cell, Sizes, read_runs
 
 HERE = Path(__file__).parent
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process would wait for its threads
@@ -102,12 +102,8 @@ def main() -> int:
 
 def finished(folder: Path, sizes: Sizes) -> dict[Cell, str]:
     """Name the world of each run that results files in a folder hold already."""
-    worlds: dict[Cell, str] = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            if line["protocol"] == sizes.protocol:
-                worlds.setdefault(Cell(**line["cell"]), line.get("world", ""))
-    return worlds
+    runs = read_runs(folder, sizes.protocol)
+    return {cell: line.get("world", "") for cell, line in runs.items()}
 
 
 def make_world(folder: Path, sizes: Sizes, seed: int) -> None:
