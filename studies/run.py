@@ -71,8 +71,10 @@ def main() -> int:
         for seed in given.seeds or study.seeds
         if any(cell not in known for part in parts for cell in part.cells(seed))
     ]
+    left_out = [seed for seed in seeds if not is_same_world(folder, seed, known)]
     failed = in_parallel(
-        {f"world{seed}": partial(make_world, folder, study.sizes, seed) for seed in seeds},
+        {f"world{seed}": partial(make_world, folder, study.sizes, seed)
+         for seed in seeds if seed not in left_out},
         given.processes, end,
     )  # fmt: skip
     left_out = [seed for seed in seeds if not is_same_world(folder, seed, known)]
@@ -134,10 +136,11 @@ def is_same_world(folder: Path, seed: int, known: dict[Cell, str]) -> bool:
 
     Another machine, or other packages, may draw others of the same seed.
     """
-    if not (place := world_of(folder, seed)).exists():
-        return True
     worlds = {world for cell, world in known.items() if cell.seed == seed}
-    return worlds <= {world_hash(place)}
+    if "" in worlds:  # lines that don't say which: no world is known to be theirs
+        return False
+    place = world_of(folder, seed)
+    return not place.exists() or worlds <= {world_hash(place)}
 
 
 def make_data(folder: Path, sizes: Sizes, seed: int, levels: Iterable[int]) -> Path:

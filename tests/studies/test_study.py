@@ -224,6 +224,13 @@ def test_a_seed_of_another_world_is_left_out(smallest):
     assert "Not finished" not in said
 
 
+def test_a_seed_whose_runs_name_no_world_is_left_out_before_its_llm_is_trained(tmp_path):
+    from studies.run import is_same_world
+
+    assert is_same_world(tmp_path, 7, {Cell(2, "pmo", 8): "another"})
+    assert not is_same_world(tmp_path, 7, {Cell(2, "pmo", 7): ""})
+
+
 def line(cell: Cell, accuracy: float, **more) -> str:
     """A line of a results file."""
     look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
