@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gentle_proxy": ("pmo", {"proxy.lr": 2e-4}),
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
+    "small_batches": ("pmo", {"align.batch_size": 8, "align.global_batch_size": 8}),
+    "small_batches_vanilla": ("vanilla", {"align.batch_size": 8, "align.global_batch_size": 8}),
     "vanilla_first": ("vanilla", {}),
     "proxy_first": ("pmo", {}),
     "long_proxy_first": ("pmo", {}),
@@ -54,6 +56,7 @@ projector of the first: the second one's settings."""
 BASE = {
     "lora": "lora_vanilla",
     "long": "long_vanilla",
+    "small_batches": "small_batches_vanilla",
     "proxy_first": "vanilla_first",
     "long_proxy_first": "long_vanilla",
 }

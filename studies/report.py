@@ -9,6 +9,7 @@ A block of the page, between `<!-- NAME -->` and `<!-- end -->`, is replaced by 
 import argparse
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,6 +142,7 @@ MEASURES: dict[str, Callable[[dict], float]] = {
     "conflict per caption": lambda run: MEASURES["conflict"](run) * (run["caption_tokens"] - 1),
     "original": lambda run: run["measured"]["original"],
     "floor": lambda run: run["measured"]["floor"],
+    "below the floor": lambda run: run["measured"]["floor"] - run["measured"]["align"],
     "reads": lambda run: run["measured"]["proxy_reads"],
 }
 """What a run is judged by. *over tune* is the area under the curve of accuracy over the steps."""
@@ -160,6 +162,7 @@ def tables(results: Results) -> dict[str, str]:
         "leakage": _leakage(results),
         "proxies": _proxies(results),
         "variants": _variants(results),
+        "batches": _batches(results),
         "shares": _shares(results),
         "mechanism": _mechanism(results),
     }
@@ -327,6 +330,23 @@ def _proxies(results: Results) -> str:
     return _table(head, rows)
 
 
+def _batches(results: Results) -> str:
+    rows = []
+    for level in results.levels(variant="small_batches"):
+        small = Cell(level, "pmo", 0, 1.0, "small_batches")
+        seeds = results.seeds(small, Cell(level, "pmo", 0))
+        for batch, cell in ((32, Cell(level, "pmo", 0)), (8, small)):
+            base = _base(cell)
+            if shared := [seed for seed in seeds if seed in results.seeds(cell, base)]:
+                below = np.mean(results.values(cell, "below the floor", shared))
+                means = [np.mean(results.values(c, "over tune", shared)) for c in (cell, base)]
+                gain = _gain(results.gain(cell, base, "over tune", shared))
+                rows.append((level, batch, *map(_number, map(float, (below, *means))), gain))
+    if not rows:
+        return "Not run."
+    return _table(["level", "batch", "below the floor", "pmo", "vanilla", "pmo - vanilla"], rows)
+
+
 def _shares(results: Results) -> str:
     others = [method for method in METHODS if method != "vanilla"]
     rows = []
@@ -360,6 +380,7 @@ DRAWINGS: dict[str, Callable[[dict], float]] = {
     "floor": lambda run: run["measured"]["floor"],
     "align": lambda run: run["measured"]["align"],
     "leakage": lambda run: run["measured"]["leakage"],
+    "picture": lambda run: run["measured"]["other_picture"] - run["measured"]["own_picture"],
     "accuracy": lambda run: run["answers"]["all"]["accuracy"],
     "nats": lambda run: run["answers"]["all"]["with_picture"],
 }
@@ -494,12 +515,14 @@ def _draw_mechanism(results: Results, level: int, axis) -> None:
 def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
     """Compare methods and variants with vanilla, over `tune`; the smallest gain comes first.
 
-    Only seeds count that all variants of the level were run with: some have more.
+    Only seeds count that most variants of the level were run with. Variants that lack one of them
+    are left out.
     """
     varied = {
         replace(cell, seed=0) for cell in results.runs if cell.variant and cell.level == level
     }
-    among = sorted(set.intersection(*(set(results.seeds(cell)) for cell in varied)))
+    counts = Counter(seed for cell in varied for seed in results.seeds(cell))
+    among = sorted(seed for seed, count in counts.items() if 2 * count > len(varied))
     cells = {method: Cell(level, method, 0) for method in METHODS if method != "vanilla"}
     cells |= {
         name: Cell(level, method, 0, 1.0, name)
@@ -509,6 +532,7 @@ def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
     found = {
         name: gain
         for name, cell in cells.items()
+        if set(among) <= set(results.seeds(cell, _base(cell)))
         if (gain := results.gain(cell, _base(cell), "over tune", among))
     }
     return dict(sorted(found.items(), key=lambda item: item[1].mean))

@@ -81,7 +81,7 @@ BUDGETS = {
          "model.llm.attn_implementation": "sdpa"},
     ),
     "small": Budget(
-        (60, 120, 60), (8, 16, 4), 64, 240, {"align.lr": 3e-3, "align.warmup_ratio": 0.15}
+        (60, 300, 60), (8, 4, 4), 64, 240, {"align.lr": 2e-3, "align.warmup_ratio": 0.15}
     ),
     "smallest": Budget((2, 2, 2), (4, 4, 4), 4, 8),
 }  # fmt: skip

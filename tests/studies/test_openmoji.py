@@ -76,6 +76,7 @@ def test_each_drawing_and_colour_has_a_french_name():
 
 def results_file(folder: Path, run: Run, accuracy: float, **changes) -> None:
     measured = {"original": 5.0, "floor": 1.5, "align": 1.25, "leakage": 0.75}
+    measured |= {"own_picture": 4.0, "other_picture": 4.25}
     content = {
         "protocol": BUDGETS["small"].protocol, "run": asdict(run), "measured": measured,
         "answers": {"all": {"accuracy": accuracy, "with_picture": 1 - accuracy}},
@@ -104,6 +105,7 @@ def test_the_table_is_what_the_files_say(tmp_path):
     assert rows["plain", "vanilla"] == {
         "captions": "plain", "method": "vanilla", "seeds": "20, 21, 22", "missing": "",
         "conflict": "3.500", "floor": "1.500", "align": "1.250", "leakage": "0.750",
+        "picture": "0.250",
         "accuracy": "0.417", "nats": "0.583", "accuracy - vanilla": "-", "nats - vanilla": "-",
     }  # fmt: skip
     # Paired over the two seeds that both have.

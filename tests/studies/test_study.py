@@ -235,6 +235,7 @@ def line(cell: Cell, accuracy: float, **more) -> str:
     """A line of a results file."""
     look = {"accuracy": accuracy, "learned": 0.5, "d_learned": 0.4, "d_unlearned": None}
     measured = {"original": 9.0, "floor": 3.0, "leakage": 2.0, "other_picture": 5.0}
+    measured["align"] = 2.75
     measured |= {"own_picture": 4.0, "proxy_reads": 0.5}
     return json.dumps({
         "protocol": "p", "cell": vars(cell), "measured": measured, "caption_tokens": 10,
@@ -275,16 +276,24 @@ def test_all_tables_are_made_of_few_results(tmp_path):
         Cell(2, "vanilla", 0): 0.5, Cell(2, "pmo", 0): 0.7, Cell(2, "dpa", 0): 0.6,
         Cell(2, "dpa", 0, 1.0, "cmo_in_align"): 0.75,
         Cell(2, "vanilla", 0, 0.25): 0.25, Cell(2, "pmo", 0, 0.25): 0.5,
+        Cell(6, "pmo", 0): 0.5, Cell(6, "vanilla", 0): 0.25,
+        Cell(6, "pmo", 0, 1.0, "small_batches"): 0.5,
+        Cell(6, "vanilla", 0, 1.0, "small_batches_vanilla"): 0.75,
     }  # fmt: skip
     (tmp_path / "r.jsonl").write_text("\n".join(line(*each) for each in cells.items()) + "\n")
     made = tables(Results(tmp_path, "p"))
     rows = {name: [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
             for name, table in made.items()}  # fmt: skip
-    assert rows["gains"] == [["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-", "-0.100 (1)"]]
-    assert rows["conflict"] == [["2", "9.00", "3.00", "6.00", "54.00", "0.50"]]
-    assert rows["variants"] == [
-        ["cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "0.75", "+0.250 (1)"]
+    assert rows["gains"][0] == ["2", "0.50", "+0.200 (1)", "-", "+0.100 (1)", "-", "-0.100 (1)"]
+    conflict = ["9.00", "3.00", "6.00", "54.00", "0.50"]
+    assert rows["conflict"] == [["2", *conflict], ["6", *conflict]]
+    assert rows["batches"] == [
+        ["6", "32", "0.25", "0.50", "0.25", "+0.250 (1)"],
+        ["6", "8", "0.25", "0.50", "0.75", "-0.250 (1)"],
     ]
+    assert rows["variants"][0] == [
+        "cmo_in_align", "2", "0.75", "+0.250 (1)", "+0.150 (1)", "dpa", "0.75", "+0.250 (1)"
+    ]  # fmt: skip
     assert rows["shares"][0] == ["2", "25%", "0.25", "+0.250 (1)", "-", "-", "-"]
     assert ["2", "pmo", "2.00", "1.00", "0.70"] in rows["leakage"]
 
@@ -296,11 +305,14 @@ def test_a_variant_is_compared_with_its_own_base():
         (Cell(2, "pmo", 0), 0.7),
         (Cell(2, "pmo", 0, 1.0, "long"), 0.8),
         (Cell(2, "vanilla", 0, 1.0, "long_vanilla"), 0.9),
+        (Cell(2, "dpa", 0, 1.0, "window_1"), 0.6),
+        (Cell(2, "vanilla", 1), 0.5),
+        (Cell(2, "pmo", 1, 1.0, "gentle_proxy"), 0.6),  # of another seed than most: left out
     ):
         results.runs[cell] = {"tune": {"steps": [0, 25], "looks": [{"accuracy": accuracy}] * 2}}
     gains = {name: gain.mean for name, gain in gains_of_variants(results, 2).items()}
-    assert list(gains) == ["long", "pmo"]
-    assert gains == pytest.approx({"long": -0.1, "pmo": 0.2})
+    assert list(gains) == ["long", "window_1", "pmo"]
+    assert gains == pytest.approx({"long": -0.1, "window_1": 0.1, "pmo": 0.2})
 
 
 def test_the_published_tables_are_those_of_the_files_under_todays_protocol():
