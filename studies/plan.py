@@ -42,8 +42,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "proxy_first": ("pmo", {}),
     "long_proxy_first": ("pmo", {}),
 }
-"""Variants by name: the method that they change, and its settings. Results are known by the name:
-it keeps its settings."""
+"""Variants by name: the method that they change, and its settings. Results files hold the name
+alone: never change a variant's settings."""
 
 THEN: dict[str, dict[str, object]] = {
     "vanilla_first": {"captions.share": 0.25},
@@ -124,7 +124,7 @@ FINDINGS: dict[str, tuple[Cell, Cell]] = {
     "R7": (Cell(6, "pmo", 0, variant="long"), Cell(6, "vanilla", 0, variant="long_vanilla")),
     "R8": (Cell(1, "vanilla", 0), Cell(1, "cal", 0)),
 }
-"""What the replication tests: the first is ahead of the second, over `tune`. The seed 0 is any."""
+"""What the replication tests: the first is ahead of the second, over `tune`, whatever the seed."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Sizes:
     """How large the world and the budgets are.
 
     Attributes:
-        captions: that are trained on, a picture each; in batches of 32.
+        captions: that are trained on, a picture each.
         questions: that are trained on, four for a picture.
         asked: held-out questions, four for a picture.
         llm_steps: of the LLM's own training.
@@ -195,6 +195,7 @@ STUDIES = {
             Part("methods", (0, 1, 2, 4, 6)),
             Part("proxies", (2, 6), (), variants=("forgetful_proxy", "gentle_proxy")),
             Part("budget", (2, 6), (), variants=("long_vanilla", "long")),
+            Part("batches", (6, 2), (), variants=("small_batches_vanilla", "small_batches")),
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),

@@ -10,7 +10,7 @@ import argparse
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,13 @@ from scipy.stats import t as student
 
 from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
-from studies.openmoji.plan import BUDGETS, Run, load
+from studies.openmoji.plan import BUDGETS, PLANNED, Run, load
 from studies.openmoji.plan import SEEDS as DRAWN_SEEDS
-from studies.openmoji.styles import STYLES
 from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
+OTHERS = METHODS[1:]
+"""The methods but vanilla, which all are compared with."""
 COLOURS = dict(zip(METHODS, ("#777777", "#1f77b4", "#e15a00", "#7b3294", "#2a9d4a"), strict=True))
 
 
@@ -170,7 +171,7 @@ def tables(results: Results) -> dict[str, str]:
 
 def _runs(results: Results) -> str:
     rows = [
-        (level, ", ".join(map(str, results.seeds(Cell(level, "vanilla", 0)))))
+        (level, *(len(results.seeds(Cell(level, method, 0))) for method in METHODS))
         for level in results.levels(share=1.0, variant="")
     ]
     seconds = [run["seconds"] for run in results.runs.values()]
@@ -179,48 +180,52 @@ def _runs(results: Results) -> str:
     return (
         f"{len(results.runs)} runs of {np.median(seconds):.0f} s (median), on {machines}. The "
         f"original LLMs get at least {llm:.1%} of the words right that a description tells.\n\n"
-        + _table(["level", "seeds"], rows)
+        + _table(["level", *(f"seeds of {method}" for method in METHODS)], rows)
     )
 
 
 def _claim(results: Results) -> str:
-    """Tell whether a method gains more with the strongest conflict than without one."""
+    """Tell what a method gains without a conflict and with the strongest one, by set of seeds."""
     levels = results.levels(method="vanilla", share=1.0, variant="")
     weak, strong = levels[0], levels[-1]
-    seeds = results.seeds(Cell(strong, "vanilla", 0))
-    groups = [[seed for seed in seeds if seed in group] for group in (*SEEDS.values(), seeds)]
-    base, rows = Cell(strong, "vanilla", 0), []
-    for method in METHODS[1:]:
-        cell = replace(base, method=method)
-        gains = [results.gain(cell, base, "over tune", group) for group in groups]
-        rows.append((method, *map(_gain, gains), _gain(_more(results, method, weak, strong))))
-    head = ["method", *(f"level {strong}, {name}" for name in SEEDS), "all"]
-    return _table([*head, f"level {strong} minus level {weak}"], rows)
+    groups: dict[str, list[int] | None] = {**_sets(), "all": None}
+    rows = []
+    for method, level in itertools.product(OTHERS, (weak, strong)):
+        cell, base = Cell(level, method, 0), Cell(level, "vanilla", 0)
+        gains = [results.gain(cell, base, "over tune", group) for group in groups.values()]
+        more = _more(results, cell, replace(cell, level=weak)) if level == strong else None
+        rows.append((method, level, *map(_gain, gains), _gain(more)))
+    return _table(["method", "level", *groups, f"level {strong} minus level {weak}"], rows)
+
+
+def _sets() -> dict[str, list[int]]:
+    """Return the seeds of the first set and of the replication, by their names."""
+    sets = ([*SEEDS["planned"], *SEEDS["added"]], [*SEEDS["replication"]])
+    return {f"seeds {seeds[0]} - {seeds[-1]}": seeds for seeds in sets}
 
 
 def _replication(results: Results) -> str:
     """Tell which findings of the first seeds the others show again."""
-    first, new = SEEDS["planned"] + SEEDS["added"], SEEDS["replication"]
+    sets = _sets()
     rows = []
     for name, (ahead, behind) in FINDINGS.items():
-        gains = [results.gain(ahead, behind, "over tune", list(seeds)) for seeds in (first, new)]
-        again = gains[1]
-        shown = "not run" if again is None else f"{again.seeds} of {len(new)} seeds"
-        if again and again.seeds == len(new):
+        gains = [results.gain(ahead, behind, "over tune", seeds) for seeds in sets.values()]
+        again, wanted = gains[1], len(SEEDS["replication"])
+        shown = "not run" if again is None else f"{again.seeds} of {wanted} seeds"
+        if again and again.seeds == wanted:
             shown = "yes" if again.clear and again.mean > 0 else "no"
         named = f"{ahead.variant or ahead.method} - {behind.variant or behind.method}"
         rows.append((name, ahead.level, named, *map(_gain, gains), shown))
-    head = ["", "level", "difference", f"seeds {first[0]} - {first[-1]}",
-            f"seeds {new[0]} - {new[-1]}", "shown again"]  # fmt: skip
-    return _table(head, rows)
+    return _table(["", "level", "difference", *sets, "shown again"], rows)
 
 
-def _more(results: Results, method: str, weak: int, strong: int) -> Interval | None:
-    cells = [Cell(level, name, 0) for level in (strong, weak) for name in (method, "vanilla")]
-    found = [set(results.seeds(cell)) for cell in cells]
+def _more(results: Results, cell: Cell, other: Cell) -> Interval | None:
+    """Tell how much more a run gains over its vanilla than another over its own, seed by seed."""
+    cells = [cell, _base(cell), other, _base(other)]
+    found = [set(results.seeds(each)) for each in cells]
     if not (seeds := sorted(set.intersection(*found))):
         return None
-    a, b, c, d = (np.array(results.values(cell, "over tune", seeds)) for cell in cells)
+    a, b, c, d = (np.array(results.values(each, "over tune", seeds)) for each in cells)
     return Interval.of((a - b) - (c - d))
 
 
@@ -241,14 +246,13 @@ def _conflict(results: Results) -> str:
 
 
 def _gains(results: Results, measure: str) -> str:
-    others = [method for method in METHODS if method != "vanilla"]
     rows = []
     for level in results.levels(method="vanilla", share=1.0, variant=""):
         base = Cell(level, "vanilla", 0)
-        gains = [_gain(results.gain(Cell(level, m, 0), base, measure)) for m in others]
+        gains = [_gain(results.gain(Cell(level, m, 0), base, measure)) for m in OTHERS]
         gains.append(_gain(results.gain(Cell(level, "dpa", 0), Cell(level, "pmo", 0), measure)))
         rows.append((level, _number(results.mean(base, measure)), *gains))
-    return _table(["level", "vanilla", *(f"{m} - vanilla" for m in others), "dpa - pmo"], rows)
+    return _table(["level", "vanilla", *(f"{m} - vanilla" for m in OTHERS), "dpa - pmo"], rows)
 
 
 def _table(head: list[str], rows: Iterable[Iterable[object]]) -> str:
@@ -273,7 +277,7 @@ def _accuracy(results: Results) -> str:
                 steps, means = results.curve(cell, "accuracy")
                 rows.append((level, method, len(results.seeds(cell)), *map(_number, means)))
     if not rows:
-        return ""
+        return "Not run."
     return _table(["level", "method", "seeds", *map(str, steps)], rows)
 
 
@@ -298,12 +302,14 @@ def _variants(results: Results) -> str:
                 name, level, _number(results.mean(cell, "over tune")),
                 _gain(results.gain(cell, base, "over tune")),
                 "-" if base.variant else _gain(results.gain(cell, plain, "over tune")), method,
+                _gain(results.gain(cell, replace(plain, method="pmo"), "over tune"))
+                if method == "dpa" else "-",
                 _number(results.mean(cell, "at the end")),
                 _gain(results.gain(cell, base, "at the end")),
             ))  # fmt: skip
     if not rows:
         return "Not run."
-    head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method",
+    head = ["variant", "level", "over tune", "- vanilla", "- its method", "its method", "- pmo",
             "at the end", "at the end - vanilla"]  # fmt: skip
     return _table(head, rows)
 
@@ -341,14 +347,16 @@ def _batches(results: Results) -> str:
                 below = np.mean(results.values(cell, "below the floor", shared))
                 means = [np.mean(results.values(c, "over tune", shared)) for c in (cell, base)]
                 gain = _gain(results.gain(cell, base, "over tune", shared))
-                rows.append((level, batch, *map(_number, map(float, (below, *means))), gain))
+                more = _more(results, cell, replace(cell, variant="")) if cell.variant else None
+                known = map(_number, map(float, (below, *means)))
+                rows.append((level, batch, *known, gain, _gain(more)))
     if not rows:
         return "Not run."
-    return _table(["level", "batch", "below the floor", "pmo", "vanilla", "pmo - vanilla"], rows)
+    head = ["level", "batch", "below the floor", "pmo", "vanilla", "pmo - vanilla", "more than 32"]
+    return _table(head, rows)
 
 
 def _shares(results: Results) -> str:
-    others = [method for method in METHODS if method != "vanilla"]
     rows = []
     shares = sorted({cell.share for cell in results.runs if not cell.variant})
     levels = results.levels(share=shares[0]) if len(shares) > 1 else []
@@ -356,11 +364,11 @@ def _shares(results: Results) -> str:
         for share in shares:
             base = Cell(level, "vanilla", 0, share)
             if (value := results.mean(base, "over tune")) is not None:
-                gains = [results.gain(Cell(level, m, 0, share), base, "over tune") for m in others]
+                gains = [results.gain(Cell(level, m, 0, share), base, "over tune") for m in OTHERS]
                 rows.append((level, f"{share:.0%}", _number(value), *map(_gain, gains)))
     if not rows:
         return "Not run."
-    return _table(["level", "share", "vanilla", *(f"{m} - vanilla" for m in others)], rows)
+    return _table(["level", "share", "vanilla", *(f"{m} - vanilla" for m in OTHERS)], rows)
 
 
 def _mechanism(results: Results) -> str:
@@ -372,7 +380,7 @@ def _mechanism(results: Results) -> str:
             for key in ("learned", "d_learned", "d_unlearned"):
                 steps, means = results.curve(cell, key)
                 rows.append((level, method, key, *map(_number, means)))
-    return _table(["level", "method", "", *map(str, steps)], rows) if rows else ""
+    return _table(["level", "method", "", *map(str, steps)], rows) if rows else "Not run."
 
 
 DRAWINGS: dict[str, Callable[[dict], float]] = {
@@ -390,16 +398,17 @@ DRAWINGS: dict[str, Callable[[dict], float]] = {
 def drawings(folder: Path) -> dict[str, str]:
     """Make the tables of the study with drawings, a block for each budget."""
     return {
-        f"openmoji {name}": _drawings(load(folder, BUDGETS[name].protocol))
+        f"openmoji {name}": _drawings(load(folder, BUDGETS[name].protocol), PLANNED[name])
         for name in ("large", "small")
     }
 
 
-def _drawings(runs: dict[Run, dict]) -> str:
+def _drawings(runs: dict[Run, dict], styles: Sequence[str]) -> str:
+    runs = {run: known for run, known in runs.items() if run.seed in DRAWN_SEEDS}
     if not runs:
         return "Not run."
     rows, missing = [], 0
-    for style, method in itertools.product(STYLES, METHODS):
+    for style, method in itertools.product(styles, METHODS):
         mine = {run.seed: runs[run] for run in runs if (run.style, run.method) == (style, method)}
         absent = [seed for seed in DRAWN_SEEDS if seed not in mine]
         missing += len(absent)
@@ -475,7 +484,7 @@ def _draw_gains(results: Results, measure: str, axis) -> None:
 def _draw_difference(results: Results, axis, measure: str, bases: list[Cell]) -> None:
     """Draw what each method gains over some cells of vanilla, one beside the other."""
     axis.axhline(0, color="#777777", linewidth=1)
-    for shift, method in enumerate(m for m in METHODS if m != "vanilla"):
+    for shift, method in enumerate(OTHERS):
         found = [
             (i, gain)
             for i, base in enumerate(bases)
@@ -523,7 +532,7 @@ def gains_of_variants(results: Results, level: int) -> dict[str, Interval]:
     }
     counts = Counter(seed for cell in varied for seed in results.seeds(cell))
     among = sorted(seed for seed, count in counts.items() if 2 * count > len(varied))
-    cells = {method: Cell(level, method, 0) for method in METHODS if method != "vanilla"}
+    cells = {method: Cell(level, method, 0) for method in OTHERS}
     cells |= {
         name: Cell(level, method, 0, 1.0, name)
         for name, (method, _) in VARIANTS.items()

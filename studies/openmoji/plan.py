@@ -76,8 +76,8 @@ class Budget:
 
 BUDGETS = {
     "large": Budget(
-        (250, 1000, 500), (32, 32, 16), 256, 240,
-        {"align.lr": 1e-3, "train_dataloader.num_workers": 4,
+        (250, 2000, 500), (32, 8, 16), 256, 240,
+        {"align.lr": 2e-3, "align.warmup_ratio": 0.15, "train_dataloader.num_workers": 4,
          "model.llm.attn_implementation": "sdpa"},
     ),
     "small": Budget(
@@ -86,6 +86,14 @@ BUDGETS = {
     "smallest": Budget((2, 2, 2), (4, 4, 4), 4, 8),
 }  # fmt: skip
 """By name: for a GPU, for two CPU cores, and for a test."""
+
+PLANNED = {
+    "large": ("plain", "ornate", "french"),
+    "small": ("plain", "french"),
+    "smallest": ("plain", "ornate", "french"),
+}
+"""Styles that a budget is run with: with ornate captions, `align` of the small one stays at its
+floor."""
 
 
 def load(folder: Path, protocol: str) -> dict[Run, dict]:

@@ -1,7 +1,7 @@
 """Run the study with SmolLM2-135M and drawings: python -m studies.openmoji.
 
     python -m studies.openmoji --processes 6          # on a GPU: all runs of the large budget
-    python -m studies.openmoji --budget small --methods vanilla dpa --seeds 10
+    python -m studies.openmoji --budget small --methods vanilla dpa --seeds 20
 
 Each run is `tools/train.py` with the demo's models and questions, on the machine's device. It
 writes a file of its own into studies/results/; `python -m studies.report` merges all files there,
@@ -29,7 +29,7 @@ from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 from dpa_xtuner.stages.artifacts import is_finished, read_state
 from dpa_xtuner.stages.methods import METHODS as PIPELINES
 from dpa_xtuner.versions import require_transformers
-from studies.openmoji.plan import BUDGETS, HERE, SEEDS, Budget, Run, load
+from studies.openmoji.plan import BUDGETS, HERE, PLANNED, SEEDS, Budget, Run, load
 from studies.openmoji.styles import STYLES, write_data
 from studies.plan import METHODS
 
@@ -125,7 +125,7 @@ def main() -> int:
     )
     default = "large" if torch.cuda.is_available() else "small"
     parser.add_argument("--budget", choices=BUDGETS, default=default, help="default: %(default)s")
-    parser.add_argument("--styles", nargs="+", choices=STYLES, default=list(STYLES))
+    parser.add_argument("--styles", nargs="+", choices=STYLES, help="default: the budget's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--data", type=Path, default="data", help="the demo's; made if missing")
@@ -134,7 +134,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     require_transformers("5", "tokenizer.add_bos_token, and so this study,")
-    chosen = BUDGETS[given.budget]
+    chosen, styles = BUDGETS[given.budget], given.styles or PLANNED[given.budget]
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // given.processes or 1))
     study = Study(chosen, given.data, given.work_dir / chosen.protocol, given.results, given.budget)
     for folder in (study.models / "models", study.results):
@@ -147,7 +147,7 @@ def main() -> int:
         do = map if given.processes == 1 else pool.map
         for seed in given.seeds:
             known = load(study.results, chosen.protocol)
-            wanted = [Run(style, m, seed) for style in given.styles for m in given.methods]
+            wanted = [Run(style, m, seed) for style in styles for m in given.methods]
             if not (runs := [run for run in wanted if run not in known]):
                 continue
             print(f"Seed {seed}: {len(runs)} runs", flush=True)
