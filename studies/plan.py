@@ -38,6 +38,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
     "small_batches": ("pmo", {"align.batch_size": 8, "align.global_batch_size": 8}),
     "small_batches_vanilla": ("vanilla", {"align.batch_size": 8, "align.global_batch_size": 8}),
+    "gentle_small_batches": (
+        "pmo",
+        {"proxy.lr": 2e-4, "align.batch_size": 8, "align.global_batch_size": 8},
+    ),
     "vanilla_first": ("vanilla", {}),
     "proxy_first": ("pmo", {}),
     "long_proxy_first": ("pmo", {}),
@@ -57,6 +61,7 @@ BASE = {
     "lora": "lora_vanilla",
     "long": "long_vanilla",
     "small_batches": "small_batches_vanilla",
+    "gentle_small_batches": "small_batches_vanilla",
     "proxy_first": "vanilla_first",
     "long_proxy_first": "long_vanilla",
 }
@@ -195,7 +200,12 @@ STUDIES = {
             Part("methods", (0, 1, 2, 4, 6)),
             Part("proxies", (2, 6), (), variants=("forgetful_proxy", "gentle_proxy")),
             Part("budget", (2, 6), (), variants=("long_vanilla", "long")),
-            Part("batches", (6, 2), (), variants=("small_batches_vanilla", "small_batches")),
+            Part(
+                "batches",
+                (6, 2),
+                (),
+                variants=("small_batches_vanilla", "small_batches", "gentle_small_batches"),
+            ),
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),
         ),

@@ -395,16 +395,22 @@ DRAWINGS: dict[str, Callable[[dict], float]] = {
 """What a run with SmolLM2 and drawings is judged by."""
 
 
+def drawn_runs(folder: Path) -> dict[str, dict[Run, dict]]:
+    """Read the reported runs of the study with drawings, by budget."""
+    return {
+        name: {run: known for run, known in load(folder, BUDGETS[name].protocol).items()
+               if run.seed in DRAWN_SEEDS}
+        for name in ("large", "small")
+    }  # fmt: skip
+
+
 def drawings(folder: Path) -> dict[str, str]:
     """Make the tables of the study with drawings, a block for each budget."""
-    return {
-        f"openmoji {name}": _drawings(load(folder, BUDGETS[name].protocol), PLANNED[name])
-        for name in ("large", "small")
-    }
+    found = drawn_runs(folder)
+    return {f"openmoji {name}": _drawings(found[name], PLANNED[name]) for name in found}
 
 
 def _drawings(runs: dict[Run, dict], styles: Sequence[str]) -> str:
-    runs = {run: known for run, known in runs.items() if run.seed in DRAWN_SEEDS}
     if not runs:
         return "Not run."
     rows, missing = [], 0
@@ -439,8 +445,8 @@ def _drawings(runs: dict[Run, dict], styles: Sequence[str]) -> str:
     ])  # fmt: skip
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Write one picture per question into a folder."""
+def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> None:
+    """Write one picture per question into a folder; ``drawn`` is that of :func:`drawn_runs`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -468,6 +474,9 @@ def draw(results: Results, folder: Path) -> None:
     varied = sorted({cell.level for cell in results.runs if cell.variant})
     write("variants", by_level(_draw_variants, varied))
     write("shares", by_level(_draw_shares, results.levels(share=0.5)))
+    for name, runs in drawn.items():
+        styles = [style for style in PLANNED[name] if any(run.style == style for run in runs)]
+        write(f"openmoji_{name}", [partial(_draw_answers, runs, style) for style in styles])
 
 
 def _draw_gains(results: Results, measure: str, axis) -> None:
@@ -568,6 +577,23 @@ def _draw_shares(results: Results, level: int, axis) -> None:
     axis.set_title(f"level {level}: accuracy over tune, minus vanilla", fontsize=10)
 
 
+def _draw_answers(runs: dict[Run, dict], style: str, axis) -> None:
+    """Draw each seed's accuracy by method, a seed's runs joined by a line."""
+    for seed in DRAWN_SEEDS:
+        found = [
+            (x, DRAWINGS["accuracy"](runs[run]))
+            for x, method in enumerate(METHODS)
+            if (run := Run(style, method, seed)) in runs
+        ]
+        if found:
+            axis.plot(*zip(*found, strict=True), "o-", markersize=5, label=f"seed {seed}")
+    chance = next(iter(runs.values()))["answers"]["all"]["chance"]
+    axis.axhline(chance, color="#777777", linewidth=1, linestyle="--")
+    axis.set_xticks(range(len(METHODS)), METHODS)
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{style} captions: accuracy of answers", fontsize=10)
+
+
 def fill(page: str, made: dict[str, str]) -> str:
     """Replace the blocks of a page by tables of their names."""
     for name, table in made.items():
@@ -591,7 +617,7 @@ def main() -> None:
         raise SystemExit(f"No results of {given.study} in {given.results}: run it first.")
     made = tables(results) | drawings(given.results)
     write_text(given.page, fill(given.page.read_text(encoding="utf-8"), made))
-    draw(results, given.page.parent)
+    draw(results, drawn_runs(given.results), given.page.parent)
     print("\n\n".join(f"## {name}\n\n{table}" for name, table in made.items()))
 
 
