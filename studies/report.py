@@ -339,20 +339,22 @@ def _proxies(results: Results) -> str:
 def _batches(results: Results) -> str:
     rows = []
     for level in results.levels(variant="small_batches"):
-        small = Cell(level, "pmo", 0, 1.0, "small_batches")
-        seeds = results.seeds(small, Cell(level, "pmo", 0))
-        for batch, cell in ((32, Cell(level, "pmo", 0)), (8, small)):
+        plain = Cell(level, "pmo", 0)
+        seeds = results.seeds(replace(plain, variant="small_batches"), plain)
+        for name in ("", "small_batches", "gentle_small_batches"):
+            cell = replace(plain, variant=name)
             base = _base(cell)
             if shared := [seed for seed in seeds if seed in results.seeds(cell, base)]:
                 below = np.mean(results.values(cell, "below the floor", shared))
                 means = [np.mean(results.values(c, "over tune", shared)) for c in (cell, base)]
-                gain = _gain(results.gain(cell, base, "over tune", shared))
-                more = _more(results, cell, replace(cell, variant="")) if cell.variant else None
                 known = map(_number, map(float, (below, *means)))
-                rows.append((level, batch, *known, gain, _gain(more)))
+                gain = results.gain(cell, base, "over tune", shared)
+                more = _more(results, cell, plain) if name else None
+                rows.append((level, name or "pmo", *known, _gain(gain), _gain(more)))
     if not rows:
         return "Not run."
-    head = ["level", "batch", "below the floor", "pmo", "vanilla", "pmo - vanilla", "more than 32"]
+    head = ["level", "run", "below the floor", "over tune", "its vanilla", "- its vanilla",
+            "more than pmo's gain"]  # fmt: skip
     return _table(head, rows)
 
 
