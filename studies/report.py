@@ -24,6 +24,7 @@ from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
 from studies.openmoji.plan import BUDGETS, PLANNED, Run, load
 from studies.openmoji.plan import SEEDS as DRAWN_SEEDS
+from studies.openmoji.styles import STYLES
 from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell, read_runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -386,11 +387,9 @@ def _mechanism(results: Results) -> str:
 
 
 DRAWINGS: dict[str, Callable[[dict], float]] = {
-    "conflict": lambda run: run["measured"]["original"] - run["measured"]["floor"],
-    "floor": lambda run: run["measured"]["floor"],
+    **{name: MEASURES[name] for name in ("conflict", "floor")},
     "align": lambda run: run["measured"]["align"],
-    "leakage": lambda run: run["measured"]["leakage"],
-    "picture": lambda run: run["measured"]["other_picture"] - run["measured"]["own_picture"],
+    **{name: MEASURES[name] for name in ("leakage", "picture")},
     "accuracy": lambda run: run["answers"]["all"]["accuracy"],
     "nats": lambda run: run["answers"]["all"]["with_picture"],
 }
@@ -398,12 +397,8 @@ DRAWINGS: dict[str, Callable[[dict], float]] = {
 
 
 def drawn_runs(folder: Path) -> dict[str, dict[Run, dict]]:
-    """Read the reported runs of the study with drawings, by budget."""
-    return {
-        name: {run: known for run, known in load(folder, BUDGETS[name].protocol).items()
-               if run.seed in DRAWN_SEEDS}
-        for name in ("large", "small")
-    }  # fmt: skip
+    """Read the runs of the study with drawings, by budget."""
+    return {name: load(folder, BUDGETS[name].protocol) for name in ("large", "small")}
 
 
 def drawings(folder: Path) -> dict[str, str]:
@@ -412,14 +407,18 @@ def drawings(folder: Path) -> dict[str, str]:
     return {f"openmoji {name}": _drawings(found[name], PLANNED[name]) for name in found}
 
 
-def _drawings(runs: dict[Run, dict], styles: Sequence[str]) -> str:
+def _drawings(every: dict[Run, dict], planned: Sequence[str]) -> str:
+    runs = {run: known for run, known in every.items() if run.seed in DRAWN_SEEDS}
+    others = ", ".join(sorted(run.name for run in every if run not in runs))
+    left_out = [f"Left out, of seeds that are not reported: {others}."] if others else []
     if not runs:
-        return "Not run."
+        return "\n\n".join(["Not run.", *left_out])
+    styles = [each for each in STYLES if each in planned or each in {run.style for run in runs}]
     rows, missing = [], 0
     for style, method in itertools.product(styles, METHODS):
         mine = {run.seed: runs[run] for run in runs if (run.style, run.method) == (style, method)}
         absent = [seed for seed in DRAWN_SEEDS if seed not in mine]
-        missing += len(absent)
+        missing += len(absent) if style in planned else 0
         means = [
             f"{np.mean([value(run) for run in mine.values()]):.3f}" if mine else "-"
             for value in DRAWINGS.values()
@@ -444,6 +443,7 @@ def _drawings(runs: dict[Run, dict], styles: Sequence[str]) -> str:
         f"{len(runs)} runs of {seconds:.0f} s (median, with the proxy's); {missing} are missing.",
         _table(head, rows),
         *(f"Ran on {machine}: {', '.join(names)}." for machine, names in where.items()),
+        *left_out,
     ])  # fmt: skip
 
 
@@ -452,7 +452,7 @@ def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> N
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    def write(name: str, panels: list[Callable[[Any], None]]) -> None:
+    def write(name: str, panels: Sequence[Callable[[Any], None]]) -> None:
         """Draw panels side by side into a file; without panels, none is written."""
         if not panels:
             return
@@ -477,8 +477,9 @@ def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> N
     write("variants", by_level(_draw_variants, varied))
     write("shares", by_level(_draw_shares, results.levels(share=0.5)))
     for name, runs in drawn.items():
-        styles = [style for style in PLANNED[name] if any(run.style == style for run in runs)]
-        write(f"openmoji_{name}", [partial(_draw_answers, runs, style) for style in styles])
+        found = {run.style for run in runs if run.seed in DRAWN_SEEDS}
+        panels = [partial(_draw_answers, runs, style) for style in STYLES if style in found]
+        write(f"openmoji_{name}", panels)
 
 
 def _draw_gains(results: Results, measure: str, axis) -> None:

@@ -99,6 +99,7 @@ def test_the_table_is_what_the_files_say(tmp_path):
     head, *rest = made["openmoji small"].split("\n\n")
     assert head == "6 runs of 150 s (median, with the proxy's); 24 are missing."
     assert rest[1] == "Ran on some CPU: french-cal-21."
+    assert rest[-1] == "Left out, of seeds that are not reported: plain-dpa-10."
     assert rest[2].startswith("Ran on some GPU: plain-dpa-20, plain-dpa-21, plain-vanilla-20, ")
     table = [re.split(r"\s*\|\s*", row.strip("| ")) for row in rest[0].splitlines()]
     rows = {(row[0], row[1]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
