@@ -37,7 +37,6 @@ NOT_RUN = {
     "python -m dpa_xtuner.check": "tests/test_check.py",
     "make demo": "ten minutes; tests/demo",
     "python -m dpa_xtuner.demo prepare": "needs the demo's packages; tests/demo",
-    "make study-quick": "ten minutes; tests/studies",
     "python -m studies.report": "tests/studies",
     "python tools/get_benchmarks.py": "downloads; tests/evaluation/test_get_benchmarks.py",
     "NPROC_PER_NODE=8": "needs 8 GPUs",
