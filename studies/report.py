@@ -22,8 +22,8 @@ from scipy.stats import t as student
 
 from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
-from studies.openmoji.plan import BUDGETS, PLANNED, Run, load
-from studies.openmoji.plan import SEEDS as DRAWN_SEEDS
+from studies.openmoji.plan import ADDED_SEEDS, BUDGETS, Run, load, planned
+from studies.openmoji.plan import SEEDS as FIRST_SEEDS
 from studies.openmoji.styles import STYLES
 from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell, read_runs
 
@@ -402,35 +402,29 @@ def drawn_runs(folder: Path) -> dict[str, dict[Run, dict]]:
 
 
 def drawings(folder: Path) -> dict[str, str]:
-    """Make the tables of the study with drawings, a block for each budget."""
+    """Make the tables of the study with drawings: one for each budget, and one of the seeds."""
     found = drawn_runs(folder)
-    return {f"openmoji {name}": _drawings(found[name], PLANNED[name]) for name in found}
+    made = {f"openmoji {name}": _drawings(found[name], planned(name)) for name in found}
+    return made | {"openmoji seeds": _drawn_seeds(found["small"])}
 
 
-def _drawings(every: dict[Run, dict], planned: Sequence[str]) -> str:
-    runs = {run: known for run, known in every.items() if run.seed in DRAWN_SEEDS}
+def _drawings(every: dict[Run, dict], plan: list[Run]) -> str:
+    runs = {run: every[run] for run in plan if run in every}
     others = ", ".join(sorted(run.name for run in every if run not in runs))
-    left_out = [f"Left out, of seeds that are not reported: {others}."] if others else []
+    left_out = [f"Left out, since not planned: {others}."] if others else []
     if not runs:
         return "\n\n".join(["Not run.", *left_out])
-    styles = [each for each in STYLES if each in planned or each in {run.style for run in runs}]
-    rows, missing = [], 0
-    for style, method in itertools.product(styles, METHODS):
+    rows = []
+    for style, method in dict.fromkeys((run.style, run.method) for run in plan):
         mine = {run.seed: runs[run] for run in runs if (run.style, run.method) == (style, method)}
-        absent = [seed for seed in DRAWN_SEEDS if seed not in mine]
-        missing += len(absent) if style in planned else 0
+        wanted = [run.seed for run in plan if (run.style, run.method) == (style, method)]
+        absent = [seed for seed in wanted if seed not in mine]
         means = [
             f"{np.mean([value(run) for run in mine.values()]):.3f}" if mine else "-"
             for value in DRAWINGS.values()
         ]
-        gains = []
-        for value in (DRAWINGS["accuracy"], DRAWINGS["nats"]):
-            pairs = [
-                value(run) - value(runs[base])
-                for seed, run in mine.items()
-                if (base := Run(style, "vanilla", seed)) in runs and method != "vanilla"
-            ]
-            gains.append(_gain(Interval.of(pairs) if pairs else None))
+        pair = (method, "vanilla") if method != "vanilla" else ("vanilla", "")
+        gains = [_drawn_gain(runs, style, pair, name, wanted) for name in ("accuracy", "nats")]
         listed = [", ".join(map(str, sorted(seeds))) for seeds in (mine, absent)]
         rows.append((style, method, *listed, *means, *gains))
     head = ["captions", "method", "seeds", "missing", *DRAWINGS]
@@ -440,11 +434,37 @@ def _drawings(every: dict[Run, dict], planned: Sequence[str]) -> str:
         where.setdefault(known["machine"], []).append(run.name)
     seconds = np.median([sum(known["seconds"].values()) for known in runs.values()])
     return "\n\n".join([
-        f"{len(runs)} runs of {seconds:.0f} s (median, with the proxy's); {missing} are missing.",
+        f"{len(runs)} runs of {seconds:.0f} s (median, with the proxy's); "
+        f"{len(plan) - len(runs)} are missing.",
         _table(head, rows),
         *(f"Ran on {machine}: {', '.join(names)}." for machine, names in where.items()),
         *left_out,
     ])  # fmt: skip
+
+
+def _drawn_gain(
+    runs: dict[Run, dict], style: str, pair: tuple[str, str], measure: str, seeds: Iterable[int]
+) -> str:
+    """Compare two methods with drawings, seed by seed."""
+    value, found = DRAWINGS[measure], []
+    for seed in seeds:
+        first, second = (runs.get(Run(style, method, seed)) for method in pair)
+        if first and second:
+            found.append(value(first) - value(second))
+    return _gain(Interval.of(found) if found else None)
+
+
+def _drawn_seeds(runs: dict[Run, dict]) -> str:
+    """Tell what plain captions gave with the first seeds and with those added later."""
+    sets = {f"seeds {s[0]} - {s[-1]}": s for s in (FIRST_SEEDS, ADDED_SEEDS)}
+    sets["all"] = (*FIRST_SEEDS, *ADDED_SEEDS)
+    pairs = (("pmo", "vanilla"), ("dpa", "vanilla"), ("dpa", "pmo"))
+    rows = [
+        (measure, " - ".join(pair), *(_drawn_gain(runs, "plain", pair, measure, s)
+                                      for s in sets.values()))
+        for measure, pair in itertools.product(("accuracy", "nats"), pairs)
+    ]  # fmt: skip
+    return _table(["measure", "difference", *sets], rows)
 
 
 def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> None:
@@ -477,7 +497,7 @@ def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> N
     write("variants", by_level(_draw_variants, varied))
     write("shares", by_level(_draw_shares, results.levels(share=0.5)))
     for name, runs in drawn.items():
-        found = {run.style for run in runs if run.seed in DRAWN_SEEDS}
+        found = {run.style for run in runs}
         panels = [partial(_draw_answers, runs, style) for style in STYLES if style in found]
         write(f"openmoji_{name}", panels)
 
@@ -582,7 +602,7 @@ def _draw_shares(results: Results, level: int, axis) -> None:
 
 def _draw_answers(runs: dict[Run, dict], style: str, axis) -> None:
     """Draw each seed's accuracy by method, a seed's runs joined by a line."""
-    for seed in DRAWN_SEEDS:
+    for seed in sorted({run.seed for run in runs}):
         found = [
             (x, DRAWINGS["accuracy"](runs[run]))
             for x, method in enumerate(METHODS)

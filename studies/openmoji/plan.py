@@ -3,17 +3,23 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 
 from mmengine.config import Config
 
 from dpa_xtuner.demo import scenes
 from dpa_xtuner.layout import PROXY, STAGE_NAMES
+from studies.openmoji.styles import STYLES
+from studies.plan import METHODS
 
 HERE = Path(__file__).parent
 SEEDS = (20, 21, 22)
+ADDED_SEEDS = (23, 24, 25)
+"""More seeds of plain captions, with the small budget."""
+ADDED_METHODS = ("vanilla", "pmo", "dpa")
 VERSION = 1
-"""Raise it when the captions or the measures change."""
+"""Raise it when the captions or the measures of finished runs change."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +93,13 @@ BUDGETS = {
 }  # fmt: skip
 """By name: for a GPU, for two CPU cores, and for a test."""
 
-PLANNED = {
-    "large": ("plain", "ornate", "french"),
-    "small": ("plain", "french"),
-    "smallest": ("plain", "ornate", "french"),
-}
-"""Styles that a budget is run with: with ornate captions, `align` of the small one stays at its
-floor."""
+
+def planned(budget: str) -> list[Run]:
+    """List the runs of a budget; others are tried, and not reported."""
+    runs = [Run(*each) for each in product(STYLES, METHODS, SEEDS)]
+    if budget == "small":
+        runs += [Run("plain", *each) for each in product(ADDED_METHODS, ADDED_SEEDS)]
+    return runs
 
 
 def load(folder: Path, protocol: str) -> dict[Run, dict]:

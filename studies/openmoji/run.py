@@ -29,7 +29,7 @@ from dpa_xtuner.layout import ALIGN, PROXY, TUNE
 from dpa_xtuner.stages.artifacts import is_finished, read_state
 from dpa_xtuner.stages.methods import METHODS as PIPELINES
 from dpa_xtuner.versions import require_transformers
-from studies.openmoji.plan import BUDGETS, HERE, PLANNED, SEEDS, Budget, Run, load
+from studies.openmoji.plan import BUDGETS, HERE, Budget, Run, load, planned
 from studies.openmoji.styles import STYLES, write_data
 from studies.plan import METHODS
 
@@ -125,16 +125,16 @@ def main() -> int:
     )
     default = "large" if torch.cuda.is_available() else "small"
     parser.add_argument("--budget", choices=BUDGETS, default=default, help="default: %(default)s")
-    parser.add_argument("--styles", nargs="+", choices=STYLES, help="default: the budget's")
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: all planned runs")
     parser.add_argument("--data", type=Path, default="data", help="the demo's; made if missing")
     parser.add_argument("--results", type=Path, default=HERE.parent / "results")
     parser.add_argument("--work-dir", type=Path, default="work_dirs/openmoji")
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     require_transformers("5", "tokenizer.add_bos_token, and so this study,")
-    chosen, styles = BUDGETS[given.budget], given.styles or PLANNED[given.budget]
+    chosen, plan = BUDGETS[given.budget], planned(given.budget)
     os.environ.setdefault("OMP_NUM_THREADS", str((os.cpu_count() or 1) // given.processes or 1))
     study = Study(chosen, given.data, given.work_dir / chosen.protocol, given.results, given.budget)
     for folder in (study.models / "models", study.results):
@@ -145,10 +145,11 @@ def main() -> int:
     # Processes that start anew: one that has seen a GPU can't be forked.
     with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
         do = map if given.processes == 1 else pool.map
-        for seed in given.seeds:
+        for seed in given.seeds or sorted({run.seed for run in plan}):
+            wanted = [Run(style, m, seed) for style in given.styles for m in given.methods]
             known = load(study.results, chosen.protocol)
-            wanted = [Run(style, m, seed) for style in styles for m in given.methods]
-            if not (runs := [run for run in wanted if run not in known]):
+            runs = [r for r in wanted if r not in known and (given.seeds or r in plan)]
+            if not runs:
                 continue
             print(f"Seed {seed}: {len(runs)} runs", flush=True)
             write_data(study.data(seed), chosen.recipe(seed))

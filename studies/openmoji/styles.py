@@ -1,10 +1,10 @@
-"""Captions of the demo's scenes in three styles: plain, ornate (the demo's own) and French."""
+"""Captions of the demo's scenes in three styles: plain, ornate and French."""
 
 import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from dpa_xtuner.demo import scenes
@@ -15,23 +15,23 @@ from dpa_xtuner.files import write_text
 
 @dataclass(frozen=True)
 class Language:
-    """What a plain sentence about a scene is made of.
+    """What a sentence about a scene is made of.
 
     Attributes:
         single: sentence about one or several different drawings, with {what}.
         several: sentence about the same drawing in one or several cells: {what}, {times}, {where}.
         thing: names a drawing with its article, colour and kind.
         times: "once", "twice", ... in the order of ``COUNTS``.
-        places: "at the top left", ... in the order of ``CELLS``.
         last: word before the last of a list.
+        places: "at the top left", ... in the order of ``CELLS``.
     """
 
     single: str
     several: str
     thing: Callable[[Drawing], str]
     times: tuple[str, ...]
-    places: tuple[str, ...]
     last: str
+    places: tuple[str, ...] = tuple(f"at the {cell}" for cell in CELLS)
 
     def sentence(self, scene: Scene) -> str:
         """Describe a scene: which drawings there are, how often and where."""
@@ -54,10 +54,10 @@ class Language:
         return f"{', '.join(others)} {self.last} {last}" if others else last
 
 
-def english_thing(drawing: Drawing) -> str:
+def english_thing(drawing: Drawing, called: str = "called") -> str:
     """Name a drawing: "a blue animal called dolphin"."""
     words = f"{drawing.colour} {drawing.kind}" if drawing.colour else drawing.kind
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words} called {drawing.name}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words} {called} {drawing.name}"
 
 
 # Noun with its article, in the order of KINDS; the article tells its gender.
@@ -100,51 +100,51 @@ def french_thing(drawing: Drawing) -> str:
 
 ENGLISH = Language(
     "The picture shows {what}.", "The picture shows {what} {times}: {where}.", english_thing,
-    ("once", "twice", *(f"{count} times" for count in COUNTS[2:])),
-    tuple(f"at the {cell}" for cell in CELLS), "and",
+    ("once", "twice", *(f"{count} times" for count in COUNTS[2:])), "and",
+)  # fmt: skip
+# Shorter than the demo's, with the thing near the picture (studies/README.md says why).
+ORNATE = Language(
+    "Behold {what}, O gentle reader!", "Behold {what} {times}, O gentle reader: {where}!",
+    partial(english_thing, called="that mortals name"),
+    ("in lonely majesty", "in glory doubled", *(f"in glory {n}-fold" for n in COUNTS[2:])),
+    "and lo,",
 )  # fmt: skip
 FRENCH = Language(
     "L’image montre {what}.", "L’image montre {times} {what} : {where}.", french_thing,
     tuple(f"{n} fois" for n in ("une", "deux", "trois", "quatre", "cinq", "six", "sept",
                                 "huit", "neuf")),
+    "et",
     ("en haut à gauche", "en haut", "en haut à droite", "à gauche", "au centre", "à droite",
-     "en bas à gauche", "en bas", "en bas à droite"), "et",
+     "en bas à gauche", "en bas", "en bas à droite"),
 )  # fmt: skip
 
-STYLES: dict[str, Callable[[Scene, str], str]] = {
-    "plain": lambda scene, ornate: ENGLISH.sentence(scene),
-    "ornate": lambda scene, ornate: ornate,
-    "french": lambda scene, ornate: FRENCH.sentence(scene),
-}
-"""Styles by name: from a scene and its ornate caption to a caption."""
+STYLES = {"plain": ENGLISH.sentence, "ornate": ORNATE.sentence, "french": FRENCH.sentence}
+"""Styles by name: from a scene to a caption."""
 
 
 def write_data(folder: Path, recipe: Recipe) -> None:
     """Write the demo's pictures and questions, and ``STYLE.json`` with captions of each style.
 
     Args:
-        folder: to create; nothing is done if it holds the data of this recipe.
+        folder: to create; pictures and questions that it holds are kept.
         recipe: sizes and seed.
 
     Raises:
         SystemExit: the demo draws its scenes in another way than this function replays.
     """
     scenes.write_scenes(folder, recipe)
-    if all((folder / f"{style}.json").exists() for style in STYLES):
-        return
     records = json.loads((folder / scenes.CAPTIONS).read_text(encoding="utf-8"))
     rng = random.Random(f"{recipe.seed}-caption")
     sampler = scenes.Sampler(False, rng)
-    told = []
+    drawn = []
     for record in records:
-        scene = sampler.scene()
-        told.append((scene, scenes.caption(scene, rng)))
-        if told[-1][1] != record["conversations"][1]["value"]:
+        drawn.append(sampler.scene())
+        if scenes.caption(drawn[-1], rng) != record["conversations"][1]["value"]:
             raise SystemExit(f"{folder}, {record['id']}: scenes.py draws other scenes than here")
     for style, caption in STYLES.items():
         talks = [
             record | {"conversations": [
-                record["conversations"][0], {"from": "gpt", "value": caption(*each)}]}
-            for record, each in zip(records, told, strict=True)
+                record["conversations"][0], {"from": "gpt", "value": caption(scene)}]}
+            for record, scene in zip(records, drawn, strict=True)
         ]  # fmt: skip
         write_text(folder / f"{style}.json", json.dumps(talks, ensure_ascii=False, indent=0) + "\n")

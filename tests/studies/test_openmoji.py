@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import transformers
 from packaging.version import Version
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 from support import harness, runs
 
 from dpa_xtuner.demo.drawings import COLOURS, Drawing, catalogue
@@ -29,22 +29,27 @@ HAND = Drawing("1F44B-1F3FB", "waving hand", "hand", None, False)
 
 
 @pytest.mark.parametrize(
-    ("scene", "plain", "french"),
+    ("scene", "plain", "ornate", "french"),
     [
         (
             Scene((DOLPHIN,), (None,)),
             "The picture shows a blue animal called dolphin.",
+            "Behold a blue animal that mortals name dolphin, O gentle reader!",
             "L’image montre un animal bleu appelé dauphin.",
         ),
         (
             Scene((CACTUS,), (4,)),
             "The picture shows a green plant called cactus once: at the center.",
+            "Behold a green plant that mortals name cactus in lonely majesty, O gentle reader: at "
+            "the center!",
             "L’image montre une fois une plante verte appelée cactus : au centre.",
         ),
         (
             Scene((DOLPHIN,) * 3, (0, 1, 8)),
             "The picture shows a blue animal called dolphin three times: at the top left, at the "
             "top and at the bottom right.",
+            "Behold a blue animal that mortals name dolphin in glory three-fold, O gentle reader: "
+            "at the top left, at the top and lo, at the bottom right!",
             "L’image montre trois fois un animal bleu appelé dauphin : en haut à gauche, en haut "
             "et en bas à droite.",
         ),
@@ -52,14 +57,16 @@ HAND = Drawing("1F44B-1F3FB", "waving hand", "hand", None, False)
             Scene((HAND, CACTUS), (5, 3)),
             "The picture shows a green plant called cactus at the left and a hand called waving "
             "hand at the right.",
+            "Behold a green plant that mortals name cactus at the left and lo, a hand that mortals "
+            "name waving hand at the right, O gentle reader!",
             "L’image montre une plante verte appelée cactus à gauche et une main appelée signe de "
             "la main à droite.",
         ),
     ],
 )
-def test_sentences_say_what_is_drawn(scene, plain, french):
-    assert styles.STYLES["plain"](scene, "") == plain
-    assert styles.STYLES["french"](scene, "") == french
+def test_sentences_say_what_is_drawn(scene, plain, ornate, french):
+    told = {style: sentence(scene) for style, sentence in styles.STYLES.items()}
+    assert told == {"plain": plain, "ornate": ornate, "french": french}
 
 
 @pytest.mark.slow
@@ -97,15 +104,16 @@ def test_the_table_is_what_the_files_say(tmp_path):
     made = drawings(tmp_path)
     assert made["openmoji large"] == "Not run."
     head, *rest = made["openmoji small"].split("\n\n")
-    assert head == "6 runs of 150 s (median, with the proxy's); 24 are missing."
+    assert head == "6 runs of 150 s (median, with the proxy's); 48 are missing."
     assert rest[1] == "Ran on some CPU: french-cal-21."
-    assert rest[-1] == "Left out, of seeds that are not reported: plain-dpa-10."
+    assert rest[-1] == "Left out, since not planned: plain-dpa-10."
     assert rest[2].startswith("Ran on some GPU: plain-dpa-20, plain-dpa-21, plain-vanilla-20, ")
     table = [re.split(r"\s*\|\s*", row.strip("| ")) for row in rest[0].splitlines()]
     rows = {(row[0], row[1]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
-    assert len(rows) == 10  # ornate captions are not planned with the small budget
+    assert len(rows) == 15
     assert rows["plain", "vanilla"] == {
-        "captions": "plain", "method": "vanilla", "seeds": "20, 21, 22", "missing": "",
+        "captions": "plain", "method": "vanilla", "seeds": "20, 21, 22",
+        "missing": "23, 24, 25",
         "conflict": "3.500", "floor": "1.500", "align": "1.250", "leakage": "0.750",
         "picture": "0.250",
         "accuracy": "0.417", "nats": "0.583", "accuracy - vanilla": "-", "nats - vanilla": "-",
@@ -115,10 +123,34 @@ def test_the_table_is_what_the_files_say(tmp_path):
     half = f"{(high - low) / 2:.3f}"
     assert rows["plain", "dpa"]["accuracy - vanilla"] == f"+0.188 ± {half} (2)"
     assert rows["plain", "dpa"]["nats - vanilla"] == f"-0.188 ± {half} (2)"
-    assert rows["plain", "dpa"]["missing"] == "22"
+    assert rows["plain", "dpa"]["missing"] == "22, 23, 24, 25"
     assert rows["french", "cal"]["accuracy - vanilla"] == "-"
     assert rows["french", "cmo"]["missing"] == "20, 21, 22"
     assert rows["french", "cmo"]["accuracy"] == "-"
+
+
+def test_seeds_that_were_added_later_are_shown_by_themselves(tmp_path):
+    gains = {20: 0.5, 21: 0.25, 23: 0.125, 24: 0.375, 25: 0.25}
+    for seed, gain in gains.items():
+        results_file(tmp_path, Run("plain", "vanilla", seed), 0.25)
+        results_file(tmp_path, Run("plain", "dpa", seed), 0.25 + gain)
+        results_file(tmp_path, Run("french", "dpa", seed), 0.9)
+    lines = drawings(tmp_path)["openmoji seeds"].splitlines()
+    table = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines]
+    rows = {(row[0], row[1]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
+    shown = rows["accuracy", "dpa - vanilla"]
+    for name, seeds in {
+        "seeds 20 - 22": (20, 21),
+        "seeds 23 - 25": (23, 24, 25),
+        "all": gains,
+    }.items():
+        found = [gains[seed] for seed in seeds]
+        low, high = ttest_1samp(found, 0).confidence_interval(0.95)
+        mean = sum(found) / len(found)
+        said = f"{mean:+.3f} ± {(high - low) / 2:.3f} ({len(found)})"
+        assert shown[name] == (f"**{said}**" if len(found) > 2 and low > 0 else said)
+    assert rows["nats", "dpa - vanilla"]["seeds 20 - 22"].startswith("-0.375")
+    assert rows["accuracy", "dpa - pmo"]["all"] == "-"
 
 
 def test_it_is_refused_where_a_tokenizer_puts_no_first_token(monkeypatch):
@@ -161,9 +193,12 @@ def test_the_smallest_study_from_end_to_end(tmp_path, pieces, monkeypatch, capsy
     assert written["answers"]["all"]["questions"] == 8
     assert written["seconds"].keys() == {"proxy", "align", "tune"}
     (data,) = (tmp_path / "work-dir").glob("*/seed900")
-    ornate, french = (json.loads((data / f"{name}.json").read_text()) for name in styles.STYLES
-                      if name != "plain")  # fmt: skip
     demo = json.loads((data / "captions.json").read_text())
-    assert ornate == demo and [r["image"] for r in french] == [r["image"] for r in demo]
+    for name in styles.STYLES:
+        told = json.loads((data / f"{name}.json").read_text())
+        assert [record["image"] for record in told] == [record["image"] for record in demo]
+        assert all(
+            a["conversations"][0] == b["conversations"][0] for a, b in zip(told, demo, strict=True)
+        )
     assert main() == 0  # nothing is left to do
     assert capsys.readouterr().out == "No run failed\n"
