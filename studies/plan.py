@@ -17,11 +17,14 @@ SEEDS = {
     "planned": (30, 31, 32, 33, 34),
     "added": (35, 36, 37, 38, 39),
     "replication": (50, 51, 52, 53, 54, 55, 56, 57, 58, 59),
+    "gentle": (60, 61, 62, 63, 64, 65, 66, 67, 68, 69),
 }
-"""Reported seeds: the first ones, more of levels 0 and 6 alone, and those of the replication."""
+"""Reported seeds: the first ones, more of levels 0 and 6 alone, those of the replication, and those
+of the second test of a gentle proxy with small batches."""
 
 METHODS = ("vanilla", "pmo", "cmo", "dpa", "cal")
 
+_SMALL: dict[str, object] = {"align.batch_size": 8, "align.global_batch_size": 8}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "cmo_in_align": ("dpa", {"tune.loss.type": "uniform"}),
     "cmo_in_tune": ("dpa", {"align.loss.type": "uniform"}),
@@ -36,12 +39,10 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gentle_proxy": ("pmo", {"proxy.lr": 2e-4}),
     "long": ("pmo", {"align.max_epochs": 3}),
     "long_vanilla": ("vanilla", {"align.max_epochs": 3}),
-    "small_batches": ("pmo", {"align.batch_size": 8, "align.global_batch_size": 8}),
-    "small_batches_vanilla": ("vanilla", {"align.batch_size": 8, "align.global_batch_size": 8}),
-    "gentle_small_batches": (
-        "pmo",
-        {"proxy.lr": 2e-4, "align.batch_size": 8, "align.global_batch_size": 8},
-    ),
+    "small_batches": ("pmo", _SMALL),
+    "small_batches_vanilla": ("vanilla", _SMALL),
+    "gentle_small_batches": ("pmo", {"proxy.lr": 2e-4, **_SMALL}),
+    "gentle_small_batches_dpa": ("dpa", {"proxy.lr": 2e-4, **_SMALL}),
     "vanilla_first": ("vanilla", {}),
     "proxy_first": ("pmo", {}),
     "long_proxy_first": ("pmo", {}),
@@ -62,6 +63,7 @@ BASE = {
     "long": "long_vanilla",
     "small_batches": "small_batches_vanilla",
     "gentle_small_batches": "small_batches_vanilla",
+    "gentle_small_batches_dpa": "small_batches_vanilla",
     "proxy_first": "vanilla_first",
     "long_proxy_first": "long_vanilla",
 }
@@ -119,7 +121,7 @@ def read_runs(folder: Path, protocol: str) -> dict[Cell, dict[str, Any]]:
     return runs
 
 
-FINDINGS: dict[str, tuple[Cell, Cell]] = {
+_REPLICATION = {
     "R1": (Cell(6, "pmo", 0), Cell(6, "vanilla", 0)),
     "R2": (Cell(6, "pmo", 0), Cell(6, "dpa", 0)),
     "R3": (Cell(6, "dpa", 0, variant="cmo_in_align"), Cell(6, "dpa", 0)),
@@ -129,7 +131,29 @@ FINDINGS: dict[str, tuple[Cell, Cell]] = {
     "R7": (Cell(6, "pmo", 0, variant="long"), Cell(6, "vanilla", 0, variant="long_vanilla")),
     "R8": (Cell(1, "vanilla", 0), Cell(1, "cal", 0)),
 }
-"""What the replication tests: the first is ahead of the second, over `tune`, whatever the seed."""
+
+
+_SMALL_VANILLA, _GENTLE, _GENTLE_DPA = (
+    {level: Cell(level, method, 0, variant=name) for level in (2, 6)}
+    for method, name in (
+        ("vanilla", "small_batches_vanilla"),
+        ("pmo", "gentle_small_batches"),
+        ("dpa", "gentle_small_batches_dpa"),
+    )
+)
+_GENTLE_FINDINGS = {
+    "G1": (_GENTLE[2], _SMALL_VANILLA[2]),
+    "G2": (_GENTLE[6], _SMALL_VANILLA[6]),
+    "G3": (_GENTLE_DPA[2], _SMALL_VANILLA[2]),
+    "G4": (_GENTLE_DPA[6], _SMALL_VANILLA[6]),
+    "G5": (_GENTLE_DPA[2], _GENTLE[2]),
+    "G6": (_GENTLE_DPA[6], _GENTLE[6]),
+}
+FINDINGS: dict[str, dict[str, tuple[Cell, Cell]]] = {
+    "replication": _REPLICATION,
+    "gentle": _GENTLE_FINDINGS,
+}
+"""What these seeds test: the first cell is ahead of the second, over `tune`, whatever the seed."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,16 @@ STUDIES = {
                 (6, 2),
                 (),
                 variants=("small_batches_vanilla", "small_batches", "gentle_small_batches"),
+            ),
+            Part(
+                "gentle",
+                (6, 2),
+                (),
+                variants=(
+                    "small_batches_vanilla",
+                    "gentle_small_batches",
+                    "gentle_small_batches_dpa",
+                ),
             ),
             Part("variants", (2, 6), (), variants=tuple(VARIANTS)),
             Part("shares", (2, 6), shares=(0.25, 0.5)),

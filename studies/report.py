@@ -155,7 +155,8 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "runs": _runs(results),
         "claim": _claim(results),
-        "replication": _replication(results),
+        "replication": _findings(results, FINDINGS["replication"], *SETS[:2]),
+        "gentle": _findings(results, FINDINGS["gentle"], *SETS[1:]),
         "conflict": _conflict(results),
         "gains": _gains(results, "over tune"),
         "gains after align": _gains(results, "after align"),
@@ -189,7 +190,7 @@ def _claim(results: Results) -> str:
     """Tell what a method gains without a conflict and with the strongest one, by set of seeds."""
     levels = results.levels(method="vanilla", share=1.0, variant="")
     weak, strong = levels[0], levels[-1]
-    groups: dict[str, list[int] | None] = {**_sets(), "all": None}
+    groups: dict[str, list[int] | None] = {**_named(*SETS[:2]), "all": None}
     rows = []
     for method, level in itertools.product(OTHERS, (weak, strong)):
         cell, base = Cell(level, method, 0), Cell(level, "vanilla", 0)
@@ -199,25 +200,28 @@ def _claim(results: Results) -> str:
     return _table(["method", "level", *groups, f"level {strong} minus level {weak}"], rows)
 
 
-def _sets() -> dict[str, list[int]]:
-    """Return the seeds of the first set and of the replication, by their names."""
-    sets = ([*SEEDS["planned"], *SEEDS["added"]], [*SEEDS["replication"]])
-    return {f"seeds {seeds[0]} - {seeds[-1]}": seeds for seeds in sets}
+SETS = ([*SEEDS["planned"], *SEEDS["added"]], [*SEEDS["replication"]], [*SEEDS["gentle"]])
+"""Seeds that were run together."""
 
 
-def _replication(results: Results) -> str:
-    """Tell which findings of the first seeds the others show again."""
-    sets = _sets()
+def _named(*sets: Sequence[int]) -> dict[str, list[int]]:
+    return {f"seeds {seeds[0]} - {seeds[-1]}": [*seeds] for seeds in sets}
+
+
+def _findings(
+    results: Results, findings: dict[str, tuple[Cell, Cell]], first: list[int], second: list[int]
+) -> str:
+    """Tell which findings of the first seeds the second show again."""
     rows = []
-    for name, (ahead, behind) in FINDINGS.items():
-        gains = [results.gain(ahead, behind, "over tune", seeds) for seeds in sets.values()]
-        again, wanted = gains[1], len(SEEDS["replication"])
+    for name, (ahead, behind) in findings.items():
+        gains = [results.gain(ahead, behind, "over tune", seeds) for seeds in (first, second)]
+        again, wanted = gains[1], len(second)
         shown = "not run" if again is None else f"{again.seeds} of {wanted} seeds"
         if again and again.seeds == wanted:
             shown = "yes" if again.clear and again.mean > 0 else "no"
         named = f"{ahead.variant or ahead.method} - {behind.variant or behind.method}"
         rows.append((name, ahead.level, named, *map(_gain, gains), shown))
-    return _table(["", "level", "difference", *sets, "shown again"], rows)
+    return _table(["", "level", "difference", *_named(first, second), "shown"], rows)
 
 
 def _more(results: Results, cell: Cell, other: Cell) -> Interval | None:
@@ -456,8 +460,7 @@ def _drawn_gain(
 
 def _drawn_seeds(runs: dict[Run, dict]) -> str:
     """Tell what plain captions gave with the first seeds and with those added later."""
-    sets = {f"seeds {s[0]} - {s[-1]}": s for s in (FIRST_SEEDS, ADDED_SEEDS)}
-    sets["all"] = (*FIRST_SEEDS, *ADDED_SEEDS)
+    sets = _named(FIRST_SEEDS, ADDED_SEEDS) | {"all": [*FIRST_SEEDS, *ADDED_SEEDS]}
     pairs = (("pmo", "vanilla"), ("dpa", "vanilla"), ("dpa", "pmo"))
     rows = [
         (measure, " - ".join(pair), *(_drawn_gain(runs, "plain", pair, measure, s)
