@@ -134,7 +134,7 @@ _REPLICATION = {
 
 
 _SMALL_VANILLA, _GENTLE, _GENTLE_DPA = (
-    {level: Cell(level, method, 0, variant=name) for level in (2, 6)}
+    {level: Cell(level, method, 0, variant=name) for level in (0, 2, 6)}
     for method, name in (
         ("vanilla", "small_batches_vanilla"),
         ("pmo", "gentle_small_batches"),
@@ -148,6 +148,8 @@ _GENTLE_FINDINGS = {
     "G4": (_GENTLE_DPA[6], _SMALL_VANILLA[6]),
     "G5": (_GENTLE_DPA[2], _GENTLE[2]),
     "G6": (_GENTLE_DPA[6], _GENTLE[6]),
+    "G7": (_GENTLE[0], _SMALL_VANILLA[0]),
+    "G8": (_GENTLE_DPA[0], _SMALL_VANILLA[0]),
 }
 FINDINGS: dict[str, dict[str, tuple[Cell, Cell]]] = {
     "replication": _REPLICATION,
@@ -232,7 +234,7 @@ STUDIES = {
             ),
             Part(
                 "gentle",
-                (6, 2),
+                (6, 2, 0),
                 (),
                 variants=(
                     "small_batches_vanilla",

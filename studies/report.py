@@ -195,7 +195,8 @@ def _claim(results: Results) -> str:
     for method, level in itertools.product(OTHERS, (weak, strong)):
         cell, base = Cell(level, method, 0), Cell(level, "vanilla", 0)
         gains = [results.gain(cell, base, "over tune", group) for group in groups.values()]
-        more = _more(results, cell, replace(cell, level=weak)) if level == strong else None
+        less = _pair(replace(cell, level=weak))
+        more = _more(results, _pair(cell), less) if level == strong else None
         rows.append((method, level, *map(_gain, gains), _gain(more)))
     return _table(["method", "level", *groups, f"level {strong} minus level {weak}"], rows)
 
@@ -220,15 +221,23 @@ def _findings(
         if again and again.seeds == wanted:
             shown = "yes" if again.clear and again.mean > 0 else "no"
         named = f"{ahead.variant or ahead.method} - {behind.variant or behind.method}"
-        rows.append((name, ahead.level, named, *map(_gain, gains), shown))
-    return _table(["", "level", "difference", *_named(first, second), "shown"], rows)
+        control = replace(ahead, level=0), replace(behind, level=0)
+        more = _more(results, (ahead, behind), control, second) if ahead.level else None
+        rows.append((name, ahead.level, named, *map(_gain, gains), shown, _gain(more)))
+    head = ["", "level", "difference", *_named(first, second), "shown", "minus level 0"]
+    return _table(head, rows)
 
 
-def _more(results: Results, cell: Cell, other: Cell) -> Interval | None:
-    """Tell how much more a run gains over its vanilla than another over its own, seed by seed."""
-    cells = [cell, _base(cell), other, _base(other)]
-    found = [set(results.seeds(each)) for each in cells]
-    if not (seeds := sorted(set.intersection(*found))):
+def _more(
+    results: Results,
+    first: tuple[Cell, Cell],
+    second: tuple[Cell, Cell],
+    among: Sequence[int] | None = None,
+) -> Interval | None:
+    """Tell how much more a cell gains over another than in a second pair, seed by seed."""
+    cells = [*first, *second]
+    shared = set.intersection(*(set(results.seeds(cell)) for cell in cells))
+    if not (seeds := sorted(shared if among is None else shared & set(among))):
         return None
     a, b, c, d = (np.array(results.values(each, "over tune", seeds)) for each in cells)
     return Interval.of((a - b) - (c - d))
@@ -324,6 +333,10 @@ def _base(cell: Cell) -> Cell:
     return replace(cell, method="vanilla", variant=BASE.get(cell.variant, ""))
 
 
+def _pair(cell: Cell) -> tuple[Cell, Cell]:
+    return cell, _base(cell)
+
+
 def _proxies(results: Results) -> str:
     rows = []
     for level in results.levels(variant="gentle_proxy"):
@@ -354,7 +367,7 @@ def _batches(results: Results) -> str:
                 means = [np.mean(results.values(c, "over tune", shared)) for c in (cell, base)]
                 known = map(_number, map(float, (below, *means)))
                 gain = results.gain(cell, base, "over tune", shared)
-                more = _more(results, cell, plain) if name else None
+                more = _more(results, _pair(cell), _pair(plain)) if name else None
                 rows.append((level, name or "pmo", *known, _gain(gain), _gain(more)))
     if not rows:
         return "Not run."

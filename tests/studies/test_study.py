@@ -259,6 +259,9 @@ def test_the_replication_is_judged_by_its_own_seeds_when_all_are_run(tmp_path):
     lines += [line(Cell(6, "pmo", seed), 0.5 + gain) for seed, gain in gains.items()]
     lines += [line(Cell(6, "dpa", seed), 0.4 + gain) for seed, gain in gains.items()]
     lines += [line(Cell(6, "dpa", seed, 1.0, "cmo_in_align"), 0.9) for seed in new[:4]]
+    zero = {30: (0.9, 0.1), 50: (0.5, 0.25), 51: (0.5, 0.25)}  # pmo's and vanilla's
+    lines += [line(Cell(0, "pmo", seed), pmo) for seed, (pmo, _) in zero.items()]
+    lines += [line(Cell(0, "vanilla", seed), vanilla) for seed, (_, vanilla) in zero.items()]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     table = tables(Results(tmp_path, "p"))["replication"]
     rows = [re.split(r"\s*\|\s*", row.strip("| ")) for row in table.splitlines()[2:]]
@@ -266,9 +269,12 @@ def test_the_replication_is_judged_by_its_own_seeds_when_all_are_run(tmp_path):
     half = f"{(high - low) / 2:.3f}"
     assert rows[0][:3] == ["R1", "6", "pmo - vanilla"]
     assert rows[0][3].startswith("+0.200 ± ") and rows[0][3].endswith("(2)")
-    assert rows[0][4:] == [f"-0.005 ± {half} (10)", "no"]
-    assert rows[1][:3] == ["R2", "6", "pmo - dpa"] and rows[1][-1] == "yes"
-    assert rows[2][-1] == "4 of 10 seeds" and rows[3][-2:] == ["-", "not run"]
+    # At level 0 the gain is 0.25 for both of the new seeds that were run there.
+    low, high = ttest_rel([-0.05 - 0.25, -0.04 - 0.25], [0.0] * 2).confidence_interval(0.95)
+    more = f"-0.295 ± {(high - low) / 2:.3f} (2)"
+    assert rows[0][4:] == [f"-0.005 ± {half} (10)", "no", more]
+    assert rows[1][:3] == ["R2", "6", "pmo - dpa"] and rows[1][-2:] == ["yes", "-"]
+    assert rows[2][-2] == "4 of 10 seeds" and rows[3][-3:] == ["-", "not run", "-"]
 
 
 def test_all_tables_are_made_of_few_results(tmp_path):
