@@ -507,9 +507,19 @@ def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> N
     measures = ("after align", "over tune", "leakage")
     every = results.levels(share=1.0, variant="")
     write("gains", [partial(_draw_gains, results, measure) for measure in measures])
+    ways = {
+        "rate 5e-4, batches of 32": {"pmo": "", "dpa": ""},
+        "rate 2e-4, batches of 8": {
+            "pmo": "gentle_small_batches",
+            "dpa": "gentle_small_batches_dpa",
+        },
+    }
+    if results.levels(variant="gentle_small_batches_dpa"):
+        write("gentle", [partial(_draw_gentle, results, way, title) for title, way in ways.items()])
     write("curves", by_level(_draw_curves, every))
     write("mechanism", by_level(_draw_mechanism, every))
-    varied = sorted({cell.level for cell in results.runs if cell.variant})
+    # Without a conflict only a control was run.
+    varied = sorted({cell.level for cell in results.runs if cell.variant and cell.level})
     write("variants", by_level(_draw_variants, varied))
     write("shares", by_level(_draw_shares, results.levels(share=0.5)))
     for name, runs in drawn.items():
@@ -520,7 +530,8 @@ def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> N
 
 def _draw_gains(results: Results, measure: str, axis) -> None:
     levels = results.levels(method="vanilla", share=1.0, variant="")
-    _draw_difference(results, axis, measure, [Cell(level, "vanilla", 0) for level in levels])
+    cells = {method: [Cell(level, method, 0) for level in levels] for method in OTHERS}
+    _draw_difference(results, axis, measure, cells)
     conflict = [results.mean(Cell(level, "pmo", 0), "conflict per caption") for level in levels]
     named = zip(levels, conflict, strict=True)
     axis.set_xticks(range(len(levels)), [f"{level}\n{_number(nats)}" for level, nats in named])
@@ -529,18 +540,31 @@ def _draw_gains(results: Results, measure: str, axis) -> None:
     axis.set_title(f"{what}: minus vanilla", fontsize=10)
 
 
-def _draw_difference(results: Results, axis, measure: str, bases: list[Cell]) -> None:
-    """Draw what each method gains over some cells of vanilla, one beside the other."""
+def _draw_gentle(results: Results, variants: dict[str, str], title: str, axis) -> None:
+    """Draw what PMO and DPA gain when they are trained in one way."""
+    levels = results.levels(variant="gentle_small_batches")
+    cells = {
+        method: [Cell(level, method, 0, variant=name) for level in levels]
+        for method, name in variants.items()
+    }
+    _draw_difference(results, axis, "over tune", cells)
+    axis.set_xticks(range(len(levels)), levels)
+    axis.set(xlabel="level", ylim=(-0.2, 0.2))
+    axis.set_title(f"{title}: accuracy over tune, minus vanilla", fontsize=9)
+
+
+def _draw_difference(results: Results, axis, measure: str, cells: dict[str, list[Cell]]) -> None:
+    """Draw what the cells of each method gain over their vanilla, one beside the other."""
     axis.axhline(0, color="#777777", linewidth=1)
-    for shift, method in enumerate(OTHERS):
+    for shift, (method, wanted) in enumerate(cells.items()):
         found = [
             (i, gain)
-            for i, base in enumerate(bases)
-            if (gain := results.gain(replace(base, method=method), base, measure))
+            for i, cell in enumerate(wanted)
+            if (gain := results.gain(cell, _base(cell), measure))
         ]
         if found:
             axis.errorbar(
-                [i + (shift - 1.5) * 0.08 for i, _ in found],
+                [i + (shift - (len(cells) - 1) / 2) * 0.08 for i, _ in found],
                 [gain.mean for _, gain in found],
                 [np.nan_to_num(gain.half) for _, gain in found],
                 fmt="o-", markersize=4, capsize=3, label=method, color=COLOURS[method],
@@ -609,8 +633,8 @@ def _draw_variants(results: Results, level: int, axis) -> None:
 
 def _draw_shares(results: Results, level: int, axis) -> None:
     shares = sorted({cell.share for cell in results.runs if not cell.variant})
-    bases = [Cell(level, "vanilla", 0, share) for share in shares]
-    _draw_difference(results, axis, "over tune", bases)
+    cells = {method: [Cell(level, method, 0, share) for share in shares] for method in OTHERS}
+    _draw_difference(results, axis, "over tune", cells)
     axis.set_xticks(range(len(shares)), [f"{share:.0%}" for share in shares])
     axis.set_xlabel("share of the captions")
     axis.set_title(f"level {level}: accuracy over tune, minus vanilla", fontsize=10)
