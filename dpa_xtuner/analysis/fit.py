@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from mmengine.device import get_device
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
@@ -102,7 +103,8 @@ def fit(
     order: list[int] = []
     every = max(1, steps // LOOKS)
     model.train()
-    for step in range(1, steps + 1):
+    progress = tqdm(range(1, steps + 1), "Fitting a proxy", unit="step", delay=2)
+    for step in progress:
         if len(order) < BATCH:
             order += draw.permutation(len(train)).tolist()
         rows, order = order[:BATCH], order[BATCH:]
@@ -118,10 +120,12 @@ def fit(
             continue
         cost = caption_cost(model, held_out, tokenizer, precision)
         found.curve[step] = cost.per_token
+        progress.set_postfix_str(f"held-out captions: {cost.per_token:.3f} nats per token")
         if found.best_step == step:
             found = replace(found, best=cost)
         if found.converged:
             break
+    progress.close()
     return found
 
 
