@@ -654,7 +654,7 @@ def _draw_answers(runs: dict[Run, dict], style: str, axis) -> None:
     axis.axhline(chance, color="#777777", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(METHODS)), METHODS)
     top = max(DRAWINGS["accuracy"](run) for run in runs.values())
-    axis.set(xlim=(-0.3, len(METHODS) - 0.7), ylim=(0, 1.15 * top))
+    axis.set(xlim=(-0.3, len(METHODS) - 0.7), ylim=(0, 1.45 * top))
     axis.set_title(f"{style} captions: accuracy of answers (dashed: chance)", fontsize=10)
 
 
