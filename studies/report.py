@@ -440,8 +440,11 @@ def _drawings(every: dict[Run, dict], plan: list[Run]) -> str:
             f"{np.mean([value(run) for run in mine.values()]):.3f}" if mine else "-"
             for value in DRAWINGS.values()
         ]
-        pair = (method, "vanilla") if method != "vanilla" else ("vanilla", "")
-        gains = [_drawn_gain(runs, style, pair, name, wanted) for name in ("accuracy", "nats")]
+        gains = [
+            "-" if method == "vanilla"
+            else _drawn_gain(runs, style, (method, "vanilla"), name, wanted)
+            for name in ("accuracy", "nats")
+        ]  # fmt: skip
         listed = [", ".join(map(str, sorted(seeds))) for seeds in (mine, absent)]
         rows.append((style, method, *listed, *means, *gains))
     head = ["captions", "method", "seeds", "missing", *DRAWINGS]
