@@ -86,7 +86,10 @@ def test_the_projector_was_used(rehearsed):
 
 def test_the_scheme_was_used(rehearsed):
     for stage in ("align", "tune"):
-        assert stage_config(rehearsed, stage).model.loss == {"type": "log_ratio", "d_max": 3.0}
+        assert stage_config(rehearsed, stage).model.loss == {
+            "type": "log_likelihood_ratio",
+            "d_max": 3.0,
+        }
         (log,) = (rehearsed / stage).glob("*/vis_data/scalars.json")
         rows = [json.loads(line) for line in log.read_text().splitlines()]
         weights = [row["mean_weight"] for row in rows if "mean_weight" in row]

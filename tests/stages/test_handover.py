@@ -153,9 +153,9 @@ from dataclasses import dataclass
 from dpa_xtuner.loss import Contrast
 from dpa_xtuner.registry import SCHEMES
 
-@SCHEMES.register_module("log_ratio")
+@SCHEMES.register_module("own")
 @dataclass(frozen=True)
-class LogRatio(Contrast):
+class Own(Contrast):
     d_min: float = 2.0
     d_max: float = 3.0
 
@@ -202,7 +202,7 @@ def test_a_users_own_scheme_trains_from_their_own_file(deepspeed, reference, tmp
     config.write_text(
         f"_base_ = [{str(harness.TINY_CONFIG)!r}]\n"
         "custom_imports = dict(imports=['dpa_xtuner', 'own_scheme'])\n"
-        "align = dict(normalize='global', loss=dict(_delete_=True, type='log_ratio', window=5))\n"
+        "align = dict(normalize='global', loss=dict(_delete_=True, type='own', window=5))\n"
     )
     rows = {}
     for name, options in [("own", []), ("vanilla", ["align.loss=uniform"])]:
