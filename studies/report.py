@@ -22,7 +22,7 @@ from scipy.stats import t as student
 
 from dpa_xtuner.files import write_text
 from dpa_xtuner.tables import markdown
-from studies.openmoji.plan import ADDED_SEEDS, BUDGETS, Run, load, planned
+from studies.openmoji.plan import ADDED_SEEDS, ADDED_STYLES, BUDGETS, Run, load, planned
 from studies.openmoji.plan import SEEDS as FIRST_SEEDS
 from studies.openmoji.styles import STYLES
 from studies.plan import BASE, FINDINGS, METHODS, SEEDS, STUDIES, VARIANTS, Cell, read_runs
@@ -475,15 +475,15 @@ def _drawn_gain(
 
 
 def _drawn_seeds(runs: dict[Run, dict]) -> str:
-    """Tell what plain captions gave with the first seeds and with those added later."""
+    """Tell what the first seeds gave, and those added later."""
     sets = _named(FIRST_SEEDS, ADDED_SEEDS) | {"all": [*FIRST_SEEDS, *ADDED_SEEDS]}
     pairs = (("pmo", "vanilla"), ("dpa", "vanilla"), ("dpa", "pmo"))
     rows = [
-        (measure, " - ".join(pair), *(_drawn_gain(runs, "plain", pair, measure, s)
-                                      for s in sets.values()))
-        for measure, pair in itertools.product(("accuracy", "nats"), pairs)
+        (style, measure, " - ".join(pair), *(_drawn_gain(runs, style, pair, measure, seeds)
+                                             for seeds in sets.values()))
+        for style, measure, pair in itertools.product(ADDED_STYLES, ("accuracy", "nats"), pairs)
     ]  # fmt: skip
-    return _table(["measure", "difference", *sets], rows)
+    return _table(["captions", "measure", "difference", *sets], rows)
 
 
 def draw(results: Results, drawn: dict[str, dict[Run, dict]], folder: Path) -> None:

@@ -16,7 +16,8 @@ from studies.plan import METHODS
 HERE = Path(__file__).parent
 SEEDS = (20, 21, 22)
 ADDED_SEEDS = (23, 24, 25)
-"""More seeds of plain captions, with the small budget."""
+"""More seeds, with the small budget."""
+ADDED_STYLES = ("plain", "ornate")
 ADDED_METHODS = ("vanilla", "pmo", "dpa")
 VERSION = 1
 """Raise it when the captions or the measures of finished runs change."""
@@ -98,7 +99,7 @@ def planned(budget: str) -> list[Run]:
     """List the runs of a budget; others are tried, and not reported."""
     runs = [Run(*each) for each in product(STYLES, METHODS, SEEDS)]
     if budget == "small":
-        runs += [Run("plain", *each) for each in product(ADDED_METHODS, ADDED_SEEDS)]
+        runs += [Run(*each) for each in product(ADDED_STYLES, ADDED_METHODS, ADDED_SEEDS)]
     return runs
 
 

@@ -104,7 +104,7 @@ def test_the_table_is_what_the_files_say(tmp_path):
     made = drawings(tmp_path)
     assert made["openmoji large"] == "Not run."
     head, *rest = made["openmoji small"].split("\n\n")
-    assert head == "6 runs of 150 s (median, with the proxy's); 48 are missing."
+    assert head == "6 runs of 150 s (median, with the proxy's); 57 are missing."
     assert rest[1] == "Ran on some CPU: french-cal-21."
     assert rest[-1] == "Left out, since not planned: plain-dpa-10."
     assert rest[2].startswith("Ran on some GPU: plain-dpa-20, plain-dpa-21, plain-vanilla-20, ")
@@ -137,8 +137,8 @@ def test_seeds_that_were_added_later_are_shown_by_themselves(tmp_path):
         results_file(tmp_path, Run("french", "dpa", seed), 0.9)
     lines = drawings(tmp_path)["openmoji seeds"].splitlines()
     table = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines]
-    rows = {(row[0], row[1]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
-    shown = rows["accuracy", "dpa - vanilla"]
+    rows = {tuple(row[:3]): dict(zip(table[0], row, strict=True)) for row in table[2:]}
+    shown = rows["plain", "accuracy", "dpa - vanilla"]
     for name, seeds in {
         "seeds 20 - 22": (20, 21),
         "seeds 23 - 25": (23, 24, 25),
@@ -149,8 +149,9 @@ def test_seeds_that_were_added_later_are_shown_by_themselves(tmp_path):
         mean = sum(found) / len(found)
         said = f"{mean:+.3f} ± {(high - low) / 2:.3f} ({len(found)})"
         assert shown[name] == (f"**{said}**" if len(found) > 2 and low > 0 else said)
-    assert rows["nats", "dpa - vanilla"]["seeds 20 - 22"].startswith("-0.375")
-    assert rows["accuracy", "dpa - pmo"]["all"] == "-"
+    assert rows["plain", "nats", "dpa - vanilla"]["seeds 20 - 22"].startswith("-0.375")
+    assert rows["plain", "accuracy", "dpa - pmo"]["all"] == "-"
+    assert rows["ornate", "accuracy", "dpa - vanilla"]["all"] == "-"
 
 
 def test_it_is_refused_where_a_tokenizer_puts_no_first_token(monkeypatch):
