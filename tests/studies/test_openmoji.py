@@ -20,7 +20,7 @@ from dpa_xtuner.errors import DPAError
 from studies.openmoji import styles
 from studies.openmoji.plan import BUDGETS, Run
 from studies.openmoji.run import main
-from studies.report import drawings
+from studies.tables import drawings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOLPHIN = Drawing("1F42C", "dolphin", "animal", "blue", False)

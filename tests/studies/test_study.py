@@ -17,9 +17,11 @@ from scipy.stats import ttest_rel
 from support import tiny_llava
 
 from studies import world
+from studies.analysis import Interval, Results, gains_of_variants
 from studies.measure import StudyHook, look
 from studies.plan import SEEDS, STUDIES, Cell
-from studies.report import Interval, Results, drawings, fill, gains_of_variants, tables
+from studies.report import fill
+from studies.tables import drawings, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
