@@ -17,7 +17,7 @@ from studies.analysis import (
     number,
     vanilla_of,
 )
-from studies.openmoji.plan import ADDED_SEEDS, ADDED_STYLES, Run, planned
+from studies.openmoji.plan import ADDED, Run, planned
 from studies.openmoji.plan import SEEDS as FIRST_SEEDS
 from studies.plan import FINDINGS, METHODS, SEEDS, VARIANTS, Cell
 
@@ -307,11 +307,14 @@ def _drawn_gain(
 
 def _drawn_seeds(runs: dict[Run, dict]) -> str:
     """Tell what the first seeds gave, and those added later."""
-    sets = _named(FIRST_SEEDS, ADDED_SEEDS) | {"all": [*FIRST_SEEDS, *ADDED_SEEDS]}
     pairs = (("pmo", "vanilla"), ("dpa", "vanilla"), ("dpa", "pmo"))
-    rows = [
-        (style, measure, " - ".join(pair), *(_drawn_gain(runs, style, pair, measure, seeds)
-                                             for seeds in sets.values()))
-        for style, measure, pair in itertools.product(ADDED_STYLES, ("accuracy", "nats"), pairs)
-    ]  # fmt: skip
-    return _table(["captions", "measure", "difference", *sets], rows)
+    rows = []
+    for (style, (_, added)), measure in itertools.product(ADDED.items(), ("accuracy", "nats")):
+        for pair in pairs:
+            first, alone, both = (
+                _drawn_gain(runs, style, pair, measure, seeds)
+                for seeds in (FIRST_SEEDS, added, (*FIRST_SEEDS, *added))
+            )
+            rows.append((style, measure, " - ".join(pair), first, *_named(added), alone, both))
+    head = ["captions", "measure", "difference", *_named(FIRST_SEEDS), "added", "these alone"]
+    return _table([*head, "all"], rows)

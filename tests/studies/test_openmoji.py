@@ -104,7 +104,7 @@ def test_the_table_is_what_the_files_say(tmp_path):
     made = drawings(tmp_path)
     assert made["openmoji large"] == "Not run."
     head, *rest = made["openmoji small"].split("\n\n")
-    assert head == "6 runs of 150 s (median, with the proxy's); 57 are missing."
+    assert head == "6 runs of 150 s (median, with the proxy's); 58 are missing."
     assert rest[1] == "Ran on some CPU: french-cal-21."
     assert rest[-1] == "Left out, since not planned: plain-dpa-10."
     assert rest[2].startswith("Ran on some GPU: plain-dpa-20, plain-dpa-21, plain-vanilla-20, ")
@@ -141,7 +141,7 @@ def test_seeds_that_were_added_later_are_shown_by_themselves(tmp_path):
     shown = rows["plain", "accuracy", "dpa - vanilla"]
     for name, seeds in {
         "seeds 20 - 22": (20, 21),
-        "seeds 23 - 25": (23, 24, 25),
+        "these alone": (23, 24, 25),
         "all": gains,
     }.items():
         found = [gains[seed] for seed in seeds]
@@ -151,7 +151,8 @@ def test_seeds_that_were_added_later_are_shown_by_themselves(tmp_path):
         assert shown[name] == (f"**{said}**" if len(found) > 2 and low > 0 else said)
     assert rows["plain", "nats", "dpa - vanilla"]["seeds 20 - 22"].startswith("-0.375")
     assert rows["plain", "accuracy", "dpa - pmo"]["all"] == "-"
-    assert rows["ornate", "accuracy", "dpa - vanilla"]["all"] == "-"
+    assert rows["ornate", "accuracy", "pmo - vanilla"]["all"] == "-"
+    assert shown["added"] == "seeds 23 - 25"
 
 
 def test_it_is_refused_where_a_tokenizer_puts_no_first_token(monkeypatch):
