@@ -17,7 +17,7 @@ from dpa_xtuner.analysis.models import build_model, split_data, spread
 from dpa_xtuner.data import DPADataset
 from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.errors import DPAError
-from dpa_xtuner.export.source import read_source
+from dpa_xtuner.export.source import Source, read_source
 from dpa_xtuner.families.base import known_families
 from dpa_xtuner.layout import PROXY
 from dpa_xtuner.precision import Precision
@@ -107,94 +107,141 @@ class Asked:
     base: Path
 
 
-def measure(asked: Asked, llms: Sequence[str], captions: Sequence[str]) -> list[Conflict]:
-    """Measure each caption file under each LLM.
+def measure(
+    asked: Asked,
+    llms: Sequence[str],
+    captions: Sequence[str],
+    ranks: Sequence[int] = (),
+    shares: Sequence[float] = (1.0,),
+) -> tuple[list[Conflict], dict[float, dict[int, Fit]]]:
+    """Measure each caption file under each LLM; then fit a proxy of each rank to each share.
 
     For the config's LLM and captions, the run's proxy is used if its stage is finished and captions
-    were held out from it. Every other proxy is fitted quickly.
+    were held out from it. Every other proxy is fitted quickly. Settings and data of all are checked
+    before the first one is.
 
     Args:
         asked: what is to be measured.
         llms: folders or names on a hub; empty for the config's LLM.
         captions: files; empty for the config's captions.
-
-    Raises:
-        DPAError: settings, models or data can't be used.
-    """
-    run = _run(asked, {})  # so that wrong settings of the config are reported first
-    if not llms and not captions and (found := _of_run(asked, run)):
-        return [found]
-    the_configs: Sequence[str | None] = [None]
-    every = itertools.product(llms or the_configs, captions or the_configs)
-    return [fitted(asked, _changes(asked, llm, file)) for llm, file in every]
-
-
-def by_rank(asked: Asked, ranks: Sequence[int], shares: Sequence[float]) -> dict[float, dict]:
-    """Fit a proxy of each rank to each share of the config's captions.
-
-    The scale keeps its ratio to the rank, and the held-out captions are the same for all.
+        ranks: of LoRA; its scale keeps its ratio to the rank.
+        shares: of the captions; those that are measured are the same for all.
 
     Returns:
-        By share and rank, the :class:`dpa_xtuner.analysis.fit.Fit`.
+        The conflict of each LLM and file; and by share and rank, the fit.
 
     Raises:
-        DPAError: settings, models or data can't be used.
+        DPAError: settings, models or data can't be used; or ranks are to be compared for more than
+            one LLM or file.
     """
-    lora = _run(asked, {"proxy.train_llm": "lora"}).settings.proxy.lora  # type: ignore[union-attr]
-    found: dict[float, dict] = {share: {} for share in shares}
-    for share in shares:
-        for rank in ranks:
-            alpha = rank * lora.lora_alpha / lora.r
-            changes = {
-                "captions.share": share,
-                "proxy.lora.r": rank,
-                "proxy.lora.lora_alpha": alpha,
-            }
-            found[share][rank] = fitted(asked, changes).fitted
-    return found
+    run = _run(asked, {})  # so that wrong settings of the config are reported first
+    the_configs: Sequence[str | None] = [None]
+    every = itertools.product(
+        dict.fromkeys(llms or the_configs), dict.fromkeys(captions or the_configs)
+    )
+    targets = [_changes(asked, *each) for each in every]
+    if ranks and len(targets) > 1:
+        raise DPAError(
+            f"--ranks compares for one LLM and one file of captions, and {len(targets)} pairs of "
+            f"them are given: give at most one --llm and one --captions."
+        )
+    known = None if llms or captions else _own_proxy(asked, run)
+    trials = [] if known else [_Trial.of(asked, changes) for changes in targets]
+    trials_by_rank = {
+        share: {
+            rank: _Trial.of(asked, _with_rank(asked, targets[0], rank, share)) for rank in ranks
+        }
+        for share in (shares if ranks else ())
+    }
+    conflicts = [_of_run(asked, known)] if known else [trial.conflict() for trial in trials]
+    by_rank = {
+        share: {rank: trial.fit() for rank, trial in of_share.items()}
+        for share, of_share in trials_by_rank.items()
+    }
+    return conflicts, by_rank
 
 
-def fitted(asked: Asked, changes: dict) -> Conflict:
-    """Measure by a quick fit.
+def _with_rank(asked: Asked, changes: dict, rank: int, share: float) -> dict:
+    lora = _run(asked, changes | {"proxy.train_llm": "lora"}).settings.proxy.lora  # type: ignore[union-attr]
+    return changes | {
+        "captions.share": share,
+        "proxy.lora.r": rank,
+        "proxy.lora.lora_alpha": rank * lora.lora_alpha / lora.r,
+    }
 
-    Args:
-        asked: what is to be measured.
-        changes: settings in place of the config's.
+
+@dataclass(frozen=True)
+class _Trial:
+    """A quick fit whose settings and data are checked.
+
+    Attributes:
+        run: with the settings of the fit.
+        train: the captions to fit to.
+        samples: those that are measured.
+        steps: of the fit, at most.
+        note: what the report has to say of it.
     """
-    forced = {"captions.held_out": asked.samples, "proxy.train_llm": "lora"}
-    run = _run(asked, changes | forced)
-    asked_for = run.precision.name
-    if asked_for == "fp16":
-        run = _run(asked, changes | forced, Precision("fp32"))
-    stage, settings = run.stages[PROXY], run.settings
-    train, samples = _split(run, stage, asked.samples)
-    torch.manual_seed(0)  # of the adapter's first weights
-    model, lr = build_model(run, stage), settings.proxy.lr  # type: ignore[union-attr]
-    found = fit(model, train, samples, run.tokenizer, run.precision, asked.steps, lr)
-    in_other = " in float32, since float16 needs a scaled loss" * (asked_for != run.precision.name)
-    files, how = ", ".join(settings.captions.files), f"quick fit{in_other}, {found.verdict}"
-    return Conflict(settings.llm_name_or_path, files, found.original, found.best, how, found)
+
+    run: Run
+    train: DPADataset
+    samples: list[dict]
+    steps: int
+    note: str
+
+    @classmethod
+    def of(cls, asked: Asked, changes: dict) -> "_Trial":
+        forced = {"captions.held_out": asked.samples, "proxy.train_llm": "lora"}
+        run, note = _run(asked, changes | forced), ""
+        if run.precision.name == "fp16":
+            run = _run(asked, changes | forced, Precision("fp32"))
+            note = " in float32, since float16 needs a scaled loss"
+        return cls(run, *_split(run, run.stages[PROXY], asked.samples), asked.steps, note)
+
+    def fit(self) -> Fit:
+        run = self.run
+        torch.manual_seed(0)  # of the adapter's first weights
+        model, lr = build_model(run, run.stages[PROXY]), run.settings.proxy.lr  # type: ignore[union-attr]
+        return fit(model, self.train, self.samples, run.tokenizer, run.precision, self.steps, lr)
+
+    def conflict(self) -> Conflict:
+        found, settings = self.fit(), self.run.settings
+        files, how = ", ".join(settings.captions.files), f"quick fit{self.note}, {found.verdict}"
+        return Conflict(settings.llm_name_or_path, files, found.original, found.best, how, found)
 
 
-def _of_run(asked: Asked, run: Run) -> Conflict | None:
-    """Measured by the run's own proxy, if there is one that captions were held out from."""
-    stage = run.stages[PROXY]
-    if not run.settings.captions.held_out or not is_finished(asked.base / PROXY):
+def _own_proxy(asked: Asked, run: Run) -> Source | None:
+    """Find the run's own proxy, if there is one that captions were held out from."""
+    held_out = run.settings.captions.held_out
+    if not held_out or not is_finished(asked.base / PROXY):
         return None
     source = read_source(asked.config, PROXY, asked.base, options=asked.options)
+    trained = source.stage_provenance.get("data", {})
     now = [data_sha256(file) for file in run.settings.captions.files]
-    if source.stage_provenance.get("data", {}).get("sha256") != now:
+    if trained.get("sha256") != now:
         raise DPAError(
             f"The proxy in {asked.base} was trained on other captions than the config's files hold "
             f"now, so it may have seen those to be measured. Put them back, or give another "
             f"--work-dir to have a proxy fitted."
         )
+    if (before := trained.get("held_out", 0)) < held_out:
+        raise DPAError(
+            f"The proxy in {asked.base} was trained with captions.held_out={before}, so it has "
+            f"seen some of the captions that captions.held_out={held_out} holds out. Set it to "
+            f"{before}, or give another --work-dir to have a proxy fitted."
+        )
+    return source
+
+
+def _of_run(asked: Asked, source: Source) -> Conflict:
+    """Measure by the run's own proxy."""
+    run, stage = source.run, source.stage
     _, samples = _split(run, stage, asked.samples)
     adapter = source.written(LLM_ADAPTER)
     bare = replace(stage, trains=())
     # With a new adapter, which adds nothing yet. In the run it was not merged either: a sum in
     # bfloat16 is rounded, and was 0.015 nats off in the demo.
     model = build_model(run, stage if adapter else bare).to(get_device())
+    source.refuse_other(LLM, model.fingerprints[LLM])
     original = caption_cost(model, samples, run.tokenizer, run.precision)
     if adapter:
         set_peft_model_state_dict(model.llm, load_file(adapter / "adapter_model.safetensors"))

@@ -18,8 +18,8 @@ BATCH = 8
 """Captions of a step."""
 LOWEST_RATE = 2e-4
 """The least learning rate: that of a run is often meant for batches of 256 and many steps."""
-LOOKS = 10
-"""How often the held-out captions are measured, unless the fit converges before."""
+LOOK = 20
+"""Steps between two measurements of the held-out captions."""
 NEAR = 0.01
 """A cost within 1 % of the best counts as equal."""
 
@@ -101,7 +101,6 @@ def fit(
     original = caption_cost(model, held_out, tokenizer, precision)
     found = Fit({0: original.per_token}, original, best=original)
     order: list[int] = []
-    every = max(1, steps // LOOKS)
     model.train()
     progress = tqdm(range(1, steps + 1), "Fitting a proxy", unit="step", delay=2)
     for step in progress:
@@ -116,7 +115,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % every and step < steps:
+        if step % LOOK and step < steps:
             continue
         cost = caption_cost(model, held_out, tokenizer, precision)
         found.curve[step] = cost.per_token

@@ -31,7 +31,7 @@ def find_source(
     """Find a stage of a run that sees pictures.
 
     Args:
-        given: a DPA config, or the folder of a run, which knows its config.
+        given: a DPA config, or the folder of a run, which knows its config and data.
         stage: its name; None for ``tune`` if that is finished, else for ``align``.
         work_dir: work dir of the run; None for ``work_dirs/<config's name>``.
         checkpoint: look at this in place of what the stage wrote.
@@ -43,9 +43,16 @@ def find_source(
     """
     if stage not in (None, *STAGE_NAMES):
         raise DPAError(f"--stage {stage!r} is no stage: give one of {', '.join(STAGE_NAMES)}.")
+    if given.is_dir() and work_dir is not None:
+        raise DPAError(
+            f"{given} is the folder of a run, and --work-dir {work_dir} is given too: give one of "
+            f"them, or a config and --work-dir."
+        )
     base = given if given.is_dir() else Path(work_dir or f"work_dirs/{given.stem}")
     stage = stage or (TUNE if is_finished(base / TUNE) else ALIGN)
     config = _config_of(base / stage) if given.is_dir() else given
+    if given.is_dir():
+        options = _data_of(base / stage, stage) | (options or {})
     source = read_source(config, stage, base, checkpoint, options)
     if not source.stage.sees_pictures:
         raise DPAError(f"Stage {stage} sees no picture: give --stage {ALIGN} or {TUNE}.")
@@ -65,6 +72,13 @@ def _config_of(folder: Path) -> Path:
             f"it was trained, or give the config and --work-dir {folder.parent}."
         )
     return Path(config)
+
+
+def _data_of(folder: Path, stage: str) -> dict[str, Any]:
+    """Return the settings of the data that a stage was trained on, as options."""
+    data = dict(read_state(folder)["origin"].get("data", {}))
+    data.pop("sha256", None)
+    return {f"{'instructions' if stage == TUNE else 'captions'}.{k}": v for k, v in data.items()}
 
 
 def build_model(run: Run, stage: Stage, **changes: Any) -> Any:

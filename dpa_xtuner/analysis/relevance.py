@@ -1,5 +1,6 @@
 """What a run's loss looks at: each token's weight, on one HTML page that needs no other file."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,15 +9,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpa_xtuner import pages
 from dpa_xtuner.analysis.models import split_data, spread, trained_model
-from dpa_xtuner.analysis.words import CLASSES, classes_of, token_texts
+from dpa_xtuner.analysis.words import CLASSES, PART, classes_of, token_texts
 from dpa_xtuner.data import collate
+from dpa_xtuner.data.formats import data_sha256
 from dpa_xtuner.data.places import open_bytes
+from dpa_xtuner.data.problems import list_problems
+from dpa_xtuner.errors import DPAError
 from dpa_xtuner.export.source import Source
 from dpa_xtuner.files import prepare_to_write, write_text
 from dpa_xtuner.loss import TokenLogProbs, supervised_mask
@@ -135,9 +140,9 @@ def read_sample(
         if counts:
             found.pieces.append(Token(text, kind, *next(numbers)))
         elif found.pieces and isinstance(found.pieces[-1], str):
-            found.pieces[-1] += text
+            found.pieces[-1] += text.rstrip(PART)
         else:
-            found.pieces.append(text)
+            found.pieces.append(text.rstrip(PART))
     return found
 
 
@@ -203,6 +208,19 @@ def page(samples: list[Sample], title: str, facts: dict[str, str]) -> str:
     )
 
 
+def _kind(source: Source, held_out: bool) -> str:
+    """Name the samples that a page shows, by what the stage was trained on."""
+    settings, trained = source.run.settings, source.stage_provenance.get("data", {})
+    data = settings.data_of(source.stage.sample_format)
+    if trained.get("sha256") not in (None, [data_sha256(file) for file in data.files]):
+        return f"samples of {', '.join(data.files)}, which the stage was not trained on"
+    if not held_out:
+        return "samples that it was trained on"
+    if trained and trained.get("held_out", 0) < settings.captions.held_out:
+        return "samples, some of which it was trained on"
+    return "held-out samples"
+
+
 def show_relevance(source: Source, count: int, out: Path | None) -> Path:
     """Write the page of a run's stage.
 
@@ -215,22 +233,25 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
         The page's file.
 
     Raises:
-        DPAError: weights or data can't be read.
+        DPAError: weights or data can't be read, or none of the samples.
     """
     file = out or source.run.work_dir / source.stage.name / "relevance.html"
     prepare_to_write(file)
     train, held_out = split_data(source.run, source.stage)
     dataset = train if held_out is None else held_out
-    what = "samples that it was trained on" if held_out is None else "held-out samples"
+    what = _kind(source, held_out is not None)
     model, tokenizer = trained_model(source), source.run.tokenizer
-    samples = []
+    samples, problems = [], []
     for index in spread(len(dataset), count):
         if not isinstance(sample := dataset[index], dict):
-            continue  # its picture can't be read; the check of the data has reported it
+            problems += [sample] if sample else []
+            continue
         data = model.data_preprocessor(collate([sample]), False)["data"]
         with source.run.precision.autocast(get_device()):
             weights = weigh(model, data)
         samples.append(read_sample(sample, weights, tokenizer, dataset.images_of(index)))
+    if not samples:
+        raise DPAError(f"None of the {what} can be read:\n{list_problems(problems)}")
     facts = {
         "run": f"{source.run.work_dir}, method {source.run.settings.method}",
         "stage": f"{source.stage.name}, {source.checkpoint or 'as it ended'}",
@@ -238,5 +259,8 @@ def show_relevance(source: Source, count: int, out: Path | None) -> Path:
         "LLM": source.run.settings.llm_name_or_path,
         "shown": f"{len(samples)} of {len(dataset)} {what}",
     }
+    if problems:
+        facts["left out"] = f"{len(problems)} that can't be read: {list_problems(problems)}"
+        print_log(f"The page leaves out {facts['left out']}", "current", logging.WARNING)
     write_text(file, page(samples, f"What {source.stage.name} looks at", facts))
     return file

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpa_xtuner.analysis.conflict import WORTH, Asked, Conflict, by_rank, measure
+from dpa_xtuner.analysis.conflict import WORTH, Asked, Conflict, measure
 from dpa_xtuner.analysis.fit import NEAR, Fit, recommend
 from dpa_xtuner.analysis.words import CLASSES
 from dpa_xtuner.errors import check_installed
@@ -20,7 +20,7 @@ Ranks = Mapping[float, Mapping[int, Fit]]
 
 REPORT_FILE = "conflict.json"
 _PICTURES = ("without_picture", "own_picture", "other_picture", "blank_picture")
-_COLUMNS = ("LLM", "captions", "original", "proxy", "conflict", "per caption")
+_COLUMNS = ("LLM", "captions", "held out", "original", "proxy", "conflict", "per caption")
 
 
 def compare(
@@ -60,8 +60,7 @@ def compare(
     out = out or base / "conflict"
     prepare_to_write(out / REPORT_FILE)
     asked = Asked(config, options, samples, steps, base)
-    conflicts = measure(asked, llm, captions)
-    floors = by_rank(asked, ranks, shares or [1.0]) if ranks else {}
+    conflicts, floors = measure(asked, llm, captions, ranks, shares or [1.0])
     measured = {} if llm or captions else read_state(base / ALIGN).get("measured", {})
     return _write(out, conflicts, floors, measured if "leakage" in measured else {})
 
@@ -78,26 +77,25 @@ def _write(
     write_json(out / REPORT_FILE, facts)
     draw(conflicts, ranks, out / "conflict.png")
     parts = [_conflicts(conflicts), _classes(conflicts)]
-    parts += [_ranks_table(ranks)] if ranks else []
+    parts += [_ranks_table(ranks, conflicts[0])] if ranks else []
     parts += [_leakage(leakage)] if leakage else []
     return "\n\n".join([*parts, f"Written: {out}/conflict.json, {out}/conflict.png"])
 
 
 def _conflicts(conflicts: Sequence[Conflict]) -> str:
     rows = [
-        (each.llm, each.captions, *(f"{value:.3f}" for value in (
+        (each.llm, each.captions, str(each.original.captions), *(f"{value:.3f}" for value in (
             each.original.per_token, each.proxy.per_token, each.per_token)),
          f"{each.per_caption:.1f}")
         for each in conflicts
     ]  # fmt: skip
     notes = [f"- {each.llm}, {each.captions}: {each.how}.{_advice(each)}" for each in conflicts]
-    count = ", ".join(sorted({str(each.original.captions) for each in conflicts}))
-    head = f"Nats per token of {count} held-out captions, text only\n\n"
+    head = "Nats per token of held-out captions, text only\n\n"
     return head + markdown(_COLUMNS, rows) + "\n\n" + "\n".join(notes)
 
 
 def _advice(conflict: Conflict) -> str:
-    if conflict.per_token >= WORTH:
+    if conflict.per_token >= WORTH or (conflict.fitted and not conflict.fitted.converged):
         return ""
     return (
         f" The LLM writes like these captions already (less than {WORTH} nats per token): a proxy "
@@ -111,9 +109,21 @@ def _classes(conflicts: Sequence[Conflict]) -> str:
     rows = [
         (kind, *(_of_class(one[kind]) if kind in one else "-" for one in found)) for kind in kinds
     ]
-    names = [f"{Path(each.llm).name}, {Path(each.captions).name}" for each in conflicts]
+    names = _names(conflicts)
     head = "By word class: original - proxy = conflict, and tokens\n\n"
     return head + markdown(["class", *names], rows)
+
+
+def _names(conflicts: Sequence[Conflict]) -> list[str]:
+    """Name each by its LLM and captions: without folders, unless that is no name of its own."""
+    llms = _without_folders([each.llm for each in conflicts])
+    captions = _without_folders([each.captions for each in conflicts])
+    return [f"{llm}, {files}" for llm, files in zip(llms, captions, strict=True)]
+
+
+def _without_folders(names: list[str]) -> list[str]:
+    short = [", ".join(Path(file).name for file in name.split(", ")) for name in names]
+    return short if len(set(short)) == len(set(names)) else names
 
 
 def _of_class(one: dict) -> str:
@@ -129,7 +139,7 @@ def _ranks(fits: Mapping[int, Fit]) -> dict[str, Any]:
     return {"ranks": each, "recommended": recommend(fits)}
 
 
-def _ranks_table(ranks: Ranks) -> str:
+def _ranks_table(ranks: Ranks, of: Conflict) -> str:
     every = sorted({rank for fits in ranks.values() for rank in fits})
     rows = [
         (f"{share:g}", *(f"{fits[rank].floor:.3f}" for rank in every), str(recommend(fits)))
@@ -142,8 +152,8 @@ def _ranks_table(ranks: Ranks) -> str:
         if one.over_fits or not one.converged
     ]
     head = (
-        f"The floor (held-out nats per token of the best step) by rank. Recommended: the smallest "
-        f"rank within {NEAR:.0%} of the best\n\n"
+        f"The floor (held-out nats per token of the best step) by rank: {of.llm}, {of.captions}. "
+        f"Recommended: the smallest rank within {NEAR:.0%} of the best\n\n"
     )
     table = markdown(["share", *map(str, every), "recommended"], rows)
     return head + table + "".join(f"\n{line}" for line in ["", *notes] if notes)
@@ -175,15 +185,15 @@ def draw(conflicts: Sequence[Conflict], ranks: Ranks, file: Path) -> None:
     figure = Figure(figsize=(12, 3.6 * count), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(count, 2, squeeze=False)
-    for (left, right), one in zip(grid, conflicts, strict=False):
-        _draw_classes(left, one)
+    for (left, right), one, name in zip(grid, conflicts, _names(conflicts), strict=False):
+        _draw_classes(left, one, name)
         _draw_curve(right, one)
     if ranks:
         _draw_ranks(grid[-1, 0], grid[-1, 1], ranks)
     figure.savefig(file, dpi=110)
 
 
-def _draw_classes(axes, one: Conflict) -> None:
+def _draw_classes(axes, one: Conflict, name: str) -> None:
     before, after = one.original.by_class(), one.proxy.by_class()
     places = np.arange(len(before))
     axes.bar(places - 0.2, before.values(), 0.4, label="original LLM", color="#b0b0b0")
@@ -192,11 +202,11 @@ def _draw_classes(axes, one: Conflict) -> None:
     axes.set_xticks(places, names, fontsize=8)
     axes.set_ylabel("nats per token")
     axes.set_title(
-        f"{Path(one.llm).name}, {Path(one.captions).name}: "
-        f"{one.original.per_token:.2f} - {one.proxy.per_token:.2f} = {one.per_token:.2f}",
+        f"{name}: {one.original.per_token:.2f} - {one.proxy.per_token:.2f} = {one.per_token:.2f}",
         fontsize=10,
     )
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(frameon=False, ncols=2, loc="upper right")
 
 
 def _draw_curve(axes, one: Conflict) -> None:

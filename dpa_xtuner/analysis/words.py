@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ CLASSES = ("thing", "colour", "number", "position", "function", "style", OTHER, 
 Without a tagger, verbs, adjectives and rarer nouns are an :data:`OTHER` word, and so is every word
 of another language. A token of neither letters nor digits is :data:`PUNCTUATION`; one that shows
 nothing, such as a newline or the LLM's own end, is the :data:`END`."""
+PART = "\ufffd"
+"""Stands at the end of a token's text for the part of a character that the token has."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+")
 _BEFORE = 12  # tokens that are decoded together with one, so that its spaces are right
@@ -35,40 +38,54 @@ def class_of(word: str) -> str:
     if word[0].isdigit():
         return "number"
     word, listed = word.lower().split("'")[0].split("’")[0], _listed()
-    singular = (word, word.removesuffix("s"), word.removesuffix("es"))
+    singular = [word, word.removesuffix("s")]
+    if re.fullmatch(r"..+(s|x|z|ch|sh|.o)es", word):  # boxes and potatoes, but not notes or toes
+        singular.append(word[:-2])
     return next((listed[each] for each in singular if each in listed), OTHER)
 
 
 def classes_of(texts: Sequence[str]) -> list[str]:
     """Return each token's class: that of the first word of which the token has a part.
 
+    A token that has spaces alone, or no more than a part of a character, has the class of the next.
+
     Args:
-        texts: of the tokens, as :func:`token_texts` gives them; together they are the text.
+        texts: of the tokens, as :func:`token_texts` gives them.
     """
-    whole = "".join(texts)
+    whole = "".join(text.rstrip(PART) for text in texts)
+    # The vowel signs of many scripts are no letters to `re`, but they don't end a word.
+    letters = "".join("a" if unicodedata.category(c).startswith("M") else c for c in whole)
     kinds: list[str | None] = [None] * len(whole)
-    for match in _WORD.finditer(whole):
+    for match in _WORD.finditer(letters):
         kinds[match.start() : match.end()] = [class_of(match[0])] * len(match[0])
-    found, start = [], 0
-    for text in texts:
-        parts = [kind for kind in kinds[start : start + len(text)] if kind]
-        found.append(parts[0] if parts else PUNCTUATION if text.strip() else END)
-        start += len(text)
-    return found
+    found, end, following = [], len(whole), END
+    for text in reversed(texts):
+        shown = text.rstrip(PART)
+        start = end - len(shown)
+        parts = [kind for kind in kinds[start:end] if kind]
+        if parts:
+            following = parts[0]
+        elif shown.strip():
+            following = PUNCTUATION
+        elif not text or "\n" in text:
+            following = END
+        found.append(following)
+        end = start
+    return found[::-1]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token in its context; together they are the whole text.
+    """Return the text of each token in its context; without :data:`PART` they are the whole text.
 
-    Of a character in several tokens the last has all of it, and the others the empty text. A
+    Of a character in several tokens the last has all of it, and the others end in :data:`PART`. A
     special token that stands for an end shows nothing.
     """
     texts = []
     for i in range(len(ids)):
         window = list(ids[max(0, i - _BEFORE) : i + 1])
         before, now = (_decode(tokenizer, part) for part in (window[:-1], window))
-        started = before.rstrip("\ufffd")
-        texts.append("" if now.endswith("\ufffd") else now[len(started) :])
+        text = now[len(before.rstrip(PART)) :]
+        texts.append(text.rstrip(PART) + PART if text.endswith(PART) else text)
     return texts
 
 

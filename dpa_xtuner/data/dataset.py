@@ -145,9 +145,12 @@ class DPADataset(Dataset):
         positions = [store.arrays["positions"] for store in self.stores]
         rows = choose(positions, [store.records for store in self.stores], **choice)
         if not len(rows):
+            how = ", ".join(
+                f"{name}={value}" for name, value in choice.items() if value is not None
+            )
             raise DPAError(
                 f"no usable sample is left of data file {', '.join(map(str, self.files))}: "
-                f"{self._ends[-1]} usable samples from {self.records} records, {choice}."
+                f"{self._ends[-1]} usable samples from {self.records} records, {how}."
             )
         return rows
 

@@ -231,6 +231,12 @@ def _need_inputs(source: Source) -> None:
 def _refuse_other_inputs(source: Source, before: dict[str, str]) -> None:
     """Refuse inputs that were trained again or replaced after the stage had loaded them."""
     inputs = source.inputs()
+    if before and {name.split("/")[0] for name in before} != source.stage.loads.keys():
+        raise DPAError(
+            f"{source.state_folder} was trained on what other stages wrote than those of "
+            f"method={source.run.settings.method!r}. Give the method of its training, by "
+            f"--cfg-options."
+        )
     before = {name: digest for name, digest in before.items() if name.split("/")[0] in inputs}
     for name, *_ in differences(before, input_hashes(inputs)) if before else ():
         raise DPAError(

@@ -1,9 +1,11 @@
 """Style leakage: how much of the captions' style a projector carries in place of the picture."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 from xtuner.utils import IMAGE_TOKEN_INDEX
 
@@ -51,12 +53,9 @@ class _Changed:
     def __getitem__(self, index: int) -> Any:
         this, other = self.pairs[index]
         sample = self.captions[this]
-        if self.change is None or not isinstance(sample, dict):
+        if self.change is None:
             return sample
-        giver = self.captions[other]
-        if not isinstance(giver, dict):  # a picture that can't be read
-            return giver
-        return sample | {"pixel_values": self.change(giver["pixel_values"])}
+        return sample | {"pixel_values": self.change(self.captions[other]["pixel_values"])}
 
 
 def style_leakage(
@@ -77,7 +76,7 @@ def style_leakage(
         Nats per token, each caption's first token left out: ``without_picture``, ``own_picture``,
         ``other_picture`` (that of another caption), ``blank_picture`` (the image processor's mean
         colour), and ``leakage``, what another picture takes off. Empty if no caption has a picture
-        that can be changed for another's.
+        that can be changed for another's. Captions whose own picture can't be read are left out.
     """
     pairs = _pairs(captions)
     if not pairs:
@@ -102,7 +101,15 @@ def _pairs(captions: Captions) -> list[tuple[int, int]]:
     names = [captions.images_of(i) for i in range(len(captions))]
     texts = (captions.text(i)["input_ids"] for i in range(len(captions)))
     tokens = [int((text == IMAGE_TOKEN_INDEX).sum()) for text in texts]
-    seen = [i for i, count in enumerate(tokens) if count]
+    shown = [i for i, count in enumerate(tokens) if count]
+    seen = [i for i in shown if isinstance(captions[i], dict)]
+    if len(seen) < len(shown):
+        print_log(
+            f"The style leakage leaves out {len(shown) - len(seen)} of {len(shown)} held-out "
+            f"captions, whose pictures can't be read.",
+            "current",
+            logging.WARNING,
+        )
     pairs = []
     for place, this in enumerate(seen):
         turned = seen[place + 1 :] + seen[:place]

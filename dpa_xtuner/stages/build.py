@@ -242,6 +242,8 @@ def usable_data(run: Run, stage: Stage) -> DPADataset:
     built = DATASETS.build(how)
     files = ", ".join(run.settings.data_of(stage.sample_format).files)
     _check_sample(built, files)
+    if how.get("held_out"):
+        _check_held_out(DATASETS.build(how | {"split": "held_out"}), files)
     return built
 
 
@@ -417,6 +419,20 @@ def _hooks(run: Run, stage: Stage, dataset: dict, samples: str, provenance: dict
         original = run.cfg.model.llm.to_dict() if on_proxy else None
         hooks.append(dict(type="LeakageHook", **measured, original=original))
     return hooks
+
+
+def _check_held_out(dataset: DPADataset, files: str) -> None:
+    report = check_dataset(dataset, sample=CHECKED_AT_START)
+    found = report.image_problems
+    if not found:
+        return
+    told = f"{len(found)} of {report.checked} captions that {files} holds out have no usable image"
+    if len(found) == report.checked:
+        raise DPAError(
+            f"{told}, so nothing could be measured on them. Put the images there, or set "
+            f"captions.held_out=0:\n{list_problems(found)}"
+        )
+    print_log(f"{told}: they are not measured\n{list_problems(found)}", "current", logging.WARNING)
 
 
 def _check_sample(dataset: DPADataset, files: str) -> None:

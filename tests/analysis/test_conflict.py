@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
-from dpa_xtuner.analysis.conflict import Asked, measure
+from dpa_xtuner.analysis.conflict import Asked, Conflict, measure
 from dpa_xtuner.analysis.cross_entropy import Cost, caption_cost
 from dpa_xtuner.analysis.fit import Fit, fit, recommend
-from dpa_xtuner.analysis.report import compare
+from dpa_xtuner.analysis.report import _conflicts, compare
 from dpa_xtuner.errors import DPAError
 from dpa_xtuner.files import file_sha256
 from dpa_xtuner.model.proxy_llm import ProxyLLM
@@ -154,6 +155,13 @@ def test_the_smallest_rank_near_the_best_is_recommended():
     assert fits[256].over_fits and not fits[64].over_fits
 
 
+def test_a_proxy_is_said_to_be_idle_only_if_its_fit_is_done():
+    cheap = Cost(1, Counter(thing=5.0), Counter(thing=1))
+    for curve, said in {(5, 4.99, 4.98): True, (5, 4.99): False}.items():
+        one = Conflict("llm", "x.json", cheap, cheap, "quick fit", a_fit(*curve))
+        assert ("next to nothing to learn" in _conflicts([one])) == said
+
+
 # Of whole runs.
 
 
@@ -193,7 +201,7 @@ def test_a_runs_own_proxy_and_its_leakage_are_reported(run):
     file_sha256.cache_clear()  # the run was made of what the file held before
     state = made.work_dir / "proxy" / "stage.json"
     trained = json.loads(state.read_text())
-    trained["origin"]["data"]["sha256"] = [file_sha256(file)]
+    trained["origin"]["data"] |= {"sha256": [file_sha256(file)], "held_out": 4}
     state.write_text(json.dumps(trained))
     text = compare(made.config, {"captions.held_out": 4}, [], [], 4, 5, [], [1.0], None,
                    made.work_dir)  # fmt: skip
@@ -213,10 +221,22 @@ def test_a_runs_own_proxy_and_its_leakage_are_reported(run):
     assert (out / "conflict.png").read_bytes().startswith(b"\x89PNG")
     for value in (one["original"], one["proxy"], one["conflict"]):
         assert f"{value:.3f}" in text
-    trained["origin"]["data"]["sha256"] = ["another"]
-    state.write_text(json.dumps(trained))
+    asked = Asked(made.config, {"captions.held_out": 4}, 4, 5, made.work_dir)
+    state.write_text(json.dumps(trained | {"origin": changed(trained, "llm", fingerprint="x")}))
+    with pytest.raises(DPAError, match=r"llm holds other weights than .* when .*proxy was trained"):
+        measure(asked, [], [])
+    state.write_text(json.dumps(trained | {"origin": changed(trained, "data", held_out=3)}))
+    with pytest.raises(DPAError, match=r"held_out=3, so it has seen some .*held_out=4 holds out"):
+        measure(asked, [], [])
+    state.write_text(json.dumps(trained | {"origin": changed(trained, "data", sha256=["x"])}))
     with pytest.raises(DPAError, match="was trained on other captions than the config's files"):
-        measure(Asked(made.config, {"captions.held_out": 4}, 4, 5, made.work_dir), [], [])
+        measure(asked, [], [])
+
+
+def changed(state: dict, part: str, **how) -> dict:
+    """What a stage was trained from, with another part."""
+    origin = state["origin"]
+    return origin | {part: origin[part] | how}
 
 
 @pytest.mark.slow
@@ -225,8 +245,10 @@ def test_caption_files_llms_and_ranks_stand_side_by_side(run, tmp_path):
     file, second = captions(made, "data.json", 40), captions(made, "second.json", 60)
     llms = [str(made.folder / "llm"), str(other.folder / "llm")]
     options = {"proxy.lr": 1e-2}
-    text = compare(made.config, options, [file, second], llms, 4, 6, [2, 4], [0.5, 1.0], tmp_path,
-                   tmp_path / "none")  # fmt: skip
+    asked = [made.config, options, [file, second], llms, 4, 30]
+    with pytest.raises(DPAError, match=r"--ranks compares for one LLM .* and 4 pairs of them"):
+        compare(*asked, [2, 4], [0.5, 1.0], tmp_path, tmp_path / "none")
+    text = compare(*asked, [], [], tmp_path, tmp_path / "none")
     facts = json.loads((tmp_path / "conflict.json").read_text())
     assert [(one["llm"], one["captions"]) for one in facts["conflicts"]] == [
         (llm, name) for llm in llms for name in (file, second)
@@ -236,6 +258,18 @@ def test_caption_files_llms_and_ranks_stand_side_by_side(run, tmp_path):
         costs_plainly(plain, other, file, 4), rel=1e-3
     )
     assert all(one["how"].startswith("quick fit, ") for one in facts["conflicts"])
+    assert "ranks" not in facts
+    # Names without folders, if they tell the rows apart: both LLMs are in folders called `llm`.
+    assert f"{llms[0]}, {file}" in text.split("By word class")[1]
+    text = compare(made.config, options, [second], llms[1:], 4, 30, [2, 4], [0.5, 1.0], tmp_path,
+                   tmp_path / "none")  # fmt: skip
+    assert " llm, second.json |" in text.split("By word class")[1]
+    assert f"by rank: {llms[1]}, {second}." in text
+    facts = json.loads((tmp_path / "conflict.json").read_text())
+    (alone,) = facts["conflicts"]
+    assert [fit["curve"]["0"] for fit in facts["ranks"]["0.5"]["ranks"].values()] == [
+        alone["original"]
+    ] * 2  # of the LLM and the captions that were given, not of the config's
     assert facts["ranks"].keys() == {"0.5", "1.0"}
     assert facts["ranks"]["1.0"]["ranks"].keys() == {"2", "4"}
     assert facts["ranks"]["1.0"]["recommended"] in (2, 4) and "leakage" not in facts
@@ -243,13 +277,19 @@ def test_caption_files_llms_and_ranks_stand_side_by_side(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_cant_be_measured_is_told(run, tmp_path):
+def test_what_cant_be_measured_is_told(run, tmp_path, monkeypatch):
     made = run("smollm2", stage="align")
     asked = Asked(made.config, {}, 4, 1, tmp_path)
     with pytest.raises(DPAError, match=r"data.json has 1 captions: a tenth .* must be 10 or more"):
         measure(asked, [], [])
+    few, enough = captions(made, "few.json", 3), captions(made, "enough.json", 20)
+    monkeypatch.setattr("dpa_xtuner.analysis.conflict.fit", None)  # before anything is fitted
     with pytest.raises(DPAError, match=r"--captions gone.json does not exist"):
-        measure(asked, [], ["gone.json"])
+        measure(asked, [], [enough, "gone.json"])
+    with pytest.raises(DPAError, match=r"few.json has 3 captions"):
+        measure(asked, [], [enough, few])
+    with pytest.raises(DPAError, match=r"captions.share"):
+        measure(asked, [], [enough], [2], [1.5])
     with pytest.raises(DPAError, match=r"--llm .* is a folder without a config.json"):
         measure(asked, [str(tmp_path)], [])
     with pytest.raises(DPAError, match=r"neither a folder with a config.json nor a model"):

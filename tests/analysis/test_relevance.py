@@ -3,11 +3,13 @@
 import json
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from support import runs, small_tokenizers, tiny_llava
 
+from dpa_xtuner.analysis import relevance
 from dpa_xtuner.analysis.models import find_source, spread, trained_model
 from dpa_xtuner.analysis.relevance import (
     Sample,
@@ -19,9 +21,10 @@ from dpa_xtuner.analysis.relevance import (
     show_relevance,
     weigh,
 )
-from dpa_xtuner.analysis.words import class_of, classes_of, token_texts
+from dpa_xtuner.analysis.words import PART, class_of, classes_of, token_texts
 from dpa_xtuner.data import collate
 from dpa_xtuner.errors import DPAError
+from dpa_xtuner.files import file_sha256
 from dpa_xtuner.loss import ContrastScheme
 from dpa_xtuner.registry import SCHEMES
 
@@ -108,7 +111,7 @@ def tokenizer():
 def test_the_texts_of_tokens_are_the_text(tokenizer, text):
     ids = tokenizer(text).input_ids
     texts = token_texts(tokenizer, ids)
-    assert "".join(texts) == text and len(texts) == len(ids)
+    assert "".join(each.rstrip(PART) for each in texts) == text and len(texts) == len(ids)
 
 
 def test_sentencepiece_keeps_the_spaces_inside(pieces):
@@ -120,7 +123,8 @@ def test_sentencepiece_keeps_the_spaces_inside(pieces):
 def test_words_have_the_class_of_the_list():
     words = {"Cats": "thing", "red": "colour", "Seven": "number", "12": "number", "boxes": "thing",
              "the": "function", "Behold": "style", "Hund": "other word", "it's": "function",
-             "left": "position"}  # fmt: skip
+             "left": "position", "notes": "other word", "toes": "other word", "uses": "other word",
+             "potatoes": "thing"}  # fmt: skip
     assert {word: class_of(word) for word in words} == words
 
 
@@ -128,6 +132,21 @@ def test_a_token_has_the_class_of_its_word():
     texts = ["Be", "hold", ",", " two", " tro", "lleybus", "es", " leaping", ".", "\n", ""]
     assert classes_of(texts) == ["style", "style", "punctuation", "number", "thing", "thing",
                                  "thing", "other word", "punctuation", "end", "end"]  # fmt: skip
+
+
+def test_a_part_of_a_character_has_the_class_of_what_it_begins():
+    texts = ["a", " cat", f" {PART}", "ö", "n", " ", "4", "2", f" {PART}", PART, "☀", " ", "\n", ""]
+    assert classes_of(texts) == [
+        "function", "thing", "other word", "other word", "other word", "number", "number", "number",
+        "punctuation", "punctuation", "punctuation", "end", "end", "end",
+    ]  # fmt: skip
+    assert classes_of(["ह", "ि", "न", "्", "दी"]) == ["other word"] * 5  # no letter to `re`
+
+
+def test_the_space_before_a_split_character_stays(tokenizer):
+    texts = token_texts(tokenizer, tokenizer("cat ön").input_ids)
+    assert texts.index("ö") == len(texts) - 2 and texts[-3].endswith(PART)
+    assert classes_of(texts)[0] == "thing", texts
 
 
 def test_classes_are_counted_and_averaged():
@@ -262,6 +281,47 @@ def test_a_runs_page_is_written(run):
     reader.feed(show_relevance(find_source(made.config, None, made.work_dir), 2, None).read_text())
     assert "".join(text for text, _ in reader.tokens) == "Two red cats.⏎" * 2
     assert len(reader.sources) == 2
+
+
+def text_of(page: Path) -> str:
+    reader = Reader()
+    reader.feed(page.read_text())
+    return "".join(text for text, _ in reader.tokens)
+
+
+@pytest.mark.slow
+def test_a_runs_folder_knows_the_data_that_it_was_trained_on(run, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(relevance, "print_log", lambda text, *_: said.append(text))
+    made = run("smollm2", stage="align")
+    captions(made)
+    others = made.folder / "others.json"
+    others.write_text((made.folder / "data.json").read_text().replace("Two red", "One blue"))
+    state = made.work_dir / "align" / "stage.json"
+    told = json.loads(state.read_text())
+    trained = {"data_path": str(others), "sha256": [file_sha256(others)]}
+    told["origin"]["data"] |= trained
+    state.write_text(json.dumps(told))
+    page = show_relevance(find_source(made.work_dir), 1, None)
+    assert text_of(page) == "One blue cats.⏎" and "1 of 3 samples that it was" in page.read_text()
+    other = {"captions.data_path": str(made.folder / "data.json")}
+    page = show_relevance(find_source(made.work_dir, options=other), 1, None)
+    assert text_of(page) == "Two red cats.⏎"
+    assert "data.json, which the stage was not trained on" in page.read_text()
+    with pytest.raises(DPAError, match=r"folder of a run, and --work-dir x is given too"):
+        find_source(made.work_dir, work_dir=Path("x"))
+    with pytest.raises(DPAError, match=r"those of method='vanilla'. Give the method of its"):
+        find_source(made.work_dir, "align", options={"method": "vanilla"})
+    records = json.loads(others.read_text())
+    records[0]["image"] = "gone.png"
+    others.write_text(json.dumps(records))
+    loose = {"captions.skip_limit": 1}
+    page = show_relevance(find_source(made.work_dir, options=loose), 3, None)
+    assert text_of(page) == "One blue cats.⏎" * 2 and "gone.png" in page.read_text()
+    assert "leaves out 1 that can't be read" in said[0]
+    others.write_text(json.dumps(records[:1]))
+    with pytest.raises(DPAError, match=r"(?s)None of the samples .* can be read.*gone.png"):
+        show_relevance(find_source(made.work_dir, options=loose), 3, None)
 
 
 @pytest.mark.slow

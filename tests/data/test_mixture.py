@@ -184,7 +184,7 @@ def test_problems_name_their_file(make, files, write, caption):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"share": 0.01}, "no usable sample is left .*'share': 0.01"),
+        ({"share": 0.01}, "no usable sample is left .*share=0.01"),
         ({"weights": [1, 1000]}, "file 1 of 2 gives 0 of an epoch's 18 samples"),
     ],
 )

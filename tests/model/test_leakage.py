@@ -1,11 +1,13 @@
 """Style leakage, against plain transformers."""
 
+import numpy as np
 import pytest
 import torch
 from mmengine.device import get_device
 from support import tiny_llava
 
 from dpa_xtuner.data.problems import Problem
+from dpa_xtuner.model import leakage
 from dpa_xtuner.model.leakage import style_leakage
 from dpa_xtuner.precision import Precision
 
@@ -63,7 +65,9 @@ def test_each_caption_is_asked_with_its_own_another_a_blank_and_no_picture():
     assert len(set(found.values())) == 5
 
 
-def test_a_picture_that_cant_be_read_is_left_out_and_a_lone_one_is_not_measured():
+def test_a_picture_that_cant_be_read_is_left_out_and_a_lone_one_is_not_measured(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(leakage, "print_log", lambda text, *_: said.append(text))
     model = tiny_llava.build(sharp=True).eval()
     rows = [tiny_llava.sample(1, "image", 5, 20 + i, 21, 22 + i) for i in range(3)]
     assert style_leakage(model, Captions(rows[:1]), 2, AMP) == {}
@@ -79,7 +83,15 @@ def test_a_picture_that_cant_be_read_is_left_out_and_a_lone_one_is_not_measured(
         def images_of(self, index: int) -> list[str]:
             return [str(index)]
 
+    class AllBroken(Broken):
+        def __getitem__(self, index: int):
+            return Problem(str(index), "broken image", position=index)
+
     found = style_leakage(model, Broken(rows), 2, AMP)
-    with torch.no_grad():  # 2 gets the picture of 0; 0 would get that of 1
-        other = nats(model, rows[2], rows[0]["pixel_values"][0])
-    assert found["other_picture"] == pytest.approx(sum(other) / len(other), rel=1e-4)
+    with torch.no_grad():  # 0 and 2 get each other's picture
+        other = [nats(model, rows[i], rows[2 - i]["pixel_values"][0]) for i in (0, 2)]
+        own = [nats(model, rows[i], rows[i]["pixel_values"][0]) for i in (0, 2)]
+    assert found["other_picture"] == pytest.approx(np.mean(other), rel=1e-4)
+    assert found["own_picture"] == pytest.approx(np.mean(own), rel=1e-4)  # of the same captions
+    assert "leaves out 1 of 3 held-out captions" in said[0]
+    assert style_leakage(model, AllBroken(rows), 2, AMP) == {}

@@ -294,6 +294,21 @@ def test_data_without_images_stop_the_start(tiny, work_dir, copied):
     assert "29 of 29 samples" in message and "tools/check_data.py" in message
 
 
+def test_held_out_captions_without_images_stop_the_start(tiny, work_dir, copied):
+    copied("proxy")
+    images = shutil.copytree(tiny / "images", work_dir / "images")
+    held_out, _ = harness.held_out_split(tiny)
+    for name in held_out[1:]:
+        (images / f"{name}.png").unlink()
+    options = [f"captions.image_folder={images}", "captions.skip_limit=0.5", "align.max_steps=1"]
+    told = f"{len(held_out) - 1} of {len(held_out)} captions that "
+    assert told in harness.finish("align", work_dir, *options)
+    shutil.rmtree(work_dir / "align")
+    (images / f"{held_out[0]}.png").unlink()
+    message = harness.refusal("align", work_dir, *options)
+    assert "so nothing could be measured on them" in message
+
+
 def test_unusable_instructions_are_found_before_the_first_stage_starts(tiny, work_dir, tmp_path):
     file = tmp_path / "instructions.json"
     file.write_text(json.dumps([{"id": str(i), "conversations": 3} for i in range(20)]))
