@@ -259,8 +259,8 @@ def test_caption_files_llms_and_ranks_stand_side_by_side(run, tmp_path):
     )
     assert all(one["how"].startswith("quick fit, ") for one in facts["conflicts"])
     assert "ranks" not in facts
-    # Names without folders, if they tell the rows apart: both LLMs are in folders called `llm`.
-    assert f"{llms[0]}, {file}" in text.split("By word class")[1]
+    # Without folders where that tells them apart: both LLMs are in folders called `llm`.
+    assert f"{llms[0]}, data.json" in text.split("By word class")[1]
     text = compare(made.config, options, [second], llms[1:], 4, 30, [2, 4], [0.5, 1.0], tmp_path,
                    tmp_path / "none")  # fmt: skip
     assert " llm, second.json |" in text.split("By word class")[1]
