@@ -216,7 +216,7 @@ def _draw_curve(axes, one: Conflict) -> None:
         return
     curve = one.fitted.curve
     axes.plot(list(curve), list(curve.values()), "o-", color="#e15a00")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * max(curve.values()))
     axes.set_xlabel("steps of the fit")
     axes.set_ylabel("held-out nats per token")
     axes.set_title(one.how, fontsize=10)
@@ -228,6 +228,8 @@ def _draw_ranks(left, right, ranks: Ranks) -> None:
         floors = [fits[rank].floor for rank in places]
         left.plot(places, floors, "o-", label=f"share {share:g}: rank {recommend(fits)}")
     left.set_xscale("log", base=2)
+    every = sorted({rank for fits in ranks.values() for rank in fits})
+    left.set_xticks(every, [str(rank) for rank in every])
     left.set_xlabel("rank")
     left.set_ylabel("floor, nats per token")
     left.legend(frameon=False, title="recommended")
