@@ -171,11 +171,12 @@ def _draw_answers(runs: dict[Run, dict], style: str, axis) -> None:
             for x, method in enumerate(METHODS)
             if (run := Run(style, method, seed)) in runs
         ]
-        if found:
-            axis.plot(*zip(*found, strict=True), "o-", markersize=5, label=f"seed {seed}")
+        places, accuracies = [x for x, _ in found], [y for _, y in found]
+        # Also of a seed without runs here: the first panel's legend is for all, and so are colours.
+        axis.plot(places, accuracies, "o-", markersize=5, label=f"seed {seed}")
     chance = next(iter(runs.values()))["answers"]["all"]["chance"]
     axis.axhline(chance, color="#777777", linewidth=1, linestyle="--")
     axis.set_xticks(range(len(METHODS)), METHODS)
     top = max(DRAWINGS["accuracy"](run) for run in runs.values())
-    axis.set(xlim=(-0.3, len(METHODS) - 0.7), ylim=(0, 1.45 * top))
+    axis.set(xlim=(-0.3, len(METHODS) - 0.7), ylim=(0, 1.7 * top))
     axis.set_title(f"{style} captions: accuracy of answers (dashed: chance)", fontsize=10)
