@@ -24,7 +24,7 @@ from dpa_xtuner.precision import Precision
 from dpa_xtuner.stages.artifacts import is_finished
 from dpa_xtuner.stages.components import LLM, LLM_ADAPTER
 from dpa_xtuner.stages.run import Run
-from dpa_xtuner.stages.settings import config_from_file
+from dpa_xtuner.stages.settings import ProxySettings, config_from_file
 from dpa_xtuner.stages.table import Stage
 
 WORTH = 0.1
@@ -147,12 +147,7 @@ def measure(
         )
     known = None if llms or captions else _own_proxy(asked, run)
     trials = [] if known else [_Trial.of(asked, changes) for changes in targets]
-    trials_by_rank = {
-        share: {
-            rank: _Trial.of(asked, _with_rank(asked, targets[0], rank, share)) for rank in ranks
-        }
-        for share in (shares if ranks else ())
-    }
+    trials_by_rank = _rank_trials(asked, targets[0], ranks, shares) if ranks else {}
     conflicts = [_of_run(asked, known)] if known else [trial.conflict() for trial in trials]
     by_rank = {
         share: {rank: trial.fit() for rank, trial in of_share.items()}
@@ -161,13 +156,15 @@ def measure(
     return conflicts, by_rank
 
 
-def _with_rank(asked: Asked, changes: dict, rank: int, share: float) -> dict:
-    lora = _run(asked, changes | {"proxy.train_llm": "lora"}).settings.proxy.lora  # type: ignore[union-attr]
-    return changes | {
-        "captions.share": share,
-        "proxy.lora.r": rank,
-        "proxy.lora.lora_alpha": rank * lora.lora_alpha / lora.r,
-    }
+def _rank_trials(
+    asked: Asked, changes: dict, ranks: Sequence[int], shares: Sequence[float]
+) -> dict[float, dict[int, "_Trial"]]:
+    lora = _proxy_settings(_run(asked, changes | {"proxy.train_llm": "lora"})).lora
+    found: dict[float, dict[int, _Trial]] = {share: {} for share in shares}
+    for share, rank in itertools.product(shares, ranks):
+        of_rank = {"proxy.lora.r": rank, "proxy.lora.lora_alpha": rank * lora.lora_alpha / lora.r}
+        found[share][rank] = _Trial.of(asked, changes | of_rank | {"captions.share": share})
+    return found
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ class _Trial:
     def fit(self) -> Fit:
         run = self.run
         torch.manual_seed(0)  # of the adapter's first weights
-        model, lr = build_model(run, run.stages[PROXY]), run.settings.proxy.lr  # type: ignore[union-attr]
+        model, lr = build_model(run, run.stages[PROXY]), _proxy_settings(run).lr
         return fit(model, self.train, self.samples, run.tokenizer, run.precision, self.steps, lr)
 
     def conflict(self) -> Conflict:
@@ -263,6 +260,12 @@ def _run(asked: Asked, changes: dict, precision: Precision | None = None) -> Run
             f"settings say how a proxy is fitted: give --cfg-options method=dpa."
         )
     return run
+
+
+def _proxy_settings(run: Run) -> ProxySettings:
+    proxy = run.settings.proxy
+    assert proxy is not None, "_run refuses a method without the stage"
+    return proxy
 
 
 def _split(run: Run, stage: Stage, count: int) -> tuple[DPADataset, list[dict]]:
